@@ -1,0 +1,72 @@
+"""Checkpoint files: safetensors with a JSON metadata entry, written atomically and read with named errors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+METADATA_KEY = "free_kernels"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file is broken, truncated or of another kind."""
+
+
+def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON metadata to ``path``; a crash at any moment leaves the old file or the new one.
+
+    Raises:
+        OSError: the path cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:  # safetensors reports a full disk or a missing permission this way
+        raise OSError(f"save_checkpoint: cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and metadata of a file whose metadata says ``"kind": kind``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not a safetensors file, truncated, without our metadata, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"load_checkpoint: path must be an existing file, got {path}")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"load_checkpoint: {path} must be a complete safetensors file, got {error}"
+        ) from error
+    if not isinstance(metadata, dict) or metadata.get("kind") != kind:
+        found = metadata.get("kind") if isinstance(metadata, dict) else None
+        raise CheckpointError(f"load_checkpoint: {path} must be a checkpoint of kind {kind!r}, got {found!r}")
+    return tensors, metadata
+
+
+def load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:
+    """``load_state_dict(strict=True)`` with one clear error for missing, unexpected or misshapen tensors."""
+    try:
+        module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"load_weights: {source} does not fit {type(module).__name__}: {error}") from error

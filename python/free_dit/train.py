@@ -1,0 +1,85 @@
+"""Training of a DiT on one of the bundled data sets."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from free_dit.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from free_dit.data import DATASETS
+from free_dit.diffusion import DiffusionLoss
+from free_dit.model import DiT, DiTConfig
+from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
+from free_kernels.schedule import DDPMSchedule
+from free_kernels.validation import check_choice, check_int, check_writable
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a trained DiT.
+
+    Attributes:
+        model: shape of the DiT.
+        loop: length and speed of training.
+        dataset: name of a bundled data set.
+        batch_size: images per iteration.
+        compile: train through torch.compile (faster, needs a C++ compiler on a CPU).
+    """
+
+    model: DiTConfig = field(default_factory=lambda: DiTConfig(8, 2, 1, 64, 16, 2, 10))
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    dataset: str = "digits"
+    batch_size: int = 128
+    compile: bool = False
+
+
+def train(config: TrainConfig, out: Path) -> Path:
+    """Train a DiT into the folder ``out`` and export its averaged weights to ``out/model.safetensors``.
+
+    Running it again in the same folder goes on from the last checkpoint.
+
+    Raises:
+        ValueError, TypeError: the configuration is wrong, or the folder belongs to another one.
+        OSError: the folder cannot be written.
+        FloatingPointError: the loss or a gradient is not finite; the last good checkpoint stays.
+    """
+    check_choice("train", "dataset", config.dataset, tuple(DATASETS))
+    check_int("train", "batch_size", config.batch_size, 1)
+    target_path = check_writable("train", "out", Path(out) / "model.safetensors")
+    data = DATASETS[config.dataset]("train")
+    with iteration_seed(config.loop.seed, -1):
+        model = DiT(config.model).train()
+    loss = DiffusionLoss(DDPMSchedule(), data.level_width, config.model.learn_sigma)
+    network = torch.compile(model) if config.compile else model
+
+    def step(_: int) -> tuple[Tensor, dict[str, float]]:
+        index = torch.randint(len(data.images), (config.batch_size,))
+        return loss(network, data.images[index], data.labels[index])
+
+    identity = {k: v for k, v in asdict(config).items() if k != "compile"}
+    loop = TrainingLoop(model, step, config.loop, Path(out), identity)
+    loop.run()
+    save_model(target_path, model, loop.averaged_weights())
+    return target_path
+
+
+def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a DiT (or other weights of its shape) with its config."""
+    metadata = {"kind": "dit", "config": model.config.to_dict()}
+    save_checkpoint(path, weights if weights is not None else model.state_dict(), metadata)
+
+
+def load_model(path: str | Path) -> DiT:
+    """Read a DiT written by :func:`save_model`, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: broken, truncated, or not a DiT of ours.
+    """
+    tensors, metadata = load_checkpoint(path, "dit")
+    model = DiT(DiTConfig(**metadata["config"]))
+    load_weights(model, tensors, path)
+    return model.eval().requires_grad_(False)
