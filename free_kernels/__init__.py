@@ -1,0 +1,29 @@
+"""Lossless speculative sampling for Diffusion Transformers."""
+
+from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
+from free_kernels.noise import PhiloxNoise, TensorNoise
+from free_kernels.sampler import ancestral_sample, sample
+from free_kernels.schedule import DDPMSchedule
+from free_kernels.targets import DiTTarget
+from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Target
+from free_kernels.version import __version__
+
+
+__all__ = [
+    "DDPMSchedule",
+    "DiTTarget",
+    "Drafter",
+    "DrafterConfig",
+    "FeatureDrafter",
+    "FrozenDrafter",
+    "NoiseSource",
+    "PhiloxNoise",
+    "RoundInfo",
+    "SampleResult",
+    "SampleStats",
+    "Target",
+    "TensorNoise",
+    "__version__",
+    "ancestral_sample",
+    "sample",
+]

@@ -20,17 +20,22 @@ VARIANCES = ("auto", "fixed_small", "fixed_large", "learned_range")
 
 
 class TransitionColumn(enum.IntEnum):
-    """Columns of a transition table ``[K, 9]``; column names are read as ``X_FROM_Y``."""
+    """Columns of a transition table ``[K, 8]``.
+
+    Without clipping, ``mean = MEAN_FROM_STATE x + MEAN_FROM_OUTPUT e``; with clipping, ``x0 = clamp(X0_FROM_STATE x +
+    X0_FROM_OUTPUT e)`` and ``mean = MEAN_FROM_X0 x0 + MEAN_FROM_STATE_GIVEN_X0 x``. In both,
+    ``log std = LOG_STD + LOG_STD_SLOPE v`` with v the network's variance channels; a fixed variance has slope 0, and
+    the last step has ``LOG_STD = -inf``: it adds no noise.
+    """
 
     MEAN_FROM_STATE = 0
-    MEAN_FROM_EPS = 1
-    LOG_VARIANCE_MIN = 2
-    LOG_VARIANCE_MAX = 3
-    NOISE_SCALE = 4
-    X0_FROM_STATE = 5
-    X0_FROM_EPS = 6
-    MEAN_FROM_X0 = 7
-    MEAN_FROM_STATE_GIVEN_X0 = 8
+    MEAN_FROM_OUTPUT = 1
+    LOG_STD = 2
+    LOG_STD_SLOPE = 3
+    X0_FROM_STATE = 4
+    X0_FROM_OUTPUT = 5
+    MEAN_FROM_X0 = 6
+    MEAN_FROM_STATE_GIVEN_X0 = 7
 
 
 def linear_betas(num_train_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
@@ -126,34 +131,48 @@ class DDPMSchedule:
             )
         return self.variance
 
-    def table(self, variance: str) -> torch.Tensor:
-        """Transition coefficients for a resolved variance type; float32 ``[K, 9]``, rows in sampling order.
+    @functools.cached_property
+    def _betas(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Respaced betas with the cumulative products at and before each kept step, ascending in time."""
+        alphas_cumprod = self.train_alphas_cumprod[self._kept]
+        before = np.append(1.0, alphas_cumprod[:-1])
+        return 1.0 - alphas_cumprod / before, alphas_cumprod, before
 
-        Columns are those of :class:`TransitionColumn`. Where the variance is fixed, both log-variance columns hold it.
+    def log_variance_range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ends of the learned range: log of the posterior variance and of beta; float64 ``[K]`` in sampling order.
+
+        The posterior variance is 0 at the last step, so its log is taken from the step before, as in improved DDPM.
+        """
+        betas, alphas_cumprod, before = self._betas
+        posterior = betas * (1.0 - before) / (1.0 - alphas_cumprod)
+        clipped = np.append(posterior[1], posterior[1:]) if len(posterior) > 1 else betas
+        return torch.from_numpy(np.log(clipped)[::-1].copy()), torch.from_numpy(np.log(betas)[::-1].copy())
+
+    def table(self, variance: str) -> torch.Tensor:
+        """Transition coefficients for a resolved variance type; float32 ``[K, 8]``, rows in sampling order.
+
+        Columns are those of :class:`TransitionColumn`.
         """
         check_choice("DDPMSchedule.table", "variance", variance, VARIANCES[1:])
-        alphas_cumprod = self.train_alphas_cumprod[self._kept]
-        previous = np.append(1.0, alphas_cumprod[:-1])
-        betas = 1.0 - alphas_cumprod / previous
-        posterior = betas * (1.0 - previous) / (1.0 - alphas_cumprod)
-        # The posterior variance is 0 at the last step, which adds no noise: its log is taken from the step before.
-        clipped = np.append(posterior[1], posterior[1:]) if len(posterior) > 1 else betas
-        low = np.log(clipped if variance != "fixed_large" else np.append(clipped[0], betas[1:]))
-        high = np.log(betas) if variance == "learned_range" else low
+        betas, alphas_cumprod, before = (torch.from_numpy(a[::-1].copy()) for a in self._betas)
+        low, high = self.log_variance_range()
+        fixed = {"fixed_small": low, "fixed_large": high}
+        bias = fixed[variance] / 2 if variance in fixed else (low + high) / 4
+        slope = torch.zeros_like(low) if variance in fixed else (high - low) / 4
+        bias[-1], slope[-1] = -torch.inf, 0.0
 
-        columns = np.empty((len(betas), len(TransitionColumn)))
-        columns[:, TransitionColumn.MEAN_FROM_STATE] = 1.0 / np.sqrt(1.0 - betas)
-        columns[:, TransitionColumn.MEAN_FROM_EPS] = -betas / np.sqrt((1.0 - alphas_cumprod) * (1.0 - betas))
-        columns[:, TransitionColumn.LOG_VARIANCE_MIN] = low
-        columns[:, TransitionColumn.LOG_VARIANCE_MAX] = high
-        columns[:, TransitionColumn.NOISE_SCALE] = np.append(0.0, np.ones(len(betas) - 1))
-        columns[:, TransitionColumn.X0_FROM_STATE] = np.sqrt(1.0 / alphas_cumprod)
-        columns[:, TransitionColumn.X0_FROM_EPS] = -np.sqrt(1.0 / alphas_cumprod - 1.0)
-        columns[:, TransitionColumn.MEAN_FROM_X0] = betas * np.sqrt(previous) / (1.0 - alphas_cumprod)
+        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64)
+        columns[:, TransitionColumn.MEAN_FROM_STATE] = (1.0 - betas).rsqrt()
+        columns[:, TransitionColumn.MEAN_FROM_OUTPUT] = -betas * ((1.0 - alphas_cumprod) * (1.0 - betas)).rsqrt()
+        columns[:, TransitionColumn.LOG_STD] = bias
+        columns[:, TransitionColumn.LOG_STD_SLOPE] = slope
+        columns[:, TransitionColumn.X0_FROM_STATE] = alphas_cumprod.rsqrt()
+        columns[:, TransitionColumn.X0_FROM_OUTPUT] = -(1.0 / alphas_cumprod - 1.0).sqrt()
+        columns[:, TransitionColumn.MEAN_FROM_X0] = betas * before.sqrt() / (1.0 - alphas_cumprod)
         columns[:, TransitionColumn.MEAN_FROM_STATE_GIVEN_X0] = (
-            (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - alphas_cumprod)
+            (1.0 - before) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
         )
-        return torch.from_numpy(columns[::-1].copy()).float()
+        return columns.float()
 
     @property
     def clip(self) -> float:

@@ -30,9 +30,9 @@ class DiffusionLoss(nn.Module):
         self.num_train_steps = schedule.num_train_steps
         self.level_width = level_width
         self.learn_sigma = learn_sigma
-        variance = "learned_range" if learn_sigma else "fixed_small"
-        # Row t of the flipped table belongs to training timestep t.
-        self.register_buffer("table", full.table(variance).flip(0))
+        # Sampling order is flipped here: row t belongs to training timestep t.
+        self.register_buffer("table", full.table("fixed_small").flip(0))
+        self.register_buffer("log_variance", torch.stack(full.log_variance_range(), 1).float().flip(0))
         self.register_buffer("alphas_cumprod", torch.from_numpy(full.train_alphas_cumprod).float())
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -56,9 +56,9 @@ class DiffusionLoss(nn.Module):
     def _bound(self, images: Tensor, noisy: Tensor, eps: Tensor, v: Tensor, t: Tensor) -> Tensor:
         """Variational bound per image, in bits per dimension, with gradient to the variance only."""
         row = self.table[t].view(len(t), -1, 1, 1, 1)
-        low, high = row[:, TransitionColumn.LOG_VARIANCE_MIN], row[:, TransitionColumn.LOG_VARIANCE_MAX]
+        low, high = self.log_variance[t].view(len(t), 2, 1, 1, 1).unbind(1)
         log_variance = low + (high - low) * (v + 1) / 2
-        x0 = row[:, TransitionColumn.X0_FROM_STATE] * noisy + row[:, TransitionColumn.X0_FROM_EPS] * eps
+        x0 = row[:, TransitionColumn.X0_FROM_STATE] * noisy + row[:, TransitionColumn.X0_FROM_OUTPUT] * eps
         weights = row[:, TransitionColumn.MEAN_FROM_X0], row[:, TransitionColumn.MEAN_FROM_STATE_GIVEN_X0]
         true_mean = weights[0] * images + weights[1] * noisy
         mean = weights[0] * x0.clamp(-1, 1) + weights[1] * noisy

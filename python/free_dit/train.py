@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from free_dit.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from free_kernels.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from free_dit.data import DATASETS
 from free_dit.diffusion import DiffusionLoss
 from free_dit.model import DiT, DiTConfig

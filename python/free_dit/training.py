@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from free_dit.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from free_kernels.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all of their set-up on a fresh machine; the others share it.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+
+.PHONY: setup demo test test-fast bench lint format nvcc-check clean
+
+setup: $(SETUP)
+
+$(SETUP): requirements-cpu.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-cpu.txt
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: $(SETUP)
+	$(BIN)/python -m free_dit compare --out outputs/demo
+
+test: $(SETUP)
+	$(BIN)/python -m pytest tests
+
+test-fast: $(SETUP)
+	$(BIN)/python -m pytest tests -m "not slow"
+
+bench: $(SETUP)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(SETUP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+nvcc-check: $(SETUP)
+	$(BIN)/python csrc/nvcc_check.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info free_kernels/_C*.so outputs

@@ -1,0 +1,219 @@
+"""The learned drafter: a shallow transformer over (parent feature, latent, latent difference, timestep, label)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from free_kernels.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from free_kernels.hoisting import ConditioningTable, table_fits
+from free_kernels.types import Target
+from free_kernels.validation import check_int, fail
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """Shape of a learned drafter.
+
+    Attributes:
+        width: token width; the target's feature width if None.
+        depth: number of blocks.
+        head_dim: width of an attention head; divides ``width``.
+        mlp_ratio: width of the MLP over ``width``.
+    """
+
+    width: int | None = None
+    depth: int = 1
+    head_dim: int = 32
+    mlp_ratio: float = 4.0
+
+
+class _Block(nn.Module):
+    """Transformer block whose six modulation vectors are given: [shift, scale, gate] of attention and of the MLP."""
+
+    def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.heads = width // head_dim
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, int(width * mlp_ratio))
+        self.fc2 = nn.Linear(int(width * mlp_ratio), width)
+
+    def forward(self, x: Tensor, modulations: tuple[Tensor, ...]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations
+        rows, tokens, width = x.shape
+        qkv = self.qkv(torch.addcmul(shift1, self.norm(x), scale1))
+        q, k, v = qkv.view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
+        x = torch.addcmul(x, gate1, self.proj(mixed))
+        hidden = F.gelu(self.fc1(torch.addcmul(shift2, self.norm(x), scale2)))
+        return torch.addcmul(x, gate2, self.fc2(hidden))
+
+
+class FeatureDrafter(nn.Module):
+    """Predicts the target's top-block feature at a state from the feature one step before.
+
+    Needs the target's shapes and nothing of its insides. Untrained, it returns the parent feature, as the frozen
+    drafter does. Source: FREE's feature-level autoregression (arXiv 2511.20390); the network is our own.
+
+    Args:
+        latent_shape: (C, H, W) of the target.
+        feature_shape: (T, D) of the target; T patches must tile the latent.
+        num_classes: labels of the target; label ``num_classes`` is the null label.
+        config: width, depth and heads.
+
+    Raises:
+        ValueError: the shapes do not fit one another.
+    """
+
+    def __init__(
+        self,
+        latent_shape: tuple[int, int, int],
+        feature_shape: tuple[int, int],
+        num_classes: int,
+        config: DrafterConfig = DrafterConfig(),
+    ) -> None:
+        super().__init__()
+        self.latent_shape, self.feature_shape = tuple(latent_shape), tuple(feature_shape)
+        self.num_classes = check_int("FeatureDrafter", "num_classes", num_classes, 1)
+        self.config = config
+        channels, height, width = self.latent_shape
+        tokens, features = self.feature_shape
+        self.patch = math.isqrt(height * width // tokens)
+        if self.patch < 1 or tokens * self.patch**2 != height * width or height % self.patch or width % self.patch:
+            fail("FeatureDrafter", "feature_shape", f"T square patches tiling {height} x {width}", str(feature_shape))
+        inner = config.width or features
+        if config.depth < 1 or inner % config.head_dim:
+            expectation = f"depth >= 1 and width a multiple of head_dim {config.head_dim}"
+            fail("FeatureDrafter", "config", expectation, f"depth {config.depth}, width {inner}")
+        self.register_buffer("feature_mean", torch.zeros(features))
+        self.register_buffer("feature_std", torch.ones(features))
+        self.register_buffer("change_std", torch.ones(features))
+        self.from_feature = nn.Linear(features, inner)
+        self.from_patches = nn.Linear(2 * channels * self.patch**2, inner, bias=False)
+        self.positions = nn.Parameter(torch.randn(1, tokens, inner) * 0.02)
+        self.timestep_mlp = nn.Sequential(nn.Linear(128, inner), nn.SiLU(), nn.Linear(inner, inner))
+        self.label_table = nn.Embedding(num_classes + 1, inner)
+        self.blocks = nn.ModuleList([_Block(inner, config.head_dim, config.mlp_ratio) for _ in range(config.depth)])
+        self.norm = nn.LayerNorm(inner, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(inner, (6 * config.depth + 2) * inner)
+        self.to_feature = nn.Linear(inner, features)
+        nn.init.normal_(self.label_table.weight, std=0.02)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        nn.init.zeros_(self.to_feature.weight)
+        nn.init.zeros_(self.to_feature.bias)
+        self._table: ConditioningTable | None = None
+        self._fused: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def set_feature_scale(self, features: Tensor, changes: Tensor) -> None:
+        """Take the scale of features ``[..., D]`` and of their change over one step from samples of both."""
+        self.feature_mean.copy_(features.flatten(0, -2).mean(0))
+        self.feature_std.copy_(features.flatten(0, -2).std(0).clamp(min=1e-4))
+        self.change_std.copy_(changes.flatten(0, -2).square().mean(0).sqrt().clamp(min=1e-6))
+
+    def forward(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Feature ``[R, T, D]`` at ``state``; arguments as in :class:`free_kernels.types.Drafter`."""
+        dtype = self.from_feature.weight.dtype
+        feature = feature.to(dtype)
+        patches = self._patches(previous, state).to(dtype)
+        if self._fused is not None:
+            weight, bias, to_weight, to_bias = self._fused
+            x = F.linear(torch.cat([feature, patches], dim=-1), weight) + bias
+        else:
+            x = self.from_feature((feature - self.feature_mean) / self.feature_std)
+            x = x + self.from_patches(patches) + self.positions
+        table = self._table or self._modulations
+        *modulations, shift, scale = table(t, y).unbind(1)
+        for index, block in enumerate(self.blocks):
+            x = block(x, tuple(modulations[6 * index : 6 * index + 6]))
+        x = torch.addcmul(shift, self.norm(x), scale)
+        if self._fused is not None:
+            return feature + F.linear(x, to_weight, to_bias)
+        return feature + self.to_feature(x) * self.change_std
+
+    def hoisted(self, timesteps: Tensor, labels: Tensor) -> FeatureDrafter:
+        """A copy with modulations tabled and scales folded into the weights; itself if there are too many pairs."""
+        inner = self.positions.shape[-1]
+        if not table_fits(timesteps, labels, (6 * self.config.depth + 2) * inner * self.positions.element_size()):
+            return self
+        clone = copy.copy(self)
+        clone._table = ConditioningTable(self._modulations, timesteps, labels)
+        scaled = self.from_feature.weight / self.feature_std
+        clone._fused = (
+            torch.cat([scaled, self.from_patches.weight], dim=1),
+            self.positions + self.from_feature.bias - scaled @ self.feature_mean,
+            self.to_feature.weight * self.change_std[:, None],
+            self.to_feature.bias * self.change_std,
+        )
+        return clone
+
+    def check_target(self, target: Target, where: str = "FeatureDrafter") -> None:
+        """Raise ValueError unless the target has the shapes that this drafter was made for."""
+        for name in ("latent_shape", "feature_shape", "num_classes"):
+            mine, theirs = getattr(self, name), getattr(target, name)
+            if mine != (tuple(theirs) if isinstance(mine, tuple) else theirs):
+                fail(where, "drafter", f"one made for a target with {name} {theirs}", f"one made for {mine}")
+
+    def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+        """Write weights, shapes and config to a safetensors file; ``dtype`` narrows the stored weights."""
+        metadata = {
+            "kind": "feature_drafter",
+            "latent_shape": self.latent_shape,
+            "feature_shape": self.feature_shape,
+            "num_classes": self.num_classes,
+            "config": asdict(self.config),
+        }
+        weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
+        save_checkpoint(path, weights, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], target: Target | None = None) -> FeatureDrafter:
+        """Read a drafter in evaluation mode; with ``target``, check that it was made for one of its shapes.
+
+        Raises:
+            FileNotFoundError: no such file.
+            CheckpointError: broken, truncated, or not a drafter.
+            ValueError: made for a target of other shapes.
+        """
+        weights, metadata = load_checkpoint(path, "feature_drafter")
+        try:
+            drafter = cls(
+                tuple(metadata["latent_shape"]),
+                tuple(metadata["feature_shape"]),
+                metadata["num_classes"],
+                DrafterConfig(**metadata["config"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"FeatureDrafter.load: {path} must hold a drafter's shapes, got {error}") from error
+        load_weights(drafter, weights, path)
+        if target is not None:
+            drafter.check_target(target, "FeatureDrafter.load")
+        return drafter.eval().requires_grad_(False)
+
+    def _patches(self, previous: Tensor, state: Tensor) -> Tensor:
+        """Patches of the state and of its change scaled to unit size, ``[R, T, 2 C p p]``."""
+        change = state - previous
+        change = change * change.square().mean((1, 2, 3), keepdim=True).add_(1e-12).rsqrt_()
+        both = torch.cat([state, change], dim=1)
+        rows, channels, height, width = both.shape
+        p = self.patch
+        tiles = both.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return tiles.reshape(rows, self.feature_shape[0], channels * p * p)
+
+    def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """``[R, 6 depth + 2, 1, width]``: shift, 1 + scale, 1 + gate of each half block, shift and 1 + scale at last."""
+        exponents = torch.arange(64, dtype=torch.float32, device=t.device) / 64
+        angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        c = self.timestep_mlp(waves.to(self.positions.dtype)) + self.label_table(y)
+        rows = self.modulation(F.silu(c)).unflatten(1, (6 * self.config.depth + 2, 1, -1))
+        ones = torch.tensor([0.0, 1.0, 1.0] * 2 * self.config.depth + [0.0, 1.0], device=t.device, dtype=rows.dtype)
+        return rows + ones.view(1, -1, 1, 1)

@@ -1,0 +1,15 @@
+"""The training-free drafter."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class FrozenDrafter:
+    """Drafts with the last exact feature: the top block's output changes little from step to step."""
+
+    is_free = True
+
+    def __call__(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The feature itself, ``[R, T, D]``."""
+        return feature

@@ -1,0 +1,137 @@
+"""The compiled extension: loaded at most once, never required. All environment variables are read here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+NAMESPACE = "free_kernels"
+OPS = ("pack_drafts", "commit_drafts", "philox_uniform", "philox_normal")
+BACKENDS = ("auto", "reference", "extension")
+
+_hooks: list[Callable[[], None]] = []
+_kernels: dict[tuple[str, str], str | None] = {}
+_reason: str | None = None
+_module: Any = None
+_loaded = False
+
+
+def environment_flag(name: str) -> bool:
+    """Whether an environment variable is switched on; unset, empty, 0, false, no and off mean no."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
+
+
+def when_loaded(hook: Callable[[], None]) -> Callable[[], None]:
+    """Run ``hook`` once, as soon as the extension's ops exist; never where there is no extension.
+
+    Fakes are registered this way, because an op must exist before its fake and loading waits for the first use.
+    """
+    if _loaded and _reason is None:
+        hook()
+    else:
+        _hooks.append(hook)
+    return hook
+
+
+def _load() -> None:
+    global _loaded, _module, _reason
+    # Set first: whatever happens below, it is not tried again in this process.
+    _loaded = True
+    if environment_flag("FREE_KERNELS_NO_EXT"):
+        _reason = "the environment variable FREE_KERNELS_NO_EXT is set"
+        return
+    try:
+        module = importlib.import_module("free_kernels._C")
+    except ModuleNotFoundError as error:
+        if error.name != "free_kernels._C":
+            raise
+        _reason = "it was not built (pip install --no-build-isolation -e . builds it)"
+        return
+    except ImportError as error:
+        _reason = f"importing free_kernels._C failed: {error}"
+        return
+    missing = [op for op in OPS if not hasattr(getattr(torch.ops, NAMESPACE), op)]
+    if missing:
+        _reason = f"free_kernels._C is out of date, it lacks {', '.join(missing)}: build it again"
+        return
+    _module = module
+    while _hooks:
+        _hooks.pop(0)()
+
+
+@torch.compiler.assume_constant_result
+def why_no_extension() -> str | None:
+    """Why the compiled ops cannot be used in this process, or None if they can."""
+    if not _loaded:
+        _load()
+    return _reason
+
+
+def has_extension() -> bool:
+    """Whether the compiled ops can be used in this process; the first call loads them."""
+    return why_no_extension() is None
+
+
+def build_config() -> dict[str, Any]:
+    """What the extension was built from: version, cuda, cuda_arch_list, compiler, torch.
+
+    Raises:
+        RuntimeError: there is no extension; the message says why.
+    """
+    reason = why_no_extension()
+    if reason is not None:
+        raise RuntimeError(f"build_config: no compiled extension: {reason}")
+    return _module.build_config()
+
+
+@torch.compiler.assume_constant_result
+def why_no_kernel(op: str, device_type: str) -> str | None:
+    """Why a compiled op cannot run on a type of device (``"cpu"``, ``"cuda"`` ...), or None if it can."""
+    try:
+        return _kernels[op, device_type]
+    except KeyError:
+        pass
+    reason = why_no_extension()
+    if reason is None:
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+        name = f"{NAMESPACE}::{op}"
+        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+            reason = f"the compiled extension has no {op} for {device_type} tensors"
+    _kernels[op, device_type] = reason
+    return reason
+
+
+def use_extension(op: str, device_type: str, backend: str) -> bool:
+    """Choose between the compiled op and the reference.
+
+    Args:
+        op: name of the op, which begins the error messages.
+        device_type: type of device of the tensors.
+        backend: ``"auto"`` (compiled if possible), ``"reference"`` or ``"extension"``.
+
+    Raises:
+        ValueError: an unknown backend.
+        RuntimeError: ``"extension"`` was asked for and cannot run; the message says why.
+    """
+    if backend == "auto":
+        return why_no_kernel(op, device_type) is None
+    if backend == "reference":
+        return False
+    if backend != "extension":
+        raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    reason = why_no_kernel(op, device_type)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend 'extension' cannot be used: {reason}")
+    return True
+
+
+def raise_from_op(op: str, error: RuntimeError) -> NoReturn:
+    """Raise a compiled op's own message as ValueError, without its C++ source line; pass on any other error."""
+    _, found, message = str(error).partition(f"{op}: ")
+    if not found:
+        raise error
+    raise ValueError(f"{op}: {message.splitlines()[0]}") from None

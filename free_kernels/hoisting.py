@@ -1,0 +1,47 @@
+"""Tables of whatever depends on (timestep, label) only, computed once per chain instead of once per call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MAX_TABLE_BYTES = 1 << 30
+# Bounds the intermediate activations while a table is made.
+CHUNK_ROWS = 512
+
+
+class ConditioningTable:
+    """Rows of ``compute(t, y)`` for every pair of the given timesteps and labels.
+
+    Args:
+        compute: maps int64 ``[M]`` timesteps and labels to ``[M, ...]``.
+        timesteps: int64 ``[K]``, distinct.
+        labels: int64 ``[Y]``, distinct.
+    """
+
+    def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], timesteps: Tensor, labels: Tensor) -> None:
+        device = timesteps.device
+        self._timestep_row = torch.zeros(int(timesteps.max()) + 1, dtype=torch.int64, device=device)
+        self._timestep_row[timesteps] = torch.arange(len(timesteps), device=device) * len(labels)
+        self._label_row = torch.zeros(int(labels.max()) + 1, dtype=torch.int64, device=device)
+        self._label_row[labels] = torch.arange(len(labels), device=device)
+        t, y = timesteps.repeat_interleave(len(labels)), labels.repeat(len(timesteps))
+        parts = zip(t.split(CHUNK_ROWS), y.split(CHUNK_ROWS), strict=True)
+        self._rows = torch.cat([compute(*part) for part in parts])
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """Rows ``[R, ...]`` for timesteps and labels ``[R]`` that the table holds."""
+        return self._rows.index_select(0, self._timestep_row[t].add_(self._label_row[y]))
+
+
+def table_fits(timesteps: Tensor, labels: Tensor, bytes_per_row: int) -> bool:
+    """Whether a table of every pair stays within the memory allowed for it."""
+    return len(timesteps) * len(labels) * bytes_per_row <= MAX_TABLE_BYTES
+
+
+def hoisted(network: object, timesteps: Tensor, labels: Tensor) -> object:
+    """``network.hoisted(timesteps, labels)`` where the network offers it, else the network itself."""
+    offer = getattr(network, "hoisted", None)
+    return offer(timesteps, labels) if callable(offer) else network

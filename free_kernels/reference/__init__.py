@@ -1,0 +1,1 @@
+"""Plain PyTorch implementations: the oracle of every kernel, and the fallback on any device."""

@@ -1,0 +1,186 @@
+"""Gaussian transitions and reflection maximal coupling in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Positions of the columns of a transition table (free_kernels.schedule.TransitionColumn), repeated as plain ints
+# because the implementations depend on nothing above them.
+MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE = 0, 1, 2, 3
+X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = 4, 5, 6, 7
+
+
+class Coupling(NamedTuple):
+    """Outcome of one round for S slots with at most L rows each.
+
+    Attributes:
+        next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
+        committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
+        gap_sq: ``[S, L]``, delta^2 of each row's test (whitened, given the shared slack).
+        mean_gap_sq: ``[S, L]``, squared whitened gap of the means alone; zero where the variance is fixed.
+        variance_gap_sq: ``[S, L]``, sum of squared relative variance errors; zero where the variance is fixed.
+        min_variance_ratio: ``[S, L]``, smallest target variance over draft variance; one where fixed.
+    """
+
+    next_states: Tensor
+    committed: Tensor
+    gap_sq: Tensor
+    mean_gap_sq: Tensor
+    variance_gap_sq: Tensor
+    min_variance_ratio: Tensor
+
+
+def guide(output: Tensor, scale: float, channels: int) -> Tensor:
+    """Classifier-free guidance: ``[2R, ...]`` (conditional rows, then unconditional) to ``[R, ...]``.
+
+    The first ``channels`` channels become ``e_u + scale (e_c - e_u)``, the rest are the conditional branch's.
+    """
+    conditional, unconditional = output.float().chunk(2)
+    if channels == output.shape[1]:
+        return torch.lerp(unconditional, conditional, scale)
+    mixed = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
+    return torch.cat([mixed, conditional[:, channels:]], dim=1)
+
+
+def gaussian_transition(
+    state: Tensor, output: Tensor, columns: Tensor, *, guidance_scale: float, guidance_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the next state; see ``free_kernels.ops.gaussian_transition``."""
+    if guidance_scale != 1.0:
+        output = guide(output, guidance_scale, guidance_channels)
+    channels = state.shape[-3]
+    learned = output.shape[-3] == 2 * channels
+    prediction = output.narrow(-3, 0, channels).float()
+    column = columns.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1).unbind(1)
+    if math.isinf(clip):
+        mean = torch.addcmul(column[MEAN_FROM_STATE] * state, column[MEAN_FROM_OUTPUT], prediction)
+    else:
+        x0 = torch.addcmul(column[X0_FROM_STATE] * state, column[X0_FROM_OUTPUT], prediction).clamp_(-clip, clip)
+        mean = torch.addcmul(column[MEAN_FROM_STATE_GIVEN_X0] * state, column[MEAN_FROM_X0], x0)
+    if not learned:
+        return mean, column[LOG_STD].exp().expand_as(mean)
+    variance = output.narrow(-3, channels, channels).float()
+    return mean, torch.addcmul(column[LOG_STD], column[LOG_STD_SLOPE], variance).exp_()
+
+
+def unpack_rows(rows: Tensor, row_offsets: Tensor, branches: int, slots: int, length: int) -> Tensor:
+    """Packed rows ``[B R, ...]`` to a dense ``[B S L, ...]``; entries past a slot's length repeat some other row."""
+    total = rows.shape[0] // branches
+    if total == slots * length:
+        return rows
+    position = torch.arange(length, device=rows.device)
+    index = (row_offsets[:-1, None] + position).clamp_(max=total - 1).flatten()
+    return rows.unflatten(0, (branches, total)).index_select(1, index).flatten(0, 1)
+
+
+def couple(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    noise: Tensor,
+    slack_noise: Tensor | None,
+    uniform: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    slack: Tensor | None,
+    relaxation: Tensor | None,
+    *,
+    guidance_scale: float,
+    guidance_channels: int,
+    clip: float,
+) -> Coupling:
+    """Decide and commit one round; see ``free_kernels.ops.couple``."""
+    slots, length = draft_states.shape[:2]
+    latent = draft_states.shape[2:]
+    branches = 1 if guidance_scale == 1.0 else 2
+    lengths = row_offsets.diff()
+
+    output = unpack_rows(output, row_offsets, branches, slots, length)
+    mean_q, std_q = gaussian_transition(
+        draft_states.flatten(0, 1),
+        output,
+        columns.flatten(0, 1),
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        clip=clip,
+    )
+    mean_q = mean_q.view(slots, length, -1)
+    std_q = std_q.reshape(slots, length, -1)
+    z = noise.flatten(2)
+    direct = torch.addcmul(mean_q, std_q, z)
+
+    position = torch.arange(length, device=z.device)
+    last = lengths - 1
+    if length == 1:
+        flat = z.new_zeros(slots, 1)
+        committed = lengths.clamp(max=1)
+        return Coupling(direct.view(slots, *latent), committed, flat, flat, flat, torch.ones_like(flat))
+
+    drafts = length - 1
+    std_p = draft_std.reshape(slots, drafts, -1)
+    gap_mean = mean_q[:, :drafts] - draft_mean.view(slots, drafts, -1)
+    if slack is None:
+        root, reflected_from, z1 = std_p, mean_q[:, :drafts], z[:, :drafts]
+        gap = gap_mean / root
+        infeasible = None
+        flat = z.new_zeros(slots, length)
+        mean_gap_sq, variance_gap_sq, min_ratio = flat, flat, torch.ones_like(flat)
+    else:
+        share = slack[:, :drafts, None]
+        own, other = share.sqrt(), (1 - share).sqrt()
+        z_own, z_slack = z[:, :drafts], slack_noise.flatten(2)[:, :drafts]
+        z1 = own * z_own + other * z_slack
+        z2 = other * z_own - own * z_slack
+        ratio = (std_q[:, :drafts] / std_p).square_()
+        excess = ratio - share
+        # In units of the draft's deviation: the target keeps the same z2 with what its variance leaves over.
+        shift = (excess.clamp(min=0).sqrt_() - other) * z2
+        whitened = gap_mean / std_p
+        root = own * std_p
+        gap = (whitened + shift) / own
+        reflected_from = torch.addcmul(mean_q[:, :drafts], std_p, shift + other * z2)
+        infeasible = (excess < 0).any(-1)
+        mean_gap_sq = _pad(whitened.square().sum(-1), 0.0)
+        variance_gap_sq = _pad((ratio - 1).square().sum(-1), 0.0)
+        min_ratio = _pad(ratio.amin(-1), 1.0)
+
+    gap_sq = gap.square().sum(-1)
+    along = (z1 * gap).sum(-1)
+    if relaxation is None:
+        score = along - gap_sq / 2
+    else:
+        keep = 1 - relaxation[:, :drafts]
+        score = keep * along - keep.square() * gap_sq / 2
+    accepted = uniform[:, :drafts].log() <= score
+    if infeasible is not None:
+        accepted &= ~infeasible
+    stop = ~accepted | (position[:drafts] >= last[:, None])
+    stop = torch.cat([stop, stop.new_ones(slots, 1)], dim=1)
+    first = stop.int().argmax(1)
+    first = torch.minimum(first, last.clamp(min=0))
+
+    # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
+    rows = torch.arange(slots, device=z.device)
+    draft_row = first.clamp(max=drafts - 1)
+    coefficient = 2 * along[rows, draft_row] / gap_sq[rows, draft_row]
+    picked = gap[rows, draft_row]
+    mirrored = torch.addcmul(z1[rows, draft_row], coefficient[:, None], picked, value=-1)
+    reflected = torch.addcmul(reflected_from[rows, draft_row], root[rows, draft_row], mirrored)
+    is_direct = first >= last
+    if infeasible is not None:
+        is_direct = is_direct | infeasible[rows, draft_row]
+    next_states = torch.where(is_direct[:, None], direct[rows, first], reflected)
+    committed = (first + 1) * (lengths > 0)
+    return Coupling(
+        next_states.view(slots, *latent), committed, _pad(gap_sq, 0.0), mean_gap_sq, variance_gap_sq, min_ratio
+    )
+
+
+def _pad(rows: Tensor, value: float) -> Tensor:
+    """Append the column of the last row, which has no draft."""
+    return torch.nn.functional.pad(rows, (0, 1), value=value)

@@ -1,0 +1,159 @@
+"""Protocols that targets, drafters and noise sources satisfy, and the results of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Target(Protocol):
+    """The frozen DiT, split at its top block.
+
+    A target may also define ``guidance_channels`` (how many leading channels guidance mixes; all if absent) and
+    ``hoisted(timesteps, labels) -> Target`` (a copy with everything that depends on (t, y) only computed once).
+
+    Attributes:
+        latent_shape: (C, H, W).
+        feature_shape: (T, D).
+        num_classes: number of labels; label ``num_classes`` is the null label of classifier-free guidance.
+        learns_variance: whether the head has 2C channels, the second half a learned variance.
+    """
+
+    latent_shape: tuple[int, int, int]
+    feature_shape: tuple[int, int]
+    num_classes: int
+    learns_variance: bool
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Top-block features ``[R, T, D]`` of states ``[R, C, H, W]`` at timesteps ``[R]`` with labels ``[R]``."""
+        ...
+
+    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Network output ``[R, C or 2C, H, W]`` of features ``[R, T, D]``."""
+        ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Predicts the target's next top-block feature.
+
+    A drafter may also define ``check_target(target)`` (raise if made for another one), ``hoisted`` as for targets and
+    ``is_free = True`` (it costs nothing, so its calls are not counted).
+    """
+
+    def __call__(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Feature ``[R, T, D]`` at ``state``.
+
+        Args:
+            feature: ``[R, T, D]``, the feature (exact or drafted) at ``previous``.
+            previous: ``[R, C, H, W]``, the state one step before ``state``.
+            state: ``[R, C, H, W]``.
+            t: int64 ``[R]``, the timestep of ``state``.
+            y: int64 ``[R]``, labels.
+        """
+        ...
+
+
+class NoiseSource(Protocol):
+    """Random numbers that depend on the image and the step, not on the batch."""
+
+    def normal(self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
+        """Standard normals float32 ``[M, *shape]`` for image indices ``[M]`` at steps ``[M]``."""
+        ...
+
+    def uniform(self, images: Tensor, steps: Tensor, purpose: int) -> Tensor:
+        """Uniforms in (0, 1], float32 ``[M]``."""
+        ...
+
+
+@dataclass
+class SampleStats:
+    """What a run did.
+
+    Attributes:
+        target_calls: packed calls of the target.
+        target_rows: rows in them (with guidance a row is two network rows).
+        drafter_calls: calls of the drafter's network.
+        rounds_per_image: int64 ``[N]``; the rounds each image took part in.
+        tested_by_step: int64 ``[K]``; drafts of step k that reached the accept/reject test.
+        accepted_by_step: int64 ``[K]``; those of them that were accepted.
+        bias_bound: mean over images of the bound on the total variation from the exact sampler; 0 is lossless.
+        elapsed_s: wall-clock seconds of the run.
+    """
+
+    target_calls: int = 0
+    target_rows: int = 0
+    drafter_calls: int = 0
+    rounds_per_image: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    tested_by_step: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    accepted_by_step: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    bias_bound: float = 0.0
+    elapsed_s: float = 0.0
+
+    @property
+    def acceptance_by_step(self) -> np.ndarray:
+        """Fraction of tested drafts accepted, float64 ``[K]``; NaN where no draft of the step was tested."""
+        with np.errstate(invalid="ignore"):
+            return self.accepted_by_step / self.tested_by_step
+
+    @property
+    def acceptance(self) -> float:
+        """Fraction of all tested drafts that were accepted; NaN if none was tested."""
+        tested = int(self.tested_by_step.sum())
+        return float(self.accepted_by_step.sum() / tested) if tested else float("nan")
+
+    @property
+    def call_reduction(self) -> float:
+        """``K N / sum(rounds_per_image)``: committed steps per round."""
+        return len(self.tested_by_step) * len(self.rounds_per_image) / float(self.rounds_per_image.sum())
+
+
+@dataclass
+class SampleResult:
+    """Images and how they came about.
+
+    Attributes:
+        samples: float32 ``[N, C, H, W]``, in the order of the labels.
+        stats: what the run did.
+    """
+
+    samples: Tensor
+    stats: SampleStats
+
+
+@dataclass(frozen=True)
+class RoundInfo:
+    """What a ``callback`` sees after every round (for ``ancestral_sample``: after every step).
+
+    Attributes:
+        round: rounds done in this call.
+        images: int64 list, image index of each slot that took part.
+        steps: the step each of them is at now, in ``[0, K]``; K is finished.
+        images_done: finished images so far.
+        num_images: N.
+    """
+
+    round: int
+    images: list[int]
+    steps: list[int]
+    images_done: int
+    num_images: int
+
+
+Callback = Callable[[RoundInfo], None]
+
+
+def null_label(target: Target) -> int:
+    """The label of the unconditional branch."""
+    return target.num_classes
+
+
+def device_of(target: Target) -> torch.device:
+    """Where a target computes: its ``device`` attribute, or the CPU."""
+    return torch.device(getattr(target, "device", "cpu"))

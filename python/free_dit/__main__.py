@@ -1,0 +1,6 @@
+"""``python -m free_dit``."""
+
+from free_dit.cli import main
+
+if __name__ == "__main__":
+    main()

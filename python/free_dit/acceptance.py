@@ -1,0 +1,56 @@
+"""Acceptance by look-ahead: how good a drafter is, apart from any sampler."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from free_dit.trajectories import Trajectories, guided_transition
+from free_kernels.hoisting import hoisted
+from free_kernels.schedule import DDPMSchedule
+from free_kernels.types import Drafter, Target, null_label
+
+
+@torch.no_grad()
+def acceptance_by_lookahead(
+    target: Target, drafter: Drafter, schedule: DDPMSchedule, data: Trajectories, lookahead: int = 5
+) -> Tensor:
+    """Probability that a draft ``ahead`` steps past the last exact feature is accepted, ``[lookahead, K]``.
+
+    Entry ``[a - 1, k]`` is the mean over images of ``2 Phi(-delta / 2)`` at step k when the parent feature is that of
+    step k - a; NaN where no such draft exists. States are the target's own (a chain whose earlier drafts were all
+    accepted has that law). With a learned variance, delta^2 is its mean over the shared slack at the best share.
+    """
+    num_steps = schedule.num_steps
+    table = schedule.table(schedule.resolve_variance(target.learns_variance))
+    y = torch.cat([data.labels, torch.full_like(data.labels, null_label(target))])
+    guided = getattr(target, "guidance_channels", target.latent_shape[0])
+    network: Target = hoisted(target, schedule.timesteps, y.unique())  # type: ignore[assignment]
+    draft: Drafter = hoisted(drafter, schedule.timesteps, y.unique())  # type: ignore[assignment]
+    result = torch.full((lookahead, num_steps), float("nan"))
+    for start in range(1, num_steps - 1):
+        feature = data.features[start - 1].flatten(0, 1)
+        for ahead in range(min(lookahead, num_steps - 1 - start)):
+            k = start + ahead
+            t = schedule.timesteps[k].expand(len(y))
+            previous, state = data.states[k - 1], data.states[k]
+            feature = draft(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y)
+            mean, std = guided_transition(
+                state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided
+            )
+            mean_sq = ((data.mean[k] - mean) / std).flatten(1).square().sum(1)
+            variance_sq = ((data.std[k] / std).square() - 1).flatten(1).square().sum(1)
+            delta = best_share_gap_sq(mean_sq, variance_sq).sqrt()
+            result[ahead, k] = (2 * torch.special.ndtr(-delta / 2)).mean()
+    return result
+
+
+def best_share_gap_sq(mean_gap_sq: Tensor, variance_gap_sq: Tensor) -> Tensor:
+    """``min over lambda of m^2 / lambda + v^2 / (4 lambda (1 - lambda))``, which is ``(sqrt(m^2 + v^2/4) + v/2)^2``."""
+    quarter = variance_gap_sq / 4
+    return ((mean_gap_sq + quarter).sqrt() + quarter.sqrt()).square()
+
+
+def by_fifth(acceptance: Tensor) -> Tensor:
+    """Means over the five fifths of the chain, ``[lookahead, 5]``."""
+    return torch.stack([part.nanmean(1) for part in acceptance.tensor_split(5, dim=1)], dim=1)

@@ -1,0 +1,28 @@
+"""The trained pairs of DiT and drafter that ship with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from free_dit.train import load_model
+from free_kernels.drafters import FeatureDrafter
+from free_kernels.targets import DiTTarget
+from free_kernels.validation import check_choice
+
+MODELS = Path(__file__).parent / "models"
+
+
+def bundled_names() -> tuple[str, ...]:
+    """Names that :func:`load_bundled` takes."""
+    return tuple(sorted(folder.name for folder in MODELS.iterdir() if (folder / "model.safetensors").is_file()))
+
+
+def load_bundled(name: str) -> tuple[DiTTarget, FeatureDrafter]:
+    """A shipped target and its learned drafter, ready for ``sample(target, labels, drafter=drafter)``.
+
+    Raises:
+        ValueError: no bundled model of this name.
+    """
+    check_choice("load_bundled", "name", name, bundled_names())
+    target = DiTTarget(load_model(MODELS / name / "model.safetensors"))
+    return target, FeatureDrafter.load(MODELS / name / "drafter.safetensors", target)

@@ -1,0 +1,223 @@
+"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, info}``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from free_dit.bundled import MODELS, bundled_names, load_bundled
+from free_dit.compare import compare as run_compare
+from free_dit.compare import print_report
+from free_dit.configuration import load_config
+from free_dit.figures import sample_grids
+from free_dit.train import TrainConfig, load_model
+from free_dit.train import train as run_train
+from free_dit.train_drafter import DrafterTrainConfig
+from free_dit.train_drafter import train_drafter as run_train_drafter
+from free_kernels import DDPMSchedule, DiTTarget, FeatureDrafter, ancestral_sample
+from free_kernels import sample as speculative_sample
+from free_kernels.types import Drafter, Target
+from free_kernels.validation import check_int, check_writable
+
+CONFIGS = Path(__file__).parent / "configs"
+app = tyro.extras.SubcommandApp()
+console = Console()
+
+Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE ...")]
+
+
+def _target(model: str) -> tuple[Target, Drafter | None]:
+    """A bundled pair by name, or a DiT checkpoint of ours by path."""
+    if model in bundled_names():
+        return load_bundled(model)
+    return DiTTarget(load_model(model)), None
+
+
+def _drafter(choice: str, bundled: Drafter | None, target: Target) -> Drafter | str:
+    if choice == "frozen":
+        return "frozen"
+    if choice == "bundled":
+        if bundled is None:
+            raise ValueError("--drafter must be 'frozen' or a drafter file for a model that is not bundled")
+        return bundled
+    return FeatureDrafter.load(choice, target)
+
+
+def _labels(count: int, classes: tuple[int, ...], num_classes: int) -> torch.Tensor:
+    check_int("free_dit", "num", count, 1)
+    pool = torch.tensor(classes or tuple(range(num_classes)))
+    return pool[torch.arange(count) % len(pool)]
+
+
+@app.command
+def train(out: Path, config: Path = CONFIGS / "digits.toml", set_: Overrides = ()) -> None:
+    """Train a DiT; writes OUT/model.safetensors. Interrupt it at will: the same command goes on where it stopped.
+
+    Args:
+        out: folder of checkpoint, log and result.
+        config: TOML file with the keys of TrainConfig.
+        set_: overrides such as loop.iterations=2000 model.depth=4.
+    """
+    console.print(f"wrote {run_train(load_config(TrainConfig, config, set_), out)}")
+
+
+@app.command
+def train_drafter(
+    out: Path, model: str = "digits", config: Path = CONFIGS / "digits_drafter.toml", set_: Overrides = ()
+) -> None:
+    """Train a drafter on a DiT's own trajectories (no images needed); writes OUT/drafter.safetensors. Resumable.
+
+    Args:
+        out: folder of checkpoint, log and result.
+        model: a bundled model's name, or a model.safetensors written by train.
+        config: TOML file with the keys of DrafterTrainConfig.
+        set_: overrides such as loop.iterations=2000 drafter.width=64.
+    """
+    target = DiTTarget(load_model(MODELS / model / "model.safetensors" if model in bundled_names() else model))
+    path = run_train_drafter(target, load_config(DrafterTrainConfig, config, set_), out, model)
+    console.print(f"wrote {path}")
+
+
+@app.command
+def sample(
+    out: Path,
+    model: str = "digits",
+    drafter: str = "bundled",
+    num: int = 64,
+    classes: tuple[int, ...] = (),
+    steps: int = 250,
+    draft_length: int = 6,
+    guidance: float = 1.0,
+    seed: int = 0,
+    max_slots: int | None = None,
+) -> None:
+    """Draw images; writes a PNG grid, or an NPZ of arr_0 (uint8 [N, H, W, C]) and arr_1 (labels) as the ADM suite reads.
+
+    Args:
+        out: a .png or .npz file.
+        model: a bundled model's name, or a model.safetensors.
+        drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors.
+        num: images.
+        classes: labels to cycle through; all if empty.
+        steps: sampling steps K.
+        draft_length: rows of a round for one image.
+        guidance: classifier-free guidance scale; 1 is none.
+        seed: an image depends on the seed and its place in the list of labels.
+        max_slots: images in the making at a time.
+    """
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"sample: out must end in .png or .npz, got {out}")
+    check_writable("sample", "out", out)
+    target, bundled = _target(model)
+    labels = _labels(num, classes, target.num_classes)
+    settings = {"schedule": DDPMSchedule(steps), "guidance_scale": guidance, "seed": seed, "max_slots": max_slots}
+    if drafter == "none":
+        result = ancestral_sample(target, labels, progress=True, **settings)
+    else:
+        chosen = _drafter(drafter, bundled, target)
+        result = speculative_sample(
+            target, labels, drafter=chosen, draft_length=draft_length, progress=True, **settings
+        )
+    if out.suffix == ".png":
+        sample_grids(out, {f"{model}, {drafter}": result.samples}, labels)
+    else:
+        pixels = ((result.samples.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+        np.savez(out, arr_0=pixels.cpu().numpy(), arr_1=labels.numpy())
+    stats = result.stats
+    console.print(
+        f"wrote {out}: {num} images, {stats.target_calls} target calls, call reduction {stats.call_reduction:.2f}, "
+        f"{stats.elapsed_s:.1f} s"
+    )
+
+
+@app.command
+def compare(
+    out: Path,
+    model: str = "digits",
+    drafter: str = "bundled",
+    num: int = 64,
+    steps: int = 250,
+    draft_length: int = 6,
+    guidance: float = 1.0,
+    seed: int = 0,
+    timing_pairs: int = 5,
+) -> None:
+    """Ordinary, frozen-drafter and learned-drafter sampling side by side: a picture, a plot, a table, a JSON file.
+
+    Args:
+        out: folder of samples.png, acceptance.png and compare.json.
+        model: a bundled model's name, or a model.safetensors.
+        drafter: "bundled", "frozen", or a drafter.safetensors.
+        num: images.
+        steps: sampling steps K.
+        draft_length: rows of a round for one image.
+        guidance: classifier-free guidance scale; 1 is none.
+        seed: seed of all noise.
+        timing_pairs: interleaved pairs that the wall-clock ratio at batch 1 is measured on; 0 skips it.
+    """
+    check_writable("compare", "out", out / "compare.json")
+    target, bundled = _target(model)
+    chosen = _drafter(drafter, bundled, target)
+    drafters: dict[str, Drafter | str] = {"frozen drafter": "frozen"}
+    if chosen != "frozen":
+        drafters["learned drafter"] = chosen
+    labels = _labels(num, (), target.num_classes)
+    report = run_compare(
+        target,
+        drafters,
+        labels,
+        out,
+        num_steps=steps,
+        draft_length=draft_length,
+        guidance_scale=guidance,
+        seed=seed,
+        timing_pairs=timing_pairs,
+    )
+    print_report(report, console)
+    console.print(f"wrote {out / 'samples.png'}, {out / 'acceptance.png'} and {out / 'compare.json'}")
+
+
+@app.command
+def info(model: Positional[str] = "digits") -> None:
+    """Shapes and sizes of a model, and what this installation can do.
+
+    Args:
+        model: a bundled model's name, or a model.safetensors.
+    """
+    from free_kernels.extension import build_config, has_extension, why_no_extension
+
+    target, drafter = _target(model)
+    facts = {
+        "bundled models": list(bundled_names()),
+        "model": model,
+        "latent_shape": target.latent_shape,
+        "feature_shape": target.feature_shape,
+        "num_classes": target.num_classes,
+        "learns_variance": target.learns_variance,
+        "parameters": sum(p.numel() for p in target.module.parameters()),  # type: ignore[attr-defined]
+        "drafter_parameters": sum(p.numel() for p in drafter.parameters()) if drafter is not None else None,  # type: ignore[attr-defined]
+        "torch": torch.__version__,
+        "cuda": torch.cuda.is_available(),
+        "extension": build_config() if has_extension() else why_no_extension(),
+    }
+    console.print_json(json.dumps(facts, default=str))
+
+
+def main() -> None:
+    """Entry point; a user's mistake is one line on stderr and exit status 2, an interrupt is 130."""
+    try:
+        app.cli(prog="python -m free_dit", description=__doc__)
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

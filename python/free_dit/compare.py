@@ -1,0 +1,168 @@
+"""Speculative against ordinary sampling, side by side: pictures, acceptance, calls and wall-clock ratios."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from free_dit.figures import acceptance_plot, sample_grids
+from free_kernels import DDPMSchedule, SampleResult, ancestral_sample, sample
+from free_kernels.types import Drafter, Target
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Wall-clock of the ordinary sampler over the speculative one, pair by pair.
+
+    Attributes:
+        batch: images per call.
+        median: median ratio; above 1 speculation is faster.
+        low: smallest ratio.
+        high: largest ratio.
+        ordinary_s: median seconds of ``ancestral_sample``.
+        speculative_s: median seconds of ``sample``.
+        pairs: interleaved pairs measured.
+    """
+
+    batch: int
+    median: float
+    low: float
+    high: float
+    ordinary_s: float
+    speculative_s: float
+    pairs: int
+
+
+def wall_clock_ratio(
+    ordinary: Callable[[int], SampleResult], speculative: Callable[[int], SampleResult], batch: int, pairs: int
+) -> Ratio:
+    """Run both alternately on seeds 1 ... pairs, after one warm-up each; the order within a pair alternates too."""
+    ordinary(0), speculative(0)
+    times = np.empty((pairs, 2))
+    for pair in tqdm(range(pairs), desc=f"timing batch {batch}", unit="pair", leave=False):
+        runs = (ordinary, speculative)
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[pair, which] = runs[which](pair + 1).stats.elapsed_s
+    ratios = times[:, 0] / times[:, 1]
+    medians = np.median(times, axis=0)
+    return Ratio(
+        batch, float(np.median(ratios)), float(ratios.min()), float(ratios.max()), *map(float, medians), pairs
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Facts of this machine that a timing needs beside it."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        name = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), name)
+    return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "os": platform.system()}
+
+
+def compare(
+    target: Target,
+    drafters: dict[str, Drafter | str],
+    labels: torch.Tensor,
+    out: Path,
+    *,
+    num_steps: int = 250,
+    draft_length: int = 6,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    timing_pairs: int = 5,
+) -> dict[str, Any]:
+    """Sample ``labels`` ordinarily and with each drafter; write ``samples.png``, ``acceptance.png``, ``compare.json``.
+
+    The last drafter is the one timed at batch 1 and shown in the picture.
+
+    Returns:
+        What ``compare.json`` holds.
+    """
+    settings: dict[str, Any] = {"schedule": DDPMSchedule(num_steps), "guidance_scale": guidance_scale}
+    runs = {"ordinary": ancestral_sample(target, labels, seed=seed, progress=True, **settings)}
+    for name, drafter in drafters.items():
+        runs[name] = sample(
+            target, labels, drafter=drafter, draft_length=draft_length, seed=seed, progress=True, **settings
+        )
+    best = list(drafters)[-1]
+
+    def ordinary(run: int) -> SampleResult:
+        return ancestral_sample(target, labels[run % len(labels)][None], seed=seed + run, **settings)
+
+    def speculative(run: int) -> SampleResult:
+        one = labels[run % len(labels)][None]
+        return sample(target, one, drafter=drafters[best], draft_length=draft_length, seed=seed + run, **settings)
+
+    ratio = wall_clock_ratio(ordinary, speculative, 1, timing_pairs) if timing_pairs else None
+    report = {
+        "machine": machine(),
+        "settings": {
+            "num_steps": num_steps,
+            "draft_length": draft_length,
+            "guidance_scale": guidance_scale,
+            "images": len(labels),
+            "seed": seed,
+        },
+        "runs": {
+            name: {
+                "target_calls": run.stats.target_calls,
+                "target_rows": run.stats.target_rows,
+                "drafter_calls": run.stats.drafter_calls,
+                "acceptance": run.stats.acceptance,
+                "call_reduction": run.stats.call_reduction,
+                "elapsed_s": run.stats.elapsed_s,
+                "wall_clock_ratio": runs["ordinary"].stats.elapsed_s / run.stats.elapsed_s,
+            }
+            for name, run in runs.items()
+        },
+        "batch_1": asdict(ratio) if ratio else None,
+    }
+    out = Path(out)
+    title = f"{num_steps} steps, guidance {guidance_scale:g}"
+    grids = {"ordinary sampler": runs["ordinary"].samples, f"speculative, lossless ({best})": runs[best].samples}
+    sample_grids(out / "samples.png", grids, labels)
+    curves = {name: runs[name].stats.acceptance_by_step for name in drafters}
+    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {draft_length}, {title}")
+    (out / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The report as a table."""
+    settings = report["settings"]
+    table = Table(
+        title=f"{settings['images']} images, {settings['num_steps']} steps, draft length "
+        f"{settings['draft_length']}, guidance {settings['guidance_scale']:g}"
+    )
+    for column in ("sampler", "target calls", "target rows", "acceptance", "call reduction", "wall-clock ratio"):
+        table.add_column(column, justify="left" if column == "sampler" else "right")
+    for name, run in report["runs"].items():
+        acceptance = "-" if name == "ordinary" else f"{run['acceptance']:.3f}"
+        table.add_row(
+            name,
+            str(run["target_calls"]),
+            str(run["target_rows"]),
+            acceptance,
+            f"{run['call_reduction']:.2f}",
+            f"{run['wall_clock_ratio']:.2f}x",
+        )
+    console.print(table)
+    ratio = report["batch_1"]
+    if ratio:
+        console.print(
+            f"one image at a time: {ratio['median']:.2f}x the ordinary sampler's speed "
+            f"(range {ratio['low']:.2f} to {ratio['high']:.2f} over {ratio['pairs']} interleaved pairs; "
+            f"{ratio['ordinary_s']:.2f} s against {ratio['speculative_s']:.2f} s)"
+        )
+    facts = report["machine"]
+    console.print(f"measured on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")

@@ -1,0 +1,132 @@
+"""Training of a learned drafter on its target's own trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from free_dit.trajectories import Trajectories, collect, guided_transition
+from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
+from free_kernels.drafters import DrafterConfig, FeatureDrafter
+from free_kernels.schedule import DDPMSchedule
+from free_kernels.types import Target, null_label
+from free_kernels.validation import check_int, check_writable
+
+
+@dataclass(frozen=True)
+class DrafterTrainConfig:
+    """Everything that defines a trained drafter.
+
+    Attributes:
+        drafter: shape of the drafter.
+        loop: length and speed of training.
+        num_steps: K of the chains it learns from.
+        batch_size: windows per iteration.
+        unroll: drafts in a row that the loss sees, each from the one before.
+        trajectories: images drawn at a time.
+        refresh_every: iterations between fresh trajectories.
+        max_guidance: guidance scales are drawn from [1, max_guidance] for half of the images and 1 for the rest.
+        feature_weight: weight of the mean squared feature error, in units of the feature's change over a step.
+        compile: train through torch.compile.
+    """
+
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    num_steps: int = 250
+    batch_size: int = 128
+    unroll: int = 2
+    trajectories: int = 64
+    refresh_every: int = 250
+    max_guidance: float = 4.0
+    feature_weight: float = 0.0
+    compile: bool = False
+
+
+class DrafterLoss:
+    """Mean of ``log(1 + delta^2)`` over windows of fresh trajectories, delta being the gap that decides acceptance.
+
+    For a learned variance delta^2 adds the squared log-variance error, the cost of sharing slack at lambda = 1/2.
+    """
+
+    def __init__(self, target: Target, drafter: FeatureDrafter, config: DrafterTrainConfig) -> None:
+        self.target, self.drafter, self.config = target, drafter, config
+        self.network = torch.compile(drafter) if config.compile else drafter
+        self.schedule = DDPMSchedule(config.num_steps)
+        self.table = self.schedule.table(self.schedule.resolve_variance(target.learns_variance))
+        self.guided = getattr(target, "guidance_channels", target.latent_shape[0])
+        self._data: Trajectories | None = None
+        self._epoch = -1
+
+    def data(self, epoch: int) -> Trajectories:
+        """Trajectories number ``epoch``; the same ones whenever they are asked for."""
+        if self._data is None or epoch != self._epoch:
+            count = self.config.trajectories
+            with iteration_seed(self.config.loop.seed + 1, epoch):
+                labels = torch.randint(self.target.num_classes, (count,))
+                guidance = torch.rand(count) * (self.config.max_guidance - 1) + 1
+            guidance[: count // 2] = 1.0
+            seed = (self.config.loop.seed << 20) + epoch
+            self._data = collect(self.target, self.schedule, labels, guidance, seed, progress=True)
+            self._epoch = epoch
+        return self._data
+
+    def __call__(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of one batch of windows."""
+        data, rows, unroll = self.data(iteration // self.config.refresh_every), self.config.batch_size, self.config.unroll
+        image = torch.randint(len(data.labels), (rows,))
+        start = torch.randint(1, self.config.num_steps - unroll, (rows,))
+        y = data.labels[image]
+        y = torch.cat([y, torch.full_like(y, null_label(self.target))])
+        feature = data.features[start - 1, :, image].transpose(0, 1).flatten(0, 1)
+        loss, figures = torch.zeros(()), {}
+        for ahead in range(unroll):
+            k = start + ahead
+            t = self.schedule.timesteps[k].repeat(2)
+            previous, state = data.states[k - 1, image], data.states[k, image]
+            feature = self.network(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y)
+            output = self.target.head(feature, t, y)
+            mean, std = guided_transition(state, output, self.table[k], data.guidance[image], self.guided)
+            gap_sq = gap(mean, std, data.mean[k, image], data.std[k, image])
+            loss = loss + gap_sq.log1p().mean() / unroll
+            if self.config.feature_weight:
+                exact = data.features[k, :, image].transpose(0, 1).flatten(0, 1)
+                error = ((feature - exact) / self.drafter.change_std).square().mean()
+                loss = loss + self.config.feature_weight * error / unroll
+            accept = 2 * torch.special.ndtr(-gap_sq.detach().sqrt() / 2)
+            figures[f"accept_{ahead + 1}"] = accept.mean().item()
+        return loss, figures
+
+
+def gap(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """delta^2 ``[R]`` of drafted against reference transitions: whitened means plus log-variance error."""
+    whitened = ((mean_q - mean_p) / std_q).flatten(1).square().sum(1)
+    return whitened + (2 * (std_q.log() - std_p.log())).flatten(1).square().sum(1)
+
+
+def train_drafter(target: Target, config: DrafterTrainConfig, out: Path, target_name: str) -> Path:
+    """Train a drafter for ``target`` into the folder ``out``; exports ``out/drafter.safetensors``.
+
+    Running it again in the same folder goes on from the last checkpoint.
+
+    Raises:
+        ValueError, TypeError: the configuration is wrong, or the folder belongs to another one.
+        OSError: the folder cannot be written.
+        FloatingPointError: the loss or a gradient is not finite; the last good checkpoint stays.
+    """
+    check_int("train_drafter", "unroll", config.unroll, 1, config.num_steps - 2)
+    check_int("train_drafter", "trajectories", config.trajectories, 2)
+    path = check_writable("train_drafter", "out", Path(out) / "drafter.safetensors")
+    with iteration_seed(config.loop.seed, -1):
+        drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
+    loss = DrafterLoss(target, drafter, config)
+    first = loss.data(0)
+    drafter.set_feature_scale(first.features, first.features.diff(dim=0))
+    identity = {k: v for k, v in asdict(config).items() if k != "compile"} | {"target": target_name}
+    loop = TrainingLoop(drafter.train(), loss, config.loop, Path(out), identity)
+    loop.run()
+    drafter.load_state_dict(loop.averaged_weights())
+    drafter.eval().save(path)
+    return path
