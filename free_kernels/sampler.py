@@ -75,6 +75,13 @@ class _Chain:
         """The same rows for each guidance branch."""
         return rows if self.branches == 1 else torch.cat([rows, rows])
 
+    def draw(self, purpose: Purpose, images: Tensor, steps: Tensor) -> Tensor:
+        """Normals ``[S, L, C, H, W]`` for images ``[S]`` at steps ``[S, L]``."""
+        slots, length = steps.shape
+        shape = tuple(self.target.latent_shape)
+        flat = self.noise.normal(images.repeat_interleave(length), steps.flatten(), purpose, shape)
+        return flat.view(slots, length, *shape)
+
     def transition(self, state: Tensor, output: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the next state."""
         return gaussian_transition(
@@ -175,7 +182,8 @@ def ancestral_sample(
             chunk = max(1, NOISE_CHUNK_ELEMENTS // x.numel())
             for step in range(num_steps):
                 if step % chunk == 0:
-                    draws = _step_noise(chain, images, torch.full_like(images, step), min(chunk, num_steps - step))
+                    ahead = torch.arange(step, min(step + chunk, num_steps), device=x.device)
+                    draws = chain.draw(Purpose.STEP, images, ahead.repeat(len(images), 1))
                 t = chain.timesteps[step].expand(len(labels))
                 h = network.features(chain.doubled(x), t, labels)
                 mean, std = chain.transition(x, network.head(h, t, labels), chain.table[step : step + 1])
@@ -193,16 +201,6 @@ def ancestral_sample(
             samples[images] = x
     stats.elapsed_s = time.perf_counter() - started
     return SampleResult(samples, stats)
-
-
-def _step_noise(
-    chain: _Chain, images: Tensor, first: Tensor, length: int, purpose: Purpose = Purpose.STEP
-) -> Tensor:
-    """Noise ``[S, length, C, H, W]`` of ``length`` steps from each image's ``first`` on."""
-    steps = first.unsqueeze(1) + torch.arange(length, device=first.device)
-    keys = images.unsqueeze(1).expand_as(steps).reshape(-1)
-    shape = tuple(chain.target.latent_shape)
-    return chain.noise.normal(keys, steps.reshape(-1), purpose, shape).view(len(images), length, *shape)
 
 
 @torch.inference_mode()
@@ -335,13 +333,12 @@ class _Speculation:
         steps = (self.steps.unsqueeze(1) + torch.arange(longest, device=device)).clamp_(max=num_steps - 1)
         columns = chain.table[steps]
         keys = self.images.clamp(min=0)
-        noise = _step_noise(chain, keys, self.steps, longest)
+        noise = chain.draw(Purpose.STEP, keys, steps)
         slack = slack_noise = None
         if self.slack is not None and longest > 1:
             slack = self.slack.share(longest)
-            slack_noise = _step_noise(chain, keys, self.steps, longest, Purpose.SLACK)
-        flat_keys = keys.unsqueeze(1).expand_as(steps).reshape(-1)
-        uniform = chain.noise.uniform(flat_keys, steps.reshape(-1), Purpose.ACCEPT).view_as(steps)
+            slack_noise = chain.draw(Purpose.SLACK, keys, steps)
+        uniform = chain.noise.uniform(keys.repeat_interleave(longest), steps.flatten(), Purpose.ACCEPT).view_as(steps)
 
         drafts = self._draft(lengths, steps, columns, noise)
         x, t, y, row_offsets = pack_drafts(

@@ -24,10 +24,10 @@ def run(target, schedule, drafter, guidance=1.0, seed=11, **settings):
     )
 
 
-def setting(variance: str, steps: int = 8, clip: bool = False):
+def setting(variance: str, steps: int = 8, variance_bias: float = 0.1):
     learned = variance == "learned_range"
     target = GaussianTarget(learns_variance=learned)
-    drafter = BiasedDrafter(target, variance_bias=0.1 if learned else 0.0)
+    drafter = BiasedDrafter(target, variance_bias=variance_bias if learned else 0.0)
     return target, DDPMSchedule(steps, variance=variance), drafter
 
 
@@ -63,7 +63,7 @@ def test_closed_form_law_holds_for_the_ordinary_sampler(variance):
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_wrong_couplings_are_found(variance, mutation, monkeypatch):
-    target, schedule, drafter = setting(variance)
+    target, schedule, drafter = setting(variance, variance_bias=0.3)
     torch.manual_seed(0)
     monkeypatch.setattr(free_kernels.sampler, "couple", mutation)
     result = run(target, schedule, drafter)
@@ -73,12 +73,12 @@ def test_wrong_couplings_are_found(variance, mutation, monkeypatch):
 def test_noise_that_was_looked_at_must_not_be_reused(monkeypatch):
     """A reflection whose noise the next step uses again, as if keyed by image alone, changes the law."""
     target, schedule, drafter = setting("fixed_large")
-    original = free_kernels.sampler._step_noise
+    original = free_kernels.sampler._Chain.draw
 
-    def one_noise_for_all_steps(chain, images, first, length, *purpose):
-        return original(chain, images, torch.zeros_like(first), 1, *purpose).expand(-1, length, -1, -1, -1)
+    def one_noise_for_all_steps(chain, purpose, images, steps):
+        return original(chain, purpose, images, torch.zeros_like(steps))
 
-    monkeypatch.setattr(free_kernels.sampler, "_step_noise", one_noise_for_all_steps)
+    monkeypatch.setattr(free_kernels.sampler._Chain, "draw", one_noise_for_all_steps)
     result = run(target, schedule, drafter)
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED
 

@@ -1,0 +1,272 @@
+"""``couple`` against closed forms: acceptance, marginals, limits; each statistic with a control that it has to refuse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from analytic import DETECTED, FALSE_ALARM
+
+from free_kernels.ops.coupling import couple, gaussian_transition
+from free_kernels.schedule import TransitionColumn
+
+LATENT = (1, 4, 4)
+ELEMENTS = math.prod(LATENT)
+
+
+def columns_for(std: float, rows: int, length: int) -> torch.Tensor:
+    """Transitions with mean ``e`` (the output itself) and deviation ``std exp(v)``."""
+    columns = torch.zeros(rows, length, len(TransitionColumn))
+    columns[..., TransitionColumn.MEAN_FROM_OUTPUT] = 1.0
+    columns[..., TransitionColumn.LOG_STD] = math.log(std)
+    columns[..., TransitionColumn.LOG_STD_SLOPE] = 1.0
+    return columns
+
+
+def one_row(
+    mean_p: torch.Tensor,
+    mean_q: torch.Tensor,
+    std_p: torch.Tensor,
+    std_q: torch.Tensor,
+    count: int,
+    slack: float | None,
+    seed: int = 0,
+    relaxation: float | None = None,
+):
+    """``count`` independent trials of one drafted row (L = 2: a drafted row and a last row without draft)."""
+    generator = torch.Generator().manual_seed(seed)
+    noise, slack_noise = (torch.randn(count, 2, *LATENT, generator=generator) for _ in range(2))
+    uniform = 1 - torch.rand(count, 2, generator=generator)
+    expand = lambda value: value.view(1, 1, *LATENT).expand(count, 1, *LATENT).contiguous()  # noqa: E731
+    draft = expand(mean_p) + expand(std_p) * noise[:, :1]
+    states = torch.cat([torch.zeros_like(draft), draft], dim=1)
+    output = torch.cat([mean_q.view(1, *LATENT), std_q.log().view(1, *LATENT)], dim=1)
+    output = output.expand(2 * count, 2 * LATENT[0], *LATENT[1:]).contiguous()
+    outcome = couple(
+        states,
+        expand(mean_p),
+        expand(std_p),
+        noise,
+        slack_noise if slack is not None else None,
+        uniform,
+        output,
+        torch.arange(count + 1) * 2,
+        columns_for(1.0, count, 2),
+        slack=None if slack is None else torch.full((count, 2), slack),
+        relaxation=None if relaxation is None else torch.full((count, 2), relaxation),
+    )
+    accepted = outcome.committed == 2
+    # A slot whose draft was accepted goes on to its last row; what the drafted row committed is then the draft.
+    committed = torch.where(accepted.view(-1, 1, 1, 1), draft[:, 0], outcome.next_states)
+    return outcome, accepted, committed.flatten(1)
+
+
+def means(gap: float, std: float = 1.0):
+    direction = torch.linspace(-1, 1, ELEMENTS)
+    direction /= direction.norm()
+    return torch.zeros(ELEMENTS), gap * std * direction, direction
+
+
+def marginal_p_value(committed: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, direction: torch.Tensor) -> float:
+    """Bonferroni over KS along the gap, KS of a fixed orthogonal direction, and chi-square of the whitened norm."""
+    whitened = ((committed - mean) / std).double()
+    other = torch.ones(ELEMENTS, dtype=torch.float64) - (direction.double().sum()) * direction.double()
+    values = [
+        scipy.stats.kstest((whitened @ axis / axis.norm()).numpy(), "norm").pvalue
+        for axis in (direction.double() / std, other)
+    ]
+    total = float(whitened.square().sum())
+    freedom = whitened.numel()
+    values.append(2 * min(scipy.stats.chi2.sf(total, freedom), scipy.stats.chi2.cdf(total, freedom)))
+    return min(1.0, len(values) * min(values))
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.5, 1.0, 2.5])
+def test_acceptance_is_the_largest_possible(gap):
+    count = 40_000
+    mean_p, mean_q, _ = means(gap)
+    ones = torch.ones(ELEMENTS)
+    _, accepted, _ = one_row(mean_p, mean_q, ones, ones, count, None)
+    expected = 2 * scipy.stats.norm.cdf(-gap / 2)
+    assert scipy.stats.binomtest(int(accepted.sum()), count, expected).pvalue > FALSE_ALARM
+    assert scipy.stats.binomtest(int(accepted.sum()), count, expected * 0.95).pvalue < DETECTED
+
+
+@pytest.mark.parametrize("std", [1.0, 0.01])
+@pytest.mark.parametrize("gap", [0.3, 1.5])
+def test_marginal_with_equal_covariance(gap, std):
+    mean_p, mean_q, direction = means(gap, std)
+    deviation = torch.full((ELEMENTS,), std)
+    _, accepted, committed = one_row(mean_p, mean_q, deviation, deviation, 20_000, None)
+    assert marginal_p_value(committed, mean_q, deviation, direction) > FALSE_ALARM
+    assert marginal_p_value(committed, mean_p, deviation, direction) < DETECTED, "the draft's law is not the target's"
+    unconditional = torch.where(accepted[:, None], committed, mean_q + deviation * torch.randn_like(committed))
+    assert marginal_p_value(unconditional, mean_q, deviation, direction) < DETECTED, "a fresh sample is not a reflection"
+
+
+@pytest.mark.parametrize("slack", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+def test_marginal_with_different_covariances(slack, spread):
+    generator = torch.Generator().manual_seed(7)
+    mean_p, mean_q, direction = means(0.7)
+    std_p = torch.exp(0.3 * torch.randn(ELEMENTS, generator=generator))
+    std_q = std_p * torch.exp(spread * torch.randn(ELEMENTS, generator=generator))
+    _, accepted, committed = one_row(mean_p, mean_q, std_p, std_q, 30_000, slack)
+    feasible = bool(((std_q / std_p) ** 2 >= slack).all())
+    assert bool(accepted.any()) == feasible
+    assert marginal_p_value(committed, mean_q, std_q, direction) > FALSE_ALARM
+    if feasible and spread > 0.1:
+        assert marginal_p_value(committed, mean_q, std_p, direction) < DETECTED
+
+
+def test_one_deviation_on_both_sides_is_not_exact():
+    """Negative control of the shared slack: reflecting as if the draft had the target's deviation is found."""
+    mean_p, mean_q, direction = means(0.7)
+    std_p = torch.full((ELEMENTS,), 1.1)
+    std_q = torch.ones(ELEMENTS)
+    generator = torch.Generator().manual_seed(0)
+    draft = mean_p + std_p * torch.randn(30_000, ELEMENTS, generator=generator)
+    z = (draft - mean_p) / std_q
+    delta = (mean_q - mean_p) / std_q
+    along = z @ delta
+    keep = (1 - torch.rand(len(z), generator=generator)).log() <= along - delta.square().sum() / 2
+    mirrored = mean_q + std_q * (z - 2 * along[:, None] * delta / delta.square().sum())
+    committed = torch.where(keep[:, None], draft, mirrored)
+    assert marginal_p_value(committed, mean_q, std_q, direction) < DETECTED
+
+
+def test_shared_slack_acceptance_at_the_documented_point():
+    """DESIGN 3.3: D = 4096, mean gap 0.3, relative variance error 0.003: about .84 of at most .87."""
+    elements, count = 4096, 1500
+    generator = torch.Generator().manual_seed(1)
+    gap = torch.randn(elements, generator=generator)
+    gap *= 0.3 / gap.norm()
+    ratio = 1 + 0.003 * torch.randn(elements, generator=generator)
+    m_sq, v_sq = 0.3**2, float((ratio - 1).square().sum())
+    odds = math.sqrt(1 + 4 * m_sq / v_sq)
+    share = odds / (1 + odds)
+    shape = (1, 64, 64)
+    noise, slack_noise = (torch.randn(count, 2, *shape, generator=generator) for _ in range(2))
+    output = torch.cat([gap.view(1, *shape), ratio.log().view(1, *shape) / 2], 1)
+    states = torch.cat([torch.zeros_like(noise[:, :1]), noise[:, :1]], 1)
+    outcome = couple(
+        states,
+        torch.zeros(count, 1, *shape),
+        torch.ones(count, 1, *shape),
+        noise,
+        slack_noise,
+        1 - torch.rand(count, 2, generator=generator),
+        output.expand(2 * count, 2, *shape[1:]),
+        torch.arange(count + 1) * 2,
+        columns_for(1.0, count, 2),
+        slack=torch.full((count, 2), share),
+    )
+    rate = float((outcome.committed == 2).float().mean())
+    assert 0.81 < rate < 0.87
+
+
+def test_reflection_is_an_involution_and_keeps_the_norm():
+    mean_p, mean_q, _ = means(2.0)
+    ones = torch.ones(ELEMENTS)
+    _, accepted, committed = one_row(mean_p, mean_q, ones, ones, 4000, None)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 2, *LATENT, generator=generator)[:, 0].flatten(1)
+    mirrored = (committed - mean_q)[~accepted]
+    torch.testing.assert_close(mirrored.norm(dim=1), z[~accepted].norm(dim=1), rtol=1e-5, atol=1e-5)
+    axis = (mean_q - mean_p) / (mean_q - mean_p).norm()
+    again = mirrored - 2 * (mirrored @ axis)[:, None] * axis
+    torch.testing.assert_close(again, z[~accepted], rtol=1e-4, atol=1e-5)
+
+
+def test_identical_laws_always_accept():
+    ones = torch.ones(ELEMENTS)
+    for slack in (None, 0.7):
+        outcome, accepted, _ = one_row(ones, ones, ones, ones, 2000, slack)
+        assert bool(accepted.all())
+        assert float(outcome.gap_sq.abs().max()) < 1e-9
+
+
+def test_vanishing_noise_refuses_any_gap_and_commits_the_targets_mean():
+    mean_p, mean_q, _ = means(1.0)
+    tiny = torch.full((ELEMENTS,), 1e-6)
+    _, accepted, committed = one_row(mean_p, mean_q, tiny, tiny, 500, None)
+    assert not bool(accepted.any())
+    torch.testing.assert_close(committed, mean_q.expand_as(committed), rtol=0, atol=1e-4)
+
+
+def test_first_refusal_ends_a_ragged_trajectory():
+    """Slots of lengths 3, 1, 0, 2: rows before the first refusal are accepted, rows behind it are ignored."""
+    lengths = torch.tensor([3, 1, 0, 2])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    slots, length = 4, 3
+    noise = torch.randn(slots, length, *LATENT)
+    mean_q = torch.zeros(int(lengths.sum()), *LATENT)
+    mean_q[1] = 100.0  # the second row of slot 0
+    states = torch.cat([torch.zeros(slots, 1, *LATENT), noise[:, :-1]], 1)
+    outcome = couple(
+        states,
+        torch.zeros(slots, 2, *LATENT),
+        torch.ones(slots, 2, *LATENT),
+        noise,
+        None,
+        torch.ones(slots, length),
+        mean_q,
+        offsets,
+        columns_for(1.0, slots, length),
+    )
+    assert outcome.committed.tolist() == [2, 1, 0, 2]
+    torch.testing.assert_close(outcome.next_states[1], noise[1, 0])
+    torch.testing.assert_close(outcome.next_states[3], noise[3, 1])
+    along = (outcome.next_states[0] - 100).flatten()
+    torch.testing.assert_close(along.norm(), noise[0, 1].norm())
+
+
+def test_half_precision_outputs_are_reduced_in_float32():
+    state = torch.randn(3, *LATENT)
+    output = torch.randn(3, *LATENT)
+    columns = columns_for(0.5, 1, 1)[0]
+    exact, _ = gaussian_transition(state, output.bfloat16().float(), columns)
+    half, std = gaussian_transition(state, output.bfloat16(), columns)
+    assert half.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=0, atol=0)
+
+
+def test_guidance_mixes_the_leading_channels_only():
+    state = torch.zeros(2, 4, 2, 2)
+    conditional, unconditional = torch.randn(2, 8, 2, 2), torch.randn(2, 8, 2, 2)
+    columns = columns_for(1.0, 1, 1)[0]
+    mean, std = gaussian_transition(
+        state, torch.cat([conditional, unconditional]), columns, guidance_scale=3.0, guidance_channels=3
+    )
+    expected = unconditional[:, :3] + 3.0 * (conditional[:, :3] - unconditional[:, :3])
+    torch.testing.assert_close(mean[:, :3], expected)
+    torch.testing.assert_close(mean[:, 3], conditional[:, 3])
+    torch.testing.assert_close(std, conditional[:, 4:].exp())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"draft_mean": torch.zeros(2, 2, *LATENT)}, "draft_mean must be"),
+        ({"uniform": torch.ones(3, 2)}, "uniform must be"),
+        ({"row_offsets": torch.zeros(3, dtype=torch.int32)}, "row_offsets must be int64"),
+        ({"slack": torch.ones(2, 2)}, "slack_noise must be given exactly when slack is"),
+        ({"backend": "cuda"}, "backend must be one of"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {
+        "draft_states": torch.zeros(2, 2, *LATENT),
+        "draft_mean": torch.zeros(2, 1, *LATENT),
+        "draft_std": torch.ones(2, 1, *LATENT),
+        "noise": torch.zeros(2, 2, *LATENT),
+        "slack_noise": None,
+        "uniform": torch.ones(2, 2),
+        "output": torch.zeros(4, *LATENT),
+        "row_offsets": torch.tensor([0, 2, 4]),
+        "columns": columns_for(1.0, 2, 2),
+    } | change
+    with pytest.raises((ValueError, TypeError), match=f"^couple: {message}"):
+        couple(**arguments)
