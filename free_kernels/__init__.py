@@ -8,7 +8,6 @@ from free_kernels.targets import DiTTarget
 from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Target
 from free_kernels.version import __version__
 
-
 __all__ = [
     "DDPMSchedule",
     "DiTTarget",

@@ -55,9 +55,7 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, 
             metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"load_checkpoint: {path} must be a complete safetensors file, got {error}"
-        ) from error
+        raise CheckpointError(f"load_checkpoint: {path} must be a complete safetensors file, got {error}") from error
     if not isinstance(metadata, dict) or metadata.get("kind") != kind:
         found = metadata.get("kind") if isinstance(metadata, dict) else None
         raise CheckpointError(f"load_checkpoint: {path} must be a checkpoint of kind {kind!r}, got {found!r}")

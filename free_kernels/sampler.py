@@ -117,9 +117,7 @@ def _make_chain(
     guided = check_int(where, "guidance_channels", guidance_channels, 1, channels)
     device = device_of(adapted)
     labels = labels.to(device)
-    source = as_noise_source(
-        where, noise, seed, tuple(adapted.latent_shape), len(labels), schedule.num_steps, device
-    )
+    source = as_noise_source(where, noise, seed, tuple(adapted.latent_shape), len(labels), schedule.num_steps, device)
     variance = schedule.resolve_variance(adapted.learns_variance)
     images = torch.arange(len(labels), device=device)
     return _Chain(
@@ -137,7 +135,9 @@ def _make_chain(
 
 
 def _raise_non_finite(where: str, culprit: str, step: int, image: int) -> None:
-    raise FloatingPointError(f"{where}: {culprit} must be finite, got a non-finite value at step {step} of image {image}")
+    raise FloatingPointError(
+        f"{where}: {culprit} must be finite, got a non-finite value at step {step} of image {image}"
+    )
 
 
 @torch.inference_mode()
@@ -314,9 +314,7 @@ class _Speculation:
                 ]
                 committed = self._round(lengths)
                 rounds += 1
-                now = [
-                    (image, step + c) for image, step, c in zip(images, steps, committed, strict=True) if image >= 0
-                ]
+                now = [(image, step + c) for image, step, c in zip(images, steps, committed, strict=True) if image >= 0]
                 done += sum(step == num_steps for _, step in now)
                 self._count(images, steps, lengths, committed)
                 bar.update(sum(committed))
@@ -342,7 +340,14 @@ class _Speculation:
 
         drafts = self._draft(lengths, steps, columns, noise)
         x, t, y, row_offsets = pack_drafts(
-            drafts.states, lengths_tensor, self.steps, self.labels, chain.timesteps, sum(lengths), chain.null
+            drafts.states,
+            lengths_tensor,
+            self.steps,
+            self.labels,
+            chain.timesteps,
+            sum(lengths),
+            chain.null,
+            self.backend,
         )
         features = self.network.features(x, t, y)
         output = self.network.head(features, t, y)
@@ -387,6 +392,7 @@ class _Speculation:
             all_labels=chain.labels,
             queue=self.queue,
             num_steps=num_steps,
+            backend=self.backend,
         )
         if self.slack is not None:
             self.slack.reset(self.steps == 0)
@@ -439,5 +445,5 @@ class _Speculation:
             row = int(outcome.committed[slot]) - 1
             drafted = drafts.states[slot, : row + 2], drafts.mean[slot, : row + 1], drafts.std[slot, : row + 1]
             own = all(bool(part.isfinite().all()) for part in drafted)
-            culprit = "the target's output" if own else "the drafter's output"
+            culprit = "the target's output" if own else "the output drafted by drafter and head"
             _raise_non_finite("sample", culprit, int(self.steps[slot]) + row, int(self.images[slot]))

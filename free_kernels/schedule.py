@@ -95,7 +95,7 @@ class DDPMSchedule:
         if not isinstance(self.clip_denoised, bool):
             fail(where, "clip_denoised", "a bool", self.clip_denoised, TypeError)
         betas = self.train_betas
-        if not (0 < betas.min() and betas.max() < 1):
+        if not (betas.min() > 0 and betas.max() < 1):
             fail(where, "beta_start, beta_end", "such that every scaled beta lies in (0, 1)", f"{betas.max():g}")
 
     @functools.cached_property
@@ -126,9 +126,7 @@ class DDPMSchedule:
         if self.variance == "auto":
             return "learned_range" if learns_variance else "fixed_small"
         if self.variance == "learned_range" and not learns_variance:
-            fail(
-                "DDPMSchedule", "variance", "a fixed variance for a target that learns no variance", self.variance
-            )
+            fail("DDPMSchedule", "variance", "a fixed variance for a target that learns no variance", self.variance)
         return self.variance
 
     @functools.cached_property

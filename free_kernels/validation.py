@@ -18,9 +18,7 @@ def describe(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def fail(
-    where: str, argument: str, expectation: str, value: object, error: type[Exception] = ValueError
-) -> NoReturn:
+def fail(where: str, argument: str, expectation: str, value: object, error: type[Exception] = ValueError) -> NoReturn:
     """Raise ``error`` with the library's message format."""
     shown = value if isinstance(value, str) else describe(value)
     raise error(f"{where}: {argument} must be {expectation}, got {shown}")

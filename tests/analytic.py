@@ -55,9 +55,7 @@ class GaussianTarget:
         eps, v = (part.reshape(-1, *self.latent_shape) for part in h.unbind(-1))
         return torch.cat([eps, v], dim=1) if self.learns_variance else eps
 
-    def final_law(
-        self, schedule: DDPMSchedule, label: int, guidance: float = 1.0
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def final_law(self, schedule: DDPMSchedule, label: int, guidance: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation per element of the ordinary sampler's images, float64."""
         table = schedule.table(schedule.resolve_variance(self.learns_variance)).double()
         mean = torch.zeros(self.feature_shape[0], dtype=torch.float64)
@@ -112,7 +110,7 @@ class PerfectDrafter:
     def __init__(self, target: object) -> None:
         self.target = target
 
-    def __call__(self, feature, previous, state, t, y):  # noqa: ANN001, ANN204
+    def __call__(self, feature, previous, state, t, y):
         return self.target.features(state, t, y)
 
 

@@ -10,7 +10,7 @@ from free_kernels.ops.coupling import couple, gaussian_transition
 def _target_rows(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """Target mean and deviation ``[S, L, ...]`` for rows that all have full length (other rows repeat)."""
     draft_states, output, row_offsets, columns = args[0], args[6], args[7], args[8]
-    slots, length = draft_states.shape[:2]
+    length = draft_states.shape[1]
     settings = {k: kwargs[k] for k in ("guidance_scale", "guidance_channels", "clip")}
     branches = 1 if kwargs["guidance_scale"] == 1.0 else 2
     total = output.shape[0] // branches
@@ -20,18 +20,18 @@ def _target_rows(args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]
     return mean.view_as(draft_states), std.reshape(draft_states.shape)
 
 
-def _refused(args: tuple, outcome) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN001
+def _refused(args: tuple, outcome) -> tuple[torch.Tensor, torch.Tensor]:
     """Slots whose last committed row was a refused draft, and that row."""
     row = (outcome.committed - 1).clamp(min=0)
     return (outcome.committed > 0) & (outcome.committed < args[7].diff()), row
 
 
-def _replace(outcome, refused: torch.Tensor, value: torch.Tensor):  # noqa: ANN001, ANN202
+def _replace(outcome, refused: torch.Tensor, value: torch.Tensor):
     mask = refused.view(-1, *[1] * (value.ndim - 1))
     return outcome._replace(next_states=torch.where(mask, value, outcome.next_states))
 
 
-def wrong_reflection_sign(*args, **kwargs):  # noqa: ANN201
+def wrong_reflection_sign(*args, **kwargs):
     """Commits ``mu_q + s (z + 2 Delta <z, Delta> / delta^2)``. For shared variances."""
     outcome = couple(*args, **kwargs)
     refused, row = _refused(args, outcome)
@@ -46,7 +46,7 @@ def wrong_reflection_sign(*args, **kwargs):  # noqa: ANN201
     return _replace(outcome, refused, (mean_q + std_q * (z + 2 * along * gap)).view_as(outcome.next_states))
 
 
-def fresh_sample_on_rejection(*args, **kwargs):  # noqa: ANN201
+def fresh_sample_on_rejection(*args, **kwargs):
     """Commits an independent draw of the target where a draft is refused."""
     outcome = couple(*args, **kwargs)
     refused, row = _refused(args, outcome)
@@ -55,7 +55,7 @@ def fresh_sample_on_rejection(*args, **kwargs):  # noqa: ANN201
     return _replace(outcome, refused, mean_q + std_q * torch.randn_like(mean_q))
 
 
-def draft_kept_on_some_rejections(*args, **kwargs):  # noqa: ANN201
+def draft_kept_on_some_rejections(*args, **kwargs):
     """Keeps the refused draft in 30 % of refusals."""
     outcome = couple(*args, **kwargs)
     refused, row = _refused(args, outcome)
@@ -64,7 +64,7 @@ def draft_kept_on_some_rejections(*args, **kwargs):  # noqa: ANN201
     return _replace(outcome, refused & (torch.rand(len(row)) < 0.3), draft)
 
 
-def target_variance_on_both_sides(*args, **kwargs):  # noqa: ANN201
+def target_variance_on_both_sides(*args, **kwargs):
     """Reflects with the target's deviation as if the draft had been drawn with it. For learned variances."""
     _, std_q = _target_rows(args, kwargs)
     drafts = args[1].shape[1]
@@ -72,6 +72,6 @@ def target_variance_on_both_sides(*args, **kwargs):  # noqa: ANN201
     return couple(*changed, **{**kwargs, "slack": None})
 
 
-def always_accept(*args, **kwargs):  # noqa: ANN201
+def always_accept(*args, **kwargs):
     """Accepts every draft."""
     return couple(*args[:5], torch.full_like(args[5], 1e-30), *args[6:], **kwargs)

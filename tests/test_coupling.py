@@ -1,4 +1,4 @@
-"""``couple`` against closed forms: acceptance, marginals, limits; each statistic with a control that it has to refuse."""
+"""``couple`` against closed forms: acceptance, marginals, limits; each statistic with a control that must fail."""
 
 from __future__ import annotations
 
@@ -103,7 +103,9 @@ def test_marginal_with_equal_covariance(gap, std):
     assert marginal_p_value(committed, mean_q, deviation, direction) > FALSE_ALARM
     assert marginal_p_value(committed, mean_p, deviation, direction) < DETECTED, "the draft's law is not the target's"
     unconditional = torch.where(accepted[:, None], committed, mean_q + deviation * torch.randn_like(committed))
-    assert marginal_p_value(unconditional, mean_q, deviation, direction) < DETECTED, "a fresh sample is not a reflection"
+    assert marginal_p_value(unconditional, mean_q, deviation, direction) < DETECTED, (
+        "a fresh sample is not a reflection"
+    )
 
 
 @pytest.mark.parametrize("slack", [0.5, 0.8, 0.95])

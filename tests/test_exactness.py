@@ -19,9 +19,7 @@ LABEL = 1
 
 def run(target, schedule, drafter, guidance=1.0, seed=11, **settings):
     labels = torch.full((IMAGES,), LABEL)
-    return sample(
-        target, labels, schedule=schedule, drafter=drafter, guidance_scale=guidance, seed=seed, **settings
-    )
+    return sample(target, labels, schedule=schedule, drafter=drafter, guidance_scale=guidance, seed=seed, **settings)
 
 
 def setting(variance: str, steps: int = 8, variance_bias: float = 0.1):

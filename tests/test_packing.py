@@ -286,10 +286,10 @@ def test_commit_refuses_wrong_arguments(backend: str) -> None:
 
 def test_backend_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
     a = make_pack(0, 3, 2, (1, 2, 2), 0)
-    with pytest.raises(ValueError, match="^pack_drafts: backend must be one of 'auto', 'reference', 'extension'"):
+    with pytest.raises(ValueError, match=r"^pack_drafts: backend must be one of 'auto', 'reference', 'extension'"):
         pack_drafts(**a, backend="triton")
     monkeypatch.setattr(extension, "_kernels", {("pack_drafts", "cpu"): "it was not built"})
-    with pytest.raises(RuntimeError, match="^pack_drafts: backend 'extension' cannot be used: it was not built"):
+    with pytest.raises(RuntimeError, match=r"^pack_drafts: backend 'extension' cannot be used: it was not built"):
         pack_drafts(**a, backend="extension")
     assert torch.equal(pack_drafts(**a)[0], pack_drafts(**a, backend="reference")[0])
 

@@ -35,9 +35,7 @@ def acceptance_by_lookahead(
             t = schedule.timesteps[k].expand(len(y))
             previous, state = data.states[k - 1], data.states[k]
             feature = draft(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y)
-            mean, std = guided_transition(
-                state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided
-            )
+            mean, std = guided_transition(state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided)
             mean_sq = ((data.mean[k] - mean) / std).flatten(1).square().sum(1)
             variance_sq = ((data.std[k] / std).square() - 1).flatten(1).square().sum(1)
             delta = best_share_gap_sq(mean_sq, variance_sq).sqrt()

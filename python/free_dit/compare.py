@@ -55,9 +55,7 @@ def wall_clock_ratio(
             times[pair, which] = runs[which](pair + 1).stats.elapsed_s
     ratios = times[:, 0] / times[:, 1]
     medians = np.median(times, axis=0)
-    return Ratio(
-        batch, float(np.median(ratios)), float(ratios.min()), float(ratios.max()), *map(float, medians), pairs
-    )
+    return Ratio(batch, float(np.median(ratios)), float(ratios.min()), float(ratios.max()), *map(float, medians), pairs)
 
 
 def machine() -> dict[str, Any]:

@@ -17,9 +17,7 @@ def sample_grids(path: Path, grids: dict[str, Tensor], labels: Tensor) -> None:
     count = len(labels)
     side = int(np.ceil(np.sqrt(count)))
     figure = plt.figure(figsize=(0.62 * side * len(grids), 0.72 * side + 0.5), layout="constrained")
-    for part, (title, images) in zip(
-        np.atleast_1d(figure.subfigures(1, len(grids))), grids.items(), strict=True
-    ):
+    for part, (title, images) in zip(np.atleast_1d(figure.subfigures(1, len(grids))), grids.items(), strict=True):
         part.suptitle(title)
         tiles = part.subplots(side, side, squeeze=False).flatten()
         for tile in tiles:

@@ -44,9 +44,7 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.input_size % self.patch_size:
-            raise ValueError(
-                f"DiTConfig: patch_size must divide input_size {self.input_size}, got {self.patch_size}"
-            )
+            raise ValueError(f"DiTConfig: patch_size must divide input_size {self.input_size}, got {self.patch_size}")
         if self.num_heads < 1 or self.hidden_size % self.num_heads or self.hidden_size % 4:
             raise ValueError(
                 f"DiTConfig: hidden_size must be a multiple of 4 and of num_heads {self.num_heads}, "

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from free_kernels.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from free_dit.data import DATASETS
 from free_dit.diffusion import DiffusionLoss
 from free_dit.model import DiT, DiTConfig
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
+from free_kernels.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.validation import check_choice, check_int, check_writable
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from free_dit.trajectories import Trajectories, collect, guided_transition
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
+from free_dit.trajectories import Trajectories, collect, guided_transition
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.types import Target, null_label
@@ -75,7 +75,11 @@ class DrafterLoss:
 
     def __call__(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one batch of windows."""
-        data, rows, unroll = self.data(iteration // self.config.refresh_every), self.config.batch_size, self.config.unroll
+        data, rows, unroll = (
+            self.data(iteration // self.config.refresh_every),
+            self.config.batch_size,
+            self.config.unroll,
+        )
         image = torch.randint(len(data.labels), (rows,))
         start = torch.randint(1, self.config.num_steps - unroll, (rows,))
         y = data.labels[image]

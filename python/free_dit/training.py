@@ -103,7 +103,11 @@ class TrainingLoop:
         return {name: tensor.detach().clone() for name, tensor in self.ema.module.state_dict().items()}
 
     def run(self) -> None:
-        """Train to the end. An interrupt writes a checkpoint first; a non-finite loss stops the run and keeps the last good one."""
+        """Train to the end.
+
+        An interrupt writes a checkpoint first. A non-finite loss or gradient stops the run before it reaches the
+        weights, and what was learned until then is kept.
+        """
         log_path = self.out / "log.csv"
         self._trim_log(log_path)
         started, interrupted_at = time.monotonic(), self.step
@@ -125,7 +129,7 @@ class TrainingLoop:
                     bar.update()
         finally:
             bar.close()
-            if self.step > interrupted_at and all(p.isfinite().all() for p in self.parameters):
+            if self.step > interrupted_at:
                 self._save()
         rate = (self.step - interrupted_at) / max(time.monotonic() - started, 1e-9)
         tqdm.write(f"{self.out}: {self.step} iterations, {rate:.1f} it/s")
