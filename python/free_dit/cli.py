@@ -1,4 +1,4 @@
-"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, info}``."""
+"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, info, card}``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from free_dit.bundled import MODELS, bundled_names, load_bundled
+from free_dit.card import write_card
 from free_dit.compare import compare as run_compare
 from free_dit.compare import print_report
 from free_dit.configuration import load_config
@@ -209,6 +210,16 @@ def info(model: Positional[str] = "digits") -> None:
         "extension": build_config() if has_extension() else why_no_extension(),
     }
     console.print_json(json.dumps(facts, default=str))
+
+
+@app.command
+def card(model: Positional[str] = "digits") -> None:
+    """Measure a bundled pair again and renew the tables of its model card (some minutes; needs a source checkout).
+
+    Args:
+        model: a bundled model's name.
+    """
+    console.print(f"wrote {write_card(model)}")
 
 
 def main() -> None:

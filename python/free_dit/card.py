@@ -1,0 +1,142 @@
+"""Figures of a model card: acceptance by look-ahead and by fifth of the chain, call reduction, quality of the images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from free_dit.acceptance import acceptance_by_lookahead, by_fifth
+from free_dit.bundled import MODELS, load_bundled
+from free_dit.compare import machine
+from free_dit.data import load_digits
+from free_dit.trajectories import collect
+from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
+from free_kernels.types import Drafter, Target
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int = 250) -> dict[str, Any]:
+    """Everything that a card reports; a few minutes on two cores."""
+    schedule = DDPMSchedule(num_steps)
+    labels = torch.arange(images) % target.num_classes
+    drafters: dict[str, Drafter] = {"frozen": FrozenDrafter(), "learned": drafter}
+    figures: dict[str, Any] = {"images": images, "num_steps": num_steps, "machine": machine()}
+    figures["acceptance"] = {}
+    for scale in (1.0, 2.0):
+        data = collect(target, schedule, labels, torch.full((images,), scale), seed=1_000_003, progress=True)
+        for name, one in drafters.items():
+            table = acceptance_by_lookahead(target, one, schedule, data)
+            figures["acceptance"][f"{name}, guidance {scale:g}"] = {
+                "by_lookahead": table.nanmean(1).tolist(),
+                "by_fifth": by_fifth(table).tolist(),
+            }
+    figures["call_reduction"] = []
+    runs = [(name, scale, length) for scale in (1.0, 2.0) for name in drafters for length in (4, 6, 8, 12)]
+    for name, scale, length in tqdm(runs, desc="call reduction", unit="run"):
+        stats = sample(
+            target,
+            labels,
+            schedule=schedule,
+            drafter=drafters[name],
+            guidance_scale=scale,
+            draft_length=length,
+            seed=7,
+        ).stats
+        figures["call_reduction"].append(
+            {
+                "drafter": name,
+                "guidance": scale,
+                "draft_length": length,
+                "call_reduction": stats.call_reduction,
+                "acceptance": stats.acceptance,
+            }
+        )
+    return figures
+
+
+def quality(target: Target, images: int = 500) -> dict[str, Any]:
+    """How a k-nearest-neighbour classifier trained on the real digits reads ordinary samples, and how far they are."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, test = load_digits("train"), load_digits("test")
+    reader = KNeighborsClassifier(3).fit(train.images.flatten(1), train.labels)
+    labels = torch.arange(images) % target.num_classes
+
+    def describe(pictures: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+        nearest = torch.cdist(pictures.flatten(1), train.images.flatten(1)).min(1).values
+        return {
+            "accuracy": float(reader.score(pictures.flatten(1), truth)),
+            "nearest_training_image": float(nearest.mean()),
+        }
+
+    rows = {"held-out real digits": describe(test.images, test.labels)}
+    for scale in (1.0, 2.0):
+        result = ancestral_sample(target, labels, guidance_scale=scale, seed=3, max_slots=128, progress=True)
+        rows[f"samples, guidance {scale:g}"] = describe(result.samples, labels)
+    return {"images": images, "rows": rows}
+
+
+def render(figures: dict[str, Any]) -> str:
+    """The card's tables as Markdown."""
+    lines = [
+        f"Measured with `python -m free_dit card` on {figures['machine']['cpu']} "
+        f"({figures['machine']['threads']} threads, torch {figures['machine']['torch']}); {figures['images']} images, "
+        f"{figures['num_steps']} steps, learned variance, lossless.",
+        "",
+        "Acceptance probability of a draft so many steps past the last exact feature:",
+        "",
+        "| drafter | 1 | 2 | 3 | 4 | 5 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, entry in figures["acceptance"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in entry["by_lookahead"]) + " |")
+    lines += ["", "The same by fifth of the chain (first is noisiest), one and five steps ahead:", ""]
+    lines += ["| drafter | ahead | first | second | third | fourth | last |", "|---|---|---|---|---|---|---|"]
+    for name, entry in figures["acceptance"].items():
+        for ahead in (1, 5):
+            cells = " | ".join(f"{value:.3f}" for value in entry["by_fifth"][ahead - 1])
+            lines.append(f"| {name} | {ahead} | {cells} |")
+    lines += ["", "Call reduction of `sample` (steps committed per round) by draft length:", ""]
+    lines += ["| drafter | guidance | 4 | 6 | 8 | 12 |", "|---|---|---|---|---|---|"]
+    grouped: dict[tuple[str, float], list[float]] = {}
+    for run in figures["call_reduction"]:
+        grouped.setdefault((run["drafter"], run["guidance"]), []).append(run["call_reduction"])
+    for (drafter, scale), values in grouped.items():
+        lines.append(f"| {drafter} | {scale:g} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    lines += [
+        "",
+        f"Quality of {figures['quality']['images']} ordinary samples, 250 steps, read by a 3-nearest-neighbour "
+        "classifier trained on the training split; distances are Euclidean over the 64 pixels:",
+        "",
+        "| images | class accuracy | distance to the nearest training image |",
+        "|---|---|---|",
+    ]
+    for name, row in figures["quality"]["rows"].items():
+        lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nearest_training_image']:.2f} |")
+    lines += ["", "| file | bytes | SHA-256 |", "|---|---|---|"]
+    lines += [f"| `{name}` | {size} | `{digest}` |" for name, (size, digest) in figures["files"].items()]
+    return "\n".join(lines)
+
+
+def write_card(name: str) -> Path:
+    """Measure a bundled pair and renew ``evaluation.json`` and the tables of its ``MODEL_CARD.md``."""
+    folder = MODELS / name
+    target, drafter = load_bundled(name)
+    figures = measure(target, drafter)
+    figures["quality"] = quality(target)
+    files = [folder / "model.safetensors", folder / "drafter.safetensors"]
+    figures["files"] = {
+        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
+    }
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    card = folder / "MODEL_CARD.md"
+    before, _, rest = card.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    card.write_text(f"{before}{BEGIN}\n{render(figures)}\n{END}{after}")
+    return card
