@@ -33,7 +33,8 @@ class ConditioningTable:
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Rows ``[R, ...]`` for timesteps and labels ``[R]`` that the table holds."""
-        return self._rows.index_select(0, self._timestep_row[t].add_(self._label_row[y]))
+        row = self._timestep_row.index_select(0, t).add_(self._label_row.index_select(0, y))
+        return self._rows.index_select(0, row)
 
 
 def table_fits(timesteps: Tensor, labels: Tensor, bytes_per_row: int) -> bool:

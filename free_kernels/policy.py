@@ -16,8 +16,8 @@ class SlackPolicy:
     """Chooses lambda, the share of the draft's variance that is reflected, slot by slot.
 
     With mean gap m and relative variance error r over D elements, the expected squared gap is about ``m^2 / lambda +
-    D r^2 / (4 lambda (1 - lambda))``; its minimiser is ``lambda = s / (1 + s)`` with ``s^2 = 1 + 4 m^2 / (D r^2)``. Both are
-    running means over the slot's own tested rows, so an image does not depend on its batch.
+    D r^2 / (4 lambda (1 - lambda))``; its minimiser is ``lambda = s / (1 + s)`` with ``s^2 = 1 + 4 m^2 / (D r^2)``. Both
+    are running means over the slot's own tested rows, so an image does not depend on its batch.
 
     Args:
         slots: S.
@@ -29,33 +29,28 @@ class SlackPolicy:
 
     def __init__(self, slots: int, device: torch.device, decay: float = 0.7) -> None:
         self._decay = decay
-        self._mean_gap_sq = torch.zeros(slots, device=device)
-        self._variance_gap_sq = torch.zeros(slots, device=device)
-        self._shrink = torch.zeros(slots, device=device)
+        # Rows: squared mean gap, squared variance error, largest shrinkage of the variance.
+        self._running = torch.zeros(3, slots, device=device)
 
     def share(self, length: int) -> Tensor:
         """Lambda ``[S, length]`` of the next round's rows."""
-        odds = (1 + 4 * self._mean_gap_sq / self._variance_gap_sq.clamp(min=1e-12)).sqrt_()
+        mean_gap_sq, variance_gap_sq, shrinkage = self._running.unbind(0)
+        odds = (mean_gap_sq / variance_gap_sq.clamp(min=1e-12)).mul_(4).add_(1).sqrt_()
         # An element whose variance shrinks below lambda times the draft's refuses the whole row: keep twice the margin.
-        ceiling = (1 - 2 * self._shrink).clamp_(self.LOWEST, self.HIGHEST)
-        return torch.minimum(odds / (1 + odds), ceiling).clamp_(min=self.LOWEST).unsqueeze(1).expand(-1, length)
+        ceiling = (1 - 2 * shrinkage).clamp_(self.LOWEST, self.HIGHEST)
+        share = torch.minimum(odds / (1 + odds), ceiling).clamp_(min=self.LOWEST)
+        return share.unsqueeze(1).expand(-1, length)
 
     def update(self, coupling: Coupling, lengths: Tensor) -> None:
         """Learn from the tested rows of a round."""
-        rows = coupling.mean_gap_sq.shape[1]
+        figures = coupling.variance_figures
         tested = torch.minimum(coupling.committed, lengths - 1)
-        mask = torch.arange(rows, device=tested.device) < tested[:, None]
+        mask = torch.arange(figures.shape[2], device=tested.device) < tested.unsqueeze(1)
         count = mask.sum(1)
-        weight = (1 - self._decay) * (count > 0)
-        for running, figure in (
-            (self._mean_gap_sq, coupling.mean_gap_sq),
-            (self._variance_gap_sq, coupling.variance_gap_sq),
-            (self._shrink, 1 - coupling.min_variance_ratio),
-        ):
-            mean = torch.where(mask, figure, 0.0).sum(1) / count.clamp(min=1)
-            running.lerp_(mean, weight)
+        # Rows that were not tested may hold anything, NaN included.
+        mean = figures.masked_fill_(~mask, 0.0).sum(2) / count.clamp(min=1)
+        self._running.lerp_(mean, (1 - self._decay) * (count > 0))
 
     def reset(self, slots: Tensor) -> None:
         """Forget the past of slots (a bool mask ``[S]``) that took in a new image."""
-        for running in (self._mean_gap_sq, self._variance_gap_sq, self._shrink):
-            running.masked_fill_(slots, 0.0)
+        self._running.masked_fill_(slots, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -76,11 +77,9 @@ class _Chain:
         return rows if self.branches == 1 else torch.cat([rows, rows])
 
     def draw(self, purpose: Purpose, images: Tensor, steps: Tensor) -> Tensor:
-        """Normals ``[S, L, C, H, W]`` for images ``[S]`` at steps ``[S, L]``."""
-        slots, length = steps.shape
+        """Normals ``[S, L, C, H, W]`` for images ``[S, L]`` at steps ``[S, L]``, both contiguous."""
         shape = tuple(self.target.latent_shape)
-        flat = self.noise.normal(images.repeat_interleave(length), steps.flatten(), purpose, shape)
-        return flat.view(slots, length, *shape)
+        return self.noise.normal(images.view(-1), steps.view(-1), purpose, shape).view(*steps.shape, *shape)
 
     def transition(self, state: Tensor, output: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the next state."""
@@ -183,7 +182,8 @@ def ancestral_sample(
             for step in range(num_steps):
                 if step % chunk == 0:
                     ahead = torch.arange(step, min(step + chunk, num_steps), device=x.device)
-                    draws = chain.draw(Purpose.STEP, images, ahead.repeat(len(images), 1))
+                    keys = images.unsqueeze(1).repeat(1, len(ahead))
+                    draws = chain.draw(Purpose.STEP, keys, ahead.repeat(len(images), 1))
                 t = chain.timesteps[step].expand(len(labels))
                 h = network.features(chain.doubled(x), t, labels)
                 mean, std = chain.transition(x, network.head(h, t, labels), chain.table[step : step + 1])
@@ -265,15 +265,12 @@ def sample(
     return SampleResult(speculation.samples, speculation.stats)
 
 
-class _Drafts:
+class _Drafts(NamedTuple):
     """What the drafting pass of a round leaves: ``states [S, L, ...]``, ``mean`` and ``std [S, L - 1, ...]``."""
 
-    def __init__(self, states: Tensor, slots: int, length: int) -> None:
-        latent = states.shape[1:]
-        self.states = states.new_zeros(slots, length, *latent)
-        self.mean = states.new_zeros(slots, length - 1, *latent)
-        self.std = states.new_zeros(slots, length - 1, *latent)
-        self.states[:, 0] = states
+    states: Tensor
+    mean: Tensor
+    std: Tensor
 
 
 class _Speculation:
@@ -330,13 +327,13 @@ class _Speculation:
         lengths_tensor = torch.tensor(lengths, device=device)
         steps = (self.steps.unsqueeze(1) + torch.arange(longest, device=device)).clamp_(max=num_steps - 1)
         columns = chain.table[steps]
-        keys = self.images.clamp(min=0)
+        keys = self.images.clamp(min=0).unsqueeze(1).repeat(1, longest)
         noise = chain.draw(Purpose.STEP, keys, steps)
         slack = slack_noise = None
         if self.slack is not None and longest > 1:
             slack = self.slack.share(longest)
             slack_noise = chain.draw(Purpose.SLACK, keys, steps)
-        uniform = chain.noise.uniform(keys.repeat_interleave(longest), steps.flatten(), Purpose.ACCEPT).view_as(steps)
+        uniform = chain.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT).view_as(steps)
 
         drafts = self._draft(lengths, steps, columns, noise)
         x, t, y, row_offsets = pack_drafts(
@@ -400,34 +397,32 @@ class _Speculation:
 
     def _draft(self, lengths: list[int], steps: Tensor, columns: Tensor, noise: Tensor) -> _Drafts:
         """The drafting pass: the drafter's features through the target's frozen head, one step after the other."""
-        chain, longest = self.chain, max(lengths)
-        drafts = _Drafts(self.state, len(lengths), longest)
+        chain, slots, longest = self.chain, len(lengths), max(lengths)
+        states, means, stds = [self.state], [], []
         if longest == 1:
-            return drafts
-        everyone = torch.arange(len(lengths), device=self.state.device)
-        active, feature, previous, state = everyone, self.parent, self.previous, self.state
+            none = self.state.new_zeros(slots, 0, *self.state.shape[1:])
+            return _Drafts(self.state.unsqueeze(1), none, none)
+        timesteps, labels = chain.timesteps[steps], self.labels
+        active: Tensor | None = None
+        feature, previous, state = self.parent, self.previous, self.state
         for j in range(longest - 1):
             drafting = [slot for slot, length in enumerate(lengths) if length > j + 1]
-            if len(drafting) < len(active):
-                now = torch.tensor(drafting, device=active.device)
-                within = torch.searchsorted(active, now)
-                feature, previous, state = feature[:, within], previous[within], state[within]
+            if len(drafting) < (slots if active is None else len(active)):
+                now = torch.tensor(drafting, device=steps.device)
+                within = now if active is None else torch.searchsorted(active, now)
+                feature, previous, state, labels = feature[:, within], previous[within], state[within], labels[within]
                 active = now
-            full = len(active) == len(lengths)
-            step_columns = columns[:, j] if full else columns[active, j]
-            step_noise = noise[:, j] if full else noise[active, j]
-            t = chain.doubled(chain.timesteps[steps[:, j] if full else steps[active, j]])
-            y = chain.branched(self.labels if full else self.labels[active])
+            pick = (lambda rows: rows) if active is None else (lambda rows, chosen=active: rows[chosen])
+            t, y = chain.doubled(pick(timesteps[:, j])), chain.branched(labels)
             drafted = self.drafter(feature.flatten(0, 1), chain.doubled(previous), chain.doubled(state), t, y)
             self.stats.drafter_calls += not self.drafter_is_free
-            mean, std = chain.transition(state, self.network.head(drafted, t, y), step_columns)
-            previous, state = state, torch.addcmul(mean, std, step_noise)
-            feature = drafted.unflatten(0, (chain.branches, len(active)))
-            if full:
-                drafts.mean[:, j], drafts.std[:, j], drafts.states[:, j + 1] = mean, std, state
-            else:
-                drafts.mean[active, j], drafts.std[active, j], drafts.states[active, j + 1] = mean, std, state
-        return drafts
+            mean, std = chain.transition(state, self.network.head(drafted, t, y), pick(columns[:, j]))
+            previous, state = state, torch.addcmul(mean, std, pick(noise[:, j]))
+            feature = drafted.unflatten(0, (chain.branches, -1))
+            for column, rows in ((states, state), (means, mean), (stds, std)):
+                full = rows if active is None else rows.new_zeros(slots, *rows.shape[1:]).index_copy_(0, active, rows)
+                column.append(full)
+        return _Drafts(*(torch.stack(column, dim=1) for column in (states, means, stds)))
 
     def _count(self, images: list[int], steps: list[int], lengths: list[int], committed: list[int]) -> None:
         for image, step, length, count in zip(images, steps, lengths, committed, strict=True):

@@ -69,7 +69,8 @@ def target_variance_on_both_sides(*args, **kwargs):
     _, std_q = _target_rows(args, kwargs)
     drafts = args[1].shape[1]
     changed = (*args[:2], std_q[:, :drafts], args[3], None, *args[5:])
-    return couple(*changed, **{**kwargs, "slack": None})
+    outcome = couple(*changed, **{**kwargs, "slack": None})
+    return outcome._replace(variance_figures=torch.zeros(3, *outcome.gap_sq.shape))
 
 
 def always_accept(*args, **kwargs):

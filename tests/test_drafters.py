@@ -99,8 +99,8 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_unwritable_paths_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        (tmp_path / "file").write_text("")
         random_drafter().save(tmp_path / "file" / "drafter.safetensors")
 
 

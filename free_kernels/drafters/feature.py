@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,26 +36,63 @@ class DrafterConfig:
 
 
 class _Block(nn.Module):
-    """Transformer block whose six modulation vectors are given: [shift, scale, gate] of attention and of the MLP."""
+    """Weights of one transformer block; :func:`_apply_block` is its arithmetic."""
 
-    def __init__(self, width: int, head_dim: int, mlp_ratio: float) -> None:
+    def __init__(self, width: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.heads = width // head_dim
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.fc1 = nn.Linear(width, int(width * mlp_ratio))
         self.fc2 = nn.Linear(int(width * mlp_ratio), width)
 
-    def forward(self, x: Tensor, modulations: tuple[Tensor, ...]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulations
-        rows, tokens, width = x.shape
-        qkv = self.qkv(torch.addcmul(shift1, self.norm(x), scale1))
-        q, k, v = qkv.view(rows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
-        x = torch.addcmul(x, gate1, self.proj(mixed))
-        hidden = F.gelu(self.fc1(torch.addcmul(shift2, self.norm(x), scale2)))
-        return torch.addcmul(x, gate2, self.fc2(hidden))
+    def weights(self) -> tuple[Tensor, ...]:
+        """Weight and bias of each layer in order."""
+        return tuple(part for layer in (self.qkv, self.proj, self.fc1, self.fc2) for part in (layer.weight, layer.bias))
+
+
+def _normalize(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], None, None, 1e-6)
+
+
+def _apply_block(x: Tensor, weights: tuple[Tensor, ...], modulations: tuple[Tensor, ...], heads: int) -> Tensor:
+    """Attention and MLP on ``[R, T, D]``; modulations are (shift, scale, gate) of each."""
+    qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulations
+    rows, tokens, width = x.shape
+    joint = F.linear(torch.addcmul(shift1, _normalize(x), scale1), qkv, qkv_bias)
+    q, k, v = joint.view(rows, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
+    x = torch.addcmul(x, gate1, F.linear(mixed, proj, proj_bias))
+    hidden = F.gelu(F.linear(torch.addcmul(shift2, _normalize(x), scale2), fc1, fc1_bias))
+    return torch.addcmul(x, gate2, F.linear(hidden, fc2, fc2_bias))
+
+
+class _Folded(NamedTuple):
+    """A drafter's weights with scales folded in, as plain tensors: no module call is left on the drafting path.
+
+    Attributes:
+        enter: ``[width, D + 2 C p p]``, from feature and patches.
+        enter_bias: ``[1, T, width]``, positions included.
+        blocks: weights of each block.
+        leave: ``[D, width]``, to the change of the feature.
+        leave_bias: ``[D]``.
+        heads: attention heads.
+    """
+
+    enter: Tensor
+    enter_bias: Tensor
+    blocks: tuple[tuple[Tensor, ...], ...]
+    leave: Tensor
+    leave_bias: Tensor
+    heads: int
+
+    def __call__(self, feature: Tensor, patches: Tensor, modulations: tuple[Tensor, ...]) -> Tensor:
+        """Feature ``[R, T, D]`` from the parent feature, patches ``[R, T, 2 C p p]`` and modulations."""
+        x = F.linear(torch.cat([feature, patches], dim=-1), self.enter).add_(self.enter_bias)
+        for index, weights in enumerate(self.blocks):
+            x = _apply_block(x, weights, modulations[6 * index : 6 * index + 6], self.heads)
+        shift, scale = modulations[-2:]
+        return feature + F.linear(torch.addcmul(shift, _normalize(x), scale), self.leave, self.leave_bias)
 
 
 class FeatureDrafter(nn.Module):
@@ -101,8 +139,7 @@ class FeatureDrafter(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, tokens, inner) * 0.02)
         self.timestep_mlp = nn.Sequential(nn.Linear(128, inner), nn.SiLU(), nn.Linear(inner, inner))
         self.label_table = nn.Embedding(num_classes + 1, inner)
-        self.blocks = nn.ModuleList([_Block(inner, config.head_dim, config.mlp_ratio) for _ in range(config.depth)])
-        self.norm = nn.LayerNorm(inner, elementwise_affine=False, eps=1e-6)
+        self.blocks = nn.ModuleList([_Block(inner, config.mlp_ratio) for _ in range(config.depth)])
         self.modulation = nn.Linear(inner, (6 * config.depth + 2) * inner)
         self.to_feature = nn.Linear(inner, features)
         nn.init.normal_(self.label_table.weight, std=0.02)
@@ -111,7 +148,7 @@ class FeatureDrafter(nn.Module):
         nn.init.zeros_(self.to_feature.weight)
         nn.init.zeros_(self.to_feature.bias)
         self._table: ConditioningTable | None = None
-        self._fused: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._kept: _Folded | None = None
 
     def set_feature_scale(self, features: Tensor, changes: Tensor) -> None:
         """Take the scale of features ``[..., D]`` and of their change over one step from samples of both."""
@@ -121,23 +158,10 @@ class FeatureDrafter(nn.Module):
 
     def forward(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Feature ``[R, T, D]`` at ``state``; arguments as in :class:`free_kernels.types.Drafter`."""
-        dtype = self.from_feature.weight.dtype
-        feature = feature.to(dtype)
-        patches = self._patches(previous, state).to(dtype)
-        if self._fused is not None:
-            weight, bias, to_weight, to_bias = self._fused
-            x = F.linear(torch.cat([feature, patches], dim=-1), weight) + bias
-        else:
-            x = self.from_feature((feature - self.feature_mean) / self.feature_std)
-            x = x + self.from_patches(patches) + self.positions
+        dtype = self.positions.dtype
         table = self._table or self._modulations
-        *modulations, shift, scale = table(t, y).unbind(1)
-        for index, block in enumerate(self.blocks):
-            x = block(x, tuple(modulations[6 * index : 6 * index + 6]))
-        x = torch.addcmul(shift, self.norm(x), scale)
-        if self._fused is not None:
-            return feature + F.linear(x, to_weight, to_bias)
-        return feature + self.to_feature(x) * self.change_std
+        folded = self._kept or self._fold()
+        return folded(feature.to(dtype), self._patches(previous, state).to(dtype), table(t, y).unbind(1))
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> FeatureDrafter:
         """A copy with modulations tabled and scales folded into the weights; itself if there are too many pairs."""
@@ -146,13 +170,7 @@ class FeatureDrafter(nn.Module):
             return self
         clone = copy.copy(self)
         clone._table = ConditioningTable(self._modulations, timesteps, labels)
-        scaled = self.from_feature.weight / self.feature_std
-        clone._fused = (
-            torch.cat([scaled, self.from_patches.weight], dim=1),
-            self.positions + self.from_feature.bias - scaled @ self.feature_mean,
-            self.to_feature.weight * self.change_std[:, None],
-            self.to_feature.bias * self.change_std,
-        )
+        clone._kept = self._fold()
         return clone
 
     def check_target(self, target: Target, where: str = "FeatureDrafter") -> None:
@@ -198,6 +216,18 @@ class FeatureDrafter(nn.Module):
             drafter.check_target(target, "FeatureDrafter.load")
         return drafter.eval().requires_grad_(False)
 
+    def _fold(self) -> _Folded:
+        """Weights with the feature scales folded in; differentiable, so training takes the same path."""
+        scaled = self.from_feature.weight / self.feature_std
+        return _Folded(
+            torch.cat([scaled, self.from_patches.weight], dim=1),
+            self.positions + self.from_feature.bias - scaled @ self.feature_mean,
+            tuple(block.weights() for block in self.blocks),
+            self.to_feature.weight * self.change_std[:, None],
+            self.to_feature.bias * self.change_std,
+            self.positions.shape[-1] // self.config.head_dim,
+        )
+
     def _patches(self, previous: Tensor, state: Tensor) -> Tensor:
         """Patches of the state and of its change scaled to unit size, ``[R, T, 2 C p p]``."""
         change = state - previous
@@ -209,7 +239,7 @@ class FeatureDrafter(nn.Module):
         return tiles.reshape(rows, self.feature_shape[0], channels * p * p)
 
     def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """``[R, 6 depth + 2, 1, width]``: shift, 1 + scale, 1 + gate of each half block, shift and 1 + scale at last."""
+        """``[R, 6 depth + 2, 1, width]``: (shift, 1 + scale, 1 + gate) of each half block, then (shift, 1 + scale)."""
         exponents = torch.arange(64, dtype=torch.float32, device=t.device) / 64
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -20,18 +20,15 @@ class Coupling(NamedTuple):
     Attributes:
         next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
         committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
-        gap_sq: ``[S, L]``, delta^2 of each row's test (whitened, given the shared slack).
-        mean_gap_sq: ``[S, L]``, squared whitened gap of the means alone; zero where the variance is fixed.
-        variance_gap_sq: ``[S, L]``, sum of squared relative variance errors; zero where the variance is fixed.
-        min_variance_ratio: ``[S, L]``, smallest target variance over draft variance; one where fixed.
+        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack).
+        variance_figures: ``[3, S, L - 1]`` where the variance is learned: squared whitened gap of the means, sum of
+            squared relative variance errors, largest relative shrinkage of the variance; else None.
     """
 
     next_states: Tensor
     committed: Tensor
     gap_sq: Tensor
-    mean_gap_sq: Tensor
-    variance_gap_sq: Tensor
-    min_variance_ratio: Tensor
+    variance_figures: Tensor | None
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:
@@ -114,22 +111,18 @@ def couple(
     z = noise.flatten(2)
     direct = torch.addcmul(mean_q, std_q, z)
 
-    position = torch.arange(length, device=z.device)
     last = lengths - 1
     if length == 1:
-        flat = z.new_zeros(slots, 1)
-        committed = lengths.clamp(max=1)
-        return Coupling(direct.view(slots, *latent), committed, flat, flat, flat, torch.ones_like(flat))
+        return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), z.new_zeros(slots, 0), None)
 
     drafts = length - 1
+    position = torch.arange(drafts, device=z.device)
     std_p = draft_std.reshape(slots, drafts, -1)
     gap_mean = mean_q[:, :drafts] - draft_mean.view(slots, drafts, -1)
     if slack is None:
         root, reflected_from, z1 = std_p, mean_q[:, :drafts], z[:, :drafts]
         gap = gap_mean / root
-        infeasible = None
-        flat = z.new_zeros(slots, length)
-        mean_gap_sq, variance_gap_sq, min_ratio = flat, flat, torch.ones_like(flat)
+        infeasible = figures = None
     else:
         share = slack[:, :drafts, None]
         own, other = share.sqrt(), (1 - share).sqrt()
@@ -144,10 +137,10 @@ def couple(
         root = own * std_p
         gap = (whitened + shift) / own
         reflected_from = torch.addcmul(mean_q[:, :drafts], std_p, shift + other * z2)
-        infeasible = (excess < 0).any(-1)
-        mean_gap_sq = _pad(whitened.square().sum(-1), 0.0)
-        variance_gap_sq = _pad((ratio - 1).square().sum(-1), 0.0)
-        min_ratio = _pad(ratio.amin(-1), 1.0)
+        smallest = excess.amin(-1)
+        infeasible = smallest < 0
+        error_sq = (ratio - 1).square_().sum(-1)
+        figures = torch.stack([whitened.square_().sum(-1), error_sq, 1 - share.squeeze(-1) - smallest])
 
     gap_sq = gap.square().sum(-1)
     along = (z1 * gap).sum(-1)
@@ -159,10 +152,9 @@ def couple(
     accepted = uniform[:, :drafts].log() <= score
     if infeasible is not None:
         accepted &= ~infeasible
-    stop = ~accepted | (position[:drafts] >= last[:, None])
-    stop = torch.cat([stop, stop.new_ones(slots, 1)], dim=1)
-    first = stop.int().argmax(1)
-    first = torch.minimum(first, last.clamp(min=0))
+    # The first row that stops: a refused draft, or the last row. `cumprod` counts the accepted drafts before it.
+    accepted &= position < last[:, None]
+    first = accepted.cumprod(1).sum(1)
 
     # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
     rows = torch.arange(slots, device=z.device)
@@ -176,11 +168,4 @@ def couple(
         is_direct = is_direct | infeasible[rows, draft_row]
     next_states = torch.where(is_direct[:, None], direct[rows, first], reflected)
     committed = (first + 1) * (lengths > 0)
-    return Coupling(
-        next_states.view(slots, *latent), committed, _pad(gap_sq, 0.0), mean_gap_sq, variance_gap_sq, min_ratio
-    )
-
-
-def _pad(rows: Tensor, value: float) -> Tensor:
-    """Append the column of the last row, which has no draft."""
-    return torch.nn.functional.pad(rows, (0, 1), value=value)
+    return Coupling(next_states.view(slots, *latent), committed, gap_sq, figures)

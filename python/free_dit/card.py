@@ -1,4 +1,4 @@
-"""Figures of a model card: acceptance by look-ahead and by fifth of the chain, call reduction, quality of the images."""
+"""Figures of a model card: acceptance by look-ahead and by fifth of the chain, call reduction, image quality."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def sample(
     seed: int = 0,
     max_slots: int | None = None,
 ) -> None:
-    """Draw images; writes a PNG grid, or an NPZ of arr_0 (uint8 [N, H, W, C]) and arr_1 (labels) as the ADM suite reads.
+    """Draw images; writes a PNG grid, or an NPZ as the ADM suite reads: arr_0 uint8 [N, H, W, C], arr_1 labels.
 
     Args:
         out: a .png or .npz file.

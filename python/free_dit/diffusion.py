@@ -1,4 +1,7 @@
-"""Training loss of a DiT: noise prediction plus, for a learned variance, the variational bound (Nichol & Dhariwal 2021)."""
+"""Training loss of a DiT: noise prediction plus, for a learned variance, the variational bound.
+
+Source: improved DDPM (Nichol & Dhariwal 2021).
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from free_dit.trajectories import Trajectories, collect, guided_transition
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.types import Target, null_label
-from free_kernels.validation import check_int, check_writable
+from free_kernels.validation import check_choice, check_int, check_writable
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class DrafterTrainConfig:
         unroll: drafts in a row that the loss sees, each from the one before.
         trajectories: images drawn at a time.
         refresh_every: iterations between fresh trajectories.
+        loss: "rejection", ``-log`` of the acceptance probability ``2 Phi(-delta / 2)``, which is what a chain of drafts
+            multiplies; or "log1p", ``log(1 + delta^2)``, which forgives large gaps.
         max_guidance: guidance scales are drawn from [1, max_guidance] for half of the images and 1 for the rest.
         feature_weight: weight of the mean squared feature error, in units of the feature's change over a step.
         compile: train through torch.compile.
@@ -41,12 +45,13 @@ class DrafterTrainConfig:
     trajectories: int = 64
     refresh_every: int = 250
     max_guidance: float = 4.0
+    loss: str = "rejection"
     feature_weight: float = 0.0
     compile: bool = False
 
 
 class DrafterLoss:
-    """Mean of ``log(1 + delta^2)`` over windows of fresh trajectories, delta being the gap that decides acceptance.
+    """Loss on delta, the gap that decides acceptance, over windows of fresh trajectories.
 
     For a learned variance delta^2 adds the squared log-variance error, the cost of sharing slack at lambda = 1/2.
     """
@@ -94,7 +99,7 @@ class DrafterLoss:
             output = self.target.head(feature, t, y)
             mean, std = guided_transition(state, output, self.table[k], data.guidance[image], self.guided)
             gap_sq = gap(mean, std, data.mean[k, image], data.std[k, image])
-            loss = loss + gap_sq.log1p().mean() / unroll
+            loss = loss + LOSSES[self.config.loss](gap_sq).mean() / unroll
             if self.config.feature_weight:
                 exact = data.features[k, :, image].transpose(0, 1).flatten(0, 1)
                 error = ((feature - exact) / self.drafter.change_std).square().mean()
@@ -102,6 +107,14 @@ class DrafterLoss:
             accept = 2 * torch.special.ndtr(-gap_sq.detach().sqrt() / 2)
             figures[f"accept_{ahead + 1}"] = accept.mean().item()
         return loss, figures
+
+
+def rejection_loss(gap_sq: Tensor) -> Tensor:
+    """``-log(2 Phi(-delta / 2))``, smoothed at 0 where its slope in ``delta^2`` is infinite."""
+    return -torch.special.log_ndtr(-(gap_sq + 1e-6).sqrt() / 2) - math.log(2.0)
+
+
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"rejection": rejection_loss, "log1p": torch.log1p}
 
 
 def gap(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
@@ -122,6 +135,7 @@ def train_drafter(target: Target, config: DrafterTrainConfig, out: Path, target_
     """
     check_int("train_drafter", "unroll", config.unroll, 1, config.num_steps - 2)
     check_int("train_drafter", "trajectories", config.trajectories, 2)
+    check_choice("train_drafter", "loss", config.loss, tuple(LOSSES))
     path = check_writable("train_drafter", "out", Path(out) / "drafter.safetensors")
     with iteration_seed(config.loop.seed, -1):
         drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
