@@ -16,7 +16,7 @@ class SlackPolicy:
     """Chooses lambda, the share of the draft's variance that is reflected, slot by slot.
 
     With mean gap m and relative variance error r over D elements, the expected squared gap is about ``m^2 / lambda +
-    D r^2 / (4 lambda (1 - lambda))``; its minimiser is ``lambda = s / (1 + s)`` with ``s^2 = 1 + 4 m^2 / (D r^2)``. Both
+    D r^2 / (4 lambda (1 - lambda))``; its minimiser is ``lambda = s / (1 + s)``, ``s^2 = 1 + 4 m^2 / (D r^2)``. Both
     are running means over the slot's own tested rows, so an image does not depend on its batch.
 
     Args:
