@@ -89,7 +89,7 @@ def kernel_test_p_value(first: torch.Tensor, second: torch.Tensor, permutations:
 
 @pytest.mark.slow
 def test_images_are_drawn_from_the_same_distribution(digits):
-    """Two-sample test on one class at 50 steps: speculative against ordinary, and controls that have to be told apart."""
+    """Two-sample test on one class at 50 steps: speculative against ordinary, with controls."""
     target, drafter = digits
     labels = torch.full((400,), 3)
     schedule = DDPMSchedule(50)
