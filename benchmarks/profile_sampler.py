@@ -1,0 +1,162 @@
+"""Where the time of ``sample`` goes: milliseconds per round and share of each part, beside the ordinary sampler's step.
+
+Run ``python benchmarks/profile_sampler.py``; writes JSON with the machine's facts to ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import free_kernels.sampler as sampler
+from free_dit import load_bundled
+from free_dit.compare import machine, wall_clock_ratio
+from free_kernels import SampleResult, ancestral_sample, sample
+
+
+class Clock:
+    """Seconds spent in wrapped callables, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, timed."""
+
+        def timed(*arguments: Any, **settings: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*arguments, **settings)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return timed
+
+
+class TimedTarget:
+    """A target whose features and head are timed; ``hoisted`` passes through."""
+
+    def __init__(self, target: Any, clock: Clock) -> None:
+        self._target, self._clock = target, clock
+        self.features = clock.wrap("target features", target.features)
+        self.head = clock.wrap("target head", target.head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedTarget:
+        """The hoisted target, timed."""
+        return TimedTarget(self._target.hoisted(timesteps, labels), self._clock)
+
+
+class TimedDrafter:
+    """A drafter whose calls are timed."""
+
+    def __init__(self, drafter: Any, clock: Clock) -> None:
+        self._drafter, self._clock = drafter, clock
+        self._call = clock.wrap("drafter", drafter)
+
+    def __call__(self, *arguments: Any) -> torch.Tensor:
+        """The drafter's feature."""
+        return self._call(*arguments)
+
+    def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedDrafter:
+        """The hoisted drafter, timed."""
+        return TimedDrafter(self._drafter.hoisted(timesteps, labels), self._clock)
+
+
+def profile(batch: int, draft_length: int, guidance: float, runs: int) -> dict[str, Any]:
+    """Parts of one configuration, over several runs after a warm-up."""
+    target, drafter = load_bundled("digits")
+    labels = torch.arange(batch) % 10
+    settings = {"guidance_scale": guidance}
+    sample(target, labels, drafter=drafter, draft_length=draft_length, **settings)
+    clock, elapsed, rounds, rows, steps = Clock(), 0.0, 0, 0, []
+    for seed in range(runs):
+        patches = {
+            name: clock.wrap(label, getattr(sampler, name))
+            for name, label in {
+                "couple": "couple",
+                "gaussian_transition": "draft transition",
+                "pack_drafts": "pack_drafts",
+                "commit_drafts": "commit_drafts",
+            }.items()
+        }
+        draw = clock.wrap("noise", sampler._Chain.draw)
+        with mock.patch.multiple(sampler, **patches), mock.patch.object(sampler._Chain, "draw", draw):
+            stats = sample(
+                TimedTarget(target, clock),
+                labels,
+                drafter=TimedDrafter(drafter, clock),
+                draft_length=draft_length,
+                seed=seed,
+                **settings,
+            ).stats
+        elapsed, rounds, rows = elapsed + stats.elapsed_s, rounds + stats.target_calls, rows + stats.target_rows
+        steps.append(ancestral_sample(target, labels, seed=seed, **settings).stats.elapsed_s / 250)
+    clock.seconds["everything else"] = elapsed - sum(clock.seconds.values())
+    parts = dict(sorted(clock.seconds.items(), key=lambda item: -item[1]))
+    return {
+        "batch": batch,
+        "draft_length": draft_length,
+        "guidance": guidance,
+        "rows_per_call": rows / rounds,
+        "ms_per_round": 1e3 * elapsed / rounds,
+        "ms_per_ordinary_step": 1e3 * float(np.median(steps)),
+        "parts": {name: {"ms": 1e3 * s / rounds, "share": s / elapsed} for name, s in parts.items()},
+    }
+
+
+def ratios(batch: int, lengths: tuple[int, ...], pairs: int) -> list[dict[str, Any]]:
+    """Wall-clock ratios by draft length, interleaved with the ordinary sampler."""
+    target, drafter = load_bundled("digits")
+    labels = torch.arange(batch) % 10
+
+    def ordinary(seed: int) -> SampleResult:
+        return ancestral_sample(target, labels, seed=seed)
+
+    def speculative(length: int) -> Callable[[int], SampleResult]:
+        return lambda seed: sample(target, labels, drafter=drafter, draft_length=length, seed=seed)
+
+    found = [(length, wall_clock_ratio(ordinary, speculative(length), batch, pairs)) for length in lengths]
+    return [{"draft_length": length, **vars(ratio)} for length, ratio in found]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/sampler.json"))
+    parser.add_argument("--pairs", type=int, default=11)
+    arguments = parser.parse_args()
+    report = {
+        "machine": machine(),
+        "command": "python benchmarks/profile_sampler.py",
+        "profiles": [profile(1, 6, 1.0, 5), profile(1, 6, 2.0, 3), profile(64, 6, 1.0, 1)],
+        "ratios": [*ratios(1, (2, 4, 6, 8, 12), arguments.pairs), *ratios(64, (4, 6), 3)],
+    }
+    for entry in report["profiles"]:
+        print(
+            f"\nbatch {entry['batch']}, L = {entry['draft_length']}, guidance {entry['guidance']:g}: "
+            f"{entry['ms_per_round']:.2f} ms a round of {entry['rows_per_call']:.2f} rows; "
+            f"an ordinary step takes {entry['ms_per_ordinary_step']:.2f} ms"
+        )
+        for name, part in entry["parts"].items():
+            print(f"  {name:18s} {part['ms']:7.2f} ms {part['share']:6.1%}")
+    print("\nbatch  L  ratio (range)")
+    for entry in report["ratios"]:
+        span = f"({entry['low']:.2f} to {entry['high']:.2f})"
+        print(f"{entry['batch']:5d} {entry['draft_length']:2d}  {entry['median']:.2f} {span}")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
