@@ -16,10 +16,12 @@ from unittest import mock
 import numpy as np
 import torch
 
+import free_kernels.chain as chain_module
 import free_kernels.sampler as sampler
 from free_dit import load_bundled
 from free_dit.compare import machine, wall_clock_ratio
 from free_kernels import SampleResult, ancestral_sample, sample
+from free_kernels.chain import Chain
 
 
 class Clock:
@@ -84,13 +86,17 @@ def profile(batch: int, draft_length: int, guidance: float, runs: int) -> dict[s
             name: clock.wrap(label, getattr(sampler, name))
             for name, label in {
                 "couple": "couple",
-                "gaussian_transition": "draft transition",
                 "pack_drafts": "pack_drafts",
                 "commit_drafts": "commit_drafts",
             }.items()
         }
-        draw = clock.wrap("noise", sampler._Chain.draw)
-        with mock.patch.multiple(sampler, **patches), mock.patch.object(sampler._Chain, "draw", draw):
+        draw = clock.wrap("noise", Chain.draw)
+        transition = clock.wrap("draft transition", chain_module.gaussian_transition)
+        with (
+            mock.patch.multiple(sampler, **patches),
+            mock.patch.object(chain_module, "gaussian_transition", transition),
+            mock.patch.object(Chain, "draw", draw),
+        ):
             stats = sample(
                 TimedTarget(target, clock),
                 labels,

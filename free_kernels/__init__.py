@@ -1,7 +1,8 @@
 """Lossless speculative sampling for Diffusion Transformers."""
 
+from free_kernels import ops
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
-from free_kernels.noise import PhiloxNoise, TensorNoise
+from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
 from free_kernels.sampler import ancestral_sample, sample
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.targets import DiTTarget
@@ -17,6 +18,7 @@ __all__ = [
     "FrozenDrafter",
     "NoiseSource",
     "PhiloxNoise",
+    "Purpose",
     "RoundInfo",
     "SampleResult",
     "SampleStats",
@@ -24,5 +26,6 @@ __all__ = [
     "TensorNoise",
     "__version__",
     "ancestral_sample",
+    "ops",
     "sample",
 ]

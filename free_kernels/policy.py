@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from free_kernels.reference.coupling import Coupling
+from free_kernels.ops.coupling import Coupling
 
 
 class SlackPolicy:
@@ -29,14 +29,15 @@ class SlackPolicy:
 
     def __init__(self, slots: int, device: torch.device, decay: float = 0.7) -> None:
         self._decay = decay
-        # Rows: squared mean gap, squared variance error, largest shrinkage of the variance.
+        # Rows: running means of the squared mean gap and variance error, decaying maximum of the variance's shrinkage.
         self._running = torch.zeros(3, slots, device=device)
 
     def share(self, length: int) -> Tensor:
         """Lambda ``[S, length]`` of the next round's rows."""
         mean_gap_sq, variance_gap_sq, shrinkage = self._running.unbind(0)
         odds = (mean_gap_sq / variance_gap_sq.clamp(min=1e-12)).mul_(4).add_(1).sqrt_()
-        # An element whose variance shrinks below lambda times the draft's refuses the whole row: keep twice the margin.
+        # An element whose variance shrinks below lambda times the draft's refuses the whole row: keep a margin of the
+        # same size beyond the largest shrinkage seen lately.
         ceiling = (1 - 2 * shrinkage).clamp_(self.LOWEST, self.HIGHEST)
         share = torch.minimum(odds / (1 + odds), ceiling).clamp_(min=self.LOWEST)
         return share.unsqueeze(1).expand(-1, length)
@@ -47,9 +48,11 @@ class SlackPolicy:
         tested = torch.minimum(coupling.committed, lengths - 1)
         mask = torch.arange(figures.shape[2], device=tested.device) < tested.unsqueeze(1)
         count = mask.sum(1)
-        # Rows that were not tested may hold anything, NaN included.
-        mean = figures.masked_fill_(~mask, 0.0).sum(2) / count.clamp(min=1)
-        self._running.lerp_(mean, (1 - self._decay) * (count > 0))
+        # Rows behind the first refusal must not be used, and a draft that was far off has no figures.
+        known = torch.where(mask & figures.isfinite(), figures, 0.0)
+        mean = known[:2].sum(2) / count.clamp(min=1)
+        self._running[:2].lerp_(mean, (1 - self._decay) * (count > 0))
+        self._running[2] = torch.maximum(self._decay * self._running[2], known[2].amax(1))
 
     def reset(self, slots: Tensor) -> None:
         """Forget the past of slots (a bool mask ``[S]``) that took in a new image."""

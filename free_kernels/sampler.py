@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -11,135 +10,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_kernels.chain import NOISE_CHUNK_ELEMENTS, Chain, make_chain
 from free_kernels.drafters import as_drafter
 from free_kernels.hoisting import hoisted
-from free_kernels.noise import Purpose, as_noise_source
-from free_kernels.ops.coupling import couple, gaussian_transition
+from free_kernels.noise import Purpose
+from free_kernels.ops.coupling import Coupling, couple
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.policy import SlackPolicy
-from free_kernels.reference.coupling import Coupling
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.targets import as_target
-from free_kernels.types import (
-    Callback,
-    Drafter,
-    NoiseSource,
-    RoundInfo,
-    SampleResult,
-    SampleStats,
-    Target,
-    device_of,
-    null_label,
-)
-from free_kernels.validation import check_choice, check_float, check_int, check_labels, fail
-
-# Noise of the ordinary sampler is drawn for several steps at once, up to this many elements.
-NOISE_CHUNK_ELEMENTS = 1 << 22
+from free_kernels.types import Callback, Drafter, RoundInfo, SampleResult, SampleStats
+from free_kernels.validation import check_choice, check_float, check_int, fail
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """What both loops share: the target, its transitions and the noise, checked and on one device."""
-
-    target: Target
-    labels: Tensor
-    noise: NoiseSource
-    timesteps: Tensor
-    table: Tensor
-    learned: bool
-    guidance_scale: float
-    guidance_channels: int
-    clip: float
-    initial: Tensor
-
-    @property
-    def branches(self) -> int:
-        """Network rows per row."""
-        return 1 if self.guidance_scale == 1.0 else 2
-
-    @property
-    def null(self) -> int | None:
-        """The null label, where guidance needs one."""
-        return null_label(self.target) if self.branches == 2 else None
-
-    @property
-    def used_labels(self) -> Tensor:
-        """Distinct labels that the network will see."""
-        unique = self.labels.unique()
-        return unique if self.null is None else torch.cat([unique, unique.new_tensor([self.null])])
-
-    def branched(self, labels: Tensor) -> Tensor:
-        """Labels of both guidance branches, conditional first."""
-        return labels if self.null is None else torch.cat([labels, torch.full_like(labels, self.null)])
-
-    def doubled(self, rows: Tensor) -> Tensor:
-        """The same rows for each guidance branch."""
-        return rows if self.branches == 1 else torch.cat([rows, rows])
-
-    def draw(self, purpose: Purpose, images: Tensor, steps: Tensor) -> Tensor:
-        """Normals ``[S, L, C, H, W]`` for images ``[S, L]`` at steps ``[S, L]``, both contiguous."""
-        shape = tuple(self.target.latent_shape)
-        return self.noise.normal(images.view(-1), steps.view(-1), purpose, shape).view(*steps.shape, *shape)
-
-    def transition(self, state: Tensor, output: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the next state."""
-        return gaussian_transition(
-            state,
-            output,
-            columns,
-            guidance_scale=self.guidance_scale,
-            guidance_channels=self.guidance_channels,
-            clip=self.clip,
-        )
-
-
-def _make_chain(
-    where: str,
-    target: object,
-    class_labels: object,
-    schedule: object,
-    guidance_scale: object,
-    guidance_channels: object,
-    seed: int,
-    noise: object,
-) -> _Chain:
-    adapted = as_target(where, target)
-    labels = check_labels(where, class_labels, adapted.num_classes)
-    if not (hasattr(schedule, "table") and hasattr(schedule, "timesteps") and hasattr(schedule, "resolve_variance")):
-        fail(where, "schedule", "a schedule such as DDPMSchedule", schedule, TypeError)
-    scale = check_float(where, "guidance_scale", guidance_scale, 0.0)
-    if scale != 1.0 and not getattr(adapted, "has_null_label", True):
-        fail(where, "guidance_scale", "1 for a target trained without label dropout", f"{scale:g}")
-    channels = adapted.latent_shape[0]
-    if guidance_channels is None:
-        guidance_channels = getattr(adapted, "guidance_channels", channels)
-    guided = check_int(where, "guidance_channels", guidance_channels, 1, channels)
-    device = device_of(adapted)
-    labels = labels.to(device)
-    source = as_noise_source(where, noise, seed, tuple(adapted.latent_shape), len(labels), schedule.num_steps, device)
-    variance = schedule.resolve_variance(adapted.learns_variance)
-    images = torch.arange(len(labels), device=device)
-    return _Chain(
-        adapted,
-        labels,
-        source,
-        schedule.timesteps.to(device),
-        schedule.table(variance).to(device),
-        variance == "learned_range",
-        scale,
-        guided,
-        schedule.clip,
-        source.normal(images, torch.zeros_like(images), Purpose.INITIAL, tuple(adapted.latent_shape)),
-    )
-
-
-def _raise_non_finite(where: str, culprit: str, step: int, image: int) -> None:
-    raise FloatingPointError(
-        f"{where}: {culprit} must be finite, got a non-finite value at step {step} of image {image}"
-    )
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def ancestral_sample(
     target: object,
     class_labels: Tensor,
@@ -165,19 +48,19 @@ def ancestral_sample(
     """
     where = "ancestral_sample"
     started = time.perf_counter()
-    chain = _make_chain(where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise)
+    chain = make_chain(where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise)
     count, num_steps = len(chain.labels), len(chain.timesteps)
     slots = count if max_slots is None else check_int(where, "max_slots", max_slots, 1)
-    network: Target = hoisted(chain.target, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
+    chain = chain.hoisted()
     stats = SampleStats(
         rounds_per_image=np.full(count, num_steps),
         tested_by_step=np.zeros(num_steps, np.int64),
         accepted_by_step=np.zeros(num_steps, np.int64),
     )
-    samples = torch.empty_like(chain.initial)
+    samples = chain.initial_states()
     with tqdm(total=count * num_steps, desc=where, unit="step", disable=not progress) as bar:
         for images in torch.arange(count, device=samples.device).split(slots):
-            x, labels = chain.initial[images], chain.branched(chain.labels[images])
+            x, labels = samples[images], chain.branched(chain.labels[images])
             chunk = max(1, NOISE_CHUNK_ELEMENTS // x.numel())
             for step in range(num_steps):
                 if step % chunk == 0:
@@ -185,12 +68,12 @@ def ancestral_sample(
                     keys = images.unsqueeze(1).repeat(1, len(ahead))
                     draws = chain.draw(Purpose.STEP, keys, ahead.repeat(len(images), 1))
                 t = chain.timesteps[step].expand(len(labels))
-                h = network.features(chain.doubled(x), t, labels)
-                mean, std = chain.transition(x, network.head(h, t, labels), chain.table[step : step + 1])
+                output = chain.head(chain.features(chain.doubled(x), t, labels), t, labels)
+                if not bool(output.isfinite().all()):
+                    bad = (~output.isfinite()).flatten(1).any(1).nonzero()[0, 0] % len(images)
+                    chain.raise_non_finite("the target's output", step, int(images[bad]))
+                mean, std = chain.transition(x, output, chain.table[step : step + 1])
                 x = torch.addcmul(mean, std, draws[:, step % chunk])
-                if not bool(x.isfinite().all()):
-                    bad = (~x.isfinite()).flatten(1).any(1).nonzero()[0, 0]
-                    _raise_non_finite(where, "the target's output", step, int(images[bad]))
                 stats.target_calls += 1
                 stats.target_rows += len(images)
                 bar.update(len(images))
@@ -203,7 +86,7 @@ def ancestral_sample(
     return SampleResult(samples, stats)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     target: object,
     class_labels: Tensor,
@@ -250,12 +133,12 @@ def sample(
     """
     where = "sample"
     started = time.perf_counter()
-    chain = _make_chain(where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise)
+    check_choice(where, "backend", backend, ("auto", "reference"))
+    chain = make_chain(where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise, backend)
     length = check_int(where, "draft_length", draft_length, 1, len(chain.timesteps))
     if check_float(where, "relaxation", relaxation, 0.0) != 0.0:
         fail(where, "relaxation", "0 (relaxed acceptance is not available in this version)", f"{relaxation:g}")
     check_choice(where, "verification", verification, ("token",))
-    check_choice(where, "backend", backend, ("auto", "reference"))
     slots = len(chain.labels)
     if max_slots is not None:
         slots = min(slots, check_int(where, "max_slots", max_slots, 1))
@@ -276,14 +159,13 @@ class _Drafts(NamedTuple):
 class _Speculation:
     """The state of a speculative run: S slots, each with an image at its own step."""
 
-    def __init__(self, chain: _Chain, drafter: Drafter, length: int, slots: int, backend: str) -> None:
-        self.chain, self.length, self.backend = chain, length, backend
+    def __init__(self, chain: Chain, drafter: Drafter, length: int, slots: int, backend: str) -> None:
+        self.chain, self.length, self.backend = chain.hoisted(), length, backend
         device = chain.labels.device
-        self.network: Target = hoisted(chain.target, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
-        self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
+        self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)
         self.drafter_is_free = getattr(drafter, "is_free", False)
         # A waiting image's entry holds its initial noise until the image itself replaces it.
-        self.samples = chain.initial.clone()
+        self.samples = chain.initial_states()
         self.images = torch.arange(slots, device=device)
         self.labels = chain.labels[:slots].clone()
         self.steps = torch.zeros_like(self.images)
@@ -346,8 +228,8 @@ class _Speculation:
             chain.null,
             self.backend,
         )
-        features = self.network.features(x, t, y)
-        output = self.network.head(features, t, y)
+        features = chain.features(x, t, y)
+        output = chain.head(features, t, y)
         self.stats.target_calls += 1
         self.stats.target_rows += sum(lengths)
         outcome = couple(
@@ -366,8 +248,8 @@ class _Speculation:
             clip=chain.clip,
             backend=self.backend,
         )
-        if not bool(outcome.next_states.isfinite().all()):
-            self._explain_non_finite(outcome, drafts, lengths)
+        if not bool(output.isfinite().all() & outcome.next_states.isfinite().all()):
+            self._check_committed(outcome, drafts, output, lengths)
         if slack is not None:
             self.slack.update(outcome, lengths_tensor)
         if self.parent is None:
@@ -401,7 +283,7 @@ class _Speculation:
         states, means, stds = [self.state], [], []
         if longest == 1:
             none = self.state.new_zeros(slots, 0, *self.state.shape[1:])
-            return _Drafts(self.state.unsqueeze(1), none, none)
+            return _Drafts(torch.stack(states, dim=1), none, none)
         timesteps, labels = chain.timesteps[steps], self.labels
         active: Tensor | None = None
         feature, previous, state = self.parent, self.previous, self.state
@@ -415,8 +297,10 @@ class _Speculation:
             pick = (lambda rows: rows) if active is None else (lambda rows, chosen=active: rows[chosen])
             t, y = chain.doubled(pick(timesteps[:, j])), chain.branched(labels)
             drafted = self.drafter(feature.flatten(0, 1), chain.doubled(previous), chain.doubled(state), t, y)
+            if drafted.shape != (len(t), *chain.target.feature_shape):
+                fail("sample", "drafter's output", f"[R, T, D] = {[len(t), *chain.target.feature_shape]}", drafted)
             self.stats.drafter_calls += not self.drafter_is_free
-            mean, std = chain.transition(state, self.network.head(drafted, t, y), pick(columns[:, j]))
+            mean, std = chain.transition(state, chain.head(drafted, t, y), pick(columns[:, j]))
             previous, state = state, torch.addcmul(mean, std, pick(noise[:, j]))
             feature = drafted.unflatten(0, (chain.branches, -1))
             for column, rows in ((states, state), (means, mean), (stds, std)):
@@ -432,13 +316,18 @@ class _Speculation:
             self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
             self.stats.accepted_by_step[step : step + count - 1] += 1
 
-    def _explain_non_finite(self, outcome: Coupling, drafts: _Drafts, lengths: list[int]) -> None:
-        """Raise for the first live slot whose committed state is not finite; idle slots hold nothing of meaning."""
+    def _check_committed(self, outcome: Coupling, drafts: _Drafts, output: Tensor, lengths: list[int]) -> None:
+        """Raise if a row that was decided holds a NaN or an infinity; discarded rows may hold anything."""
+        first = 0
         for slot, length in enumerate(lengths):
-            if length == 0 or bool(outcome.next_states[slot].isfinite().all()):
-                continue
-            row = int(outcome.committed[slot]) - 1
-            drafted = drafts.states[slot, : row + 2], drafts.mean[slot, : row + 1], drafts.std[slot, : row + 1]
-            own = all(bool(part.isfinite().all()) for part in drafted)
-            culprit = "the target's output" if own else "the output drafted by drafter and head"
-            _raise_non_finite("sample", culprit, int(self.steps[slot]) + row, int(self.images[slot]))
+            for j in range(int(outcome.committed[slot])):
+                row = output.unflatten(0, (self.chain.branches, -1))[:, first + j]
+                drafted = (drafts.mean[slot, j], drafts.std[slot, j]) if j < length - 1 else ()
+                for culprit, parts in (
+                    ("the output drafted by drafter and head", drafted),
+                    ("the target's output", (row,)),
+                    ("the next state", (outcome.next_states[slot],) if j == outcome.committed[slot] - 1 else ()),
+                ):
+                    if not all(bool(part.isfinite().all()) for part in parts):
+                        self.chain.raise_non_finite(culprit, int(self.steps[slot]) + j, int(self.images[slot]))
+            first += length

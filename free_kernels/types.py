@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -15,8 +14,10 @@ from torch import Tensor
 class Target(Protocol):
     """The frozen DiT, split at its top block.
 
-    A target may also define ``guidance_channels`` (how many leading channels guidance mixes; all if absent) and
-    ``hoisted(timesteps, labels) -> Target`` (a copy with everything that depends on (t, y) only computed once).
+    Both methods are called with tensors on the device of the class labels, or on ``device`` where the target has that
+    attribute. A target may also define ``guidance_channels`` (how many leading channels guidance mixes; all if absent),
+    ``has_null_label`` (False: it cannot be guided) and ``hoisted(timesteps, labels) -> Target`` (a copy with everything
+    that depends on (t, y) only computed once).
 
     Attributes:
         latent_shape: (C, H, W).
@@ -43,6 +44,9 @@ class Target(Protocol):
 class Drafter(Protocol):
     """Predicts the target's next top-block feature.
 
+    Its output may depend on its arguments only, which it must not modify. A drafter that remembers states of earlier
+    calls has seen the noise of discarded drafts, which is used again: the images would no longer have the target's law.
+
     A drafter may also define ``check_target(target)`` (raise if made for another one), ``hoisted`` as for targets and
     ``is_free = True`` (it costs nothing, so its calls are not counted).
     """
@@ -63,11 +67,16 @@ class Drafter(Protocol):
 class NoiseSource(Protocol):
     """Random numbers that depend on the image and the step, not on the batch."""
 
-    def normal(self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...]) -> Tensor:
-        """Standard normals float32 ``[M, *shape]`` for image indices ``[M]`` at steps ``[M]``."""
+    def normal(
+        self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...], rounds: Tensor | None = None
+    ) -> Tensor:
+        """Standard normals float32 ``[M, *shape]`` for image indices ``[M]`` at steps ``[M]``.
+
+        ``rounds`` int64 ``[M]`` are part of the key where given: another round, other numbers.
+        """
         ...
 
-    def uniform(self, images: Tensor, steps: Tensor, purpose: int) -> Tensor:
+    def uniform(self, images: Tensor, steps: Tensor, purpose: int, rounds: Tensor | None = None) -> Tensor:
         """Uniforms in (0, 1], float32 ``[M]``."""
         ...
 
@@ -154,6 +163,6 @@ def null_label(target: Target) -> int:
     return target.num_classes
 
 
-def device_of(target: Target) -> torch.device:
-    """Where a target computes: its ``device`` attribute, or the CPU."""
-    return torch.device(getattr(target, "device", "cpu"))
+def guided_channels(target: Target) -> int:
+    """How many leading channels guidance mixes unless the caller says otherwise."""
+    return getattr(target, "guidance_channels", target.latent_shape[0])

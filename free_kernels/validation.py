@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from pathlib import Path
 from typing import NoReturn
@@ -27,17 +28,17 @@ def fail(where: str, argument: str, expectation: str, value: object, error: type
 def check_int(where: str, argument: str, value: object, low: int, high: int | None = None) -> int:
     """An int (bools refused) in ``[low, high]``."""
     expectation = f"an int in [{low}, {'inf)' if high is None else f'{high}]'}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         fail(where, argument, expectation, value, TypeError)
     if value < low or (high is not None and value > high):
         fail(where, argument, expectation, value)
-    return value
+    return int(value)
 
 
 def check_float(where: str, argument: str, value: object, low: float, high: float = math.inf) -> float:
     """A finite real number in ``[low, high]``."""
     expectation = f"a finite number in [{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         fail(where, argument, expectation, value, TypeError)
     if not math.isfinite(value) or not low <= value <= high:
         fail(where, argument, expectation, value)

@@ -15,6 +15,8 @@ from free_dit.data import load_digits
 from free_kernels import DDPMSchedule, PhiloxNoise, ancestral_sample, sample
 
 LABELS = torch.arange(64) % 10
+# Noise that drafter training has not seen.
+NEW_SEED = 2**63 + 1234
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def test_unknown_names_are_refused():
 def test_call_reduction(digits, draft_length, guidance, floor):
     """Committed steps per round at 250 steps, batch 64, learned variance, lossless."""
     target, drafter = digits
-    stats = sample(target, LABELS, drafter=drafter, draft_length=draft_length, guidance_scale=guidance).stats
+    stats = sample(
+        target, LABELS, drafter=drafter, draft_length=draft_length, guidance_scale=guidance, seed=NEW_SEED
+    ).stats
     assert stats.call_reduction >= floor
     assert stats.bias_bound == 0.0
 

@@ -12,6 +12,7 @@ from free_kernels import (
     FeatureDrafter,
     PhiloxNoise,
     RoundInfo,
+    TensorNoise,
     ancestral_sample,
     sample,
 )
@@ -65,19 +66,17 @@ def test_order_of_labels_only_permutes_the_noise_keys(target):
     """With the noise brought along, permuting the images permutes the results."""
     drafter = BiasedDrafter(target, variance_bias=0.1)
     order = torch.randperm(len(LABELS), generator=torch.Generator().manual_seed(0))
-    noise = torch.randn(len(LABELS), 20, *target.latent_shape)
 
     class Permuted(PhiloxNoise):
-        def normal(self, images, steps, purpose, shape):
-            return super().normal(order[images], steps, purpose, shape)
+        def normal(self, images, steps, purpose, shape, rounds=None):
+            return super().normal(order[images], steps, purpose, shape, rounds)
 
-        def uniform(self, images, steps, purpose):
-            return super().uniform(order[images], steps, purpose)
+        def uniform(self, images, steps, purpose, rounds=None):
+            return super().uniform(order[images], steps, purpose, rounds)
 
     plain = sample(target, LABELS, schedule=STEPS, drafter=drafter, seed=2)
     permuted = sample(target, LABELS[order], schedule=STEPS, drafter=drafter, noise=Permuted(2))
     torch.testing.assert_close(permuted.samples, plain.samples[order], rtol=1e-5, atol=1e-5)
-    assert noise.shape[1] == STEPS.num_steps
 
 
 def test_seeds_differ_and_repeat(target):
@@ -177,7 +176,10 @@ def test_wrong_labels_are_named(sampler, labels, error):
         ({"noise": torch.zeros(9, 1, 4, 4, dtype=torch.float64)}, TypeError, "noise must be float32"),
         ({"noise": torch.full((9, 1, 4, 4), float("inf"))}, ValueError, "noise must be finite"),
         ({"noise": "gaussian"}, TypeError, "noise must be None, a tensor or a NoiseSource"),
+        ({"noise": TensorNoise(torch.zeros(9, 5, 1, 4, 4), 0)}, ValueError, "noise must be float32"),
         ({"schedule": 20}, TypeError, "schedule must be a schedule"),
+        ({"schedule": DDPMSchedule}, TypeError, "schedule must be a schedule"),
+        ({"drafter": FeatureDrafter}, TypeError, "drafter must be 'frozen' or a callable"),
         (
             {"drafter": FeatureDrafter((1, 4, 4), (4, 32), 3)},
             ValueError,
@@ -194,6 +196,72 @@ def test_wrong_arguments_are_named(arguments, error, message):
 def test_wrong_targets_are_named(target):
     with pytest.raises(TypeError, match=r"^sample: target must be a Target"):
         sample(target, LABELS)
+
+
+@pytest.mark.parametrize("sampler", [sample, ancestral_sample])
+@pytest.mark.parametrize("shape", ["broadcast", "one row", "half", "features"])
+def test_outputs_of_another_shape_are_named(sampler, shape):
+    class Wrong(GaussianTarget):
+        def head(self, h, t, y):
+            output = super().head(h, t, y)
+            return {"broadcast": output[..., :1, :1], "one row": output[:1], "half": output[:, :1]}.get(shape, output)
+
+        def features(self, x, t, y):
+            h = super().features(x, t, y)
+            return h[:, :-1] if shape == "features" else h
+
+    part = "features" if shape == "features" else "head"
+    with pytest.raises(ValueError, match=rf"^{sampler.__name__}: target\.{part} must be"):
+        sampler(Wrong(learns_variance=True), LABELS, schedule=STEPS)
+
+
+def test_drafts_of_another_shape_are_named():
+    with pytest.raises(ValueError, match=r"^sample: drafter's output must be \[R, T, D\] = \[9, 16, 2\]"):
+        sample(GaussianTarget(), LABELS, schedule=STEPS, drafter=lambda feature, *_: feature[:, :1])
+
+
+def test_results_are_ordinary_tensors():
+    """Usable under autograd and in place; nothing that the user keeps turns into an inference tensor."""
+    for sampler in (sample, ancestral_sample):
+        samples = sampler(GaussianTarget(), LABELS, schedule=STEPS).samples
+        assert not samples.is_inference()
+        torch.nn.functional.conv2d(samples, torch.ones(1, 1, 1, 1, requires_grad=True)).sum().backward()
+        samples.clamp_(-1, 1)
+    assert not STEPS.timesteps.is_inference()
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([2]).expand(6), torch.arange(12)[::2] % 3])
+def test_labels_and_features_of_any_stride(labels):
+    class Strided(GaussianTarget):
+        def features(self, x, t, y):
+            return super().features(x, t, y).transpose(1, 2).contiguous().transpose(1, 2)
+
+    expected = sample(GaussianTarget(), labels.contiguous(), schedule=STEPS).samples
+    assert torch.equal(sample(Strided(), labels, schedule=STEPS).samples, expected)
+
+
+def test_every_draft_starts_from_the_exact_parent():
+    """A round's first draft sees the target's own feature at the state before; later ones see the drafter's last."""
+    target = GaussianTarget(learns_variance=True)
+    biased = BiasedDrafter(target, variance_bias=0.1)
+    before = {int(t): int(s) for s, t in zip(STEPS.timesteps[:-1], STEPS.timesteps[1:], strict=True)}
+    exact_seen = drafted_seen = 0
+
+    def checking(feature, previous, state, t, y):
+        nonlocal exact_seen, drafted_seen
+        t_before = torch.tensor([before[int(value)] for value in t])
+        exact = target.features(previous, t_before, y)
+        drafted = biased(feature, previous, previous, t_before, y)
+        is_exact = torch.isclose(feature, exact, atol=1e-5).flatten(1).all(1)
+        is_drafted = torch.isclose(feature, drafted, atol=1e-5).flatten(1).all(1)
+        assert bool((is_exact | is_drafted).all())
+        exact_seen += int(is_exact.sum())
+        drafted_seen += int(is_drafted.sum())
+        return biased(feature, previous, state, t, y)
+
+    sample(target, LABELS, schedule=STEPS, drafter=checking, max_slots=4, guidance_scale=2.0)
+    assert exact_seen > 100
+    assert drafted_seen > 100
 
 
 class Poisoned(GaussianTarget):
@@ -219,6 +287,23 @@ def test_non_finite_outputs_name_step_and_image(sampler, step, value):
         FloatingPointError, match=rf"^{sampler.__name__}: .* must be finite, .* step {step} of image [258]$"
     ):
         sampler(target, LABELS, schedule=STEPS)
+
+
+@pytest.mark.parametrize("sampler", [sample, ancestral_sample])
+def test_infinities_that_arithmetic_would_hide(sampler):
+    """Clipping makes an infinite prediction finite, and so does a deviation of zero with a variance channel of -inf."""
+    target = Poisoned(float("inf"), 1000, label=2)
+    with pytest.raises(FloatingPointError, match="step 0 of image 2"):
+        sampler(target, LABELS, schedule=DDPMSchedule(20, clip_denoised=True))
+
+    class NoVariance(GaussianTarget):
+        def variance_channel(self, t, y):
+            return super().variance_channel(t, y) - torch.inf
+
+    with pytest.raises(FloatingPointError, match="step 0 of image 0"):
+        sampler(NoVariance(learns_variance=True), LABELS, schedule=STEPS)
+    fixed = DDPMSchedule(20, variance="fixed_small")
+    assert bool(sampler(NoVariance(learns_variance=True), LABELS, schedule=fixed).samples.isfinite().all())
 
 
 def test_non_finite_drafts_are_blamed_on_the_drafter():

@@ -21,7 +21,7 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
         if drafter != "frozen":
             fail(where, "drafter", "'frozen' or a drafter", drafter)
         return FrozenDrafter()
-    if not callable(drafter):
+    if not callable(drafter) or isinstance(drafter, type):
         fail(where, "drafter", "'frozen' or a callable drafter", drafter, TypeError)
     check = getattr(drafter, "check_target", None)
     if callable(check):

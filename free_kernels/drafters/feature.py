@@ -174,11 +174,14 @@ class FeatureDrafter(nn.Module):
         return clone
 
     def check_target(self, target: Target, where: str = "FeatureDrafter") -> None:
-        """Raise ValueError unless the target has the shapes that this drafter was made for."""
+        """Raise ValueError unless the target has this drafter's shapes and device."""
         for name in ("latent_shape", "feature_shape", "num_classes"):
             mine, theirs = getattr(self, name), getattr(target, name)
             if mine != (tuple(theirs) if isinstance(mine, tuple) else theirs):
                 fail(where, "drafter", f"one made for a target with {name} {theirs}", f"one made for {mine}")
+        device = getattr(target, "device", None)
+        if where != "FeatureDrafter.load" and device is not None and self.positions.device != device:
+            fail(where, "drafter", f"on {device} like the target", f"one on {self.positions.device}")
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights, shapes and config to a safetensors file; ``dtype`` narrows the stored weights."""
@@ -214,6 +217,7 @@ class FeatureDrafter(nn.Module):
         load_weights(drafter, weights, path)
         if target is not None:
             drafter.check_target(target, "FeatureDrafter.load")
+            drafter.to(getattr(target, "device", "cpu"))
         return drafter.eval().requires_grad_(False)
 
     def _fold(self) -> _Folded:

@@ -12,6 +12,7 @@ from free_kernels.reference.coupling import Coupling
 from free_kernels.validation import check_choice, fail
 
 BACKENDS = ("auto", "reference")
+NUM_COLUMNS = 8
 
 
 def gaussian_transition(
@@ -43,11 +44,12 @@ def gaussian_transition(
     Raises:
         ValueError: shapes do not fit.
     """
-    rows, channels = state.shape[0], state.shape[1]
+    rows, channels, height, width = state.shape
     branches = 1 if guidance_scale == 1.0 else 2
     if output.shape[0] != branches * rows or output.shape[1] not in (channels, 2 * channels):
-        expectation = f"[{branches * rows}, {channels} or {2 * channels}, H, W]"
-        fail("gaussian_transition", "output", expectation, output)
+        fail("gaussian_transition", "output", f"[{branches * rows}, {channels} or {2 * channels}, H, W]", output)
+    if output.shape[2] != height or output.shape[3] != width:
+        fail("gaussian_transition", "output", f"[B R, C or 2C, {height}, {width}]", output)
     return reference.gaussian_transition(
         state,
         output,
@@ -119,6 +121,7 @@ def couple(
         ("slack_noise", slack_noise, [slots, length, *latent]),
         ("uniform", uniform, [slots, length]),
         ("row_offsets", row_offsets, [slots + 1]),
+        ("columns", columns, [slots, length, NUM_COLUMNS]),
         ("slack", slack, [slots, length]),
         ("relaxation", relaxation, [slots, length]),
     ]
@@ -127,6 +130,10 @@ def couple(
             fail("couple", name, str(shape), tensor)
     if (slack is None) != (slack_noise is None):
         fail("couple", "slack_noise", "given exactly when slack is", "one without the other")
+    channels = latent[0]
+    rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if guidance_scale == 1.0 else 2) == 0
+    if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != latent[1:]:
+        fail("couple", "output", f"[B R, {channels} or {2 * channels}, {latent[1]}, {latent[2]}]", output)
     if row_offsets.dtype != torch.int64:
         fail("couple", "row_offsets", "int64", row_offsets, TypeError)
     return reference.couple(
@@ -142,6 +149,6 @@ def couple(
         slack,
         relaxation,
         guidance_scale=guidance_scale,
-        guidance_channels=latent[0] if guidance_channels is None else guidance_channels,
+        guidance_channels=channels if guidance_channels is None else guidance_channels,
         clip=clip,
     )

@@ -14,15 +14,22 @@ MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE = 0, 1, 2, 3
 X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = 4, 5, 6, 7
 
 
+# A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
+MAX_GAP_SQ = 1e30
+
+
 class Coupling(NamedTuple):
     """Outcome of one round for S slots with at most L rows each.
+
+    Figures of rows behind a slot's first refusal are not to be used: whatever they steer would break exactness.
 
     Attributes:
         next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
         committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
         gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack).
         variance_figures: ``[3, S, L - 1]`` where the variance is learned: squared whitened gap of the means, sum of
-            squared relative variance errors, largest relative shrinkage of the variance; else None.
+            squared relative variance errors, largest relative shrinkage of the variance; else None. Not finite where
+            a draft was far off.
     """
 
     next_states: Tensor
@@ -67,8 +74,6 @@ def gaussian_transition(
 def unpack_rows(rows: Tensor, row_offsets: Tensor, branches: int, slots: int, length: int) -> Tensor:
     """Packed rows ``[B R, ...]`` to a dense ``[B S L, ...]``; entries past a slot's length repeat some other row."""
     total = rows.shape[0] // branches
-    if total == slots * length:
-        return rows
     position = torch.arange(length, device=rows.device)
     index = (row_offsets[:-1, None] + position).clamp_(max=total - 1).flatten()
     return rows.unflatten(0, (branches, total)).index_select(1, index).flatten(0, 1)
@@ -122,7 +127,7 @@ def couple(
     if slack is None:
         root, reflected_from, z1 = std_p, mean_q[:, :drafts], z[:, :drafts]
         gap = gap_mean / root
-        infeasible = figures = None
+        figures = None
     else:
         share = slack[:, :drafts, None]
         own, other = share.sqrt(), (1 - share).sqrt()
@@ -138,11 +143,14 @@ def couple(
         gap = (whitened + shift) / own
         reflected_from = torch.addcmul(mean_q[:, :drafts], std_p, shift + other * z2)
         smallest = excess.amin(-1)
-        infeasible = smallest < 0
-        error_sq = (ratio - 1).square_().sum(-1)
-        figures = torch.stack([whitened.square_().sum(-1), error_sq, 1 - share.squeeze(-1) - smallest])
+        mean_gap_sq, error_sq = whitened.square_().sum(-1), (ratio - 1).square_().sum(-1)
+        # Also refused: drafts so far off that the arithmetic would overflow. The rule must not look at z2.
+        infeasible = ~((smallest >= 0) & (mean_gap_sq + error_sq < MAX_GAP_SQ))
+        figures = torch.stack([mean_gap_sq, error_sq, 1 - share.squeeze(-1) - smallest])
 
     gap_sq = gap.square().sum(-1)
+    if slack is None:
+        infeasible = ~(gap_sq < MAX_GAP_SQ)
     along = (z1 * gap).sum(-1)
     if relaxation is None:
         score = along - gap_sq / 2
@@ -150,8 +158,7 @@ def couple(
         keep = 1 - relaxation[:, :drafts]
         score = keep * along - keep.square() * gap_sq / 2
     accepted = uniform[:, :drafts].log() <= score
-    if infeasible is not None:
-        accepted &= ~infeasible
+    accepted &= ~infeasible
     # The first row that stops: a refused draft, or the last row. `cumprod` counts the accepted drafts before it.
     accepted &= position < last[:, None]
     first = accepted.cumprod(1).sum(1)
@@ -163,9 +170,7 @@ def couple(
     picked = gap[rows, draft_row]
     mirrored = torch.addcmul(z1[rows, draft_row], coefficient[:, None], picked, value=-1)
     reflected = torch.addcmul(reflected_from[rows, draft_row], root[rows, draft_row], mirrored)
-    is_direct = first >= last
-    if infeasible is not None:
-        is_direct = is_direct | infeasible[rows, draft_row]
+    is_direct = (first >= last) | infeasible[rows, draft_row]
     next_states = torch.where(is_direct[:, None], direct[rows, first], reflected)
     committed = (first + 1) * (lengths > 0)
     return Coupling(next_states.view(slots, *latent), committed, gap_sq, figures)

@@ -51,9 +51,18 @@ class DiTTarget:
         self.has_null_label = self.module.y_embedder.embedding_table.num_embeddings > self.num_classes
         # The original guides its first three channels of four.
         self.guidance_channels = 3 if channels == 4 else channels
-        self.dtype, self.device = weight.dtype, weight.device
         self._block_table: ConditioningTable | None = None
         self._final_table: ConditioningTable | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The module's dtype."""
+        return self.module.x_embedder.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The module's device."""
+        return self.module.x_embedder.proj.weight.device
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Top-block features ``[R, T, D]``."""
@@ -67,7 +76,7 @@ class DiTTarget:
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Network output ``[R, C or 2C, H, W]``."""
-        final = self.module.final_layer
+        final, h = self.module.final_layer, h.to(self.dtype)
         if self._final_table is None:
             return self.module.unpatchify(final(h, self._conditioning(t, y)))
         shift, scale = self._final_table(t, y).unbind(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from free_dit.trajectories import Trajectories, guided_transition
 from free_kernels.hoisting import hoisted
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.types import Drafter, Target, null_label
+from free_kernels.types import Drafter, Target, guided_channels, null_label
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def acceptance_by_lookahead(
     num_steps = schedule.num_steps
     table = schedule.table(schedule.resolve_variance(target.learns_variance))
     y = torch.cat([data.labels, torch.full_like(data.labels, null_label(target))])
-    guided = getattr(target, "guidance_channels", target.latent_shape[0])
+    guided = guided_channels(target)
     network: Target = hoisted(target, schedule.timesteps, y.unique())  # type: ignore[assignment]
     draft: Drafter = hoisted(drafter, schedule.timesteps, y.unique())  # type: ignore[assignment]
     result = torch.full((lookahead, num_steps), float("nan"))

@@ -34,12 +34,15 @@ def acceptance_plot(path: Path, curves: dict[str, np.ndarray], title: str) -> No
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for name, curve in curves.items():
         known = np.isfinite(curve)
+        if not known.any():
+            continue
         steps = np.arange(len(curve))[known]
         smooth = np.convolve(np.pad(curve[known], 2, mode="edge"), np.ones(5) / 5, mode="valid")
         axes.plot(steps, smooth, label=f"{name} (mean {np.nanmean(curve):.3f})")
     axes.set(xlabel="sampling step k (0 = noise)", ylabel="acceptance rate", ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left")
+    if axes.lines:
+        axes.legend(loc="lower left")
     _write(figure, path)
 
 

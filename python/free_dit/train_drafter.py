@@ -14,7 +14,7 @@ from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.trajectories import Trajectories, collect, guided_transition
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.types import Target, null_label
+from free_kernels.types import Target, guided_channels, null_label
 from free_kernels.validation import check_choice, check_int, check_writable
 
 
@@ -61,7 +61,7 @@ class DrafterLoss:
         self.network = torch.compile(drafter) if config.compile else drafter
         self.schedule = DDPMSchedule(config.num_steps)
         self.table = self.schedule.table(self.schedule.resolve_variance(target.learns_variance))
-        self.guided = getattr(target, "guidance_channels", target.latent_shape[0])
+        self.guided = guided_channels(target)
         self._data: Trajectories | None = None
         self._epoch = -1
 

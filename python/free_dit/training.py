@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -59,6 +62,30 @@ def iteration_seed(seed: int, step: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def deferred_interrupts() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list that is yielded instead of interrupting half an update.
+
+    A second signal interrupts at once. Outside the main thread, where handlers cannot be set, the list stays empty.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def remember(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class TrainingLoop:
     """Runs ``loss_fn(step)`` for the configured iterations; resumes from ``out/checkpoint.safetensors`` if present.
 
@@ -89,6 +116,7 @@ class TrainingLoop:
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
         )
         self.step = 0
+        self._updating = False
         self.out.mkdir(parents=True, exist_ok=True)
         if self.checkpoint_path.exists():
             self._load()
@@ -105,7 +133,8 @@ class TrainingLoop:
     def run(self) -> None:
         """Train to the end.
 
-        An interrupt writes a checkpoint first. A non-finite loss or gradient stops the run before it reaches the
+        An interrupt (SIGINT or SIGTERM) ends the iteration in progress, writes a checkpoint and raises
+        KeyboardInterrupt. A non-finite loss or gradient stops the run before it reaches the
         weights, and what was learned until then is kept.
         """
         log_path = self.out / "log.csv"
@@ -113,8 +142,10 @@ class TrainingLoop:
         started, interrupted_at = time.monotonic(), self.step
         bar = tqdm(total=self.config.iterations, initial=self.step, desc=f"train {self.out.name}", unit="it")
         try:
-            with log_path.open("a", newline="") as handle:
+            with log_path.open("a", newline="") as handle, deferred_interrupts() as interrupted:
                 while self.step < self.config.iterations:
+                    if interrupted:
+                        raise KeyboardInterrupt
                     figures = self._iterate()
                     if self.step % self.config.log_every == 0:
                         row = {"step": self.step, **{k: f"{v:.6g}" for k, v in figures.items()}}
@@ -129,7 +160,8 @@ class TrainingLoop:
                     bar.update()
         finally:
             bar.close()
-            if self.step > interrupted_at:
+            # An update cut in half by a second signal is not saved over the last whole one.
+            if self.step > interrupted_at and not self._updating:
                 self._save()
         rate = (self.step - interrupted_at) / max(time.monotonic() - started, 1e-9)
         tqdm.write(f"{self.out}: {self.step} iterations, {rate:.1f} it/s")
@@ -147,9 +179,11 @@ class TrainingLoop:
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"train: gradient must be finite, got {norm.item()} at iteration {self.step}")
+        self._updating = True
         self.optimizer.step()
         self.ema.update_parameters(self.module)
         self.step += 1
+        self._updating = False
         return {"loss": loss.item(), **figures, "grad_norm": norm.item(), "lr": lr}
 
     def _save(self) -> None:

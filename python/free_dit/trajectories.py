@@ -12,7 +12,7 @@ from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.types import Target, null_label
+from free_kernels.types import Target, guided_channels, null_label
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Trajectories:
 
 
 def guided_transition(
-    state: Tensor, output: Tensor, columns: Tensor, guidance: Tensor, guided_channels: int
+    state: Tensor, output: Tensor, columns: Tensor, guidance: Tensor, channels: int
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation ``[R, C, H, W]`` where every row has its own guidance scale ``[R]``; ``output [2R, ...]``."""
     conditional, unconditional = output.chunk(2)
     weight = torch.ones(len(guidance), output.shape[1], 1, 1, device=output.device)
-    weight[:, :guided_channels] = guidance.view(-1, 1, 1, 1)
+    weight[:, :channels] = guidance.view(-1, 1, 1, 1)
     return gaussian_transition(state, torch.lerp(unconditional, conditional, weight), columns)
 
 
@@ -56,7 +56,7 @@ def collect(
     source, images = PhiloxNoise(seed), torch.arange(count)
     y = torch.cat([labels, torch.full_like(labels, null_label(target))])
     network: Target = hoisted(target, schedule.timesteps, y.unique())  # type: ignore[assignment]
-    guided = getattr(target, "guidance_channels", target.latent_shape[0])
+    guided = guided_channels(target)
     shape = tuple(target.latent_shape)
     x = source.normal(images, torch.zeros_like(images), Purpose.INITIAL, shape)
     states, means, stds = (torch.empty(num_steps, count, *shape) for _ in range(3))
