@@ -210,5 +210,7 @@ def test_infeasible_variances_fall_back_to_a_direct_draw(variance_bias):
     drafter = BiasedDrafter(target, eps_bias=0.2, variance_bias=variance_bias)
     schedule = DDPMSchedule(8)
     result = run(target, schedule, drafter)
-    assert result.stats.acceptance < 0.05
+    # From step 4 on the learned range is wide: no draft has any slack to share there.
+    assert result.stats.accepted_by_step[4:].sum() == 0
+    assert result.stats.tested_by_step[4:].sum() > IMAGES
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) > FALSE_ALARM
