@@ -62,6 +62,20 @@ def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int =
     return figures
 
 
+def other_step_counts(target: Target, drafter: Drafter, images: int = 16) -> dict[str, Any]:
+    """Call reduction at draft length 6 for chains that the drafter was not trained on."""
+    labels = torch.arange(images) % target.num_classes
+    rows = {}
+    for num_steps in (50, 100, 250, 1000):
+        rows[num_steps] = {
+            name: sample(
+                target, labels, drafter=one, schedule=DDPMSchedule(num_steps), seed=EVALUATION_SEED
+            ).stats.call_reduction
+            for name, one in (("frozen", "frozen"), ("learned", drafter))
+        }
+    return {"images": images, "draft_length": 6, "rows": rows}
+
+
 def quality(target: Target, images: int = 500) -> dict[str, Any]:
     """How a k-nearest-neighbour classifier trained on the real digits reads ordinary samples, and how far they are."""
     from sklearn.neighbors import KNeighborsClassifier
@@ -111,6 +125,17 @@ def render(figures: dict[str, Any]) -> str:
         grouped.setdefault((run["drafter"], run["guidance"]), []).append(run["call_reduction"])
     for (drafter, scale), values in grouped.items():
         lines.append(f"| {drafter} | {scale:g} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    steps = figures["steps"]
+    lines += [
+        "",
+        f"Call reduction at draft length {steps['draft_length']} for other step counts, {steps['images']} images:",
+        "",
+        "| drafter | " + " | ".join(f"{count} steps" for count in steps["rows"]) + " |",
+        "|---|" + "---|" * len(steps["rows"]),
+    ]
+    for drafter in ("frozen", "learned"):
+        cells = " | ".join(f"{row[drafter]:.2f}" for row in steps["rows"].values())
+        lines.append(f"| {drafter} | {cells} |")
     lines += [
         "",
         f"Quality of {figures['quality']['images']} ordinary samples, 250 steps, read by a 3-nearest-neighbour "
@@ -131,12 +156,20 @@ def write_card(name: str) -> Path:
     folder = MODELS / name
     target, drafter = load_bundled(name)
     figures = measure(target, drafter)
+    figures["steps"] = other_step_counts(target, drafter)
     figures["quality"] = quality(target)
     files = [folder / "model.safetensors", folder / "drafter.safetensors"]
     figures["files"] = {
         path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
     }
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return fill_card(name)
+
+
+def fill_card(name: str) -> Path:
+    """Renew the tables of a bundled pair's ``MODEL_CARD.md`` from its ``evaluation.json``."""
+    folder = MODELS / name
+    figures = json.loads((folder / "evaluation.json").read_text())
     card = folder / "MODEL_CARD.md"
     before, _, rest = card.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
