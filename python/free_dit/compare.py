@@ -149,11 +149,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         title=f"{settings['images']} images, {settings['num_steps']} steps, draft length "
         f"{settings['draft_length']}, guidance {settings['guidance_scale']:g}"
     )
-    columns = ("sampler", "target calls", "target rows", "acceptance", "call reduction")
+    columns = ("sampler", "target calls", "target rows", "accepted", "call reduction")
     ratios = report["wall_clock_ratios"]
-    headings = [f"wall-clock ratio, batch {ratio['batch']}" for ratio in ratios]
+    headings = [f"speed, batch {ratio['batch']}" for ratio in ratios]
     for column in (*columns, *headings):
-        table.add_column(column, justify="left" if column == "sampler" else "right")
+        table.add_column(column, justify="left" if column == "sampler" else "right", no_wrap=column == "sampler")
     for name, run in report["runs"].items():
         acceptance = "-" if run["acceptance"] is None else f"{run['acceptance']:.3f}"
         cells = {"ordinary": ["1.00x"] * len(ratios), report["timed"]: [f"{ratio['median']:.2f}x" for ratio in ratios]}
