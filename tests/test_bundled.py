@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 
+import mutations
 import numpy as np
 import pytest
 import torch
 
+import free_kernels.sampler
 from free_dit import load_bundled
 from free_dit.bundled import MODELS, bundled_names
 from free_dit.data import load_digits
@@ -92,8 +94,12 @@ def kernel_test_p_value(first: torch.Tensor, second: torch.Tensor, permutations:
 
 
 @pytest.mark.slow
-def test_images_are_drawn_from_the_same_distribution(digits):
-    """Two-sample test on one class at 50 steps: speculative against ordinary, with controls."""
+def test_images_are_drawn_from_the_same_distribution(digits, monkeypatch):
+    """Two-sample test on one class at 50 steps: speculative against ordinary.
+
+    It finds a sampler that accepts whatever the frozen drafter says. It does not find a few wrong refusals: those are
+    for the directed tests of test_exactness.py.
+    """
     target, drafter = digits
     labels = torch.full((400,), 3)
     schedule = DDPMSchedule(50)
@@ -101,10 +107,9 @@ def test_images_are_drawn_from_the_same_distribution(digits):
     speculative = sample(target, labels, schedule=schedule, drafter=drafter, seed=2, max_slots=128)
     assert speculative.stats.acceptance < 0.98, "enough refusals for a wrong reflection to show"
     assert kernel_test_p_value(ordinary, speculative.samples) > 1e-3
-    # Controls: the same class with guidance (a different law by design), and a small shift of every pixel.
-    guided = sample(target, labels, schedule=schedule, drafter=drafter, guidance_scale=2.0, seed=3, max_slots=128)
-    assert kernel_test_p_value(ordinary, guided.samples) < 1e-3
-    assert kernel_test_p_value(ordinary, speculative.samples + 0.05) < 1e-3
+    monkeypatch.setattr(free_kernels.sampler, "couple", mutations.always_accept)
+    wrong = sample(target, labels, schedule=schedule, drafter="frozen", seed=2, max_slots=128)
+    assert kernel_test_p_value(ordinary, wrong.samples) < 1e-3
 
 
 @pytest.mark.slow
