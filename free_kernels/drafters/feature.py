@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from free_kernels.hoisting import ConditioningTable, table_fits
+from free_kernels.ops.attention import feature_attention
 from free_kernels.types import Target
 from free_kernels.validation import check_int, fail
 
@@ -60,8 +61,7 @@ def _apply_block(x: Tensor, weights: tuple[Tensor, ...], modulations: tuple[Tens
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations
     rows, tokens, width = x.shape
     joint = F.linear(torch.addcmul(shift1, _normalize(x), scale1), qkv, qkv_bias)
-    q, k, v = joint.view(rows, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows, tokens, width)
+    mixed = feature_attention(*joint.view(rows, tokens, 3, heads, -1).unbind(2)).view(rows, tokens, width)
     x = torch.addcmul(x, gate1, F.linear(mixed, proj, proj_bias))
     hidden = F.gelu(F.linear(torch.addcmul(shift2, _normalize(x), scale2), fc1, fc1_bias))
     return torch.addcmul(x, gate2, F.linear(hidden, fc2, fc2_bias))

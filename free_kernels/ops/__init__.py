@@ -1,15 +1,19 @@
 """The public ops."""
 
+from free_kernels.ops.attention import append_features, feature_attention, rewind_features
 from free_kernels.ops.coupling import Coupling, couple, gaussian_transition
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.random import philox_normal, philox_uniform
 
 __all__ = [
     "Coupling",
+    "append_features",
     "commit_drafts",
     "couple",
+    "feature_attention",
     "gaussian_transition",
     "pack_drafts",
     "philox_normal",
     "philox_uniform",
+    "rewind_features",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import torch
@@ -11,8 +12,79 @@ from free_kernels.reference import coupling as reference
 from free_kernels.reference.coupling import Coupling
 from free_kernels.validation import check_choice, fail
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "triton")
 NUM_COLUMNS = 8
+_SCHEMA = (
+    "couple(Tensor draft_states, Tensor draft_mean, Tensor draft_std, Tensor noise, Tensor? slack_noise, "
+    "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, Tensor? slack, Tensor? relaxation, "
+    "float guidance_scale, int guidance_channels, float clip) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.compiler.assume_constant_result
+def why_no_triton(device_type: str, index: int | None = None) -> str | None:
+    """Why the Triton kernels cannot take tensors of a device, or None if they can."""
+    try:
+        kernels = importlib.import_module("free_kernels.triton.coupling")
+    except ImportError as error:
+        return f"importing Triton failed: {error}"
+    if device_type == "cpu" and kernels.INTERPRETED:
+        return None
+    if device_type != "cuda":
+        return f"it needs CUDA tensors (or TRITON_INTERPRET=1 and CPU tensors), got {device_type} tensors"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return f"it needs compute capability 8.0 or higher, got {torch.cuda.get_device_capability(index)}"
+    return None
+
+
+def _use_triton(device: torch.device, backend: str) -> bool:
+    if backend == "auto":
+        return device.type != "cpu" and why_no_triton(device.type, device.index) is None
+    if check_choice("couple", "backend", backend, BACKENDS) == "reference":
+        return False
+    reason = why_no_triton(device.type, device.index)
+    if reason is not None:
+        raise RuntimeError(f"couple: backend 'triton' cannot be used: {reason}")
+    return True
+
+
+def _settings(guidance_scale: float, guidance_channels: int, clip: float) -> dict[str, float | int]:
+    return {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
+
+
+def _as_op_result(outcome: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An op cannot return None: figures that do not exist have no element."""
+    next_states, committed, gap_sq, figures = outcome
+    return next_states, committed, gap_sq, gap_sq.new_empty(0) if figures is None else figures
+
+
+def _couple_reference(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _as_op_result(reference.couple(*arguments[:-3], **_settings(*arguments[-3:])))
+
+
+def _couple_triton(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernels = importlib.import_module("free_kernels.triton.coupling")
+    return _as_op_result(kernels.couple(*arguments[:-3], **_settings(*arguments[-3:])))
+
+
+def _couple_fake(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    slots, length = draft_states.shape[:2]
+    slack = arguments[7]
+    figures = draft_states.new_empty((3, slots, length - 1) if slack is not None and length > 1 else (0,))
+    committed = draft_states.new_empty(slots, dtype=torch.int64)
+    return (
+        draft_states.new_empty(slots, *draft_states.shape[2:]),
+        committed,
+        figures.new_empty(slots, length - 1),
+        figures,
+    )
+
+
+_LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
+_LIBRARY.define(_SCHEMA)
+_LIBRARY.impl("couple", _couple_reference, "CPU")
+_LIBRARY.impl("couple", _couple_triton, "CUDA")
+torch.library.register_fake("free_kernels::couple", _couple_fake, lib=_LIBRARY)
 
 
 def gaussian_transition(
@@ -102,15 +174,16 @@ def couple(
         guidance_scale: as in :func:`gaussian_transition`.
         guidance_channels: as in :func:`gaussian_transition`.
         clip: as in :func:`gaussian_transition`.
-        backend: ``"auto"`` or ``"reference"``.
+        backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
 
     Returns:
         A :class:`Coupling`.
 
     Raises:
-        ValueError: a shape does not fit, or the backend is unknown.
+        ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    check_choice("couple", "backend", backend, BACKENDS)
+    use_triton = _use_triton(draft_states.device, backend)
     slots, length = draft_states.shape[:2]
     latent = list(draft_states.shape[2:])
     drafts = [slots, length - 1, *latent]
@@ -136,7 +209,7 @@ def couple(
         fail("couple", "output", f"[B R, {channels} or {2 * channels}, {latent[1]}, {latent[2]}]", output)
     if row_offsets.dtype != torch.int64:
         fail("couple", "row_offsets", "int64", row_offsets, TypeError)
-    return reference.couple(
+    arguments = (
         draft_states,
         draft_mean,
         draft_std,
@@ -148,7 +221,11 @@ def couple(
         columns,
         slack,
         relaxation,
-        guidance_scale=guidance_scale,
-        guidance_channels=channels if guidance_channels is None else guidance_channels,
-        clip=clip,
     )
+    guided = channels if guidance_channels is None else guidance_channels
+    if not use_triton:
+        return reference.couple(*arguments, **_settings(guidance_scale, guided, clip))
+    # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
+    run = _couple_triton if draft_states.is_cpu else torch.ops.free_kernels.couple
+    next_states, committed, gap_sq, figures = run(*arguments, guidance_scale, guided, clip)
+    return Coupling(next_states, committed, gap_sq, None if slack is None or length == 1 else figures)
