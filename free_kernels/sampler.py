@@ -14,7 +14,7 @@ from free_kernels.chain import NOISE_CHUNK_ELEMENTS, Chain, make_chain
 from free_kernels.drafters import as_drafter
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import Purpose
-from free_kernels.ops.coupling import Coupling, couple
+from free_kernels.ops.coupling import BACKENDS, Coupling, couple
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.policy import SlackPolicy
 from free_kernels.schedule import DDPMSchedule
@@ -86,6 +86,11 @@ def ancestral_sample(
     return SampleResult(samples, stats)
 
 
+def _other_backend(backend: str) -> str:
+    """Packing and noise have no Triton kernels: their best implementation, unless the reference is asked for."""
+    return "reference" if backend == "reference" else "auto"
+
+
 @torch.no_grad()
 def sample(
     target: object,
@@ -120,7 +125,8 @@ def sample(
         seed: key of all noise, in ``[0, 2**64)``. An image depends on seed and index, not on the batch around it.
         noise: None, initial states ``[N, C, H, W]``, initial states and step noise ``[N, K, C, H, W]``, or a source.
         max_slots: images in the making at a time; all of them if None. A finished one makes room for a waiting one.
-        backend: ``"auto"`` or ``"reference"``.
+        backend: of the coupling: ``"auto"`` (Triton on a GPU), ``"reference"`` (plain PyTorch for every op) or
+            ``"triton"`` (an error where it cannot run).
         progress: show a progress bar.
         callback: called with a :class:`RoundInfo` after every round.
 
@@ -129,12 +135,15 @@ def sample(
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
         FloatingPointError: a network output is not finite; the message names step and image.
     """
     where = "sample"
     started = time.perf_counter()
-    check_choice(where, "backend", backend, ("auto", "reference"))
-    chain = make_chain(where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise, backend)
+    check_choice(where, "backend", backend, BACKENDS)
+    chain = make_chain(
+        where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise, _other_backend(backend)
+    )
     length = check_int(where, "draft_length", draft_length, 1, len(chain.timesteps))
     if check_float(where, "relaxation", relaxation, 0.0) != 0.0:
         fail(where, "relaxation", "0 (relaxed acceptance is not available in this version)", f"{relaxation:g}")
@@ -161,6 +170,7 @@ class _Speculation:
 
     def __init__(self, chain: Chain, drafter: Drafter, length: int, slots: int, backend: str) -> None:
         self.chain, self.length, self.backend = chain.hoisted(), length, backend
+        self.packing_backend = _other_backend(backend)
         device = chain.labels.device
         self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)
         self.drafter_is_free = getattr(drafter, "is_free", False)
@@ -226,7 +236,7 @@ class _Speculation:
             chain.timesteps,
             sum(lengths),
             chain.null,
-            self.backend,
+            self.packing_backend,
         )
         features = chain.features(x, t, y)
         output = chain.head(features, t, y)
@@ -271,7 +281,7 @@ class _Speculation:
             all_labels=chain.labels,
             queue=self.queue,
             num_steps=num_steps,
-            backend=self.backend,
+            backend=self.packing_backend,
         )
         if self.slack is not None:
             self.slack.reset(self.steps == 0)

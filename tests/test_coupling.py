@@ -307,3 +307,43 @@ def test_wrong_arguments_are_named(change, message):
     } | change
     with pytest.raises((ValueError, TypeError), match=f"^couple: {message}"):
         couple(**arguments)
+
+
+def op_arguments(learned: bool) -> tuple:
+    """Arguments of ``torch.ops.free_kernels.couple`` for two slots of lengths 3 and 1, guided."""
+    generator = torch.Generator().manual_seed(3)
+    noise, slack_noise = torch.randn(2, 2, 3, *LATENT, generator=generator)
+    output = torch.randn(8, 2 if learned else 1, 4, 4, generator=generator) * 0.1
+    return (
+        torch.randn(2, 3, *LATENT, generator=generator),
+        torch.randn(2, 2, *LATENT, generator=generator) * 0.1,
+        torch.full((2, 2, *LATENT), 1.1),
+        noise,
+        slack_noise if learned else None,
+        torch.rand(2, 3, generator=generator) + 1e-3,
+        output,
+        torch.tensor([0, 3, 4]),
+        columns_for(1.0, 2, 3),
+        torch.full((2, 3), 0.6) if learned else None,
+        None,
+        2.0,
+        1,
+        math.inf,
+    )
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_op_passes_opcheck(learned):
+    torch.library.opcheck(torch.ops.free_kernels.couple.default, op_arguments(learned))
+
+
+def test_couple_compiles_without_a_graph_break():
+    arguments = op_arguments(True)
+
+    def step(*tensors):
+        outcome = couple(*tensors[:9], slack=tensors[9], guidance_scale=2.0)
+        return outcome.next_states, outcome.committed
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(*arguments[:10]), step(*arguments[:10]), strict=True):
+        torch.testing.assert_close(got, expected)

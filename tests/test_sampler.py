@@ -110,6 +110,11 @@ def test_the_reference_backend_gives_the_same_images(target):
     torch.testing.assert_close(sample(target, LABELS, backend="reference", **settings).samples, auto)
 
 
+def test_triton_is_never_replaced_silently():
+    with pytest.raises(RuntimeError, match="^couple: backend 'triton' cannot be used: "):
+        sample(GaussianTarget(), LABELS, schedule=STEPS, backend="triton")
+
+
 def test_stats_add_up(target):
     seen: list[RoundInfo] = []
     result = sample(target, LABELS, schedule=STEPS, drafter=BiasedDrafter(target), max_slots=4, callback=seen.append)

@@ -1,0 +1,308 @@
+"""``couple`` in two Triton launches: a pass over the drafted rows, and a pass that decides and commits."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from free_kernels.triton.aot import POINTERS, AotConfiguration
+from free_kernels.triton.coupling_kernels import coupling_commit_kernel, coupling_rows_kernel
+
+# Enough programs to give every multiprocessor of a large GPU two.
+_WANTED_PROGRAMS = 264
+# Whether the kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(coupling_rows_kernel, triton.runtime.JITFunction)
+_LARGEST_BLOCK, _SMALLEST_BLOCK, _MAX_SPLITS = 512, 256, 64
+
+
+class LaunchShape(NamedTuple):
+    """How D elements are divided.
+
+    Attributes:
+        block: elements that a program of the row pass holds at a time.
+        chunks: blocks that a program of the row pass goes through.
+        num_splits: programs, and partial figures, of a row.
+        commit_block: elements of a program of the commit pass.
+    """
+
+    block: int
+    chunks: int
+    num_splits: int
+    commit_block: int
+
+
+def launch_shape(slots: int, length: int, numel: int) -> LaunchShape:
+    """Division of the work for S slots of at most L rows with D elements; shapes only, so a graph can hold it.
+
+    Many rows (512 of 16,384): 512 elements, four a thread, put one 16-byte load of each of the seven tensors in flight
+    per thread, and some ten such programs fit on a multiprocessor: more than streaming needs. Larger blocks take more
+    registers and make the compiler rearrange 16-bit outputs through shared memory. Few rows (6 of 4096): smaller
+    blocks, since the data must be spread over many multiprocessors to arrive at once; below 256 elements a program
+    costs more than it fetches. Partials are read by every program of the commit pass, hence at most 64 of a row;
+    larger latents give each program several blocks.
+    """
+
+    def block_for(rows: int) -> int:
+        block = _LARGEST_BLOCK
+        while block > _SMALLEST_BLOCK and rows * triton.cdiv(numel, block) < _WANTED_PROGRAMS:
+            block //= 2
+        return min(block, max(64, triton.next_power_of_2(numel)))
+
+    block = block_for(slots * max(length - 1, 1))
+    chunks = triton.cdiv(triton.cdiv(numel, block), _MAX_SPLITS)
+    return LaunchShape(block, chunks, triton.cdiv(numel, block * chunks), block_for(slots))
+
+
+def warps_for(block: int) -> int:
+    """Warps of a program: four elements a thread, one 16-byte access, up to four warps."""
+    return max(1, min(4, block // 128))
+
+
+class _Noise(NamedTuple):
+    """Where random numbers come from: three tensors, or keys."""
+
+    noise: Tensor | None = None
+    slack_noise: Tensor | None = None
+    uniform: Tensor | None = None
+    images: Tensor | None = None
+    steps: Tensor | None = None
+    seed: int = 0
+
+
+def couple(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    noise: Tensor,
+    slack_noise: Tensor | None,
+    uniform: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    slack: Tensor | None,
+    relaxation: Tensor | None,
+    *,
+    guidance_scale: float,
+    guidance_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Contract of :func:`free_kernels.ops.couple`; arguments have been checked.
+
+    Returns:
+        ``(next_states, committed, gap_sq, variance_figures)``: the fields of a ``Coupling``. Figures of rows without a
+        draft are 0, and so is the state of an idle slot.
+    """
+    drawn = _Noise(
+        noise=noise.contiguous(),
+        slack_noise=None if slack_noise is None else slack_noise.contiguous(),
+        uniform=uniform,
+    )
+    return _launch(
+        (draft_states, draft_mean, draft_std),
+        drawn,
+        output,
+        row_offsets,
+        columns,
+        slack,
+        relaxation,
+        guidance_scale,
+        guidance_channels,
+        clip,
+    )
+
+
+def couple_philox(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    slack: Tensor | None,
+    relaxation: Tensor | None,
+    *,
+    guidance_scale: float,
+    guidance_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`couple` with noise, slack noise and uniforms made where they are used, never in memory.
+
+    Equivalent to ``couple`` with ``ops.random``'s ``philox_normal`` for the purposes STEP and SLACK and
+    ``philox_uniform`` for ACCEPT, keyed by (seed, image, step), up to the rounding of logarithms and sines.
+
+    Args: as :func:`couple`, but
+        seed: in ``[0, 2**64)``.
+        images: int64 ``[S]``, image of each slot; that of an idle slot is of no matter.
+        steps: int64 ``[S, L]``, step of each row.
+
+    Returns:
+        As :func:`couple`.
+    """
+    drawn = _Noise(images=images.contiguous(), steps=steps.contiguous(), seed=seed)
+    return _launch(
+        (draft_states, draft_mean, draft_std),
+        drawn,
+        output,
+        row_offsets,
+        columns,
+        slack,
+        relaxation,
+        guidance_scale,
+        guidance_channels,
+        clip,
+    )
+
+
+def _signed_word(word: int) -> int:
+    """The int32 of the same 32 bits, so that every seed has the same argument type."""
+    word &= 0xFFFFFFFF
+    return word - 2**32 if word >= 2**31 else word
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else tensor.stride()
+
+
+def _launch(
+    drafts: tuple[Tensor, Tensor, Tensor],
+    drawn: _Noise,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    slack: Tensor | None,
+    relaxation: Tensor | None,
+    guidance_scale: float,
+    guidance_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    states, mean, std = (tensor.contiguous() for tensor in drafts)
+    columns, row_offsets = columns.contiguous(), row_offsets.contiguous()
+    slots, length, *latent = states.shape
+    numel = math.prod(latent)
+    # Rows may lie apart (leading channels of a wider output), elements of a row may not.
+    if not output[0].is_contiguous():
+        output = output.contiguous()
+    branches = 1 if guidance_scale == 1.0 else 2
+    slack = slack if length > 1 else None
+    rows = slots * (length - 1)
+
+    shape = launch_shape(slots, length, numel)
+    new = states.new_empty
+    next_states, gap_sq = new(slots, *latent), new(slots, length - 1)
+    committed = torch.empty(slots, dtype=torch.int64, device=states.device)
+    figures = None if slack is None else new(3, slots, length - 1)
+    partials = new(2 if slack is None else 5, rows, shape.num_splits)
+
+    pointers = (
+        states,
+        mean,
+        std,
+        drawn.noise,
+        drawn.slack_noise if slack is not None else None,
+        drawn.images,
+        drawn.steps,
+        output,
+        row_offsets,
+        columns,
+        slack,
+        partials,
+    )
+    seed = (_signed_word(drawn.seed), _signed_word(drawn.seed >> 32))
+    guided = guidance_channels * numel // latent[0]
+    sizes = (slots, length, numel, guided, output.shape[0] // branches, output.stride(0), *_strides(slack))
+    flags = {
+        "LEARNED": output.shape[1] == 2 * latent[0],
+        "SLACK": slack is not None,
+        "GUIDED": branches == 2,
+        "CLIPPED": not math.isinf(clip),
+        "PHILOX": drawn.images is not None,
+        "NUM_SPLITS": shape.num_splits,
+    }
+    common = (*pointers, *seed, *sizes, float(guidance_scale), float(clip))
+    written = (drawn.uniform, relaxation, next_states, committed, gap_sq, figures)
+    num_blocks = triton.cdiv(numel, shape.commit_block)
+    with torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext():
+        if rows > 0:
+            coupling_rows_kernel[(rows * shape.num_splits,)](
+                *common, **flags, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=warps_for(shape.block)
+            )
+        if slots > 0:
+            coupling_commit_kernel[(slots * num_blocks,)](
+                *common,
+                *written,
+                *_strides(relaxation),
+                *_strides(drawn.uniform),
+                **flags,
+                RELAXED=relaxation is not None,
+                BLOCK=shape.commit_block,
+                NUM_BLOCKS=num_blocks,
+                PADDED_SPLITS=triton.next_power_of_2(shape.num_splits),
+                PADDED_LENGTH=triton.next_power_of_2(length),
+                num_warps=warps_for(shape.commit_block),
+            )
+    return next_states, committed, gap_sq, figures
+
+
+def aot_configurations() -> list[AotConfiguration]:
+    """Both kernels for rounds of 6 rows: every output dtype and usual flag, then sizes and rarer flags."""
+    found = []
+    for dtype, guided, learned, philox in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (False, True)
+    ):
+        found += _aot_pair(1, 4096, dtype, guided=guided, learned=learned, philox=philox)
+    for philox in (False, True):
+        found += _aot_pair(86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
+    # Rare switches together, a latent of odd size, and one beyond the number of splits.
+    for numel, philox in itertools.product((65536, 315), (False, True)):
+        found += _aot_pair(1, numel, torch.bfloat16, guided=True, learned=True, philox=philox, rare=True)
+    return found
+
+
+def _aot_pair(
+    slots: int, numel: int, dtype: torch.dtype, *, guided: bool, learned: bool, philox: bool, rare: bool = False
+) -> list[AotConfiguration]:
+    length = 6
+    shape = launch_shape(slots, length, numel)
+    types = {f"p_{name}": "*fp32" for name in ("states", "draft_mean", "draft_std", "columns", "slack", "partials")}
+    types |= {f"p_{name}": "*fp32" for name in ("noise", "slack_noise", "uniform", "relaxation", "next_states")}
+    types |= {f"p_{name}": "*fp32" for name in ("gap_sq", "figures")}
+    types |= {f"p_{name}": "*i64" for name in ("images", "steps", "row_offsets", "committed")}
+    types |= {"p_output": POINTERS[dtype], "guidance_scale": "fp32", "clip": "fp32"}
+    flags = {"LEARNED": learned, "SLACK": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare, "PHILOX": philox}
+    absent = {"p_noise", "p_slack_noise", "p_uniform"} if philox else {"p_images", "p_steps"}
+    absent |= set() if learned else {"p_slack", "p_slack_noise", "p_figures"}
+    absent |= set() if rare else {"p_relaxation"}
+    sizes = {
+        "NUM_SPLITS": shape.num_splits,
+        "CHUNKS": shape.chunks,
+        "NUM_BLOCKS": triton.cdiv(numel, shape.commit_block),
+        "PADDED_SPLITS": triton.next_power_of_2(shape.num_splits),
+        "PADDED_LENGTH": triton.next_power_of_2(length),
+    }
+    said = [str(dtype).removeprefix("torch."), *(name.lower() for name, value in flags.items() if value)]
+    pair = []
+    for kernel, block in ((coupling_rows_kernel, shape.block), (coupling_commit_kernel, shape.commit_block)):
+        values: dict[str, object] = {**flags, **sizes, "BLOCK": block} | dict.fromkeys(absent)
+        constants = {name: value for name, value in values.items() if name in kernel.arg_names}
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+        aligned = ["numel", "guided_numel", "output_stride"] if numel % 16 == 0 else []
+        pair.append(
+            AotConfiguration(
+                f"{kernel.__name__} {slots}x{length}x{numel} {' '.join(said)}",
+                kernel,
+                signature,
+                constants,
+                num_warps=warps_for(block),
+                divisible=[name for name in signature if name.startswith("p_")] + aligned,
+            )
+        )
+    return pair

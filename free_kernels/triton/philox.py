@@ -1,0 +1,85 @@
+"""Philox4x32-10 and Box-Muller inside a kernel: the numbers of ``free_kernels.ops.random``.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+PURPOSE_STEP = tl.constexpr(1)
+PURPOSE_SLACK = tl.constexpr(2)
+PURPOSE_ACCEPT = tl.constexpr(3)
+
+_TWO_PI = tl.constexpr(2.0 * math.pi)
+_TWO_OVER_PI = tl.constexpr(2.0 / math.pi)
+# pi / 2 in three parts whose products with 0 ... 4 are exact.
+_HALF_PI_HIGH = tl.constexpr(1.5703125)
+_HALF_PI_MIDDLE = tl.constexpr(4.837512969970703125e-4)
+_HALF_PI_LOW = tl.constexpr(7.54978995489188216e-8)
+
+
+@triton.jit
+def cos_sin(angle):
+    """Cosine and sine of an angle in [0, 2 pi], to about one unit in the last place.
+
+    The library's sine carries a reduction for huge arguments, which costs a stack frame.
+    """
+    quarter = tl.floor(angle * _TWO_OVER_PI + 0.5)
+    r = ((angle - quarter * _HALF_PI_HIGH) - quarter * _HALF_PI_MIDDLE) - quarter * _HALF_PI_LOW
+    s = r * r
+    sine = r + r * s * ((-1.9515295891e-4 * s + 8.3321608736e-3) * s - 1.6666654611e-1)
+    cosine = 1.0 - 0.5 * s + s * s * ((2.443315711809948e-5 * s - 1.388731625493765e-3) * s + 4.166664568298827e-2)
+    q = quarter.to(tl.int32)
+    swap = (q & 1) == 1
+    b_cos = tl.where(swap, sine, cosine)
+    b_sin = tl.where(swap, cosine, sine)
+    return tl.where(((q + 1) & 2) == 2, -b_cos, b_cos), tl.where((q & 2) == 2, -b_sin, b_sin)
+
+
+@triton.jit
+def _uniform(word):
+    """(w + 0.5) / 2**32, rounded to float32, in (0, 1]."""
+    return tl.minimum(word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10, 1.0)
+
+
+@triton.jit
+def _normal_pair(word0, word1):
+    radius = tl.sqrt_rn(-2.0 * tl.log(_uniform(word0)))
+    b_cos, b_sin = cos_sin(_uniform(word1) * _TWO_PI)
+    return radius * b_cos, radius * b_sin
+
+
+@triton.jit
+def uniform_first(seed_low, seed_high, image, step, PURPOSE: tl.constexpr):
+    """Element 0 of ``philox_uniform`` for each of the int64 ``step``; ``image`` is a scalar or of the same shape."""
+    c1 = step.to(tl.uint32)
+    zero = c1 & 0
+    word, _, _, _ = tl.philox_impl(
+        zero, c1, zero + image.to(tl.uint32), zero + PURPOSE, seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    )
+    return _uniform(word)
+
+
+@triton.jit
+def normal_block(seed_low, seed_high, image, step, i_first, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    """``[BLOCK]`` elements of ``philox_normal`` from element ``i_first``, a multiple of 4, for one (image, step).
+
+    A counter gives four words, so a thread computes four neighbouring elements from one of them.
+    """
+    c0 = (i_first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = c0 & 0
+    word0, word1, word2, word3 = tl.philox_impl(
+        c0,
+        zero + step.to(tl.uint32),
+        zero + image.to(tl.uint32),
+        zero + PURPOSE,
+        seed_low.to(tl.uint32),
+        seed_high.to(tl.uint32),
+    )
+    n0, n1 = _normal_pair(word0, word1)
+    n2, n3 = _normal_pair(word2, word3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

@@ -1,0 +1,287 @@
+"""Cases of ``couple`` for its Triton kernels, and their run in the interpreter.
+
+``TRITON_INTERPRET=1 python triton_worker_coupling.py`` prints one line of JSON: by case a list of what is wrong (empty
+where all is well). The variable is read while Triton is imported, hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from free_kernels.noise import Purpose
+from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.reference import coupling as reference
+
+PADDING_ROWS = 2
+PHILOX_SEEDS = (0, 1, 2**40 + 16, 2**64 - 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One round; ``gap`` is the distance of each draft's mean from the target's, in deviations."""
+
+    name: str
+    lengths: tuple[int, ...] = (3, 0, 4, 1)
+    latent: tuple[int, int, int] = (3, 3, 5)
+    learned: bool = False
+    slack: float | None = None
+    guidance: tuple[float, int] | None = None
+    clip: float = math.inf
+    relaxed: bool = False
+    gap: float = 1.0
+    # Relative spread of the draft's deviation around the target's.
+    spread: float = 0.003
+    output: torch.dtype = torch.float32
+    # Elements of a program, and blocks that a program of the row pass goes through; None leaves it to the kernels.
+    division: tuple[int, int] | None = None
+    special: str = ""
+    seed: int = 0
+    # Largest error against float64 over eager's. With few rows the quotient of two rounding errors is mostly luck.
+    factor: float = 4.0
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+_PRECISION = {"lengths": (6,) * 4, "latent": (4, 8, 8), "learned": True, "slack": 0.8, "guidance": (4.0, 3)}
+_FULL = {"learned": True, "slack": 0.6, "guidance": (4.0, 2), "clip": 1.0, "relaxed": True}
+CASES = [
+    Case("fixed", gap=0.5),
+    Case("fixed-far-apart", gap=4.0),
+    Case("fixed-guided", guidance=(1.5, 3), seed=1),
+    Case("fixed-weakly-guided", guidance=(0.3, 3), seed=2),
+    Case("fixed-partly-guided-clipped", guidance=(4.0, 2), clip=0.5, seed=3),
+    Case("fixed-relaxed", relaxed=True, gap=2.0, seed=4),
+    Case("fixed-wider-output", special="narrowed", seed=5),
+    Case("learned-shared-variance", learned=True, seed=6),
+    Case("learned", learned=True, slack=0.6, seed=7),
+    Case("learned-guided", learned=True, slack=0.9, guidance=(4.0, 3), seed=8),
+    Case("learned-partly-guided", learned=True, slack=0.7, guidance=(1.5, 2), seed=9),
+    Case("learned-everything", **_FULL, seed=10),
+    Case("learned-everything-bf16", **_FULL, output=torch.bfloat16, seed=11),
+    Case("learned-everything-f16", **_FULL, output=torch.float16, seed=12),
+    Case("digits", lengths=(6, 2, 6, 0, 1), latent=(1, 8, 8), learned=True, slack=0.8, gap=0.7, seed=13),
+    Case("one-element", latent=(1, 1, 1), learned=True, slack=0.5, seed=14),
+    Case("many-splits", latent=(3, 7, 9), division=(64, 1), **_FULL, seed=15),
+    Case("many-splits-in-chunks", latent=(3, 11, 11), division=(64, 2), **_FULL, gap=0.5, seed=16),
+    Case("no-drafts", lengths=(1, 1, 0), learned=True, slack=0.6, seed=17),
+    Case("all-idle", lengths=(0, 0), latent=(1, 2, 2), special="longer", seed=18),
+    Case("infeasible", learned=True, slack=0.6, gap=0.1, special="infeasible", seed=19),
+    Case("far-off", learned=True, slack=0.6, special="far", seed=20),
+    Case("far-off-fixed", special="far", seed=21),
+    Case("precision", **_PRECISION, factor=2.0, seed=23),
+    Case("precision-bf16", **_PRECISION, output=torch.bfloat16, factor=2.0, seed=24),
+    Case("precision-f16", **_PRECISION, output=torch.float16, factor=2.0, seed=25),
+    Case("not-finite", learned=True, slack=0.6, clip=1.0, special="nan", seed=22),
+]
+BY_NAME = {case.name: case for case in CASES}
+
+
+@dataclass
+class Round:
+    """Arguments of ``couple``, with the keys of its noise."""
+
+    tensors: tuple[Tensor | None, ...]
+    options: dict[str, Any]
+    lengths: Tensor
+    keys: tuple[int, Tensor, Tensor] = field(default=(0, torch.empty(0), torch.empty(0)))
+
+    def to(self, device: str) -> Round:
+        moved = tuple(None if tensor is None else tensor.to(device) for tensor in self.tensors)
+        seed, images, steps = self.keys
+        return Round(moved, self.options, self.lengths.to(device), (seed, images.to(device), steps.to(device)))
+
+
+def make(case: Case) -> Round:
+    """Draft means at a stated distance from the target's, so that rows are accepted and refused by chance."""
+    g = torch.Generator().manual_seed(case.seed)
+    slots, length = len(case.lengths), case.longest + (case.special == "longer")
+    length, channels = max(length, 1), case.latent[0]
+    lengths = torch.tensor(case.lengths)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    rows, branches = int(lengths.sum()) + PADDING_ROWS, 1 if case.guidance is None else 2
+    outputs = channels * (2 if case.learned else 1)
+    output = torch.randn(branches * rows, outputs + (case.special == "narrowed"), *case.latent[1:], generator=g)
+    output = (0.5 * output).to(case.output)[:, :outputs]
+    if case.special == "nan":
+        output[1, 0, 0, 0] = math.nan
+
+    seed = PHILOX_SEEDS[case.seed % len(PHILOX_SEEDS)]
+    images = torch.randint(0, 2**40, (slots,), generator=g).where(lengths > 0, -1)
+    steps = torch.randint(0, 250, (slots, 1), generator=g) + torch.arange(length)
+    flat, numel = images.unsqueeze(1).expand(slots, length).reshape(-1), math.prod(case.latent)
+    noise, slack_noise = (
+        philox_normal(seed, flat, steps.view(-1), int(purpose), numel).view(slots, length, *case.latent)
+        for purpose in (Purpose.STEP, Purpose.SLACK)
+    )
+    uniform = philox_uniform(seed, flat, steps.view(-1), int(Purpose.ACCEPT), 1).view(slots, length)
+
+    states = torch.randn(slots, length, *case.latent, generator=g)
+    columns = 0.1 * torch.randn(slots, length, 8, generator=g)
+    columns[..., [0, 4]] += 1.0
+    columns[..., 2] -= 2.0
+    scale, guided = (1.0, channels) if case.guidance is None else case.guidance
+    options = {"guidance_scale": scale, "guidance_channels": guided, "clip": case.clip}
+    mean, std = reference.gaussian_transition(
+        states.flatten(0, 1),
+        reference.unpack_rows(output, offsets, branches, slots, length),
+        columns.flatten(0, 1),
+        **options,
+    )
+    mean, std = (x.reshape(slots, length, *case.latent)[:, :-1].nan_to_num(1.0) for x in (mean, std))
+    std = std * (1 + case.spread * torch.randn(std.shape, generator=g))
+    mean = mean + case.gap / math.sqrt(numel) * std * torch.randn(mean.shape, generator=g)
+    if case.special == "infeasible":
+        std[0, 1, -1, -1, -1] *= 2.0
+        std[2, 0, 0, 0, 0] *= 2.0
+    if case.special == "far":
+        mean[0, 1] += 1e16
+        mean[2, 0] += 1e30
+    slack = None if case.slack is None else torch.full((slots, 1), case.slack).expand(slots, length)
+    relaxation = torch.rand(slots, length, generator=g) if case.relaxed else None
+    given = None if slack is None else slack_noise
+    tensors = (states, mean, std, noise, given, uniform, output, offsets, columns, slack, relaxation)
+    return Round(tensors, options, lengths, (seed, images, steps))
+
+
+def in_float64(arguments: Round) -> tuple[Tensor, ...]:
+    """The reference in float64 throughout: it raises to float32 by ``float()``, which here means double."""
+    tensors = [x.double() if x is not None and x.is_floating_point() else x for x in arguments.tensors]
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        return reference.couple(*tensors, **arguments.options)
+
+
+def relevant(outcome: tuple[Tensor | None, ...], lengths: Tensor) -> dict[str, Tensor]:
+    """The parts with a meaning: states of live slots, figures of drafted rows."""
+    next_states, _, gap_sq, figures = outcome
+    drafted = torch.arange(gap_sq.shape[1], device=lengths.device) < lengths.unsqueeze(1) - 1
+    parts = {"next_states": next_states[lengths > 0], "gap_sq": gap_sq[drafted]}
+    if figures is not None:
+        parts |= dict(zip(("mean_gap_sq", "error_sq", "shrinkage"), figures[:, drafted].unbind(), strict=True))
+    return {name: part for name, part in parts.items() if part.numel()}
+
+
+def distance(got: Tensor, exact: Tensor) -> float:
+    known = exact.isfinite() & (exact.abs() < reference.MAX_GAP_SQ)
+    difference = (got.double() - exact)[known]
+    return float(difference.norm() / exact[known].norm().clamp(min=1e-300)) if known.any() else 0.0
+
+
+def compare(
+    got: tuple[Tensor | None, ...], arguments: Round, factor: float = 4.0, floor: float = 2.0**-23
+) -> list[str]:
+    """What is wrong with an outcome, against the reference and, for rounding, against float64."""
+    eager = reference.couple(*arguments.tensors, **arguments.options)
+    exact = in_float64(arguments)
+    wrong = []
+    for name, a, b in zip(eager._fields, got, eager, strict=True):
+        if (a is None) != (b is None) or (a is not None and (a.shape != b.shape or a.dtype != b.dtype)):
+            wrong.append(f"{name} has another shape or dtype than the reference's")
+    if wrong:
+        return wrong
+    if not torch.equal(got[1], eager.committed):
+        wrong.append(f"committed {got[1].tolist()}, not {eager.committed.tolist()}")
+    if not got[0][arguments.lengths == 0].isfinite().all():
+        wrong.append("an idle slot's state is not finite")
+    parts, eager_parts, exact_parts = (relevant(outcome, arguments.lengths) for outcome in (got, eager, exact))
+    for name, a in parts.items():
+        b, c = eager_parts[name], exact_parts[name]
+        # How far beyond the limit a refused figure lies is of no matter.
+        kept = b.isfinite() & (b.abs() < reference.MAX_GAP_SQ)
+        if name in ("next_states", "gap_sq") and not torch.equal(kept, a.isfinite() & (a.abs() < reference.MAX_GAP_SQ)):
+            wrong.append(f"{name} is finite elsewhere")
+        errors = distance(a, c), distance(b, c)
+        if not errors[0] <= max(factor * errors[1], floor):
+            wrong.append(f"{name} is off by {errors[0]:.2e}, eager by {errors[1]:.2e}")
+    return wrong
+
+
+def divided(case: Case, kernels: Any) -> Any:
+    """Small programs, so that tiny latents have several of them."""
+    if case.division is None:
+        return contextlib.nullcontext()
+    block, chunks = case.division
+    numel = math.prod(case.latent)
+    shape = kernels.LaunchShape(block, chunks, -(-numel // (block * chunks)), block)
+    return mock.patch.object(kernels, "launch_shape", return_value=shape)
+
+
+def run_couple(kernels: Any, arguments: Round) -> tuple[Tensor | None, ...]:
+    return kernels.couple(*arguments.tensors, **arguments.options)
+
+
+def run_philox(kernels: Any, arguments: Round, seed: int | None = None) -> tuple[Tensor | None, ...]:
+    states, mean, std, _, _, _, *rest = arguments.tensors
+    key, images, steps = arguments.keys
+    key = key if seed is None else seed
+    return kernels.couple_philox(states, mean, std, key, images, steps, *rest, **arguments.options)
+
+
+def check(case: Case, kernels: Any, device: str = "cpu") -> list[str]:
+    """Everything about one case: both variants against the oracle, and the same bits twice."""
+    arguments = make(case).to(device)
+    with divided(case, kernels):
+        first, second = run_couple(kernels, arguments), run_couple(kernels, arguments)
+        wrong = compare(first, arguments, case.factor)
+        for a, b in zip(first, second, strict=True):
+            if a is not None and a.numpy(force=True).tobytes() != b.numpy(force=True).tobytes():
+                wrong.append("two runs differ")
+        # Logarithms and sines of two libraries agree to 1e-6 only.
+        made = compare(run_philox(kernels, arguments), arguments, case.factor, floor=2e-6)
+    return wrong + [f"philox: {text}" for text in made]
+
+
+def controls(kernels: Any) -> dict[str, list[str]]:
+    """Faults that ``compare`` has to find; each must give a non-empty list."""
+    arguments = make(BY_NAME["learned-partly-guided"])
+    wrong_channels = Round(arguments.tensors, {**arguments.options, "guidance_channels": 3}, arguments.lengths)
+    other_seed = run_philox(kernels, arguments, seed=12345)
+    return {
+        "guidance_channels": compare(run_couple(kernels, wrong_channels), arguments),
+        "seed": compare(other_seed, arguments, floor=2e-6),
+    }
+
+
+def check_normals(kernels: Any, device: str = "cpu") -> list[str]:
+    """A single row with mean 0 and deviation 1 is its noise: odd size, several programs, keys beyond 32 bits."""
+    latent, wrong = (1, 11, 13), []
+    images, steps = torch.tensor([0, 5, 2**32 + 3, 2**45]), torch.tensor([[0], [249], [7], [2**31]])
+    columns = torch.zeros(4, 1, 8)
+    zeros, empty = torch.zeros(4, 1, *latent), torch.zeros(4, 0, *latent)
+    tensors = [x.to(device) for x in (zeros, empty, empty, images, steps, zeros[:, 0], torch.arange(5), columns)]
+    for seed in PHILOX_SEEDS:
+        options = {"guidance_scale": 1.0, "guidance_channels": 1, "clip": math.inf}
+        got = kernels.couple_philox(*tensors[:3], seed, *tensors[3:], None, None, **options)[0].flatten(1)
+        expected = philox_normal(seed, images, steps.view(-1), int(Purpose.STEP), 143)
+        off = float((got.cpu() - expected).abs().max())
+        if not off < 3e-6:
+            wrong.append(f"seed {seed}: off by {off:.1e}")
+    return wrong
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("triton_worker_coupling: set TRITON_INTERPRET=1")
+    torch.set_num_threads(1)
+    # Fills new tensors with NaN: an element that is never written shows.
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    assert torch.ones(1).new_empty(1).isnan()
+    from free_kernels.triton import coupling as kernels
+
+    found = {case.name: check(case, kernels) for case in CASES}
+    print(json.dumps({"cases": found, "normals": check_normals(kernels), "controls": controls(kernels)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Run by test_triton_sampler.py with TRITON_INTERPRET=1: whole runs through the Triton coupling against the reference."""
+
+from __future__ import annotations
+
+import torch
+from analytic import BiasedDrafter, GaussianTarget
+
+from free_kernels import DDPMSchedule, sample
+
+LABELS = torch.tensor([0, 1, 2])
+
+
+def worst_difference(learned: bool, guidance: float) -> float:
+    target = GaussianTarget(learns_variance=learned)
+    drafter = BiasedDrafter(target, variance_bias=0.1 if learned else 0.0)
+    settings = {"schedule": DDPMSchedule(8), "drafter": drafter, "guidance_scale": guidance, "draft_length": 3}
+    settings |= {"max_slots": 2, "seed": 5}
+    runs = [sample(target, LABELS, backend=backend, **settings) for backend in ("reference", "triton")]
+    if (runs[0].stats.rounds_per_image != runs[1].stats.rounds_per_image).any():
+        return float("inf")
+    return float((runs[0].samples - runs[1].samples).abs().max())
+
+
+print(max(worst_difference(learned, guidance) for learned in (False, True) for guidance in (1.0, 2.0)))
