@@ -1,4 +1,4 @@
-"""Run by test_triton_sampler.py with TRITON_INTERPRET=1: whole runs through the Triton coupling against the reference."""
+"""Run by test_triton_sampler.py with TRITON_INTERPRET=1: whole runs through the Triton coupling and the reference."""
 
 from __future__ import annotations
 
