@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -147,11 +148,13 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     settings = report["settings"]
     table = Table(
         title=f"{settings['images']} images, {settings['num_steps']} steps, draft length "
-        f"{settings['draft_length']}, guidance {settings['guidance_scale']:g}"
+        f"{settings['draft_length']}, guidance {settings['guidance_scale']:g}",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
     )
-    columns = ("sampler", "target calls", "target rows", "accepted", "call reduction")
+    columns = ("sampler", "target\ncalls", "target\nrows", "\naccepted", "call\nreduction")
     ratios = report["wall_clock_ratios"]
-    headings = [f"speed, batch {ratio['batch']}" for ratio in ratios]
+    headings = [f"speed,\nbatch {ratio['batch']}" for ratio in ratios]
     for column in (*columns, *headings):
         table.add_column(column, justify="left" if column == "sampler" else "right", no_wrap=column == "sampler")
     for name, run in report["runs"].items():
