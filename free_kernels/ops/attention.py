@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from free_kernels.ops.triton_runtime import why_no_runtime
 from free_kernels.reference import attention as reference
 from free_kernels.validation import check_choice, check_int, describe, fail
 
@@ -95,28 +96,13 @@ def _check_cache(op: str, own: Tensor, cache_k: object, cache_v: object, length:
                 fail(op, f"cache_position[{row}]", f"in [0, {capacity})", str(slot))
 
 
-@torch.compiler.assume_constant_result
-def _why_no_runtime(device_type: str, index: int | None) -> str | None:
-    try:
-        kernel = importlib.import_module("free_kernels.triton.attention")
-    except ImportError as error:
-        return f"importing Triton failed: {error}"
-    if device_type == "cpu" and kernel.INTERPRETED:
-        return None
-    if device_type != "cuda":
-        return f"it needs CUDA tensors (or TRITON_INTERPRET=1 and CPU tensors), got {device_type} tensors"
-    if not kernel.INTERPRETED and torch.cuda.get_device_capability(index) < (8, 0):
-        return f"it needs compute capability 8.0 or higher, got {torch.cuda.get_device_capability(index)}"
-    return None
-
-
 def why_no_triton(q: Tensor) -> str | None:
     """Why the Triton kernel cannot take queries like ``q [R, T, H, Dh]``, or None if it can."""
     if q.dtype not in _FLOATS:
         return f"it takes float32, float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 128:
         return f"it takes head dimensions that are multiples of 8 in [16, 128], got {q.shape[-1]}"
-    return _why_no_runtime(q.device.type, q.device.index)
+    return why_no_runtime("attention", q.device.type, q.device.index)
 
 
 def _use_triton(op: str, q: Tensor, backend: str, needs_gradient: bool = False) -> bool:

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from free_kernels.ops.triton_runtime import why_no_runtime
 from free_kernels.reference import coupling as reference
 from free_kernels.reference.coupling import Coupling
 from free_kernels.validation import check_choice, fail
@@ -21,28 +22,12 @@ _SCHEMA = (
 )
 
 
-@torch.compiler.assume_constant_result
-def why_no_triton(device_type: str, index: int | None = None) -> str | None:
-    """Why the Triton kernels cannot take tensors of a device, or None if they can."""
-    try:
-        kernels = importlib.import_module("free_kernels.triton.coupling")
-    except ImportError as error:
-        return f"importing Triton failed: {error}"
-    if device_type == "cpu" and kernels.INTERPRETED:
-        return None
-    if device_type != "cuda":
-        return f"it needs CUDA tensors (or TRITON_INTERPRET=1 and CPU tensors), got {device_type} tensors"
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return f"it needs compute capability 8.0 or higher, got {torch.cuda.get_device_capability(index)}"
-    return None
-
-
 def _use_triton(device: torch.device, backend: str) -> bool:
     if backend == "auto":
-        return device.type != "cpu" and why_no_triton(device.type, device.index) is None
+        return device.type != "cpu" and why_no_runtime("coupling", device.type, device.index) is None
     if check_choice("couple", "backend", backend, BACKENDS) == "reference":
         return False
-    reason = why_no_triton(device.type, device.index)
+    reason = why_no_runtime("coupling", device.type, device.index)
     if reason is not None:
         raise RuntimeError(f"couple: backend 'triton' cannot be used: {reason}")
     return True
