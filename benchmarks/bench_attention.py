@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,31 +37,6 @@ SIZES = [
 CAPACITY = 2
 
 
-class CudaTimer:
-    """Device seconds between two calls: the first flushes the L2 cache and starts, the second waits and stops.
-
-    The flush is queued first, so the host has launched the work before the device gets to it and launch time does
-    not count.
-    """
-
-    def __init__(self) -> None:
-        self.total, self.running = 0.0, False
-        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-
-    def __call__(self) -> float:
-        if self.running:
-            self.end.record()
-            self.end.synchronize()
-            self.total += self.start.elapsed_time(self.end) / 1e3
-        else:
-            torch.cuda._sleep(10**6)
-            self.flush.zero_()
-            self.start.record()
-        self.running = not self.running
-        return self.total
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
     threads = torch.get_num_threads()
@@ -72,7 +48,7 @@ def one_thread() -> Any:
 def measure(benchmark: Any, device: str, flops: int, moved_bytes: int, call: Callable[[], object]) -> None:
     with torch.inference_mode():
         if device == "cuda":
-            benchmark._timer = CudaTimer()
+            benchmark._timer = timing.DeviceClock()
             benchmark.pedantic(call, rounds=100, iterations=1, warmup_rounds=10)
         else:
             benchmark.pedantic(call, rounds=30, iterations=20, warmup_rounds=2)
