@@ -47,8 +47,13 @@ class Drafter(Protocol):
     Its output may depend on its arguments only, which it must not modify. A drafter that remembers states of earlier
     calls has seen the noise of discarded drafts, which is used again: the images would no longer have the target's law.
 
-    A drafter may also define ``check_target(target)`` (raise if made for another one), ``hoisted`` as for targets and
-    ``is_free = True`` (it costs nothing, so its calls are not counted).
+    A drafter may also define ``check_target(target)`` (raise if made for another one), ``hoisted`` as for targets,
+    ``is_free = True`` (it costs nothing, so its calls are not counted) and
+    ``new_memory(slots, branches, drafts) -> DraftMemory | None``: an empty memory for ``branches * slots`` rows,
+    conditional ones first, that survives the refusal of up to ``drafts`` calls. Where that is not None, calls take it
+    as the argument ``memory``, with all of its rows, may look at the calls remembered there, and add themselves. The
+    caller rewinds it past refused drafts before the next round: otherwise discarded noise, which is used again, would
+    steer later drafts, and the images would no longer have the target's law.
     """
 
     def __call__(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -60,6 +65,20 @@ class Drafter(Protocol):
             state: ``[R, C, H, W]``.
             t: int64 ``[R]``, the timestep of ``state``.
             y: int64 ``[R]``, labels.
+        """
+        ...
+
+
+@runtime_checkable
+class DraftMemory(Protocol):
+    """What a drafter remembers of its earlier calls, for each of S trajectories; belongs to one run."""
+
+    def rewind(self, steps: Tensor) -> None:
+        """Forget calls without a trace: later calls must not depend on them in any way.
+
+        Args:
+            steps: int64 ``[S]``, at least 0: how many of the latest calls each trajectory forgets, in every guidance
+                branch; at or above the number of remembered calls empties it.
         """
         ...
 
@@ -156,6 +175,12 @@ class RoundInfo:
 
 
 Callback = Callable[[RoundInfo], None]
+
+
+def new_memory(drafter: Drafter, slots: int, branches: int, drafts: int) -> DraftMemory | None:
+    """``drafter.new_memory(slots, branches, drafts)`` where the drafter offers it, else None."""
+    offer = getattr(drafter, "new_memory", None)
+    return offer(slots, branches, drafts) if callable(offer) else None
 
 
 def null_label(target: Target) -> int:

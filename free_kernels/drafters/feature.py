@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from free_kernels.drafters.memory import FeatureMemory, check_memory
 from free_kernels.hoisting import ConditioningTable, table_fits
 from free_kernels.ops.attention import feature_attention
 from free_kernels.types import Target
@@ -28,12 +31,14 @@ class DrafterConfig:
         depth: number of blocks.
         head_dim: width of an attention head; divides ``width``.
         mlp_ratio: width of the MLP over ``width``.
+        window: W, steps whose tokens a query sees, its own included; with 1 the drafter remembers nothing.
     """
 
     width: int | None = None
     depth: int = 1
     head_dim: int = 32
     mlp_ratio: float = 4.0
+    window: int = 1
 
 
 class _Block(nn.Module):
@@ -55,13 +60,19 @@ def _normalize(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], None, None, 1e-6)
 
 
-def _apply_block(x: Tensor, weights: tuple[Tensor, ...], modulations: tuple[Tensor, ...], heads: int) -> Tensor:
-    """Attention and MLP on ``[R, T, D]``; modulations are (shift, scale, gate) of each."""
+def _apply_block(
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    modulations: tuple[Tensor, ...],
+    heads: int,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Attention and MLP on ``[R, T, D]``; modulations are (shift, scale, gate) of each, ``attend`` mixes q, k, v."""
     qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
     shift1, scale1, gate1, shift2, scale2, gate2 = modulations
     rows, tokens, width = x.shape
     joint = F.linear(torch.addcmul(shift1, _normalize(x), scale1), qkv, qkv_bias)
-    mixed = feature_attention(*joint.view(rows, tokens, 3, heads, -1).unbind(2)).view(rows, tokens, width)
+    mixed = attend(*joint.view(rows, tokens, 3, heads, -1).unbind(2)).view(rows, tokens, width)
     x = torch.addcmul(x, gate1, F.linear(mixed, proj, proj_bias))
     hidden = F.gelu(F.linear(torch.addcmul(shift2, _normalize(x), scale2), fc1, fc1_bias))
     return torch.addcmul(x, gate2, F.linear(hidden, fc2, fc2_bias))
@@ -86,11 +97,14 @@ class _Folded(NamedTuple):
     leave_bias: Tensor
     heads: int
 
-    def __call__(self, feature: Tensor, patches: Tensor, modulations: tuple[Tensor, ...]) -> Tensor:
-        """Feature ``[R, T, D]`` from the parent feature, patches ``[R, T, 2 C p p]`` and modulations."""
+    def __call__(
+        self, feature: Tensor, patches: Tensor, modulations: tuple[Tensor, ...], memory: FeatureMemory | None = None
+    ) -> Tensor:
+        """Feature ``[R, T, D]`` from the parent feature, patches ``[R, T, 2 C p p]``, modulations and memory."""
         x = F.linear(torch.cat([feature, patches], dim=-1), self.enter).add_(self.enter_bias)
         for index, weights in enumerate(self.blocks):
-            x = _apply_block(x, weights, modulations[6 * index : 6 * index + 6], self.heads)
+            attend = feature_attention if memory is None else partial(memory.attend, index)
+            x = _apply_block(x, weights, modulations[6 * index : 6 * index + 6], self.heads, attend)
         shift, scale = modulations[-2:]
         return feature + F.linear(torch.addcmul(shift, _normalize(x), scale), self.leave, self.leave_bias)
 
@@ -101,14 +115,17 @@ class FeatureDrafter(nn.Module):
     Needs the target's shapes and nothing of its insides. Untrained, it returns the parent feature, as the frozen
     drafter does. Source: FREE's feature-level autoregression (arXiv 2511.20390); the network is our own.
 
+    With a window W > 1 its tokens also attend to those of up to W - 1 earlier calls, which :meth:`new_memory` keeps.
+    Keys carry the timestep of their own call through its modulation, which tells a query how old they are.
+
     Args:
         latent_shape: (C, H, W) of the target.
         feature_shape: (T, D) of the target; T patches must tile the latent.
         num_classes: labels of the target; label ``num_classes`` is the null label.
-        config: width, depth and heads.
+        config: width, depth, heads and window.
 
     Raises:
-        ValueError: the shapes do not fit one another.
+        ValueError, TypeError: the shapes do not fit one another, or the window is below 1 or not an int.
     """
 
     def __init__(
@@ -122,6 +139,7 @@ class FeatureDrafter(nn.Module):
         self.latent_shape, self.feature_shape = tuple(latent_shape), tuple(feature_shape)
         self.num_classes = check_int("FeatureDrafter", "num_classes", num_classes, 1)
         self.config = config
+        check_int("FeatureDrafter", "window", config.window, 1)
         channels, height, width = self.latent_shape
         tokens, features = self.feature_shape
         self.patch = math.isqrt(height * width // tokens)
@@ -156,12 +174,52 @@ class FeatureDrafter(nn.Module):
         self.feature_std.copy_(features.flatten(0, -2).std(0).clamp(min=1e-4))
         self.change_std.copy_(changes.flatten(0, -2).square().mean(0).sqrt().clamp(min=1e-6))
 
-    def forward(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Feature ``[R, T, D]`` at ``state``; arguments as in :class:`free_kernels.types.Drafter`."""
+    def forward(
+        self,
+        feature: Tensor,
+        previous: Tensor,
+        state: Tensor,
+        t: Tensor,
+        y: Tensor,
+        memory: FeatureMemory | None = None,
+    ) -> Tensor:
+        """Feature ``[R, T, D]`` at ``state``; arguments as in :class:`free_kernels.types.Drafter`.
+
+        With a memory, of :meth:`new_memory` for these R rows, the call sees up to W - 1 calls before it and is
+        remembered itself; without one it has no past, as the first call for an image.
+
+        Raises:
+            ValueError: a memory of other rows or of another drafter's shape.
+            TypeError: a memory of another kind.
+        """
+        if memory is not None:
+            check_memory(memory, len(feature), self.config.window, self.config.depth, self._step_shape)
         dtype = self.positions.dtype
         table = self._table or self._modulations
         folded = self._kept or self._fold()
-        return folded(feature.to(dtype), self._patches(previous, state).to(dtype), table(t, y).unbind(1))
+        return folded(feature.to(dtype), self._patches(previous, state).to(dtype), table(t, y).unbind(1), memory)
+
+    def new_memory(self, slots: int, branches: int, drafts: int) -> FeatureMemory | None:
+        """An empty memory for ``branches * slots`` rows, conditional ones first; None for window 1.
+
+        Args:
+            slots: S, trajectories.
+            branches: guidance branches, 1 or 2.
+            drafts: the largest number of calls between two rewinds; so many may be forgotten with W - 1 left.
+
+        Raises:
+            ValueError, TypeError: a count below 1 or not an int.
+        """
+        if self.config.window == 1:
+            return None
+        shape = self.config.window, self.config.depth, self._step_shape
+        return FeatureMemory(slots, branches, drafts, *shape, like=self.positions)
+
+    @property
+    def _step_shape(self) -> tuple[int, int, int]:
+        """(T, H, Dh) of a call's keys."""
+        tokens, width = self.positions.shape[1:]
+        return tokens, width // self.config.head_dim, self.config.head_dim
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> FeatureDrafter:
         """A copy with modulations tabled and scales folded into the weights; itself if there are too many pairs."""

@@ -108,6 +108,9 @@ def append_features(
     capacity = cache_k.shape[1]
     cache_position.add_(1).remainder_(capacity)
     cache_length.add_(1).clamp_(max=capacity)
+    # Autograd keeps the index, while the counter moves on.
+    keeps_index = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    slot = cache_position.clone() if keeps_index else cache_position
     row = torch.arange(k.shape[0], device=k.device)
-    cache_k.index_put_((row, cache_position), k)
-    cache_v.index_put_((row, cache_position), v)
+    cache_k.index_put_((row, slot), k)
+    cache_v.index_put_((row, slot), v)

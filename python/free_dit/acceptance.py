@@ -8,7 +8,7 @@ from torch import Tensor
 from free_dit.trajectories import Trajectories, guided_transition
 from free_kernels.hoisting import hoisted
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.types import Drafter, Target, guided_channels, null_label
+from free_kernels.types import Drafter, Target, guided_channels, new_memory, null_label
 
 
 @torch.no_grad()
@@ -20,6 +20,7 @@ def acceptance_by_lookahead(
     Entry ``[a - 1, k]`` is the mean over images of ``2 Phi(-delta / 2)`` at step k when the parent feature is that of
     step k - a; NaN where no such draft exists. States are the target's own (a chain whose earlier drafts were all
     accepted has that law). With a learned variance, delta^2 is its mean over the shared slack at the best share.
+    A drafter with a memory has seen the steps up to k - a, each from the exact feature before it.
     """
     num_steps = schedule.num_steps
     table = schedule.table(schedule.resolve_variance(target.learns_variance))
@@ -27,19 +28,25 @@ def acceptance_by_lookahead(
     guided = guided_channels(target)
     network: Target = hoisted(target, schedule.timesteps, y.unique())  # type: ignore[assignment]
     draft: Drafter = hoisted(drafter, schedule.timesteps, y.unique())  # type: ignore[assignment]
+    memory = new_memory(draft, len(data.labels), 2, lookahead)
+    remembered = {} if memory is None else {"memory": memory}
     result = torch.full((lookahead, num_steps), float("nan"))
     for start in range(1, num_steps - 1):
         feature = data.features[start - 1].flatten(0, 1)
-        for ahead in range(min(lookahead, num_steps - 1 - start)):
+        drafts = min(lookahead, num_steps - 1 - start)
+        for ahead in range(drafts):
             k = start + ahead
             t = schedule.timesteps[k].expand(len(y))
             previous, state = data.states[k - 1], data.states[k]
-            feature = draft(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y)
+            feature = draft(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y, **remembered)
             mean, std = guided_transition(state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided)
             mean_sq = ((data.mean[k] - mean) / std).flatten(1).square().sum(1)
             variance_sq = ((data.std[k] / std).square() - 1).flatten(1).square().sum(1)
             delta = best_share_gap_sq(mean_sq, variance_sq).sqrt()
             result[ahead, k] = (2 * torch.special.ndtr(-delta / 2)).mean()
+        if memory is not None:
+            # The first draft, from an exact feature, is the past of the next start.
+            memory.rewind(torch.full_like(data.labels, drafts - 1))
     return result
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.trajectories import Trajectories, collect, guided_transition
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
+from free_kernels.drafters.memory import FeatureMemory
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.types import Target, guided_channels, null_label
 from free_kernels.validation import check_choice, check_int, check_writable
@@ -53,6 +54,7 @@ class DrafterTrainConfig:
 class DrafterLoss:
     """Loss on delta, the gap that decides acceptance, over windows of fresh trajectories.
 
+    A drafter with a window first remembers drafts from exact features at the steps before; gradients reach them too.
     For a learned variance delta^2 adds the squared log-variance error, the cost of sharing slack at lambda = 1/2.
     """
 
@@ -89,24 +91,52 @@ class DrafterLoss:
         start = torch.randint(1, self.config.num_steps - unroll, (rows,))
         y = data.labels[image]
         y = torch.cat([y, torch.full_like(y, null_label(self.target))])
-        feature = data.features[start - 1, :, image].transpose(0, 1).flatten(0, 1)
+        memory = self._past(data, image, start, y)
+        feature = _exact_feature(data, image, start - 1)
         loss, figures = torch.zeros(()), {}
         for ahead in range(unroll):
             k = start + ahead
-            t = self.schedule.timesteps[k].repeat(2)
-            previous, state = data.states[k - 1, image], data.states[k, image]
-            feature = self.network(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y)
-            output = self.target.head(feature, t, y)
-            mean, std = guided_transition(state, output, self.table[k], data.guidance[image], self.guided)
+            feature = self._draft(feature, data, image, k, y, memory)
+            output = self.target.head(feature, self.schedule.timesteps[k].repeat(2), y)
+            mean, std = guided_transition(
+                data.states[k, image], output, self.table[k], data.guidance[image], self.guided
+            )
             gap_sq = gap(mean, std, data.mean[k, image], data.std[k, image])
             loss = loss + LOSSES[self.config.loss](gap_sq).mean() / unroll
             if self.config.feature_weight:
-                exact = data.features[k, :, image].transpose(0, 1).flatten(0, 1)
-                error = ((feature - exact) / self.drafter.change_std).square().mean()
+                error = ((feature - _exact_feature(data, image, k)) / self.drafter.change_std).square().mean()
                 loss = loss + self.config.feature_weight * error / unroll
             accept = 2 * torch.special.ndtr(-gap_sq.detach().sqrt() / 2)
             figures[f"accept_{ahead + 1}"] = accept.mean().item()
         return loss, figures
+
+    def _draft(
+        self, feature: Tensor, data: Trajectories, image: Tensor, step: Tensor, y: Tensor, memory: FeatureMemory | None
+    ) -> Tensor:
+        """Feature ``[2 B, T, D]`` drafted at ``step [B]`` of ``image [B]`` from the one at the step before."""
+        previous, state = (data.states[k, image].repeat(2, 1, 1, 1) for k in (step - 1, step))
+        remembered = {} if memory is None else {"memory": memory}
+        return self.network(feature, previous, state, self.schedule.timesteps[step].repeat(2), y, **remembered)
+
+    def _past(self, data: Trajectories, image: Tensor, start: Tensor, y: Tensor) -> FeatureMemory | None:
+        """Memory of drafts from exact features at the W - 1 steps before ``start [B]``; None without a window.
+
+        The first step has no feature before it to draft from, so windows near it have a shorter past. In a drafter of
+        one block this is all that a draft of a long chain sees; deeper blocks' keys would go further back there.
+        """
+        window = self.drafter.config.window
+        # No call is refused here, so one slot besides those of the past is enough.
+        memory = self.drafter.new_memory(len(image), 2, 1)
+        for age in range(window - 1, 0, -1):
+            step = (start - age).clamp(min=1)
+            self._draft(_exact_feature(data, image, step - 1), data, image, step, y, memory)
+            memory.rewind(torch.where(start > age, 0, window))
+        return memory
+
+
+def _exact_feature(data: Trajectories, image: Tensor, step: Tensor) -> Tensor:
+    """The target's features ``[2 B, T, D]`` at ``step [B]`` of ``image [B]``, conditional rows first."""
+    return data.features[step, :, image].transpose(0, 1).flatten(0, 1)
 
 
 def rejection_loss(gap_sq: Tensor) -> Tensor:
@@ -143,6 +173,9 @@ def train_drafter(target: Target, config: DrafterTrainConfig, out: Path, target_
     first = loss.data(0)
     drafter.set_feature_scale(first.features, first.features.diff(dim=0))
     identity = {k: v for k, v in asdict(config).items() if k != "compile"} | {"target": target_name}
+    if config.drafter.window == 1:
+        # Checkpoints of drafters without a window do not name one.
+        del identity["drafter"]["window"]
     loop = TrainingLoop(drafter.train(), loss, config.loop, Path(out), identity)
     loop.run()
     drafter.load_state_dict(loop.averaged_weights())
