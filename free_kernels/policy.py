@@ -30,11 +30,11 @@ class SlackPolicy:
     def __init__(self, slots: int, device: torch.device, decay: float = 0.7) -> None:
         self._decay = decay
         # Rows: running means of the squared mean gap and variance error, decaying maximum of the variance's shrinkage.
-        self._running = torch.zeros(3, slots, device=device)
+        self.running = torch.zeros(3, slots, device=device)
 
     def share(self, length: int) -> Tensor:
         """Lambda ``[S, length]`` of the next round's rows."""
-        mean_gap_sq, variance_gap_sq, shrinkage = self._running.unbind(0)
+        mean_gap_sq, variance_gap_sq, shrinkage = self.running.unbind(0)
         odds = (mean_gap_sq / variance_gap_sq.clamp(min=1e-12)).mul_(4).add_(1).sqrt_()
         # An element whose variance shrinks below lambda times the draft's refuses the whole row: keep a margin of the
         # same size beyond the largest shrinkage seen lately.
@@ -51,9 +51,9 @@ class SlackPolicy:
         # Rows behind the first refusal must not be used, and a draft that was far off has no figures.
         known = torch.where(mask & figures.isfinite(), figures, 0.0)
         mean = known[:2].sum(2) / count.clamp(min=1)
-        self._running[:2].lerp_(mean, (1 - self._decay) * (count > 0))
-        self._running[2] = torch.maximum(self._decay * self._running[2], known[2].amax(1))
+        self.running[:2].lerp_(mean, (1 - self._decay) * (count > 0))
+        self.running[2] = torch.maximum(self._decay * self.running[2], known[2].amax(1))
 
     def reset(self, slots: Tensor) -> None:
         """Forget the past of slots (a bool mask ``[S]``) that took in a new image."""
-        self._running.masked_fill_(slots, 0.0)
+        self.running.masked_fill_(slots, 0.0)

@@ -1,4 +1,4 @@
-"""Wrong couplings that look right: each replaces ``free_kernels.sampler.couple`` and has to be found by a test."""
+"""Wrong couplings that look right: each replaces ``free_kernels.speculation.couple`` and has to be found by a test."""
 
 from __future__ import annotations
 

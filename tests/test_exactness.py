@@ -10,7 +10,7 @@ import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, law_p_value
 
-import free_kernels.sampler
+import free_kernels.speculation
 from free_kernels import DDPMSchedule, ancestral_sample, sample
 from free_kernels.ops.coupling import couple
 
@@ -64,7 +64,7 @@ def test_closed_form_law_holds_for_the_ordinary_sampler(variance):
 def test_wrong_couplings_are_found(variance, mutation, monkeypatch):
     target, schedule, drafter = setting(variance)
     torch.manual_seed(0)
-    monkeypatch.setattr(free_kernels.sampler, "couple", mutation)
+    monkeypatch.setattr(free_kernels.speculation, "couple", mutation)
     result = run(target, schedule, drafter)
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED
 
@@ -85,9 +85,9 @@ def test_half_of_the_noise_shared(mutation, monkeypatch):
     target, schedule, drafter = setting("learned_range")
     torch.manual_seed(0)
     monkeypatch.setattr(
-        free_kernels.sampler.SlackPolicy,
+        free_kernels.speculation.SlackPolicy,
         "share",
-        lambda policy, length: torch.full((policy._running.shape[1], length), 0.5),
+        lambda policy, length: torch.full((policy.running.shape[1], length), 0.5),
     )
     reflected = []
 
@@ -100,7 +100,7 @@ def test_half_of_the_noise_shared(mutation, monkeypatch):
             reflected.append(int((refused & feasible[torch.arange(len(row)), row]).sum()))
         return outcome
 
-    monkeypatch.setattr(free_kernels.sampler, "couple", mutation or counted)
+    monkeypatch.setattr(free_kernels.speculation, "couple", mutation or counted)
     result = run(target, schedule, drafter)
     p_value = law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction)
     if mutation is None:
@@ -154,6 +154,43 @@ def test_discarded_noise_must_not_steer_later_drafts(remembers):
     assert p_value < DETECTED if remembers else p_value > FALSE_ALARM
 
 
+class RecallingDrafter(RememberingDrafter):
+    """The same with its recollections in a memory that the sampler rewinds; slot and label are the same number."""
+
+    def __init__(self, target, schedule, rewinds):
+        super().__init__(target, schedule, remembers=True)
+        self.rewinds, self.calls = rewinds, [[] for _ in range(target.num_classes)]
+
+    def new_memory(self, slots, branches, drafts):
+        return self
+
+    def __call__(self, feature, previous, state, t, y, memory=None):
+        assert memory is self
+        for label, value in zip(y.tolist(), t.tolist(), strict=True):
+            self.calls[label].append(self.step_of[value])
+        return super().__call__(feature, previous, state, t, y)
+
+    def rewind(self, steps):
+        for label, count in enumerate(steps.tolist() if self.rewinds else []):
+            for step in self.calls[label][len(self.calls[label]) - min(count, len(self.calls[label])) :]:
+                self.seen[label, max(step - 1, 0)] = float("nan")
+                self.last_step[label] = -1
+                self.calls[label].pop()
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_a_memory_is_rewound_past_discarded_drafts(rewinds):
+    """Rewound, recollections leave the law alone; a memory that keeps what it should forget is found."""
+    target = GaussianTarget(num_classes=IMAGES)
+    for parameter in (target.means, target.stds, target.tilt):
+        parameter[:] = parameter[LABEL].clone()
+    schedule = DDPMSchedule(8)
+    drafter = RecallingDrafter(target, schedule, rewinds)
+    result = sample(target, torch.arange(IMAGES), schedule=schedule, drafter=drafter, seed=5)
+    p_value = law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction)
+    assert p_value > FALSE_ALARM if rewinds else p_value < DETECTED
+
+
 def test_figures_behind_the_first_refusal_steer_nothing(monkeypatch):
     """Garbage in the rows that exactness forbids to use leaves every image as it was."""
     target, schedule, drafter = setting("learned_range")
@@ -169,7 +206,7 @@ def test_figures_behind_the_first_refusal_steer_nothing(monkeypatch):
             outcome.variance_figures[:, behind] = torch.rand(3, int(behind.sum())) * 10
         return outcome
 
-    monkeypatch.setattr(free_kernels.sampler, "couple", poisoned)
+    monkeypatch.setattr(free_kernels.speculation, "couple", poisoned)
     assert torch.equal(sample(target, labels, **settings).samples, expected)
 
 

@@ -1,0 +1,282 @@
+"""The speculative loop: rounds of drafting, one packed target call, coupling and committing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from free_kernels.chain import Chain
+from free_kernels.graphs import CapturedCalls, row_bucket
+from free_kernels.hoisting import hoisted
+from free_kernels.noise import Purpose
+from free_kernels.ops.coupling import Coupling, couple
+from free_kernels.ops.packing import commit_drafts, pack_drafts
+from free_kernels.policy import SlackPolicy
+from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, new_memory
+from free_kernels.validation import fail
+
+
+def packing_backend(backend: str) -> str:
+    """Packing and noise have implementations of their own: the best one, unless the reference is asked for."""
+    return "reference" if backend == "reference" else "auto"
+
+
+class Drafts(NamedTuple):
+    """What the drafting pass of a round leaves: ``states [S, L, ...]``, ``mean`` and ``std [S, L - 1, ...]``."""
+
+    states: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+class Round(NamedTuple):
+    """What a round leaves.
+
+    Attributes:
+        drafts: of the drafting pass.
+        output: ``[B R, C or 2C, H, W]``, the packed target call's.
+        outcome: what was committed.
+        report: int64 ``[3 S + 1]``: committed steps, then images and steps of every slot after the round, then whether
+            everything is finite. The one thing that the host waits for.
+    """
+
+    drafts: Drafts
+    output: Tensor
+    outcome: Coupling
+    report: Tensor
+
+
+class Speculation:
+    """The state of a speculative run: S slots, each with an image at its own step.
+
+    Args:
+        chain: the job.
+        drafter: drafts features.
+        length: L, rows of a round for one image.
+        slots: S.
+        backend: of the coupling.
+        dense: every slot drafts in every pass, whether its drafts are used or not, and row counts come in few sizes,
+            so that all shapes are fixed: what a CUDA graph and a drafter with a memory need.
+        cuda_graphs: replay a round as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        drafter: Drafter,
+        length: int,
+        slots: int,
+        backend: str,
+        *,
+        dense: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.chain, self.length, self.backend = chain.hoisted(), length, backend
+        self.packing_backend = packing_backend(backend)
+        device = chain.labels.device
+        self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
+        self.drafter_is_free = getattr(drafter, "is_free", False)
+        # A waiting image's entry holds its initial noise until the image itself replaces it.
+        self.samples = chain.initial_states()
+        self.images = torch.arange(slots, device=device)
+        self.labels = chain.labels[:slots].clone()
+        self.steps = torch.zeros_like(self.images)
+        self.lengths = torch.zeros_like(self.images)
+        self.queue = torch.tensor([slots], device=device)
+        self.state = self.samples[:slots].clone()
+        self.previous = torch.zeros_like(self.state)
+        # Allocated once the first features tell their dtype; step 0 has no parent.
+        self.parent: Tensor | None = None
+        self.slack = SlackPolicy(slots, device) if chain.learned else None
+        self.memory = new_memory(self.drafter, slots, chain.branches, length - 1) if length > 1 else None
+        self.dense = dense or cuda_graphs or self.memory is not None
+        self.graphs = self._captured_rounds() if cuda_graphs else None
+        self.stats = SampleStats(
+            rounds_per_image=np.zeros(len(chain.labels), np.int64),
+            tested_by_step=np.zeros(len(chain.timesteps), np.int64),
+            accepted_by_step=np.zeros(len(chain.timesteps), np.int64),
+        )
+
+    def run(self, progress: bool, callback: Callback | None) -> None:
+        """Rounds until every image is finished."""
+        num_steps, count, slots = len(self.chain.timesteps), len(self.chain.labels), len(self.images)
+        images, steps, done, rounds = self.images.tolist(), self.steps.tolist(), 0, 0
+        with tqdm(total=count * num_steps, desc="sample", unit="step", disable=not progress) as bar:
+            while done < count:
+                lengths = [
+                    0 if image < 0 else (1 if step == 0 else min(self.length, num_steps - step))
+                    for image, step in zip(images, steps, strict=True)
+                ]
+                outcome = self._round(lengths)
+                *report, finite = outcome.report.tolist()
+                committed = report[:slots]
+                if not finite:
+                    self._check_committed(outcome, lengths, committed, steps, images)
+                rounds += 1
+                now = [(image, step + c) for image, step, c in zip(images, steps, committed, strict=True) if image >= 0]
+                done += sum(step == num_steps for _, step in now)
+                self._count(images, steps, lengths, committed)
+                bar.update(sum(committed))
+                if callback is not None:
+                    callback(RoundInfo(rounds, [i for i, _ in now], [s for _, s in now], done, count))
+                images, steps = report[slots : 2 * slots], report[2 * slots :]
+
+    def _round(self, lengths: list[int]) -> Round:
+        """Draft, verify, couple and commit one round of ``lengths`` rows."""
+        longest, rows = max(lengths), sum(lengths)
+        self.lengths.copy_(torch.tensor(lengths))
+        if not self.dense:
+            result = self._play(longest, rows, lengths)
+        else:
+            longest = self.length if longest > 1 else 1
+            rows = row_bucket(rows, longest * len(lengths))
+            result = self._play(longest, rows) if self.graphs is None else self.graphs((longest, rows))
+        self.stats.drafter_calls += 0 if self.drafter_is_free else longest - 1
+        self.stats.target_calls += 1
+        self.stats.target_rows += sum(lengths)
+        return result
+
+    def _play(self, longest: int, rows: int, lengths: list[int] | None = None) -> Round:
+        """A round of at most ``longest`` rows a slot and ``rows`` in all; without ``lengths`` shapes are fixed."""
+        chain, device = self.chain, self.state.device
+        num_steps = len(chain.timesteps)
+        steps = (self.steps.unsqueeze(1) + torch.arange(longest, device=device)).clamp_(max=num_steps - 1)
+        columns = chain.table[steps]
+        keys = self.images.clamp(min=0).unsqueeze(1).repeat(1, longest)
+        noise = chain.draw(Purpose.STEP, keys, steps)
+        slack = slack_noise = None
+        if self.slack is not None and longest > 1:
+            slack = self.slack.share(longest)
+            slack_noise = chain.draw(Purpose.SLACK, keys, steps)
+        uniform = chain.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT).view_as(steps)
+
+        drafts = self._draft(longest, lengths, steps, columns, noise)
+        x, t, y, row_offsets = pack_drafts(
+            drafts.states,
+            self.lengths,
+            self.steps,
+            self.labels,
+            chain.timesteps,
+            rows,
+            chain.null,
+            self.packing_backend,
+        )
+        features = chain.features(x, t, y)
+        output = chain.head(features, t, y)
+        outcome = couple(
+            drafts.states,
+            drafts.mean,
+            drafts.std,
+            noise,
+            slack_noise,
+            uniform,
+            output,
+            row_offsets,
+            columns,
+            slack=slack,
+            guidance_scale=chain.guidance_scale,
+            guidance_channels=chain.guidance_channels,
+            clip=chain.clip,
+            backend=self.backend,
+        )
+        finite = output.isfinite().all() & outcome.next_states.isfinite().all()
+        if slack is not None:
+            self.slack.update(outcome, self.lengths)
+        if self.parent is None:
+            self.parent = features.new_zeros(chain.branches, len(self.images), *features.shape[1:])
+        commit_drafts(
+            outcome.committed,
+            outcome.next_states,
+            drafts.states,
+            features,
+            row_offsets,
+            state=self.state,
+            previous=self.previous,
+            parent=self.parent,
+            steps=self.steps,
+            images=self.images,
+            labels=self.labels,
+            samples=self.samples,
+            all_labels=chain.labels,
+            queue=self.queue,
+            num_steps=num_steps,
+            backend=self.packing_backend,
+        )
+        fresh = self.steps == 0
+        if self.slack is not None:
+            self.slack.reset(fresh)
+        if self.memory is not None:
+            # Call j saw the state of row j, which holds if that row was committed; a new image has no past at all.
+            kept = torch.minimum(outcome.committed, self.lengths - 1).clamp_(min=0).masked_fill_(fresh, -num_steps)
+            self.memory.rewind(longest - 1 - kept)
+        report = torch.cat([outcome.committed, self.images, self.steps, finite.to(torch.int64).view(1)])
+        return Round(drafts, output, outcome, report)
+
+    def _draft(self, longest: int, lengths: list[int] | None, steps: Tensor, columns: Tensor, noise: Tensor) -> Drafts:
+        """The drafting pass: the drafter's features through the target's frozen head, one step after the other."""
+        chain, slots = self.chain, len(self.images)
+        states, means, stds = [self.state], [], []
+        if longest == 1:
+            none = self.state.new_zeros(slots, 0, *self.state.shape[1:])
+            return Drafts(torch.stack(states, dim=1), none, none)
+        timesteps, labels = chain.timesteps[steps], self.labels
+        memory = {} if self.memory is None else {"memory": self.memory}
+        active: Tensor | None = None
+        feature, previous, state = self.parent, self.previous, self.state
+        if feature is None:
+            # Only the calls before a capture come here: no image has a parent yet.
+            feature = self.state.new_zeros(chain.branches, slots, *chain.target.feature_shape)
+        for j in range(longest - 1):
+            drafting = None if lengths is None else [slot for slot, length in enumerate(lengths) if length > j + 1]
+            if drafting is not None and len(drafting) < (slots if active is None else len(active)):
+                now = torch.tensor(drafting, device=steps.device)
+                within = now if active is None else torch.searchsorted(active, now)
+                feature, previous, state, labels = feature[:, within], previous[within], state[within], labels[within]
+                active = now
+            pick = (lambda rows: rows) if active is None else (lambda rows, chosen=active: rows[chosen])
+            t, y = chain.doubled(pick(timesteps[:, j])), chain.branched(labels)
+            drafted = self.drafter(feature.flatten(0, 1), chain.doubled(previous), chain.doubled(state), t, y, **memory)
+            if drafted.shape != (len(t), *chain.target.feature_shape):
+                fail("sample", "drafter's output", f"[R, T, D] = {[len(t), *chain.target.feature_shape]}", drafted)
+            mean, std = chain.transition(state, chain.head(drafted, t, y), pick(columns[:, j]))
+            previous, state = state, torch.addcmul(mean, std, pick(noise[:, j]))
+            feature = drafted.unflatten(0, (chain.branches, -1))
+            for column, rows in ((states, state), (means, mean), (stds, std)):
+                full = rows if active is None else rows.new_zeros(slots, *rows.shape[1:]).index_copy_(0, active, rows)
+                column.append(full)
+        return Drafts(*(torch.stack(column, dim=1) for column in (states, means, stds)))
+
+    def _captured_rounds(self) -> CapturedCalls[Round]:
+        """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""
+        preserved = [self.lengths, *([] if self.slack is None else [self.slack.running])]
+        return CapturedCalls(lambda key: self._play(*key), preserved, self.lengths.zero_, self.state.device)
+
+    def _count(self, images: list[int], steps: list[int], lengths: list[int], committed: list[int]) -> None:
+        for image, step, length, count in zip(images, steps, lengths, committed, strict=True):
+            if image < 0:
+                continue
+            self.stats.rounds_per_image[image] += 1
+            self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
+            self.stats.accepted_by_step[step : step + count - 1] += 1
+
+    def _check_committed(
+        self, outcome: Round, lengths: list[int], committed: list[int], steps: list[int], images: list[int]
+    ) -> None:
+        """Raise if a row that was decided holds a NaN or an infinity; discarded rows may hold anything."""
+        drafts, first = outcome.drafts, 0
+        for slot, length in enumerate(lengths):
+            for j in range(committed[slot]):
+                row = outcome.output.unflatten(0, (self.chain.branches, -1))[:, first + j]
+                drafted = (drafts.mean[slot, j], drafts.std[slot, j]) if j < length - 1 else ()
+                for culprit, parts in (
+                    ("the output drafted by drafter and head", drafted),
+                    ("the target's output", (row,)),
+                    ("the next state", (outcome.outcome.next_states[slot],) if j == committed[slot] - 1 else ()),
+                ):
+                    if not all(bool(part.isfinite().all()) for part in parts):
+                        self.chain.raise_non_finite(culprit, steps[slot] + j, images[slot])
+            first += length
