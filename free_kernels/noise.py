@@ -28,7 +28,7 @@ class PhiloxNoise:
     Args:
         seed: in ``[0, 2**64)``.
         first_image: added to every image index, so that parts of one job can be drawn by several calls.
-        backend: ``"auto"``, ``"reference"`` or ``"extension"``.
+        backend: of the random ops: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
     """
 
     def __init__(self, seed: int, first_image: int = 0, backend: str = "auto") -> None:

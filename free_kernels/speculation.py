@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,16 +12,17 @@ from tqdm import tqdm
 from free_kernels.chain import Chain
 from free_kernels.graphs import CapturedCalls, row_bucket
 from free_kernels.hoisting import hoisted
-from free_kernels.noise import Purpose
-from free_kernels.ops.coupling import Coupling, couple
+from free_kernels.noise import PhiloxNoise, Purpose
+from free_kernels.ops.coupling import Coupling, couple, couple_philox
 from free_kernels.ops.packing import commit_drafts, pack_drafts
+from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.policy import SlackPolicy
 from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, new_memory
 from free_kernels.validation import fail
 
 
 def packing_backend(backend: str) -> str:
-    """Packing and noise have implementations of their own: the best one, unless the reference is asked for."""
+    """Packing has no Triton kernels, noise more than one kernel: the best one, unless the reference is asked for."""
     return "reference" if backend == "reference" else "auto"
 
 
@@ -78,6 +79,8 @@ class Speculation:
         self.chain, self.length, self.backend = chain.hoisted(), length, backend
         self.packing_backend = packing_backend(backend)
         device = chain.labels.device
+        # A kernel that makes its noise itself spares two tensors of the size of all drafts.
+        self.makes_noise = type(chain.noise) is PhiloxNoise and use_triton("couple", "coupling", device, backend)
         self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
         self.drafter_is_free = getattr(drafter, "is_free", False)
         # A waiting image's entry holds its initial noise until the image itself replaces it.
@@ -147,12 +150,8 @@ class Speculation:
         steps = (self.steps.unsqueeze(1) + torch.arange(longest, device=device)).clamp_(max=num_steps - 1)
         columns = chain.table[steps]
         keys = self.images.clamp(min=0).unsqueeze(1).repeat(1, longest)
-        noise = chain.draw(Purpose.STEP, keys, steps)
-        slack = slack_noise = None
-        if self.slack is not None and longest > 1:
-            slack = self.slack.share(longest)
-            slack_noise = chain.draw(Purpose.SLACK, keys, steps)
-        uniform = chain.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT).view_as(steps)
+        noise = None if self.makes_noise else chain.draw(Purpose.STEP, keys, steps)
+        slack = self.slack.share(longest) if self.slack is not None and longest > 1 else None
 
         drafts = self._draft(longest, lengths, steps, columns, noise)
         x, t, y, row_offsets = pack_drafts(
@@ -167,22 +166,20 @@ class Speculation:
         )
         features = chain.features(x, t, y)
         output = chain.head(features, t, y)
-        outcome = couple(
-            drafts.states,
-            drafts.mean,
-            drafts.std,
-            noise,
-            slack_noise,
-            uniform,
-            output,
-            row_offsets,
-            columns,
-            slack=slack,
-            guidance_scale=chain.guidance_scale,
-            guidance_channels=chain.guidance_channels,
-            clip=chain.clip,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "slack": slack,
+            "guidance_scale": chain.guidance_scale,
+            "guidance_channels": chain.guidance_channels,
+            "clip": chain.clip,
+            "backend": self.backend,
+        }
+        if noise is None:
+            images = self.images + chain.noise.first_image
+            outcome = couple_philox(*drafts, chain.noise.seed, images, steps, output, row_offsets, columns, **options)
+        else:
+            slack_noise = None if slack is None else chain.draw(Purpose.SLACK, keys, steps)
+            uniform = chain.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT).view_as(steps)
+            outcome = couple(*drafts, noise, slack_noise, uniform, output, row_offsets, columns, **options)
         finite = output.isfinite().all() & outcome.next_states.isfinite().all()
         if slack is not None:
             self.slack.update(outcome, self.lengths)
@@ -243,12 +240,18 @@ class Speculation:
             if drafted.shape != (len(t), *chain.target.feature_shape):
                 fail("sample", "drafter's output", f"[R, T, D] = {[len(t), *chain.target.feature_shape]}", drafted)
             mean, std = chain.transition(state, chain.head(drafted, t, y), pick(columns[:, j]))
-            previous, state = state, torch.addcmul(mean, std, pick(noise[:, j]))
+            z = self._step_noise(steps[:, j]) if noise is None else noise[:, j]
+            previous, state = state, torch.addcmul(mean, std, pick(z))
             feature = drafted.unflatten(0, (chain.branches, -1))
             for column, rows in ((states, state), (means, mean), (stds, std)):
                 full = rows if active is None else rows.new_zeros(slots, *rows.shape[1:]).index_copy_(0, active, rows)
                 column.append(full)
         return Drafts(*(torch.stack(column, dim=1) for column in (states, means, stds)))
+
+    def _step_noise(self, steps: Tensor) -> Tensor:
+        """Noise ``[S, C, H, W]`` of one step of every slot."""
+        keys = self.images.clamp(min=0).unsqueeze(1)
+        return self.chain.draw(Purpose.STEP, keys, steps.unsqueeze(1).contiguous()).squeeze(1)
 
     def _captured_rounds(self) -> CapturedCalls[Round]:
         """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""

@@ -37,12 +37,19 @@ def test_interpreted_kernels_agree_with_the_reference(interpreted, name):
     assert interpreted["cases"][name] == []
 
 
+@pytest.mark.parametrize("name", worker.PRECISION_NAMES)
+def test_interpreted_error_is_at_most_twice_eagers(interpreted, name):
+    for output, quotients in interpreted["precision"][name].items():
+        print(output, *(f"{quotient:.2f}" for quotient in quotients))
+        assert max(quotients) <= 2, output
+
+
 def test_interpreted_normals_are_those_of_the_random_ops(interpreted):
     assert interpreted["normals"] == []
 
 
 def test_the_comparison_finds_planted_faults(interpreted):
-    assert set(interpreted["controls"]) == {"guidance_channels", "seed"}
+    assert set(interpreted["controls"]) == {"guidance_channels", "seed", "rounds", "rounding"}
     assert all(interpreted["controls"].values())
 
 
@@ -118,31 +125,38 @@ class TestOnGpu:
     def test_kernels_agree_with_the_reference(self, kernels, case):
         assert worker.check(case, kernels, "cuda") == []
 
-    def test_normals_are_those_of_the_random_ops(self, kernels):
-        assert worker.check_normals(kernels, "cuda") == []
+    def test_normals_are_those_of_the_random_ops(self):
+        assert worker.check_normals("cuda") == []
 
     @pytest.mark.parametrize("run", [worker.run_couple, worker.run_philox], ids=["tensors", "philox"])
-    def test_graph_capture_follows_its_inputs(self, kernels, run):
+    def test_graph_capture_follows_its_inputs(self, run):
         """A replay sees new data and new lengths, which only the device knows."""
         case = LARGE[1]
         held = worker.make(case).to("cuda")
-        run(kernels, held)
+        run(held)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = run(kernels, held)
+            captured = run(held)
         lengths = (1, 6, 6, 3, 0)
         fresh = worker.make(dataclasses.replace(case, lengths=lengths, seed=case.seed + 4)).to("cuda")
-        for old, new in zip((*held.tensors, *held.keys[1:]), (*fresh.tensors, *fresh.keys[1:]), strict=True):
+        for old, new in zip((*held.tensors, *held.keys), (*fresh.tensors, *fresh.keys), strict=True):
             if old is not None and old.stride().count(0) == 0:
                 old.copy_(new)
         graph.replay()
-        assert worker.compare(captured, fresh, floor=2e-6) == []
+        assert worker.compare(captured, fresh) == []
 
-    def test_nothing_waits_for_the_device(self, kernels):
+    @pytest.mark.parametrize("philox", [False, True])
+    @pytest.mark.parametrize("case", worker.PRECISION, ids=lambda case: case.name)
+    def test_error_is_at_most_twice_eagers(self, case, philox):
+        quotients = worker.precision(case, philox, "cuda")
+        assert all(mean <= 2 for mean, _ in quotients.values()), quotients
+
+    @pytest.mark.parametrize("run", [worker.run_couple, worker.run_philox], ids=["tensors", "philox"])
+    def test_nothing_waits_for_the_device(self, run):
         arguments = worker.make(LARGE[0]).to("cuda")
-        worker.run_couple(kernels, arguments)
+        run(arguments)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            worker.run_couple(kernels, arguments)
+            run(arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")

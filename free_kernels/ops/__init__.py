@@ -1,7 +1,7 @@
 """The public ops."""
 
 from free_kernels.ops.attention import append_features, feature_attention, rewind_features
-from free_kernels.ops.coupling import Coupling, couple, gaussian_transition
+from free_kernels.ops.coupling import Coupling, couple, couple_philox, gaussian_transition
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.random import philox_normal, philox_uniform
 
@@ -10,6 +10,7 @@ __all__ = [
     "append_features",
     "commit_drafts",
     "couple",
+    "couple_philox",
     "feature_attention",
     "gaussian_transition",
     "pack_drafts",

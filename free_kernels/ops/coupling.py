@@ -2,74 +2,52 @@
 
 from __future__ import annotations
 
-import importlib
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from free_kernels.ops.triton_runtime import why_no_runtime
+from free_kernels.ops import coupling_dispatch as dispatch
+from free_kernels.ops.random import signed_seed
+from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.reference import coupling as reference
 from free_kernels.reference.coupling import Coupling
-from free_kernels.validation import check_choice, fail
+from free_kernels.validation import check_choice, check_int, fail
 
 BACKENDS = ("auto", "reference", "triton")
 NUM_COLUMNS = 8
-_SCHEMA = (
-    "couple(Tensor draft_states, Tensor draft_mean, Tensor draft_std, Tensor noise, Tensor? slack_noise, "
-    "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, Tensor? slack, Tensor? relaxation, "
-    "float guidance_scale, int guidance_channels, float clip) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+_OPTIONAL = ("slack_noise", "slack", "relaxation", "rounds")
+_INTEGERS = ("images", "steps", "rounds", "row_offsets")
 
 
-def _use_triton(device: torch.device, backend: str) -> bool:
-    if backend == "auto":
-        return device.type != "cpu" and why_no_runtime("coupling", device.type, device.index) is None
-    if check_choice("couple", "backend", backend, BACKENDS) == "reference":
-        return False
-    reason = why_no_runtime("coupling", device.type, device.index)
-    if reason is not None:
-        raise RuntimeError(f"couple: backend 'triton' cannot be used: {reason}")
-    return True
-
-
-def _settings(guidance_scale: float, guidance_channels: int, clip: float) -> dict[str, float | int]:
-    return {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
-
-
-def _as_op_result(outcome: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An op cannot return None: figures that do not exist have no element."""
-    next_states, committed, gap_sq, figures = outcome
-    return next_states, committed, gap_sq, gap_sq.new_empty(0) if figures is None else figures
-
-
-def _couple_reference(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _as_op_result(reference.couple(*arguments[:-3], **_settings(*arguments[-3:])))
-
-
-def _couple_triton(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = importlib.import_module("free_kernels.triton.coupling")
-    return _as_op_result(kernels.couple(*arguments[:-3], **_settings(*arguments[-3:])))
-
-
-def _couple_fake(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots, length = draft_states.shape[:2]
-    slack = arguments[7]
-    figures = draft_states.new_empty((3, slots, length - 1) if slack is not None and length > 1 else (0,))
-    committed = draft_states.new_empty(slots, dtype=torch.int64)
-    return (
-        draft_states.new_empty(slots, *draft_states.shape[2:]),
-        committed,
-        figures.new_empty(slots, length - 1),
-        figures,
-    )
-
-
-_LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
-_LIBRARY.define(_SCHEMA)
-_LIBRARY.impl("couple", _couple_reference, "CPU")
-_LIBRARY.impl("couple", _couple_triton, "CUDA")
-torch.library.register_fake("free_kernels::couple", _couple_fake, lib=_LIBRARY)
+def _check(op: str, draft_states: Tensor, output: Tensor, guidance_scale: float, **others: Tensor | None) -> None:
+    """Shapes, integer dtypes and devices of everything beside ``draft_states [S, L, C, H, W]``."""
+    slots, length, channels, height, width = draft_states.shape
+    shapes = {name: [slots, length] for name in ("uniform", "steps", "slack", "relaxation")}
+    shapes |= {name: [slots, length, channels, height, width] for name in ("noise", "slack_noise")}
+    shapes |= {name: [slots, length - 1, channels, height, width] for name in ("draft_mean", "draft_std")}
+    shapes |= {
+        "images": [slots],
+        "rounds": [slots],
+        "row_offsets": [slots + 1],
+        "columns": [slots, length, NUM_COLUMNS],
+    }
+    for name, tensor in others.items():
+        if tensor is None and name in _OPTIONAL:
+            continue
+        kind = "int64" if name in _INTEGERS else "float32"
+        if not isinstance(tensor, Tensor):
+            fail(op, name, f"{kind} {shapes[name]}", tensor, TypeError)
+        if name in _INTEGERS and tensor.dtype != torch.int64:
+            fail(op, name, f"int64 {shapes[name]}", tensor, TypeError)
+        if list(tensor.shape) != shapes[name]:
+            fail(op, name, f"{kind} {shapes[name]}", tensor)
+        if tensor.device != draft_states.device:
+            fail(op, name, f"on {draft_states.device} like draft_states", f"a tensor on {tensor.device}")
+    rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if guidance_scale == 1.0 else 2) == 0
+    if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
+        fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
 
 
 def gaussian_transition(
@@ -168,49 +146,116 @@ def couple(
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    use_triton = _use_triton(draft_states.device, backend)
-    slots, length = draft_states.shape[:2]
-    latent = list(draft_states.shape[2:])
-    drafts = [slots, length - 1, *latent]
-    expected: list[tuple[str, Tensor | None, list[int]]] = [
-        ("draft_mean", draft_mean, drafts),
-        ("draft_std", draft_std, drafts),
-        ("noise", noise, [slots, length, *latent]),
-        ("slack_noise", slack_noise, [slots, length, *latent]),
-        ("uniform", uniform, [slots, length]),
-        ("row_offsets", row_offsets, [slots + 1]),
-        ("columns", columns, [slots, length, NUM_COLUMNS]),
-        ("slack", slack, [slots, length]),
-        ("relaxation", relaxation, [slots, length]),
-    ]
-    for name, tensor, shape in expected:
-        if tensor is not None and list(tensor.shape) != shape:
-            fail("couple", name, str(shape), tensor)
+    check_choice("couple", "backend", backend, BACKENDS)
+    _check(
+        "couple",
+        draft_states,
+        output,
+        guidance_scale,
+        draft_mean=draft_mean,
+        draft_std=draft_std,
+        noise=noise,
+        slack_noise=slack_noise,
+        uniform=uniform,
+        row_offsets=row_offsets,
+        columns=columns,
+        slack=slack,
+        relaxation=relaxation,
+    )
     if (slack is None) != (slack_noise is None):
         fail("couple", "slack_noise", "given exactly when slack is", "one without the other")
-    channels = latent[0]
-    rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if guidance_scale == 1.0 else 2) == 0
-    if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != latent[1:]:
-        fail("couple", "output", f"[B R, {channels} or {2 * channels}, {latent[1]}, {latent[2]}]", output)
-    if row_offsets.dtype != torch.int64:
-        fail("couple", "row_offsets", "int64", row_offsets, TypeError)
-    arguments = (
-        draft_states,
-        draft_mean,
-        draft_std,
-        noise,
-        slack_noise,
-        uniform,
-        output,
-        row_offsets,
-        columns,
-        slack,
-        relaxation,
+    run = dispatch.couple_reference
+    if use_triton("couple", "coupling", draft_states.device, backend):
+        # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
+        run = dispatch.couple_triton if draft_states.is_cpu else torch.ops.free_kernels.couple
+    drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
+    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
+    return _coupling(
+        run(*drawn, output, row_offsets, columns, slack, relaxation, guidance_scale, guided, clip), slack is not None
     )
-    guided = channels if guidance_channels is None else guidance_channels
-    if not use_triton:
-        return reference.couple(*arguments, **_settings(guidance_scale, guided, clip))
-    # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
-    run = _couple_triton if draft_states.is_cpu else torch.ops.free_kernels.couple
-    next_states, committed, gap_sq, figures = run(*arguments, guidance_scale, guided, clip)
-    return Coupling(next_states, committed, gap_sq, None if slack is None or length == 1 else figures)
+
+
+def couple_philox(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    slack: Tensor | None = None,
+    relaxation: Tensor | None = None,
+    rounds: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip: float = math.inf,
+    backend: str = "auto",
+) -> Coupling:
+    """:func:`couple` with numbers made from their keys: in Triton where they are used, never in memory.
+
+    Equivalent to :func:`couple` with numbers of :mod:`free_kernels.ops.random` keyed by (seed, image, step, purpose,
+    round): ``noise`` and ``slack_noise`` are ``philox_normal`` with purposes 1 (step) and 2 (slack), ``uniform`` is the
+    one element of ``philox_uniform`` with purpose 3 (accept). Backends agree up to the rounding of logarithms and
+    sines. The drafts must have been made with the same noise. Source: as :func:`couple`; Salmon et al. 2011.
+
+    Args:
+        draft_states: float32 ``[S, L, C, H, W]``.
+        draft_mean: float32 ``[S, L - 1, C, H, W]``.
+        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
+        seed: in ``[0, 2**64)``.
+        images: int64 ``[S]``, image index of each slot, to which the caller has added the ``first_image`` of a
+            :class:`~free_kernels.noise.PhiloxNoise`; that of an idle slot is of no matter.
+        steps: int64 ``[S, L]``, step of each row.
+        output: as in :func:`couple`.
+        row_offsets: as in :func:`couple`.
+        columns: as in :func:`couple`.
+        slack: as in :func:`couple`.
+        relaxation: as in :func:`couple`.
+        rounds: int64 ``[S]`` in ``[0, 2**24)``, for a verification that draws fresh numbers every round; None is round
+            0 for all.
+        guidance_scale: as in :func:`gaussian_transition`.
+        guidance_channels: as in :func:`gaussian_transition`.
+        clip: as in :func:`gaussian_transition`.
+        backend: as in :func:`couple`; ``"reference"`` draws with the reference too.
+
+    Returns:
+        A :class:`Coupling`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+    """
+    check_choice("couple_philox", "backend", backend, BACKENDS)
+    check_int("couple_philox", "seed", seed, 0, 2**64 - 1)
+    _check(
+        "couple_philox",
+        draft_states,
+        output,
+        guidance_scale,
+        draft_mean=draft_mean,
+        draft_std=draft_std,
+        images=images,
+        steps=steps,
+        row_offsets=row_offsets,
+        columns=columns,
+        slack=slack,
+        relaxation=relaxation,
+        rounds=rounds,
+    )
+    run = functools.partial(dispatch.couple_philox_reference, backend=backend)
+    if use_triton("couple_philox", "coupling", draft_states.device, backend):
+        run = dispatch.couple_philox_triton if draft_states.is_cpu else torch.ops.free_kernels.couple_philox
+    drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
+    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
+    return _coupling(
+        run(*drawn, output, row_offsets, columns, slack, relaxation, rounds, guidance_scale, guided, clip),
+        slack is not None,
+    )
+
+
+def _coupling(outcome: dispatch.Outcome, learned: bool) -> Coupling:
+    next_states, committed, gap_sq, figures = outcome
+    return Coupling(next_states, committed, gap_sq, figures if learned and gap_sq.shape[1] > 0 else None)

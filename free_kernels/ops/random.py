@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
 from free_kernels.extension import raise_from_op, use_extension, when_loaded
+from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.reference import random as reference
-from free_kernels.validation import check_int, fail
+from free_kernels.validation import check_choice, check_int, fail
+
+BACKENDS = ("auto", "reference", "extension", "triton")
 
 
 def _check(op: str, seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None) -> None:
@@ -28,9 +33,67 @@ def _check(op: str, seed: int, images: Tensor, steps: Tensor, purpose: int, nume
     check_int(op, "numel", numel, 0, 2**34)
 
 
-def _signed(seed: int) -> int:
+def signed_seed(seed: int) -> int:
     """The int64 of the same 64 bits, which is what an op's schema can carry."""
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _fill_reference(
+    seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None, normal: bool
+) -> Tensor:
+    draw = reference.philox_normal if normal else reference.philox_uniform
+    return draw(seed, images, steps, purpose, numel, rounds)
+
+
+def _fill_triton(*arguments: object) -> Tensor:
+    return importlib.import_module("free_kernels.triton.random").philox_fill(*arguments)
+
+
+def _fake(
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    purpose: int,
+    numel: int,
+    rounds: Tensor | None = None,
+    normal: bool = False,
+) -> Tensor:
+    return images.new_empty((images.shape[0], numel), dtype=torch.float32)
+
+
+# The Triton kernel is an op of its own, so that it needs no extension.
+_LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "philox_fill(int seed, Tensor images, Tensor steps, int purpose, int numel, Tensor? rounds, bool normal) -> Tensor"
+)
+_LIBRARY.impl("philox_fill", _fill_reference, "CPU")
+_LIBRARY.impl("philox_fill", _fill_triton, "CUDA")
+torch.library.register_fake("free_kernels::philox_fill", _fake, lib=_LIBRARY)
+
+
+@when_loaded
+def _register_fakes() -> None:
+    torch.library.register_fake("free_kernels::philox_uniform", _fake)
+    torch.library.register_fake("free_kernels::philox_normal", _fake)
+
+
+def _draw(
+    op: str, seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None, backend: str
+) -> Tensor:
+    check_choice(op, "backend", backend, BACKENDS)
+    _check(op, seed, images, steps, purpose, numel, rounds)
+    normal = op == "philox_normal"
+    if use_triton(op, "random", images.device, backend):
+        # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
+        fill = _fill_triton if images.is_cpu else torch.ops.free_kernels.philox_fill
+        return fill(signed_seed(seed), images, steps, purpose, numel, rounds, normal)
+    if not use_extension(op, images.device.type, backend):
+        return _fill_reference(seed, images, steps, purpose, numel, rounds, normal)
+    compiled = torch.ops.free_kernels.philox_normal if normal else torch.ops.free_kernels.philox_uniform
+    try:
+        return compiled(signed_seed(seed), images, steps, purpose, numel, rounds)
+    except RuntimeError as error:
+        raise_from_op(op, error)
 
 
 def philox_uniform(
@@ -55,22 +118,17 @@ def philox_uniform(
         purpose: in ``[0, 256)``, what the numbers are for.
         numel: numbers of each key, in ``[0, 2**34]``.
         rounds: ``[M]`` int64 in ``[0, 2**24)``, or None for round 0.
-        backend: ``"auto"``, ``"reference"`` or ``"extension"``.
+        backend: ``"auto"`` (Triton on a GPU, else the extension if it is there), ``"reference"``, ``"extension"`` or
+            ``"triton"``.
 
     Returns:
         float32 ``[M, numel]``.
 
     Raises:
         ValueError, TypeError: a wrong argument.
-        RuntimeError: ``backend="extension"`` cannot be used.
+        RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
-    _check("philox_uniform", seed, images, steps, purpose, numel, rounds)
-    if not use_extension("philox_uniform", images.device.type, backend):
-        return reference.philox_uniform(seed, images, steps, purpose, numel, rounds)
-    try:
-        return torch.ops.free_kernels.philox_uniform(_signed(seed), images, steps, purpose, numel, rounds)
-    except RuntimeError as error:
-        raise_from_op("philox_uniform", error)
+    return _draw("philox_uniform", seed, images, steps, purpose, numel, rounds, backend)
 
 
 def philox_normal(
@@ -94,30 +152,14 @@ def philox_normal(
         purpose: in ``[0, 256)``, what the numbers are for.
         numel: numbers of each key, in ``[0, 2**34]``.
         rounds: ``[M]`` int64 in ``[0, 2**24)``, or None for round 0.
-        backend: ``"auto"``, ``"reference"`` or ``"extension"``.
+        backend: ``"auto"`` (Triton on a GPU, else the extension if it is there), ``"reference"``, ``"extension"`` or
+            ``"triton"``.
 
     Returns:
         float32 ``[M, numel]``; backends agree to about 1e-6 (their logarithms and sines may round differently).
 
     Raises:
         ValueError, TypeError: a wrong argument.
-        RuntimeError: ``backend="extension"`` cannot be used.
+        RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
-    _check("philox_normal", seed, images, steps, purpose, numel, rounds)
-    if not use_extension("philox_normal", images.device.type, backend):
-        return reference.philox_normal(seed, images, steps, purpose, numel, rounds)
-    try:
-        return torch.ops.free_kernels.philox_normal(_signed(seed), images, steps, purpose, numel, rounds)
-    except RuntimeError as error:
-        raise_from_op("philox_normal", error)
-
-
-@when_loaded
-def _register_fakes() -> None:
-    def fake(
-        seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None = None
-    ) -> Tensor:
-        return images.new_empty((images.shape[0], numel), dtype=torch.float32)
-
-    torch.library.register_fake("free_kernels::philox_uniform", fake)
-    torch.library.register_fake("free_kernels::philox_normal", fake)
+    return _draw("philox_normal", seed, images, steps, purpose, numel, rounds, backend)

@@ -1,4 +1,4 @@
-"""Whether Triton kernels can take tensors of a device, and if not, why."""
+"""Whether Triton kernels can take tensors of a device, and if not, why; the choice that follows from it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,21 @@ def why_no_runtime(stem: str, device_type: str, index: int | None) -> str | None
     if not kernels.INTERPRETED and torch.cuda.get_device_capability(index) < (8, 0):
         return f"it needs compute capability 8.0 or higher, got {torch.cuda.get_device_capability(index)}"
     return None
+
+
+def use_triton(op: str, stem: str, device: torch.device, backend: str) -> bool:
+    """Whether a backend, one of the op's own, means the kernels of ``free_kernels.triton.<stem>``.
+
+    ``"auto"`` takes them wherever they run, but never the interpreter for CPU tensors.
+
+    Raises:
+        RuntimeError: ``"triton"`` was asked for and cannot run; the message says why.
+    """
+    if backend == "auto":
+        return device.type != "cpu" and why_no_runtime(stem, device.type, device.index) is None
+    if backend != "triton":
+        return False
+    reason = why_no_runtime(stem, device.type, device.index)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend 'triton' cannot be used: {reason}")
+    return True

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from free_kernels.triton.aot import POINTERS, AotConfiguration
 from free_kernels.triton.coupling_kernels import coupling_commit_kernel, coupling_rows_kernel
+from free_kernels.triton.philox import seed_words
 
 # Enough programs to give every multiprocessor of a large GPU two.
 _WANTED_PROGRAMS = 264
@@ -72,6 +73,7 @@ class _Noise(NamedTuple):
     uniform: Tensor | None = None
     images: Tensor | None = None
     steps: Tensor | None = None
+    rounds: Tensor | None = None
     seed: int = 0
 
 
@@ -103,18 +105,8 @@ def couple(
         slack_noise=None if slack_noise is None else slack_noise.contiguous(),
         uniform=uniform,
     )
-    return _launch(
-        (draft_states, draft_mean, draft_std),
-        drawn,
-        output,
-        row_offsets,
-        columns,
-        slack,
-        relaxation,
-        guidance_scale,
-        guidance_channels,
-        clip,
-    )
+    rest = (output, row_offsets, columns, slack, relaxation)
+    return _launch((draft_states, draft_mean, draft_std), drawn, rest, guidance_scale, guidance_channels, clip)
 
 
 def couple_philox(
@@ -129,6 +121,7 @@ def couple_philox(
     columns: Tensor,
     slack: Tensor | None,
     relaxation: Tensor | None,
+    rounds: Tensor | None = None,
     *,
     guidance_scale: float,
     guidance_channels: int,
@@ -136,36 +129,20 @@ def couple_philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """:func:`couple` with noise, slack noise and uniforms made where they are used, never in memory.
 
-    Equivalent to ``couple`` with ``ops.random``'s ``philox_normal`` for the purposes STEP and SLACK and
-    ``philox_uniform`` for ACCEPT, keyed by (seed, image, step), up to the rounding of logarithms and sines.
-
-    Args: as :func:`couple`, but
-        seed: in ``[0, 2**64)``.
-        images: int64 ``[S]``, image of each slot; that of an idle slot is of no matter.
-        steps: int64 ``[S, L]``, step of each row.
+    Contract of :func:`free_kernels.ops.coupling.couple_philox`; arguments have been checked, and ``seed`` may also be
+    the int64 of the same bits.
 
     Returns:
         As :func:`couple`.
     """
-    drawn = _Noise(images=images.contiguous(), steps=steps.contiguous(), seed=seed)
-    return _launch(
-        (draft_states, draft_mean, draft_std),
-        drawn,
-        output,
-        row_offsets,
-        columns,
-        slack,
-        relaxation,
-        guidance_scale,
-        guidance_channels,
-        clip,
+    drawn = _Noise(
+        images=images.contiguous(),
+        steps=steps.contiguous(),
+        rounds=None if rounds is None else rounds.contiguous(),
+        seed=seed,
     )
-
-
-def _signed_word(word: int) -> int:
-    """The int32 of the same 32 bits, so that every seed has the same argument type."""
-    word &= 0xFFFFFFFF
-    return word - 2**32 if word >= 2**31 else word
+    rest = (output, row_offsets, columns, slack, relaxation)
+    return _launch((draft_states, draft_mean, draft_std), drawn, rest, guidance_scale, guidance_channels, clip)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -175,16 +152,13 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
 def _launch(
     drafts: tuple[Tensor, Tensor, Tensor],
     drawn: _Noise,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    slack: Tensor | None,
-    relaxation: Tensor | None,
+    rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     guidance_scale: float,
     guidance_channels: int,
     clip: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     states, mean, std = (tensor.contiguous() for tensor in drafts)
+    output, row_offsets, columns, slack, relaxation = rest
     columns, row_offsets = columns.contiguous(), row_offsets.contiguous()
     slots, length, *latent = states.shape
     numel = math.prod(latent)
@@ -210,13 +184,13 @@ def _launch(
         drawn.slack_noise if slack is not None else None,
         drawn.images,
         drawn.steps,
+        drawn.rounds,
         output,
         row_offsets,
         columns,
         slack,
         partials,
     )
-    seed = (_signed_word(drawn.seed), _signed_word(drawn.seed >> 32))
     guided = guidance_channels * numel // latent[0]
     sizes = (slots, length, numel, guided, output.shape[0] // branches, output.stride(0), *_strides(slack))
     flags = {
@@ -225,9 +199,10 @@ def _launch(
         "GUIDED": branches == 2,
         "CLIPPED": not math.isinf(clip),
         "PHILOX": drawn.images is not None,
+        "ROUNDS": drawn.rounds is not None,
         "NUM_SPLITS": shape.num_splits,
     }
-    common = (*pointers, *seed, *sizes, float(guidance_scale), float(clip))
+    common = (*pointers, *seed_words(drawn.seed), *sizes, float(guidance_scale), float(clip))
     written = (drawn.uniform, relaxation, next_states, committed, gap_sq, figures)
     num_blocks = triton.cdiv(numel, shape.commit_block)
     with torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext():
@@ -275,10 +250,12 @@ def _aot_pair(
     types = {f"p_{name}": "*fp32" for name in ("states", "draft_mean", "draft_std", "columns", "slack", "partials")}
     types |= {f"p_{name}": "*fp32" for name in ("noise", "slack_noise", "uniform", "relaxation", "next_states")}
     types |= {f"p_{name}": "*fp32" for name in ("gap_sq", "figures")}
-    types |= {f"p_{name}": "*i64" for name in ("images", "steps", "row_offsets", "committed")}
+    types |= {f"p_{name}": "*i64" for name in ("images", "steps", "rounds", "row_offsets", "committed")}
     types |= {"p_output": POINTERS[dtype], "guidance_scale": "fp32", "clip": "fp32"}
-    flags = {"LEARNED": learned, "SLACK": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare, "PHILOX": philox}
+    flags = {"LEARNED": learned, "SLACK": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare}
+    flags |= {"PHILOX": philox, "ROUNDS": philox and rare}
     absent = {"p_noise", "p_slack_noise", "p_uniform"} if philox else {"p_images", "p_steps"}
+    absent |= set() if flags["ROUNDS"] else {"p_rounds"}
     absent |= set() if learned else {"p_slack", "p_slack_noise", "p_figures"}
     absent |= set() if rare else {"p_relaxation"}
     sizes = {

@@ -32,6 +32,7 @@ def coupling_rows_kernel(
     p_slack_noise,
     p_images,
     p_steps,
+    p_rounds,
     p_output,
     p_row_offsets,
     p_columns,
@@ -54,6 +55,7 @@ def coupling_rows_kernel(
     GUIDED: tl.constexpr,
     CLIPPED: tl.constexpr,
     PHILOX: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -70,12 +72,16 @@ def coupling_rows_kernel(
 
     draft_row = i_row.to(tl.int64)
     state_row = draft_row + i_slot
+    row_start = state_row * numel
     p_output_row = p_output + (first_row + i_l) * output_stride
     unconditional = output_rows.to(tl.int64) * output_stride
     p_columns_row = p_columns + state_row * NUM_COLUMNS
-    image, step = 0, 0
+    image, step, draw_round = 0, 0, 0
     if PHILOX:
         image, step = tl.load(p_images + i_slot), tl.load(p_steps + state_row)
+    if ROUNDS:
+        draw_round = tl.load(p_rounds + i_slot)
+    key = (seed_low, seed_high, image, step, draw_round)
     if SLACK:
         share = tl.load(p_slack + i_slot.to(tl.int64) * slack_stride_s + i_l * slack_stride_l)
 
@@ -90,11 +96,9 @@ def coupling_rows_kernel(
         mask = o < numel
         b_mean_p = tl.load(p_draft_mean + draft_row * numel + o, mask=mask, other=0.0)
         b_std_p = tl.load(p_draft_std + draft_row * numel + o, mask=mask, other=1.0)
-        b_z = noise_block(
-            p_noise, state_row, numel, o, mask, seed_low, seed_high, image, step, i_first, PURPOSE_STEP, BLOCK, PHILOX
-        )
+        b_z = noise_block(p_noise, row_start, key, o, mask, i_first, PURPOSE_STEP, BLOCK, PHILOX)
         b_mean_q = target_mean(
-            p_states + state_row * numel,
+            p_states + row_start,
             p_output_row,
             unconditional,
             p_columns_row,
@@ -107,21 +111,7 @@ def coupling_rows_kernel(
             CLIPPED,
         )
         if SLACK:
-            b_z_slack = noise_block(
-                p_slack_noise,
-                state_row,
-                numel,
-                o,
-                mask,
-                seed_low,
-                seed_high,
-                image,
-                step,
-                i_first,
-                PURPOSE_SLACK,
-                BLOCK,
-                PHILOX,
-            )
+            b_z_slack = noise_block(p_slack_noise, row_start, key, o, mask, i_first, PURPOSE_SLACK, BLOCK, PHILOX)
             b_std_q = target_std(p_output_row, p_columns_row, o, mask, numel, LEARNED)
             b_z1, b_gap, b_whitened, b_ratio, b_excess, _ = slack_gap(
                 b_mean_q - b_mean_p, b_std_p, b_std_q, b_z, b_z_slack, share
@@ -169,6 +159,7 @@ def coupling_commit_kernel(
     p_slack_noise,
     p_images,
     p_steps,
+    p_rounds,
     p_output,
     p_row_offsets,
     p_columns,
@@ -202,6 +193,7 @@ def coupling_commit_kernel(
     CLIPPED: tl.constexpr,
     RELAXED: tl.constexpr,
     PHILOX: tl.constexpr,
+    ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -245,11 +237,14 @@ def coupling_commit_kernel(
         b_score = keep * b_along - keep * keep * b_gap_sq / 2.0
     else:
         b_score = b_along - b_gap_sq / 2.0
-    image = 0
+    image, draw_round = 0, 0
+    if ROUNDS:
+        draw_round = tl.load(p_rounds + i_slot)
     if PHILOX:
         image = tl.load(p_images + i_slot)
         b_steps = tl.load(p_steps + wide_slot * length + o_l, mask=drafted, other=0)
-        b_uniform = uniform_first(seed_low, seed_high, image, b_steps, PURPOSE_ACCEPT)
+        key = (seed_low, seed_high, image, b_steps, draw_round)
+        b_uniform = uniform_first((o_l * 0).to(tl.uint32), key, PURPOSE_ACCEPT)
     else:
         p_draws = p_uniform + wide_slot * uniform_stride_s + o_l * uniform_stride_l
         b_uniform = tl.load(p_draws, mask=drafted, other=1.0)
@@ -278,16 +273,16 @@ def coupling_commit_kernel(
     o = i_first + tl.arange(0, BLOCK)
     mask = (o < numel) & (count > 0)
     state_row = wide_slot * length + first
+    row_start = state_row * numel
     p_output_row = p_output + (first_row + first) * output_stride
     p_columns_row = p_columns + state_row * NUM_COLUMNS
     step = 0
     if PHILOX:
         step = tl.load(p_steps + state_row)
-    b_z = noise_block(
-        p_noise, state_row, numel, o, mask, seed_low, seed_high, image, step, i_first, PURPOSE_STEP, BLOCK, PHILOX
-    )
+    key = (seed_low, seed_high, image, step, draw_round)
+    b_z = noise_block(p_noise, row_start, key, o, mask, i_first, PURPOSE_STEP, BLOCK, PHILOX)
     b_mean_q = target_mean(
-        p_states + state_row * numel,
+        p_states + row_start,
         p_output_row,
         output_rows.to(tl.int64) * output_stride,
         p_columns_row,
@@ -307,21 +302,7 @@ def coupling_commit_kernel(
         b_std_p = tl.load(p_draft_std + p_draft, mask=mask, other=1.0)
         if SLACK:
             share = tl.load(p_slack_slot + first * slack_stride_l)
-            b_z_slack = noise_block(
-                p_slack_noise,
-                state_row,
-                numel,
-                o,
-                mask,
-                seed_low,
-                seed_high,
-                image,
-                step,
-                i_first,
-                PURPOSE_SLACK,
-                BLOCK,
-                PHILOX,
-            )
+            b_z_slack = noise_block(p_slack_noise, row_start, key, o, mask, i_first, PURPOSE_SLACK, BLOCK, PHILOX)
             b_z1, b_gap, _, _, _, b_shared = slack_gap(b_mean_q - b_mean_p, b_std_p, b_std_q, b_z, b_z_slack, share)
             b_from = b_mean_q + b_std_p * b_shared
             b_root = tl.sqrt_rn(share) * b_std_p

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from free_kernels.triton.philox import normal_block
+from free_kernels.triton.philox import normals
 
 # Columns of a transition table (free_kernels.schedule.TransitionColumn).
 MEAN_FROM_STATE, MEAN_FROM_OUTPUT = tl.constexpr(0), tl.constexpr(1)
@@ -89,23 +89,14 @@ def slack_gap(b_gap_mean, b_std_p, b_std_q, b_z, b_z_slack, share):
 
 @triton.jit
 def noise_block(
-    p_noise,
-    row,
-    numel,
-    o,
-    mask,
-    seed_low,
-    seed_high,
-    image,
-    step,
-    i_first,
-    PURPOSE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PHILOX: tl.constexpr,
+    p_noise, row_start, key, o, mask, i_first, PURPOSE: tl.constexpr, BLOCK: tl.constexpr, PHILOX: tl.constexpr
 ):
-    """Noise of elements ``o = i_first + arange(BLOCK)`` of a row, read or made; of no use where masked out."""
+    """Noise of elements ``o = i_first + arange(BLOCK)`` of a row, read or made; of no use where masked out.
+
+    ``i_first`` is a multiple of 4.
+    """
     if PHILOX:
-        b_noise = normal_block(seed_low, seed_high, image, step, i_first, PURPOSE, BLOCK)
+        b_noise = normals((i_first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32), key, PURPOSE)
     else:
-        b_noise = tl.load(p_noise + row * numel + o, mask=mask, other=0.0)
+        b_noise = tl.load(p_noise + row_start + o, mask=mask, other=0.0)
     return b_noise

@@ -22,6 +22,12 @@ _HALF_PI_MIDDLE = tl.constexpr(4.837512969970703125e-4)
 _HALF_PI_LOW = tl.constexpr(7.54978995489188216e-8)
 
 
+def seed_words(seed: int) -> tuple[int, int]:
+    """Low and high 32 bits of a seed as int32 of the same bits, so that every seed has the same argument types."""
+    low, high = ((seed >> shift & 0xFFFFFFFF) for shift in (0, 32))
+    return low - (low >> 31 << 32), high - (high >> 31 << 32)
+
+
 @triton.jit
 def cos_sin(angle):
     """Cosine and sine of an angle in [0, 2 pi], to about one unit in the last place.
@@ -54,32 +60,46 @@ def _normal_pair(word0, word1):
 
 
 @triton.jit
-def uniform_first(seed_low, seed_high, image, step, PURPOSE: tl.constexpr):
-    """Element 0 of ``philox_uniform`` for each of the int64 ``step``; ``image`` is a scalar or of the same shape."""
-    c1 = step.to(tl.uint32)
-    zero = c1 & 0
-    word, _, _, _ = tl.philox_impl(
-        zero, c1, zero + image.to(tl.uint32), zero + PURPOSE, seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+def random_words(c0, key, purpose):
+    """Four words for each of the uint32 blocks ``c0``.
+
+    ``key`` is ``(seed_low, seed_high, image, step, round)``: the seed's halves are scalars, the others integers that
+    broadcast to ``c0``, taken modulo 2**32.
+    """
+    seed_low, seed_high, image, step, draw_round = key
+    zero = c0 & 0
+    return tl.philox_impl(
+        c0,
+        (zero + step).to(tl.uint32),
+        (zero + image).to(tl.uint32),
+        (zero + (purpose + 256 * draw_round)).to(tl.uint32),
+        seed_low.to(tl.uint32),
+        seed_high.to(tl.uint32),
     )
+
+
+@triton.jit
+def uniform_first(zero, key, purpose):
+    """Element 0 of ``philox_uniform`` for keys that broadcast to the uint32 ``zero``."""
+    word, _, _, _ = random_words(zero, key, purpose)
     return _uniform(word)
 
 
 @triton.jit
-def normal_block(seed_low, seed_high, image, step, i_first, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
-    """``[BLOCK]`` elements of ``philox_normal`` from element ``i_first``, a multiple of 4, for one (image, step).
+def uniforms(c0, key, purpose):
+    """``[..., 4 N]`` elements of ``philox_uniform``, four neighbouring ones for each of the uint32 ``c0 [..., N]``."""
+    word0, word1, word2, word3 = random_words(c0, key, purpose)
+    even = tl.interleave(_uniform(word0), _uniform(word2))
+    return tl.interleave(even, tl.interleave(_uniform(word1), _uniform(word3)))
+
+
+@triton.jit
+def normals(c0, key, purpose):
+    """``[..., 4 N]`` elements of ``philox_normal``; as :func:`uniforms`.
 
     A counter gives four words, so a thread computes four neighbouring elements from one of them.
     """
-    c0 = (i_first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    zero = c0 & 0
-    word0, word1, word2, word3 = tl.philox_impl(
-        c0,
-        zero + step.to(tl.uint32),
-        zero + image.to(tl.uint32),
-        zero + PURPOSE,
-        seed_low.to(tl.uint32),
-        seed_high.to(tl.uint32),
-    )
+    word0, word1, word2, word3 = random_words(c0, key, purpose)
     n0, n1 = _normal_pair(word0, word1)
     n2, n3 = _normal_pair(word2, word3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

@@ -1,0 +1,109 @@
+"""Schemas, fakes and implementations of the coupling ops, whose public side is :mod:`free_kernels.ops.coupling`."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import torch
+from torch import Tensor
+
+from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.reference import coupling as reference
+from free_kernels.reference.random import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP
+
+_SCHEMA = (
+    "{name}(Tensor draft_states, Tensor draft_mean, Tensor draft_std, {draws}, Tensor output, Tensor row_offsets, "
+    "Tensor columns, Tensor? slack, Tensor? relaxation, {keys}float guidance_scale, int guidance_channels, float clip) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+# An op cannot return None: figures that do not exist have no element.
+Outcome = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _as_outcome(found: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Outcome:
+    next_states, committed, gap_sq, figures = found
+    return next_states, committed, gap_sq, gap_sq.new_empty(0) if figures is None else figures
+
+
+def _settings(guidance_scale: float, guidance_channels: int, clip: float) -> dict[str, float | int]:
+    return {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
+
+
+def couple_reference(*arguments: object) -> Outcome:
+    """``couple`` in plain PyTorch; positional as in the schema, as all below."""
+    return _as_outcome(reference.couple(*arguments[:-3], **_settings(*arguments[-3:])))
+
+
+def couple_triton(*arguments: object) -> Outcome:
+    """``couple`` in Triton."""
+    kernels = importlib.import_module("free_kernels.triton.coupling")
+    return _as_outcome(kernels.couple(*arguments[:-3], **_settings(*arguments[-3:])))
+
+
+def couple_philox_reference(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    slack: Tensor | None,
+    relaxation: Tensor | None,
+    rounds: Tensor | None,
+    *settings: float,
+    backend: str = "auto",
+) -> Outcome:
+    """``couple_philox``: numbers by the random ops (with their ``backend``), then the reference's ``couple``."""
+    slots, length, *latent = draft_states.shape
+    keys = (
+        seed % 2**64,
+        images.unsqueeze(1).expand_as(steps).reshape(-1),
+        steps.reshape(-1),
+        None if rounds is None else rounds.unsqueeze(1).expand_as(steps).reshape(-1),
+    )
+
+    def normal(purpose: int) -> Tensor:
+        flat = philox_normal(*keys[:3], purpose, math.prod(latent), keys[3], backend)
+        return flat.view(slots, length, *latent)
+
+    noise, slack_noise = normal(PURPOSE_STEP), None if slack is None else normal(PURPOSE_SLACK)
+    uniform = philox_uniform(*keys[:3], PURPOSE_ACCEPT, 1, keys[3], backend).view(slots, length)
+    drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
+    return couple_reference(*drawn, output, row_offsets, columns, slack, relaxation, *settings)
+
+
+def couple_philox_triton(*arguments: object) -> Outcome:
+    """``couple_philox`` in Triton."""
+    kernels = importlib.import_module("free_kernels.triton.coupling")
+    return _as_outcome(kernels.couple_philox(*arguments[:-3], **_settings(*arguments[-3:])))
+
+
+def _fake(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> Outcome:
+    """Of both ops: three arguments say where the numbers come from, then all is alike up to ``slack``."""
+    slots, length = draft_states.shape[:2]
+    slack = arguments[7]
+    figures = draft_states.new_empty((3, slots, length - 1) if slack is not None and length > 1 else (0,))
+    committed = draft_states.new_empty(slots, dtype=torch.int64)
+    next_states = draft_states.new_empty(slots, *draft_states.shape[2:])
+    return next_states, committed, figures.new_empty(slots, length - 1), figures
+
+
+_LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
+for _name, _draws, _keys, _on_cpu, _on_cuda in (
+    ("couple", "Tensor noise, Tensor? slack_noise, Tensor uniform", "", couple_reference, couple_triton),
+    (
+        "couple_philox",
+        "int seed, Tensor images, Tensor steps",
+        "Tensor? rounds, ",
+        couple_philox_reference,
+        couple_philox_triton,
+    ),
+):
+    _LIBRARY.define(_SCHEMA.format(name=_name, draws=_draws, keys=_keys))
+    _LIBRARY.impl(_name, _on_cpu, "CPU")
+    _LIBRARY.impl(_name, _on_cuda, "CUDA")
+    torch.library.register_fake(f"free_kernels::{_name}", _fake, lib=_LIBRARY)
