@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
+BENCHES := coupling attention packing sampler
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
 .PHONY: setup demo test test-fast bench lint format nvcc-check clean
@@ -25,7 +26,10 @@ test-fast: $(SETUP)
 	$(BIN)/python -m pytest tests -m "not slow"
 
 bench: $(SETUP)
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=min,median,iqr,rounds
+	$(BIN)/python -m pytest $(BENCHES:%=benchmarks/bench_%.py) --benchmark-only --benchmark-columns=min,median,iqr,rounds \
+		--results benchmarks/results
+	$(BIN)/python benchmarks/bench_target.py --results benchmarks/results
+	$(BIN)/python benchmarks/report.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

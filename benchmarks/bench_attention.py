@@ -1,18 +1,15 @@
 """Cost of ``feature_attention`` against ``F.scaled_dot_product_attention`` and FlexAttention.
 
-Each benchmark states the FLOPs of the keys that may be seen and the bytes of what has to be read and written once;
-``extra_info`` holds them and the rates they give. On the ragged problem the rivals are handed keys and masks that are
-already joined, which the op does not need. Run with ``pytest benchmarks/bench_attention.py``.
+FLOPs: those of the keys that may be seen. Bytes: what has to be read and written once. On the ragged problem the rivals
+are handed keys and masks that are already joined, which the op does not need. Run with
+``pytest benchmarks/bench_attention.py --benchmark-only``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import pytest
-import timing
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +17,7 @@ from torch import Tensor
 from free_kernels.ops.attention import feature_attention
 from free_kernels.reference.attention import valid_slots
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # id, device, dtype, rows, tokens, heads, head dimension
 SIZES = [
@@ -37,64 +35,67 @@ SIZES = [
 CAPACITY = 2
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def measure(benchmark: Any, device: str, flops: int, moved_bytes: int, call: Callable[[], object]) -> None:
-    with torch.inference_mode():
-        if device == "cuda":
-            benchmark._timer = timing.DeviceClock()
-            benchmark.pedantic(call, rounds=100, iterations=1, warmup_rounds=10)
-        else:
-            benchmark.pedantic(call, rounds=30, iterations=20, warmup_rounds=2)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info.update(flops=flops, bytes=moved_bytes)
-    benchmark.extra_info["GFLOP/s"] = round(flops / seconds / 1e9, 2)
-    benchmark.extra_info["GB/s"] = round(moved_bytes / seconds / 1e9, 3)
-
-
-def make(device: str, dtype: torch.dtype, rows: int, tokens: int, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+def make(
+    device: str, dtype: torch.dtype, rows: int, tokens: int, heads: int, head_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Slices of a fused qkv, as a linear layer leaves them."""
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(rows, tokens, 3, heads, head_dim, generator=g).to(device, dtype).unbind(2)
+    g = torch.Generator(device).manual_seed(0)
+    return torch.randn(rows, tokens, 3, heads, head_dim, generator=g, device=device).to(dtype).unbind(2)
 
 
-@cache
-def flex() -> tuple[Callable[..., Tensor], Callable[..., object]]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return torch.compile(flex_attention, dynamic=False), create_block_mask
+def describe(rows: int, tokens: int, heads: int, head_dim: int) -> dict[str, int]:
+    return {"rows": rows, "tokens": tokens, "heads": heads, "head_dim": head_dim}
 
 
 @pytest.mark.parametrize("rival", ["ours", "sdpa"])
 @pytest.mark.parametrize(("device", "dtype", "rows", "tokens", "heads", "head_dim"), SIZES)
 def test_dense(
-    benchmark: Any, device: str, dtype: torch.dtype, rows: int, tokens: int, heads: int, head_dim: int, rival: str
+    measure: Callable[..., None],
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    rival: str,
 ) -> None:
     q, k, v = make(device, dtype, rows, tokens, heads, head_dim)
 
     def sdpa() -> Tensor:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
-    call = sdpa if rival == "sdpa" else lambda: feature_attention(q, k, v)
-    measure(benchmark, device, 4 * rows * heads * tokens**2 * head_dim, 4 * q.numel() * q.itemsize, call)
+    measure(
+        sdpa if rival == "sdpa" else lambda: feature_attention(q, k, v),
+        device=device,
+        op="feature_attention, no memory",
+        case=f"{rows} x {tokens} tokens, {heads} heads of {head_dim}",
+        backend=rival,
+        ours=rival == "ours",
+        dtype=dtype,
+        iterations=20,
+        moved=4 * q.numel() * q.itemsize,
+        flops=4 * rows * heads * tokens**2 * head_dim,
+        params=describe(rows, tokens, heads, head_dim),
+    )
 
 
 @pytest.mark.parametrize("rival", ["ours", "sdpa_mask", "flex"])
 @pytest.mark.parametrize(("device", "dtype", "rows", "tokens", "heads", "head_dim"), SIZES)
 def test_ragged(
-    benchmark: Any, device: str, dtype: torch.dtype, rows: int, tokens: int, heads: int, head_dim: int, rival: str
+    measure: Callable[..., None],
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    rival: str,
 ) -> None:
     """W = 3, rows with 0, 1 and 2 earlier steps in turn (one row alone: 1)."""
-    if rival == "flex" and device == "cpu":
-        pytest.skip("FlexAttention is compared on the GPU")
+    if rival == "flex" and (device == "cpu" or head_dim != 72):
+        pytest.skip("FlexAttention is compared on the GPU, with the heads of DiT-XL (each shape is compiled)")
     q, k, v = make(device, dtype, rows, tokens, heads, head_dim)
-    cache_k, cache_v = torch.randn(2, rows, CAPACITY, tokens, heads, head_dim).to(device, dtype)
+    cache_k, cache_v = torch.randn(2, rows, CAPACITY, tokens, heads, head_dim, device=device).to(dtype)
     length = torch.arange(rows) % (CAPACITY + 1) if rows > 1 else torch.ones(1, dtype=torch.int64)
     keys_seen = tokens * (rows + int(length.sum()))
     length, position = length.to(device), torch.arange(rows, device=device) % CAPACITY
@@ -116,20 +117,37 @@ def test_ragged(
             return F.scaled_dot_product_attention(queries, keys, values, mask)
 
     else:
-        attend, create_block_mask = flex()
-
-        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return used[b, j // tokens]
-
-        block_mask = create_block_mask(visible, rows, None, tokens, keys.shape[2], device=device)
-
-        def call() -> Tensor:
-            return attend(queries, keys, values, block_mask=block_mask)
+        call = flex_call(queries, keys, values, used, tokens)
 
     width = heads * head_dim
-    moved = (2 * rows * tokens + 2 * keys_seen) * width * q.itemsize
     with torch.inference_mode():
         want = feature_attention(q, k, v, cache_k, cache_v, length, position, backend="reference")
         got = call() if rival == "ours" else call().transpose(1, 2)
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
-    measure(benchmark, device, 4 * width * tokens * keys_seen, moved, call)
+    measure(
+        call,
+        device=device,
+        op="feature_attention, memory of 0 to 2 steps",
+        case=f"{rows} x {tokens} tokens, {heads} heads of {head_dim}",
+        backend=rival,
+        ours=rival == "ours",
+        dtype=dtype,
+        iterations=20,
+        moved=(2 * rows * tokens + 2 * keys_seen) * width * q.itemsize,
+        flops=4 * width * tokens * keys_seen,
+        params=describe(rows, tokens, heads, head_dim) | {"capacity": CAPACITY},
+    )
+
+
+def flex_call(queries: Tensor, keys: Tensor, values: Tensor, used: Tensor, tokens: int) -> Callable[[], Tensor]:
+    """FlexAttention compiled for these shapes."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return used[b, j // tokens]
+
+    # Dynamo gives up on a function after eight shapes, and would then time the eager one.
+    torch.compiler.reset()
+    attend = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    block_mask = create_block_mask(visible, len(queries), None, tokens, keys.shape[2], device=str(queries.device))
+    return lambda: attend(queries, keys, values, block_mask=block_mask)

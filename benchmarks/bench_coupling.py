@@ -1,31 +1,24 @@
 """Cost of ``couple``: eager PyTorch on the CPU; Triton against eager and compiled PyTorch on a GPU.
 
-Each benchmark states the bytes that have to move: what the row pass needs of every draft and the commit pass of every
-slot, read once, and the new states. ``extra_info`` holds them and the rate that they give; on a GPU also its percentage
-of the bandwidth of a large copy, measured in the same run. Run with ``pytest benchmarks/bench_coupling.py``.
+Bytes: what the row pass needs of every draft and the commit pass of every slot, read once, and the new states. FLOPs:
+see :func:`needed_flops`. Run with ``pytest benchmarks/bench_coupling.py --benchmark-only``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
-import timing
 import torch
+from torch import Tensor
 
+from free_kernels.ops.coupling import couple, couple_philox, gaussian_transition
 from free_kernels.reference import coupling as reference
 
-CUDA = torch.cuda.is_available()
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not CUDA, reason="needs a CUDA device"),
-    pytest.mark.benchmark(timer=timing.DeviceClock()) if CUDA else pytest.mark.benchmark,
-]
-GUIDANCE = {"guidance_scale": 4.0, "guidance_channels": 3, "clip": math.inf}
-PLAIN = {"guidance_scale": 1.0, "guidance_channels": 4, "clip": math.inf}
+pytestmark = pytest.mark.usefixtures("one_thread")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # Slots, rows of each, latent.
 CPU_SIZES = [
     pytest.param(1, 6, (1, 8, 8), id="digits-1"),
@@ -34,104 +27,128 @@ CPU_SIZES = [
     pytest.param(1, 6, (4, 64, 64), id="xl512-1"),
 ]
 GPU_SIZES = [
-    pytest.param(1, 6, (4, 32, 32), id="6x4096"),
-    pytest.param(1, 6, (4, 64, 64), id="6x16384"),
-    pytest.param(64, 8, (4, 64, 64), id="512x16384"),
+    pytest.param(1, 6, (4, 32, 32), id="6x4096", marks=on_gpu),
+    pytest.param(1, 6, (4, 64, 64), id="6x16384", marks=on_gpu),
+    pytest.param(64, 8, (4, 64, 64), id="512x16384", marks=on_gpu),
 ]
+Arguments = tuple[Tensor, ...]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def options_of(latent: tuple[int, ...], guided: bool) -> dict[str, Any]:
+    """Guidance 4 on at most three channels, or none."""
+    if not guided:
+        return {"guidance_scale": 1.0, "guidance_channels": latent[0], "clip": math.inf}
+    return {"guidance_scale": 4.0, "guidance_channels": min(3, latent[0]), "clip": math.inf}
 
 
 def make(
     slots: int, length: int, latent: tuple[int, ...], guided: bool, dtype: torch.dtype, device: str
-) -> tuple[torch.Tensor | None, ...]:
-    """Arguments of a round with learned variance; drafts are near the target's, so that rounds end at various rows."""
+) -> tuple[Arguments, Arguments, Arguments, Tensor]:
+    """Drafts, random numbers, the rest and the slack of a round with learned variance.
+
+    Drafts are near the target's, so that rounds end at various rows.
+    """
     g = torch.Generator(device).manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=g, device=device)  # noqa: E731
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
     channels, numel = latent[0], math.prod(latent)
     states, noise, slack_noise = (normal(slots, length, *latent) for _ in range(3))
     columns = torch.zeros(slots, length, 8, device=device)
     columns[..., 0], columns[..., 1], columns[..., 2], columns[..., 3] = 1.0, -0.1, -3.0, 0.1
     output = normal((2 if guided else 1) * slots * length, 2 * channels, *latent[1:]).to(dtype)
-    options = (GUIDANCE if guided else PLAIN) | {"guidance_channels": min(3, channels) if guided else channels}
-    mean, std = reference.gaussian_transition(states.flatten(0, 1), output, columns.flatten(0, 1), **options)
-    mean, std = (x.view(slots, length, *latent)[:, :-1].contiguous() for x in (mean, std))
+    flat = states.flatten(0, 1), output, columns.flatten(0, 1)
+    mean, std = (
+        x.view(slots, length, *latent)[:, :-1].contiguous()
+        for x in gaussian_transition(*flat, **options_of(latent, guided))
+    )
     mean += 0.7 / math.sqrt(numel) * std * normal(*mean.shape)
     uniform = 1 - torch.rand(slots, length, generator=g, device=device)
     offsets = torch.arange(slots + 1, device=device) * length
     slack = torch.full((slots, length), 0.9, device=device)
-    return states, mean, std, noise, slack_noise, uniform, output, offsets, columns, slack, None
+    return (states, mean, std), (noise, slack_noise, uniform), (output, offsets, columns), slack
 
 
-def moved_bytes(slots: int, length: int, latent: tuple[int, ...], guided: bool, dtype: torch.dtype, made: bool) -> int:
-    """Each input once per pass, noise unless it is made in place; every slot counted as ending on a direct draw.
+def guided_share(latent: tuple[int, ...], guided: bool) -> float:
+    return min(3, latent[0]) / latent[0] if guided else 0.0
+
+
+def needed_bytes(slots: int, length: int, latent: tuple[int, ...], guided: bool, dtype: torch.dtype, made: bool) -> int:
+    """Each input once per pass, noise unless it is ``made`` in place; every slot counted as ending on a direct draw.
 
     A slot that ends on a reflection reads the draft's mean, deviation and slack noise of that row as well.
     """
-    guided_part = min(3, latent[0]) / latent[0] if guided else 0.0
-    noise, output = 0 if made else 4, dtype.itemsize * (2 + guided_part)
+    noise, output = 0 if made else 4, dtype.itemsize * (2 + guided_share(latent, guided))
     per_draft = 3 * 4 + 2 * noise + output
     per_slot = 4 + noise + output + 4
     return round(math.prod(latent) * slots * ((length - 1) * per_draft + per_slot))
 
 
-def record(benchmark: Any, needed: int, bandwidth: float | None) -> None:
-    rate = needed / benchmark.stats.stats.median
-    benchmark.extra_info["bytes"] = needed
-    benchmark.extra_info["GB/s"] = round(rate / 1e9, 3)
-    if bandwidth is not None:
-        benchmark.extra_info["copy GB/s"] = round(bandwidth / 1e9, 1)
-        benchmark.extra_info["percent of copy"] = round(100 * rate / bandwidth, 1)
-        benchmark.extra_info["device"] = torch.cuda.get_device_name()
+def needed_flops(slots: int, length: int, latent: tuple[int, ...], guided: bool) -> int:
+    """Each addition, product, quotient, root, exponential and comparison counted as one; noise is not counted.
+
+    Of an element of a drafted row, with learned variance: mean 3, deviation 3, the two noises 6, ratio of the variances
+    and its excess 3, shift 4, whitened gaps 4, the five reductions 10. Of an element of a slot's last row, drawn
+    directly: mean 3, deviation 3, draw 2. Guidance adds 3 in its channels.
+    """
+    guidance = 3 * guided_share(latent, guided)
+    return round(math.prod(latent) * slots * ((length - 1) * (33 + guidance) + 8 + guidance))
+
+
+def describe(slots: int, length: int, latent: tuple[int, ...]) -> dict[str, Any]:
+    return {"slots": slots, "length": length, "latent": latent}
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize(("slots", "length", "latent"), CPU_SIZES)
-def test_couple_on_cpu(benchmark: Any, slots: int, length: int, latent: tuple[int, ...], guided: bool) -> None:
-    arguments = make(slots, length, latent, guided, torch.float32, "cpu")
-    channels = latent[0]
-    options = (GUIDANCE if guided else PLAIN) | {"guidance_channels": min(3, channels) if guided else channels}
-    with torch.inference_mode():
-        benchmark.pedantic(lambda: reference.couple(*arguments, **options), rounds=30, iterations=10, warmup_rounds=2)
-    record(benchmark, moved_bytes(slots, length, latent, guided, torch.float32, made=False), None)
-
-
-@cache
-def compiled() -> Callable[..., object]:
-    return torch.compile(reference.couple, fullgraph=True, dynamic=False)
+def test_couple_on_cpu(
+    measure: Callable[..., None], slots: int, length: int, latent: tuple[int, ...], guided: bool
+) -> None:
+    drafts, drawn, rest, slack = make(slots, length, latent, guided, torch.float32, "cpu")
+    options = options_of(latent, guided)
+    measure(
+        lambda: couple(*drafts, *drawn, *rest, slack=slack, **options),
+        device="cpu",
+        op="couple",
+        case=f"{slots} x {length} rows of {math.prod(latent)}, {'guided' if guided else 'plain'}, float32 output",
+        backend="eager",
+        ours=True,
+        moved=needed_bytes(slots, length, latent, guided, torch.float32, made=False),
+        flops=needed_flops(slots, length, latent, guided),
+        params=describe(slots, length, latent),
+    )
 
 
 @pytest.mark.parametrize("rival", ["triton", "triton-philox", "eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize(
-    ("slots", "length", "latent"), [pytest.param(*size.values, id=size.id, marks=on_gpu) for size in GPU_SIZES]
-)
+@pytest.mark.parametrize(("slots", "length", "latent"), GPU_SIZES)
 def test_couple_on_gpu(
-    benchmark: Any, slots: int, length: int, latent: tuple[int, ...], dtype: torch.dtype, rival: str
+    measure: Callable[..., None], slots: int, length: int, latent: tuple[int, ...], dtype: torch.dtype, rival: str
 ) -> None:
-    arguments = make(slots, length, latent, True, dtype, "cuda")
-    if rival.startswith("triton"):
-        from free_kernels.triton import coupling as kernels
-
-        states, mean, std, _, _, _, *rest = arguments
-        images = torch.arange(slots, device="cuda")
-        steps = torch.arange(length, device="cuda").repeat(slots, 1)
-        calls: dict[str, Callable[[], object]] = {
-            "triton": lambda: kernels.couple(*arguments, **GUIDANCE),
-            "triton-philox": lambda: kernels.couple_philox(states, mean, std, 1, images, steps, *rest, **GUIDANCE),
-        }
-        call = calls[rival]
-    else:
-        function = reference.couple if rival == "eager" else compiled()
-        call = lambda: function(*arguments, **GUIDANCE)  # noqa: E731
-    bandwidth = timing.copy_bandwidth()
-    with torch.inference_mode():
-        benchmark.pedantic(call, rounds=100, iterations=1, warmup_rounds=10)
-    made = rival == "triton-philox"
-    record(benchmark, moved_bytes(slots, length, latent, True, dtype, made), bandwidth)
+    drafts, drawn, rest, slack = make(slots, length, latent, True, dtype, "cuda")
+    options = options_of(latent, True)
+    images = torch.arange(slots, device="cuda")
+    steps = torch.arange(length, device="cuda").repeat(slots, 1)
+    # Dynamo gives up on a function after a few shapes; each of ours is compiled afresh.
+    torch.compiler.reset()
+    compiled = torch.compile(reference.couple, fullgraph=True, dynamic=False)
+    calls: dict[str, Callable[[], object]] = {
+        "triton": lambda: couple(*drafts, *drawn, *rest, slack=slack, backend="triton", **options),
+        "triton-philox": lambda: couple_philox(
+            *drafts, 1, images, steps, *rest, slack=slack, backend="triton", **options
+        ),
+        "eager": lambda: reference.couple(*drafts, *drawn, *rest, slack, None, **options),
+        "compiled": lambda: compiled(*drafts, *drawn, *rest, slack, None, **options),
+    }
+    measure(
+        calls[rival],
+        device="cuda",
+        op="couple",
+        case=f"{slots} x {length} rows of {math.prod(latent)}, guided, {str(dtype).removeprefix('torch.')} output",
+        backend=rival,
+        ours=rival == "triton",
+        moved=needed_bytes(slots, length, latent, True, dtype, rival == "triton-philox"),
+        flops=needed_flops(slots, length, latent, True),
+        params=describe(slots, length, latent),
+    )

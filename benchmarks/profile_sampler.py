@@ -1,6 +1,7 @@
 """Where the time of ``sample`` goes: milliseconds per round and share of each part, beside the ordinary sampler's step.
 
-Run ``python benchmarks/profile_sampler.py``; writes JSON with the machine's facts to ``--out``.
+Run ``python benchmarks/profile_sampler.py``; writes JSON with the machine's facts to ``--out``. On a GPU every part is
+waited for, so that the parts of a round add up to more than a round of the sampler takes.
 """
 
 from __future__ import annotations
@@ -14,28 +15,34 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import store
 import torch
 
 import free_kernels.chain as chain_module
-import free_kernels.sampler as sampler
+import free_kernels.speculation as speculation
 from free_dit import load_bundled
-from free_dit.compare import machine, wall_clock_ratio
+from free_dit.wall_clock import machine, wall_clock_ratio
 from free_kernels import SampleResult, ancestral_sample, sample
 from free_kernels.chain import Chain
+from free_kernels.drafters import FeatureDrafter
+from free_kernels.targets import DiTTarget
 
 
 class Clock:
-    """Seconds spent in wrapped callables, by name."""
+    """Seconds spent in wrapped callables, by name; on a GPU it waits for the device before and after each."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.seconds: dict[str, float] = {}
+        self._wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """``call``, timed."""
 
         def timed(*arguments: Any, **settings: Any) -> Any:
+            self._wait()
             started = time.perf_counter()
             result = call(*arguments, **settings)
+            self._wait()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             return result
 
@@ -65,25 +72,35 @@ class TimedDrafter:
         self._drafter, self._clock = drafter, clock
         self._call = clock.wrap("drafter", drafter)
 
-    def __call__(self, *arguments: Any) -> torch.Tensor:
+    def __call__(self, *arguments: Any, **settings: Any) -> torch.Tensor:
         """The drafter's feature."""
-        return self._call(*arguments)
+        return self._call(*arguments, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
 
     def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedDrafter:
         """The hoisted drafter, timed."""
         return TimedDrafter(self._drafter.hoisted(timesteps, labels), self._clock)
 
 
-def profile(batch: int, draft_length: int, guidance: float, runs: int) -> dict[str, Any]:
-    """Parts of one configuration, over several runs after a warm-up."""
+def digits(device: str) -> tuple[DiTTarget, FeatureDrafter]:
+    """The bundled pair on a device."""
     target, drafter = load_bundled("digits")
-    labels = torch.arange(batch) % 10
+    target.module.to(device)
+    return target, drafter.to(device)
+
+
+def profile(device: str, batch: int, draft_length: int, guidance: float, runs: int) -> dict[str, Any]:
+    """Parts of one configuration, over several runs after a warm-up."""
+    target, drafter = digits(device)
+    labels = torch.arange(batch, device=device) % 10
     settings = {"guidance_scale": guidance}
     sample(target, labels, drafter=drafter, draft_length=draft_length, **settings)
-    clock, elapsed, rounds, rows, steps = Clock(), 0.0, 0, 0, []
+    clock, elapsed, rounds, rows, steps = Clock(device), 0.0, 0, 0, []
     for seed in range(runs):
         patches = {
-            name: clock.wrap(label, getattr(sampler, name))
+            name: clock.wrap(label, getattr(speculation, name))
             for name, label in {
                 "couple": "couple",
                 "pack_drafts": "pack_drafts",
@@ -93,7 +110,7 @@ def profile(batch: int, draft_length: int, guidance: float, runs: int) -> dict[s
         draw = clock.wrap("noise", Chain.draw)
         transition = clock.wrap("draft transition", chain_module.gaussian_transition)
         with (
-            mock.patch.multiple(sampler, **patches),
+            mock.patch.multiple(speculation, **patches),
             mock.patch.object(chain_module, "gaussian_transition", transition),
             mock.patch.object(Chain, "draw", draw),
         ):
@@ -120,10 +137,10 @@ def profile(batch: int, draft_length: int, guidance: float, runs: int) -> dict[s
     }
 
 
-def ratios(batch: int, lengths: tuple[int, ...], pairs: int) -> list[dict[str, Any]]:
+def ratios(device: str, batch: int, lengths: tuple[int, ...], pairs: int) -> list[dict[str, Any]]:
     """Wall-clock ratios by draft length, interleaved with the ordinary sampler."""
-    target, drafter = load_bundled("digits")
-    labels = torch.arange(batch) % 10
+    target, drafter = digits(device)
+    labels = torch.arange(batch, device=device) % 10
 
     def ordinary(seed: int) -> SampleResult:
         return ancestral_sample(target, labels, seed=seed)
@@ -138,14 +155,22 @@ def ratios(batch: int, lengths: tuple[int, ...], pairs: int) -> list[dict[str, A
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu/sampler.json"))
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE/profile.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--only-parts", action="store_true", help="no ratios")
     arguments = parser.parse_args()
+    device, pairs = arguments.device, arguments.pairs
+    out = arguments.out or store.RESULTS / store.device_slug(device) / "profile.json"
+    facts = machine() if device == "cpu" else machine() | {"gpu": torch.cuda.get_device_name()}
+    cases = ((1, 6, 1.0, 5), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
     report = {
-        "machine": machine(),
-        "command": "python benchmarks/profile_sampler.py",
-        "profiles": [profile(1, 6, 1.0, 5), profile(1, 6, 2.0, 3), profile(64, 6, 1.0, 1)],
-        "ratios": [*ratios(1, (2, 4, 6, 8, 12), arguments.pairs), *ratios(64, (4, 6), 3)],
+        "machine": facts,
+        "command": "python benchmarks/profile_sampler.py" + (" --device cuda" if device == "cuda" else ""),
+        "profiles": [profile(device, *case) for case in cases],
+        "ratios": []
+        if arguments.only_parts
+        else [*ratios(device, 1, (2, 4, 6, 8, 12), pairs), *ratios(device, 64, (4, 6), min(3, pairs))],
     }
     for entry in report["profiles"]:
         print(
@@ -159,9 +184,9 @@ def main() -> None:
     for entry in report["ratios"]:
         span = f"({entry['low']:.2f} to {entry['high']:.2f})"
         print(f"{entry['batch']:5d} {entry['draft_length']:2d}  {entry['median']:.2f} {span}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

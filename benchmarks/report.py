@@ -1,4 +1,7 @@
-"""Renders the README's tables from the committed results; ``--check`` only says whether they are up to date."""
+"""Renders the README's tables, ``docs/benchmarks.md`` and the rooflines from the committed results.
+
+``--check`` writes nothing and says whether README and page are up to date.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from report_tables import benchmark_page, load_results, measured_roofs, ops_of, picture_name
+
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def load(name: str) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """A committed JSON file."""
-    return json.loads((ROOT / name).read_text())
+    return json.loads(path.read_text())
 
 
 def call_reduction(figures: dict[str, Any]) -> list[str]:
@@ -60,27 +64,65 @@ def wall_clock(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def render() -> str:
+def readme_section(root: Path) -> str:
     """Everything between the README's markers."""
-    figures = load("python/free_dit/models/digits/evaluation.json")
-    report = load("benchmarks/results/cpu/sampler.json")
-    return "\n".join(["## Measured", "", *call_reduction(figures), "", *wall_clock(report)])
+    figures = load(root / "python/free_dit/models/digits/evaluation.json")
+    report = load(root / "benchmarks/results/cpu/profile.json")
+    more = "Single ops against their rivals, with rooflines: [docs/benchmarks.md](docs/benchmarks.md)."
+    return "\n".join(["## Measured", "", *call_reduction(figures), "", *wall_clock(report), "", more])
+
+
+def renewed_pages(root: Path) -> dict[Path, str]:
+    """Text of every generated page."""
+    readme = root / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return {
+        readme: f"{before}{BEGIN}\n{readme_section(root)}\n{END}{after}",
+        root / "docs/benchmarks.md": benchmark_page(load_results(root / "benchmarks/results")),
+    }
+
+
+def pictures(root: Path) -> dict[Path, tuple[str, list[dict[str, Any]], dict[str, Any]]]:
+    """Rooflines by path: name of the device, its figures, its roofs."""
+    found = {}
+    for slug, files in load_results(root / "benchmarks/results").items():
+        facts, entries = next(iter(files.values()))["machine"], ops_of(files)
+        if any(entry["flops"] for entry in entries):
+            name = facts.get("gpu") or facts["cpu"]
+            found[root / "docs" / picture_name(slug)] = (name, entries, measured_roofs(files))
+    return found
+
+
+def check(root: Path) -> list[str]:
+    """What is out of date, as paths below ``root``."""
+    pages = renewed_pages(root)
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text() != text]
+    # A picture is not compared, since its bytes depend on the plotting library.
+    stale += [path for path in pictures(root) if not path.exists()]
+    return [str(path.relative_to(root)) for path in stale]
 
 
 def main() -> None:
-    """Rewrite the README, or check it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if the README is out of date")
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    renewed = f"{before}{BEGIN}\n{render()}\n{END}{after}"
-    if parser.parse_args().check:
-        if renewed != text:
-            sys.exit("report: README.md is out of date; run python benchmarks/report.py")
+    """Rewrite what is generated, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if something is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="of the checkout; this one")
+    arguments = parser.parse_args()
+    if arguments.check:
+        stale = check(arguments.root)
+        if stale:
+            sys.exit(f"report: {', '.join(stale)} out of date; run python benchmarks/report.py")
         return
-    README.write_text(renewed)
-    print(f"wrote {README}")
+    for path, text in renewed_pages(arguments.root).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        print(f"wrote {path}")
+    for path, contents in pictures(arguments.root).items():
+        from roofline import roofline
+
+        roofline(path, *contents)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

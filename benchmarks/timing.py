@@ -1,13 +1,17 @@
-"""Device clock and bandwidth that GPU benchmarks are measured with and against."""
+"""Device clock, and the roofs that benchmarks are measured against: copy bandwidth and matrix rate."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
 
 # Well beyond the L2 cache of any GPU.
 _FLUSH_BYTES = 256 * 2**20
+# The device waits this long (some 2 ms) while the host launches what is measured.
+_SLEEP_CYCLES = 4 * 10**6
 
 
 class DeviceClock:
@@ -27,7 +31,7 @@ class DeviceClock:
             end.synchronize()
             self._total += start.elapsed_time(end) / 1e3
         else:
-            torch.cuda._sleep(2 * 10**6)
+            torch.cuda._sleep(_SLEEP_CYCLES)
             flush.zero_()
             start.record()
         self._running = not self._running
@@ -40,14 +44,58 @@ def _events_and_flush() -> tuple[torch.cuda.Event, torch.cuda.Event, torch.Tenso
     return start, end, torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
+def clock(device: str) -> Callable[[], float]:
+    """Seconds on a device: events on a GPU, else wall-clock."""
+    return DeviceClock() if device == "cuda" else time.perf_counter
+
+
+def _median_seconds(device: str, call: Callable[[], object], rounds: int, warm_ups: int) -> float:
+    now, seconds = clock(device), []
+    for _ in range(warm_ups + rounds):
+        begin = now()
+        call()
+        seconds.append(now() - begin)
+    return sorted(seconds[warm_ups:])[rounds // 2]
+
+
 @cache
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written per second by a large copy on the current GPU: median of 20."""
-    source = torch.randn(2**28, device="cuda")
+def copy_bandwidth(device: str, threads: int, quick: bool = False) -> float:
+    """Bytes read plus bytes written per second by a large copy: median of many, with the threads now in use.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        threads: ``torch.get_num_threads()``; what is remembered is remembered for it.
+        quick: a small copy, for smoke runs.
+    """
+    elements = 2**16 if quick else 2**28 if device == "cuda" else 2**26
+    source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    clock, seconds = DeviceClock(), []
-    for _ in range(25):
-        begin = clock()
-        target.copy_(source)
-        seconds.append(clock() - begin)
-    return 2 * source.nbytes / sorted(seconds[5:])[10]
+    seconds = _median_seconds(device, lambda: target.copy_(source), *((3, 1) if quick else (20, 5)))
+    return 2 * source.nbytes / seconds
+
+
+@cache
+def matrix_rate(device: str, dtype: torch.dtype, threads: int, quick: bool = False) -> float:
+    """FLOP per second of a large square matrix product of random numbers; arguments as in :func:`copy_bandwidth`."""
+    size = 64 if quick else 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = _median_seconds(device, lambda: a @ b, *((3, 1) if quick else (20, 5)))
+    return 2 * size**3 / seconds
+
+
+def matrix_dtypes(device: str) -> tuple[torch.dtype, ...]:
+    """What a device's benchmarks compute in."""
+    return (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` rather than ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def roofs(device: str, quick: bool = False) -> dict[str, object]:
+    """Copy bandwidth and matrix rates with the threads now in use."""
+    threads = torch.get_num_threads()
+    rates = {dtype_name(x): matrix_rate(device, x, threads, quick) / 1e9 for x in matrix_dtypes(device)}
+    found: dict[str, object] = {"copy_gb_per_s": copy_bandwidth(device, threads, quick) / 1e9}
+    return found | {"matrix_gflop_per_s": rates} | ({"threads": threads} if device == "cpu" else {})

@@ -134,3 +134,16 @@ def test_compiles_without_a_graph_break(backend):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for got, expected in zip(compiled(given), step(given), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_one_slot():
+    """A single slot's keys can look contiguous with a stride of zero."""
+    given = arguments(True, True)
+    one = {
+        name: value[:1] if isinstance(value, torch.Tensor) and name not in ("output", "row_offsets") else value
+        for name, value in given.items()
+    }
+    one["output"], one["row_offsets"] = given["output"].unflatten(0, (2, -1))[:, :4].flatten(0, 1), torch.tensor([0, 4])
+    want, got = with_tensors(one), couple_philox(**one)
+    torch.testing.assert_close(got.next_states, want.next_states)
+    assert torch.equal(got.committed, want.committed)

@@ -161,7 +161,8 @@ def test_captured_rounds_on_a_gpu(guidance, drafter):
     from free_dit import load_bundled
 
     target, learned = load_bundled("digits")
-    target, learned = target.to("cuda"), learned.to("cuda")
+    target.module.to("cuda")
+    learned.to("cuda")
     labels = torch.arange(10, device="cuda")
     settings = {"schedule": DDPMSchedule(50), "guidance_scale": guidance, "max_slots": 4, "seed": 2}
     chosen = learned if drafter == "bundled" else drafter

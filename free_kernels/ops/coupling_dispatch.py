@@ -61,9 +61,9 @@ def couple_philox_reference(
     slots, length, *latent = draft_states.shape
     keys = (
         seed % 2**64,
-        images.unsqueeze(1).expand_as(steps).reshape(-1),
-        steps.reshape(-1),
-        None if rounds is None else rounds.unsqueeze(1).expand_as(steps).reshape(-1),
+        images.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
+        steps.contiguous().view(-1),
+        None if rounds is None else rounds.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
     )
 
     def normal(purpose: int) -> Tensor:

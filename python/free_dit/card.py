@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.bundled import MODELS, load_bundled
-from free_dit.compare import machine
 from free_dit.data import load_digits
 from free_dit.trajectories import collect
+from free_dit.wall_clock import machine
 from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 
