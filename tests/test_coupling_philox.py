@@ -46,7 +46,8 @@ def with_tensors(given: dict[str, Any], first_image: int = 0) -> Any:
     rest = {name: value for name, value in given.items() if name not in ("seed", "images", "steps", "rounds")}
     source, shape = PhiloxNoise(given["seed"], first_image), given["steps"].shape
     images, rounds = (
-        None if key is None else key[:, None].expand(shape).flatten() for key in (given["images"], given["rounds"])
+        None if key is None else key[:, None].repeat(1, shape[1]).flatten()
+        for key in (given["images"], given["rounds"])
     )
     keys = (images, given["steps"].flatten())
     noise, slack_noise = (
