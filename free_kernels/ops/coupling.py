@@ -21,7 +21,7 @@ _OPTIONAL = ("slack_noise", "slack", "relaxation", "rounds")
 _INTEGERS = ("images", "steps", "rounds", "row_offsets")
 
 
-def _check(op: str, draft_states: Tensor, output: Tensor, guidance_scale: float, **others: Tensor | None) -> None:
+def check_round(op: str, draft_states: Tensor, output: Tensor, guidance_scale: float, **others: Tensor | None) -> None:
     """Shapes, integer dtypes and devices of everything beside ``draft_states [S, L, C, H, W]``."""
     slots, length, channels, height, width = draft_states.shape
     shapes = {name: [slots, length] for name in ("uniform", "steps", "slack", "relaxation")}
@@ -45,6 +45,8 @@ def _check(op: str, draft_states: Tensor, output: Tensor, guidance_scale: float,
             fail(op, name, f"{kind} {shapes[name]}", tensor)
         if tensor.device != draft_states.device:
             fail(op, name, f"on {draft_states.device} like draft_states", f"a tensor on {tensor.device}")
+    if "slack_noise" in others and (others["slack"] is None) != (others["slack_noise"] is None):
+        fail(op, "slack_noise", "given exactly when slack is", "one without the other")
     rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if guidance_scale == 1.0 else 2) == 0
     if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
         fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
@@ -147,7 +149,7 @@ def couple(
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
     check_choice("couple", "backend", backend, BACKENDS)
-    _check(
+    check_round(
         "couple",
         draft_states,
         output,
@@ -162,8 +164,6 @@ def couple(
         slack=slack,
         relaxation=relaxation,
     )
-    if (slack is None) != (slack_noise is None):
-        fail("couple", "slack_noise", "given exactly when slack is", "one without the other")
     run = dispatch.couple_reference
     if use_triton("couple", "coupling", draft_states.device, backend):
         # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
@@ -230,7 +230,7 @@ def couple_philox(
     """
     check_choice("couple_philox", "backend", backend, BACKENDS)
     check_int("couple_philox", "seed", seed, 0, 2**64 - 1)
-    _check(
+    check_round(
         "couple_philox",
         draft_states,
         output,

@@ -79,6 +79,98 @@ def unpack_rows(rows: Tensor, row_offsets: Tensor, branches: int, slots: int, le
     return rows.unflatten(0, (branches, total)).index_select(1, index).flatten(0, 1)
 
 
+def target_rows(
+    draft_states: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    guidance_scale: float,
+    guidance_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[S, L, D]`` that the target gives the step after each row, D = C H W."""
+    slots, length = draft_states.shape[:2]
+    output = unpack_rows(output, row_offsets, 1 if guidance_scale == 1.0 else 2, slots, length)
+    mean, std = gaussian_transition(
+        draft_states.flatten(0, 1),
+        output,
+        columns.flatten(0, 1),
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        clip=clip,
+    )
+    return mean.view(slots, length, -1), std.reshape(slots, length, -1)
+
+
+class Whitened(NamedTuple):
+    """The drafted rows of a round in units in which, given the shared slack, draft and target have unit covariance.
+
+    Attributes:
+        start: ``[S, L - 1, D]``, the target's mean given the shared slack.
+        root: ``[S, L - 1, D]``, the deviation of both given the shared slack.
+        z1: ``[S, L - 1, D]``, the draft's own noise; the draft is ``start + root (z1 - gap)``.
+        gap: ``[S, L - 1, D]``, Delta.
+        gap_sq: ``[S, L - 1]``, delta^2.
+        along: ``[S, L - 1]``, ``<z1, Delta>``.
+        infeasible: bool ``[S, L - 1]``, rows without shared slack: their draft is refused, their step drawn directly.
+        figures: as ``Coupling.variance_figures``.
+    """
+
+    start: Tensor
+    root: Tensor
+    z1: Tensor
+    gap: Tensor
+    gap_sq: Tensor
+    along: Tensor
+    infeasible: Tensor
+    figures: Tensor | None
+
+
+def whiten(
+    mean_q: Tensor,
+    std_q: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    noise: Tensor,
+    slack_noise: Tensor | None,
+    slack: Tensor | None,
+) -> Whitened:
+    """Split the drafts' noise into what is shared with the target and what is decided on; ``mean_q [S, L, D]``."""
+    drafts = draft_mean.shape[1]
+    std_p = draft_std.flatten(2)
+    gap_mean = mean_q[:, :drafts] - draft_mean.flatten(2)
+    z = noise.flatten(2)[:, :drafts]
+    if slack is None:
+        root, start, z1 = std_p, mean_q[:, :drafts], z
+        gap = gap_mean / root
+        figures = None
+    else:
+        share = slack[:, :drafts, None]
+        own, other = share.sqrt(), (1 - share).sqrt()
+        z_slack = slack_noise.flatten(2)[:, :drafts]
+        z1 = own * z + other * z_slack
+        z2 = other * z - own * z_slack
+        ratio = (std_q[:, :drafts] / std_p).square_()
+        excess = ratio - share
+        # In units of the draft's deviation: the target keeps the same z2 with what its variance leaves over.
+        shift = (excess.clamp(min=0).sqrt_() - other) * z2
+        whitened = gap_mean / std_p
+        root = own * std_p
+        gap = (whitened + shift) / own
+        start = torch.addcmul(mean_q[:, :drafts], std_p, shift + other * z2)
+        smallest = excess.amin(-1)
+        mean_gap_sq, error_sq = whitened.square_().sum(-1), (ratio - 1).square_().sum(-1)
+        # Also refused: drafts so far off that the arithmetic would overflow. The rule must not look at z2.
+        infeasible = ~((smallest >= 0) & (mean_gap_sq + error_sq < MAX_GAP_SQ))
+        figures = torch.stack([mean_gap_sq, error_sq, 1 - share.squeeze(-1) - smallest])
+
+    gap_sq = gap.square().sum(-1)
+    if slack is None:
+        infeasible = ~(gap_sq < MAX_GAP_SQ)
+    return Whitened(start, root, z1, gap, gap_sq, (z1 * gap).sum(-1), infeasible, figures)
+
+
 def couple(
     draft_states: Tensor,
     draft_mean: Tensor,
@@ -99,59 +191,24 @@ def couple(
     """Decide and commit one round; see ``free_kernels.ops.couple``."""
     slots, length = draft_states.shape[:2]
     latent = draft_states.shape[2:]
-    branches = 1 if guidance_scale == 1.0 else 2
     lengths = row_offsets.diff()
-
-    output = unpack_rows(output, row_offsets, branches, slots, length)
-    mean_q, std_q = gaussian_transition(
-        draft_states.flatten(0, 1),
+    mean_q, std_q = target_rows(
+        draft_states,
         output,
-        columns.flatten(0, 1),
+        row_offsets,
+        columns,
         guidance_scale=guidance_scale,
         guidance_channels=guidance_channels,
         clip=clip,
     )
-    mean_q = mean_q.view(slots, length, -1)
-    std_q = std_q.reshape(slots, length, -1)
-    z = noise.flatten(2)
-    direct = torch.addcmul(mean_q, std_q, z)
-
-    last = lengths - 1
+    direct = torch.addcmul(mean_q, std_q, noise.flatten(2))
     if length == 1:
-        return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), z.new_zeros(slots, 0), None)
+        return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), direct.new_zeros(slots, 0), None)
 
-    drafts = length - 1
-    position = torch.arange(drafts, device=z.device)
-    std_p = draft_std.reshape(slots, drafts, -1)
-    gap_mean = mean_q[:, :drafts] - draft_mean.view(slots, drafts, -1)
-    if slack is None:
-        root, reflected_from, z1 = std_p, mean_q[:, :drafts], z[:, :drafts]
-        gap = gap_mean / root
-        figures = None
-    else:
-        share = slack[:, :drafts, None]
-        own, other = share.sqrt(), (1 - share).sqrt()
-        z_own, z_slack = z[:, :drafts], slack_noise.flatten(2)[:, :drafts]
-        z1 = own * z_own + other * z_slack
-        z2 = other * z_own - own * z_slack
-        ratio = (std_q[:, :drafts] / std_p).square_()
-        excess = ratio - share
-        # In units of the draft's deviation: the target keeps the same z2 with what its variance leaves over.
-        shift = (excess.clamp(min=0).sqrt_() - other) * z2
-        whitened = gap_mean / std_p
-        root = own * std_p
-        gap = (whitened + shift) / own
-        reflected_from = torch.addcmul(mean_q[:, :drafts], std_p, shift + other * z2)
-        smallest = excess.amin(-1)
-        mean_gap_sq, error_sq = whitened.square_().sum(-1), (ratio - 1).square_().sum(-1)
-        # Also refused: drafts so far off that the arithmetic would overflow. The rule must not look at z2.
-        infeasible = ~((smallest >= 0) & (mean_gap_sq + error_sq < MAX_GAP_SQ))
-        figures = torch.stack([mean_gap_sq, error_sq, 1 - share.squeeze(-1) - smallest])
-
-    gap_sq = gap.square().sum(-1)
-    if slack is None:
-        infeasible = ~(gap_sq < MAX_GAP_SQ)
-    along = (z1 * gap).sum(-1)
+    drafts, last = length - 1, lengths - 1
+    start, root, z1, gap, gap_sq, along, infeasible, figures = whiten(
+        mean_q, std_q, draft_mean, draft_std, noise, slack_noise, slack
+    )
     if relaxation is None:
         score = along - gap_sq / 2
     else:
@@ -160,16 +217,16 @@ def couple(
     accepted = uniform[:, :drafts].log() <= score
     accepted &= ~infeasible
     # The first row that stops: a refused draft, or the last row. `cumprod` counts the accepted drafts before it.
-    accepted &= position < last[:, None]
+    accepted &= torch.arange(drafts, device=direct.device) < last[:, None]
     first = accepted.cumprod(1).sum(1)
 
     # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
-    rows = torch.arange(slots, device=z.device)
+    rows = torch.arange(slots, device=direct.device)
     draft_row = first.clamp(max=drafts - 1)
     coefficient = 2 * along[rows, draft_row] / gap_sq[rows, draft_row]
     picked = gap[rows, draft_row]
     mirrored = torch.addcmul(z1[rows, draft_row], coefficient[:, None], picked, value=-1)
-    reflected = torch.addcmul(reflected_from[rows, draft_row], root[rows, draft_row], mirrored)
+    reflected = torch.addcmul(start[rows, draft_row], root[rows, draft_row], mirrored)
     is_direct = (first >= last) | infeasible[rows, draft_row]
     next_states = torch.where(is_direct[:, None], direct[rows, first], reflected)
     committed = (first + 1) * (lengths > 0)
