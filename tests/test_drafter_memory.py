@@ -49,7 +49,8 @@ def concatenated(drafter: FeatureDrafter, past: list[list[tuple[Tensor, Tensor]]
     """The drafter's output with its past as a plain list (call by call, block by block), to which it is added."""
     feature, previous, state, t, y = given
     weights, modulations = drafter._fold(), drafter._modulations(t, y).unbind(1)
-    x = F.linear(torch.cat([feature, drafter._patches(previous, state)], -1), weights.enter) + weights.enter_bias
+    x = F.linear(torch.cat([feature, drafter._patches(previous, state, t)], -1), weights.enter) + weights.enter_bias
+    embedded = x
     seen, own = past[len(past) - min(len(past), drafter.config.window - 1) :], []
     for index, (qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias) in enumerate(weights.blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations[6 * index : 6 * index + 6]
@@ -62,8 +63,8 @@ def concatenated(drafter: FeatureDrafter, past: list[list[tuple[Tensor, Tensor]]
         inner = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale2 + shift2
         x = x + gate2 * F.linear(F.gelu(F.linear(inner, fc1, fc1_bias)), fc2, fc2_bias)
     past.append(own)
-    shift, scale = modulations[-2:]
-    x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + shift
+    shift, scale, gain = modulations[-3:]
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + shift + embedded * gain
     return feature + F.linear(x, weights.leave, weights.leave_bias)
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ class DrafterConfig:
         head_dim: width of an attention head; divides ``width``.
         mlp_ratio: width of the MLP over ``width``.
         window: W, steps whose tokens a query sees, its own included; with 1 the drafter remembers nothing.
+        inputs: what the tokens hold beside the parent feature, joined by "+": "state", "unit_change" (its change over
+            the last step, scaled to unit size), "scaled_change" (the same over its typical size at that timestep).
+        skip: whether the embedding also reaches the output past the blocks, through a gain that depends on (t, y).
+        num_timesteps: T, training timesteps of the target.
     """
 
     width: int | None = None
@@ -39,6 +44,14 @@ class DrafterConfig:
     head_dim: int = 32
     mlp_ratio: float = 4.0
     window: int = 1
+    inputs: str = "state+unit_change+scaled_change"
+    skip: bool = True
+    num_timesteps: int = 1000
+
+
+# What drafters were before these became choices.
+_BEFORE = {"window": 1, "inputs": "state+unit_change", "skip": False}
+INPUTS = ("state", "unit_change", "scaled_change")
 
 
 class _Block(nn.Module):
@@ -102,11 +115,28 @@ class _Folded(NamedTuple):
     ) -> Tensor:
         """Feature ``[R, T, D]`` from the parent feature, patches ``[R, T, 2 C p p]``, modulations and memory."""
         x = F.linear(torch.cat([feature, patches], dim=-1), self.enter).add_(self.enter_bias)
+        embedded = x
         for index, weights in enumerate(self.blocks):
             attend = feature_attention if memory is None else partial(memory.attend, index)
             x = _apply_block(x, weights, modulations[6 * index : 6 * index + 6], self.heads, attend)
-        shift, scale = modulations[-2:]
-        return feature + F.linear(torch.addcmul(shift, _normalize(x), scale), self.leave, self.leave_bias)
+        shift, scale, *gain = modulations[6 * len(self.blocks) :]
+        leaving = torch.addcmul(shift, _normalize(x), scale)
+        if gain:
+            # Normalisation loses sizes; what is linear in the inputs goes past it.
+            leaving = torch.addcmul(leaving, embedded, gain[0])
+        return feature + F.linear(leaving, self.leave, self.leave_bias)
+
+
+def _checked_calibration(table: object) -> list[list[float]] | None:
+    """The table itself where it is None or rows of equally many probabilities; else TypeError."""
+    if table is None:
+        return None
+    rows = table if isinstance(table, list) and table and all(isinstance(row, list) and row for row in table) else [[]]
+    values = [value for row in rows for value in row]
+    fits = len({len(row) for row in rows}) == 1 and all(isinstance(v, float) and 0.0 <= v <= 1.0 for v in values)
+    if not values or not fits:
+        raise TypeError("a calibration that is no table of probabilities")
+    return rows
 
 
 class FeatureDrafter(nn.Module):
@@ -153,18 +183,25 @@ class FeatureDrafter(nn.Module):
         self.register_buffer("feature_std", torch.ones(features))
         self.register_buffer("change_std", torch.ones(features))
         self.from_feature = nn.Linear(features, inner)
-        self.from_patches = nn.Linear(2 * channels * self.patch**2, inner, bias=False)
+        self.inputs = tuple(config.inputs.split("+"))
+        if not set(self.inputs) <= set(INPUTS) or len(set(self.inputs)) < len(self.inputs):
+            fail("FeatureDrafter", "inputs", f"some of {', '.join(INPUTS)} joined by '+'", repr(config.inputs))
+        if "scaled_change" in self.inputs:
+            self.register_buffer("change_rms", torch.ones(config.num_timesteps))
+        self.from_patches = nn.Linear(len(self.inputs) * channels * self.patch**2, inner, bias=False)
         self.positions = nn.Parameter(torch.randn(1, tokens, inner) * 0.02)
         self.timestep_mlp = nn.Sequential(nn.Linear(128, inner), nn.SiLU(), nn.Linear(inner, inner))
         self.label_table = nn.Embedding(num_classes + 1, inner)
         self.blocks = nn.ModuleList([_Block(inner, config.mlp_ratio) for _ in range(config.depth)])
-        self.modulation = nn.Linear(inner, (6 * config.depth + 2) * inner)
+        self.modulation = nn.Linear(inner, self._modulation_rows * inner)
         self.to_feature = nn.Linear(inner, features)
         nn.init.normal_(self.label_table.weight, std=0.02)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         nn.init.zeros_(self.to_feature.weight)
         nn.init.zeros_(self.to_feature.bias)
+        # Acceptance probabilities [parts of the chain, look-ahead] that training measured; see draft_length="auto".
+        self.calibration: list[list[float]] | None = None
         self._table: ConditioningTable | None = None
         self._kept: _Folded | None = None
 
@@ -173,6 +210,21 @@ class FeatureDrafter(nn.Module):
         self.feature_mean.copy_(features.flatten(0, -2).mean(0))
         self.feature_std.copy_(features.flatten(0, -2).std(0).clamp(min=1e-4))
         self.change_std.copy_(changes.flatten(0, -2).square().mean(0).sqrt().clamp(min=1e-6))
+
+    def set_change_scale(self, timesteps: Tensor, states: Tensor) -> None:
+        """Take the size of a state's change at every timestep from chains ``states [K, ..., C, H, W]`` at ``[K]``.
+
+        Entry k of ``timesteps`` is that of ``states[k]``, descending; between them sizes are interpolated.
+        """
+        if "scaled_change" in self.inputs:
+            rms = states.diff(dim=0).flatten(1).square().mean(1).sqrt().clamp(min=1e-8)
+            known, sizes = timesteps[1:].flip(0).cpu().numpy(), rms.flip(0).log().cpu().numpy()
+            wanted = np.arange(self.config.num_timesteps)
+            self.change_rms.copy_(torch.from_numpy(np.exp(np.interp(wanted, known, sizes))))
+
+    @property
+    def _modulation_rows(self) -> int:
+        return 6 * self.config.depth + 2 + self.config.skip
 
     def forward(
         self,
@@ -197,7 +249,8 @@ class FeatureDrafter(nn.Module):
         dtype = self.positions.dtype
         table = self._table or self._modulations
         folded = self._kept or self._fold()
-        return folded(feature.to(dtype), self._patches(previous, state).to(dtype), table(t, y).unbind(1), memory)
+        patches = self._patches(previous, state, t).to(dtype)
+        return folded(feature.to(dtype), patches, table(t, y).unbind(1), memory)
 
     def new_memory(self, slots: int, branches: int, drafts: int) -> FeatureMemory | None:
         """An empty memory for ``branches * slots`` rows, conditional ones first; None for window 1.
@@ -224,7 +277,7 @@ class FeatureDrafter(nn.Module):
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> FeatureDrafter:
         """A copy with modulations tabled and scales folded into the weights; itself if there are too many pairs."""
         inner = self.positions.shape[-1]
-        if not table_fits(timesteps, labels, (6 * self.config.depth + 2) * inner * self.positions.element_size()):
+        if not table_fits(timesteps, labels, self._modulation_rows * inner * self.positions.element_size()):
             return self
         clone = copy.copy(self)
         clone._table = ConditioningTable(self._modulations, timesteps, labels)
@@ -249,6 +302,7 @@ class FeatureDrafter(nn.Module):
             "feature_shape": self.feature_shape,
             "num_classes": self.num_classes,
             "config": asdict(self.config),
+            "calibration": self.calibration,
         }
         weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
         save_checkpoint(path, weights, metadata)
@@ -268,8 +322,9 @@ class FeatureDrafter(nn.Module):
                 tuple(metadata["latent_shape"]),
                 tuple(metadata["feature_shape"]),
                 metadata["num_classes"],
-                DrafterConfig(**metadata["config"]),
+                DrafterConfig(**_BEFORE | metadata["config"]),
             )
+            drafter.calibration = _checked_calibration(metadata.get("calibration"))
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"FeatureDrafter.load: {path} must hold a drafter's shapes, got {error}") from error
         load_weights(drafter, weights, path)
@@ -290,22 +345,30 @@ class FeatureDrafter(nn.Module):
             self.positions.shape[-1] // self.config.head_dim,
         )
 
-    def _patches(self, previous: Tensor, state: Tensor) -> Tensor:
-        """Patches of the state and of its change scaled to unit size, ``[R, T, 2 C p p]``."""
+    def _patches(self, previous: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        """Patches of the inputs side by side, ``[R, T, I C p p]``."""
         change = state - previous
-        change = change * change.square().mean((1, 2, 3), keepdim=True).add_(1e-12).rsqrt_()
-        both = torch.cat([state, change], dim=1)
-        rows, channels, height, width = both.shape
+        parts = {"state": state}
+        if "unit_change" in self.inputs:
+            parts["unit_change"] = change * change.square().mean((1, 2, 3), keepdim=True).add_(1e-12).rsqrt_()
+        if "scaled_change" in self.inputs:
+            parts["scaled_change"] = change / self.change_rms.index_select(0, t).view(-1, 1, 1, 1)
+        chosen = torch.cat([parts[name] for name in self.inputs], dim=1)
+        rows, channels, height, width = chosen.shape
         p = self.patch
-        tiles = both.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        tiles = chosen.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         return tiles.reshape(rows, self.feature_shape[0], channels * p * p)
 
     def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """``[R, 6 depth + 2, 1, width]``: (shift, 1 + scale, 1 + gate) of each half block, then (shift, 1 + scale)."""
+        """``[R, 6 depth + 2, 1, width]``: (shift, 1 + scale, 1 + gate) of each half block, then (shift, 1 + scale).
+
+        With a skip there is one row more, its 1 + gain.
+        """
         exponents = torch.arange(64, dtype=torch.float32, device=t.device) / 64
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         c = self.timestep_mlp(waves.to(self.positions.dtype)) + self.label_table(y)
-        rows = self.modulation(F.silu(c)).unflatten(1, (6 * self.config.depth + 2, 1, -1))
-        ones = torch.tensor([0.0, 1.0, 1.0] * 2 * self.config.depth + [0.0, 1.0], device=t.device, dtype=rows.dtype)
+        rows = self.modulation(F.silu(c)).unflatten(1, (self._modulation_rows, 1, -1))
+        around = [0.0, 1.0, 1.0] * 2 * self.config.depth + [0.0, 1.0, 1.0][: 2 + self.config.skip]
+        ones = torch.tensor(around, device=t.device, dtype=rows.dtype)
         return rows + ones.view(1, -1, 1, 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_dit.acceptance import acceptance_by_lookahead
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.trajectories import Trajectories, collect, guided_transition
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
@@ -33,9 +34,12 @@ class DrafterTrainConfig:
         refresh_every: iterations between fresh trajectories.
         loss: "rejection", ``-log`` of the acceptance probability ``2 Phi(-delta / 2)``, which is what a chain of drafts
             multiplies; or "log1p", ``log(1 + delta^2)``, which forgives large gaps.
+        late: share of the windows that begin in the last fifth of the chain, beside those spread over all of it.
         max_guidance: guidance scales are drawn from [1, max_guidance] for half of the images and 1 for the rest.
         feature_weight: weight of the mean squared feature error, in units of the feature's change over a step.
         compile: train through torch.compile.
+        calibration_images: fresh trajectories that acceptance is measured on at the end, for automatic draft lengths; 0
+            leaves it out.
     """
 
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
@@ -45,10 +49,30 @@ class DrafterTrainConfig:
     unroll: int = 2
     trajectories: int = 64
     refresh_every: int = 250
+    late: float = 0.0
     max_guidance: float = 4.0
     loss: str = "rejection"
     feature_weight: float = 0.0
     compile: bool = False
+    calibration_images: int = 16
+
+
+# Parts of the chain and look-ahead of the calibration.
+_PARTS, _LOOKAHEAD = 25, 8
+
+
+def calibrate(target: Target, drafter: FeatureDrafter, config: DrafterTrainConfig) -> list[list[float]]:
+    """Acceptance by part of the chain and look-ahead on fresh trajectories, half of them guided."""
+    schedule, count = DDPMSchedule(config.num_steps), config.calibration_images
+    guidance = torch.linspace(1.0, config.max_guidance, count)
+    guidance[: count // 2] = 1.0
+    # Noise that training never draws.
+    data = collect(target, schedule, torch.arange(count) % target.num_classes, guidance, 2**63 + config.loop.seed)
+    lookahead = min(_LOOKAHEAD, config.num_steps - 2)
+    table = acceptance_by_lookahead(target, drafter, schedule, data, lookahead)
+    parts = torch.stack([part.nanmean(1) for part in table.tensor_split(min(_PARTS, config.num_steps - 2), dim=1)])
+    known = parts.nan_to_num(float(table.nanmean())).double()
+    return [[round(value, 4) for value in row] for row in known.tolist()]
 
 
 class DrafterLoss:
@@ -89,6 +113,9 @@ class DrafterLoss:
         )
         image = torch.randint(len(data.labels), (rows,))
         start = torch.randint(1, self.config.num_steps - unroll, (rows,))
+        if self.config.late:
+            late = torch.randint(self.config.num_steps * 4 // 5, self.config.num_steps - unroll, (rows,))
+            start = torch.where(torch.rand(rows) < self.config.late, late, start)
         y = data.labels[image]
         y = torch.cat([y, torch.full_like(y, null_label(self.target))])
         memory = self._past(data, image, start, y)
@@ -172,12 +199,17 @@ def train_drafter(target: Target, config: DrafterTrainConfig, out: Path, target_
     loss = DrafterLoss(target, drafter, config)
     first = loss.data(0)
     drafter.set_feature_scale(first.features, first.features.diff(dim=0))
-    identity = {k: v for k, v in asdict(config).items() if k != "compile"} | {"target": target_name}
+    drafter.set_change_scale(loss.schedule.timesteps, first.states)
+    changes_nothing = ("compile", "calibration_images")
+    identity = {k: v for k, v in asdict(config).items() if k not in changes_nothing} | {"target": target_name}
     if config.drafter.window == 1:
         # Checkpoints of drafters without a window do not name one.
         del identity["drafter"]["window"]
     loop = TrainingLoop(drafter.train(), loss, config.loop, Path(out), identity)
     loop.run()
     drafter.load_state_dict(loop.averaged_weights())
-    drafter.eval().save(path)
+    drafter.eval()
+    if config.calibration_images:
+        drafter.calibration = calibrate(target, drafter, config)
+    drafter.save(path)
     return path
