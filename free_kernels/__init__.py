@@ -3,6 +3,7 @@
 from free_kernels import ops
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
 from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
+from free_kernels.relaxation import Relaxation
 from free_kernels.sampler import ancestral_sample, sample
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.targets import DiTTarget
@@ -19,6 +20,7 @@ __all__ = [
     "NoiseSource",
     "PhiloxNoise",
     "Purpose",
+    "Relaxation",
     "RoundInfo",
     "SampleResult",
     "SampleStats",

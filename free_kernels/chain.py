@@ -92,10 +92,11 @@ class Chain:
             fail(self.where, "target.head", f"[R, C or 2C, H, W] = {[len(h), outputs, height, width]}", output)
         return output if self.learned else output[:, :channels]
 
-    def draw(self, purpose: Purpose, images: Tensor, steps: Tensor) -> Tensor:
-        """Normals ``[S, L, C, H, W]`` for images ``[S, L]`` at steps ``[S, L]``, both contiguous."""
+    def draw(self, purpose: Purpose, images: Tensor, steps: Tensor, rounds: Tensor | None = None) -> Tensor:
+        """Normals ``[S, L, C, H, W]`` for images, steps and perhaps rounds ``[S, L]``, all contiguous."""
         shape = tuple(self.target.latent_shape)
-        return self.noise.normal(images.view(-1), steps.view(-1), purpose, shape).view(*steps.shape, *shape)
+        keys = None if rounds is None else rounds.view(-1)
+        return self.noise.normal(images.view(-1), steps.view(-1), purpose, shape, keys).view(*steps.shape, *shape)
 
     def initial_states(self) -> Tensor:
         """Pure noise ``[N, C, H, W]``."""

@@ -42,14 +42,12 @@ class SlackPolicy:
         share = torch.minimum(odds / (1 + odds), ceiling).clamp_(min=self.LOWEST)
         return share.unsqueeze(1).expand(-1, length)
 
-    def update(self, coupling: Coupling, lengths: Tensor) -> None:
-        """Learn from the tested rows of a round."""
+    def update(self, coupling: Coupling, tested: Tensor) -> None:
+        """Learn from the tested rows of a round, a bool mask ``[S, L - 1]``."""
         figures = coupling.variance_figures
-        tested = torch.minimum(coupling.committed, lengths - 1)
-        mask = torch.arange(figures.shape[2], device=tested.device) < tested.unsqueeze(1)
-        count = mask.sum(1)
+        count = tested.sum(1)
         # Rows behind the first refusal must not be used, and a draft that was far off has no figures.
-        known = torch.where(mask & figures.isfinite(), figures, 0.0)
+        known = torch.where(tested & figures.isfinite(), figures, 0.0)
         mean = known[:2].sum(2) / count.clamp(min=1)
         self.running[:2].lerp_(mean, (1 - self._decay) * (count > 0))
         self.running[2] = torch.maximum(self._decay * self.running[2], known[2].amax(1))

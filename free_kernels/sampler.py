@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from free_kernels.chain import make_chain
+from free_kernels.draft_length import LONGEST, DraftLengthPolicy, knowledge_of
 from free_kernels.drafters import as_drafter
 from free_kernels.graphs import check_cuda_graphs
 from free_kernels.ops.coupling import BACKENDS
 from free_kernels.ordinary import run_ordinary
+from free_kernels.relaxation import Relaxation, as_relaxation
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.speculation import Speculation, packing_backend
+from free_kernels.speculation import Settings, Speculation, packing_backend
 from free_kernels.types import Callback, Drafter, SampleResult
-from free_kernels.validation import check_choice, check_float, check_int, fail
+from free_kernels.validation import check_choice, check_int, fail
 
 
 @torch.no_grad()
@@ -63,8 +65,8 @@ def sample(
     drafter: str | Drafter = "frozen",
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
-    draft_length: int = 6,
-    relaxation: float = 0.0,
+    draft_length: int | str = 6,
+    relaxation: float | Relaxation = 0.0,
     verification: str = "token",
     seed: int = 0,
     noise: object = None,
@@ -74,7 +76,7 @@ def sample(
     progress: bool = False,
     callback: Callback | None = None,
 ) -> SampleResult:
-    """Draw images by speculative sampling; their law is exactly that of :func:`ancestral_sample`.
+    """Draw images by speculative sampling; without relaxation their law is exactly that of :func:`ancestral_sample`.
 
     Args:
         target: a :class:`Target`, or a DiT module that an adapter recognises.
@@ -83,10 +85,15 @@ def sample(
         drafter: ``"frozen"`` (repeat the last exact feature), or a drafter such as a trained :class:`FeatureDrafter`.
         guidance_scale: w in ``e_u + w (e_c - e_u)``; 1 is no guidance and one network row per row instead of two.
         guidance_channels: leading channels that guidance mixes; None takes the target's own (the original DiT: 3 of 4).
-        draft_length: L, rows of a round for one image, in ``[1, num_steps]``; 1 is the ordinary chain.
-        relaxation: 0, which is lossless.
-        verification: ``"token"``: rows are decided one by one.
-        seed: key of all noise, in ``[0, 2**64)``. An image depends on seed and index, not on the batch around it.
+        draft_length: L, rows of a round for one image, in ``[1, num_steps]``; 1 is the ordinary chain. ``"auto"``
+            chooses it round by round for the most steps per second, from acceptance and measured times, and falls back
+            to ordinary steps where speculation does not pay.
+        relaxation: 0 is lossless; a strength above 0, or a :class:`Relaxation`, accepts more drafts at late, uncertain
+            steps, and ``stats.bias_bound`` bounds the total variation that this costs.
+        verification: ``"token"``: rows are decided one by one. ``"block"``: a round's drafts are decided together,
+            which commits more of them and is as exact.
+        seed: key of all noise, in ``[0, 2**64)``. An image depends on seed and index, not on the batch around it; with
+            ``"auto"`` only its law does not.
         noise: None, initial states ``[N, C, H, W]``, initial states and step noise ``[N, K, C, H, W]``, or a source.
         max_slots: images in the making at a time; all of them if None. A finished one makes room for a waiting one.
         backend: of the coupling: ``"auto"`` (Triton on a GPU), ``"reference"`` (plain PyTorch for every op) or
@@ -110,21 +117,35 @@ def sample(
     chain = make_chain(
         where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise, packing_backend(backend)
     )
-    length = check_int(where, "draft_length", draft_length, 1, len(chain.timesteps))
-    if check_float(where, "relaxation", relaxation, 0.0) != 0.0:
-        fail(where, "relaxation", "0 (relaxed acceptance is not available in this version)", f"{relaxation:g}")
-    check_choice(where, "verification", verification, ("token",))
-    slots = len(chain.labels)
+    num_steps, slots = len(chain.timesteps), len(chain.labels)
     if max_slots is not None:
         slots = min(slots, check_int(where, "max_slots", max_slots, 1))
-    speculation = Speculation(
-        chain,
-        as_drafter(where, drafter, chain.target),
+    check_choice(where, "verification", verification, ("token", "block"))
+    block = verification == "block"
+    if block and getattr(chain.noise, "covers_steps", False):
+        # A decision that looks at all drafts needs new noise every round; a tensor has one of each step.
+        fail(where, "noise", "initial states only with verification 'block'", "noise of every step")
+    drafting = as_drafter(where, drafter, chain.target)
+    relaxed = as_relaxation(where, relaxation, chain.learned, verification)
+    policy = None
+    if draft_length == "auto":
+        length = min(LONGEST[-1], num_steps)
+        owner = getattr(target, "module", target)
+        manner = (block, relaxed, chain.guidance_scale, chain.learned, str(chain.labels.device), backend, cuda_graphs)
+        policy = DraftLengthPolicy(num_steps, length, knowledge_of(owner, drafting, manner, num_steps, slots))
+    elif isinstance(draft_length, str):
+        fail(where, "draft_length", "an int or 'auto'", repr(draft_length))
+    else:
+        length = check_int(where, "draft_length", draft_length, 1, num_steps)
+    settings = Settings(
         length,
-        slots,
+        policy,
+        relaxed,
+        block,
         backend,
         cuda_graphs=check_cuda_graphs(where, cuda_graphs, chain.labels.device),
     )
+    speculation = Speculation(chain, drafting, slots, settings)
     speculation.run(progress, callback)
     speculation.stats.elapsed_s = time.perf_counter() - started
     return SampleResult(speculation.samples, speculation.stats)

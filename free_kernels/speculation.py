@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,14 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_kernels.chain import Chain
+from free_kernels.chain import NOISE_CHUNK_ELEMENTS, Chain
+from free_kernels.draft_length import LONGEST, DraftLengthPolicy
 from free_kernels.graphs import CapturedCalls, row_bucket
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
+from free_kernels.ops.block import couple_block
 from free_kernels.ops.coupling import Coupling, couple, couple_philox
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.policy import SlackPolicy
+from free_kernels.relaxation import Relaxation, RelaxationPolicy, bias_of_rows
 from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, new_memory
 from free_kernels.validation import fail
 
@@ -24,6 +29,30 @@ from free_kernels.validation import fail
 def packing_backend(backend: str) -> str:
     """Packing has no Triton kernels, noise more than one kernel: the best one, unless the reference is asked for."""
     return "reference" if backend == "reference" else "auto"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run speculates.
+
+    Attributes:
+        length: L, rows of a round for one image; the most of them with ``draft_length``.
+        draft_length: chooses the rows of each round; always L if None.
+        relaxation: loosens acceptance; None is lossless.
+        block: verify a round's drafts as a whole instead of one by one.
+        backend: of the coupling.
+        dense: every slot drafts in every pass, whether its drafts are used or not, and row counts come in few sizes,
+            so that all shapes are fixed: what a CUDA graph and a drafter with a memory need.
+        cuda_graphs: replay a round as a CUDA graph.
+    """
+
+    length: int
+    draft_length: DraftLengthPolicy | None = None
+    relaxation: Relaxation | None = None
+    block: bool = False
+    backend: str = "auto"
+    dense: bool = False
+    cuda_graphs: bool = False
 
 
 class Drafts(NamedTuple):
@@ -57,30 +86,20 @@ class Speculation:
     Args:
         chain: the job.
         drafter: drafts features.
-        length: L, rows of a round for one image.
         slots: S.
-        backend: of the coupling.
-        dense: every slot drafts in every pass, whether its drafts are used or not, and row counts come in few sizes,
-            so that all shapes are fixed: what a CUDA graph and a drafter with a memory need.
-        cuda_graphs: replay a round as a CUDA graph.
+        settings: how it speculates.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        drafter: Drafter,
-        length: int,
-        slots: int,
-        backend: str,
-        *,
-        dense: bool = False,
-        cuda_graphs: bool = False,
-    ) -> None:
-        self.chain, self.length, self.backend = chain.hoisted(), length, backend
-        self.packing_backend = packing_backend(backend)
-        device = chain.labels.device
+    def __init__(self, chain: Chain, drafter: Drafter, slots: int, settings: Settings) -> None:
+        self.chain, self.settings = chain.hoisted(), settings
+        self.packing_backend = packing_backend(settings.backend)
+        device, images, num_steps = chain.labels.device, len(chain.labels), len(chain.timesteps)
         # A kernel that makes its noise itself spares two tensors of the size of all drafts.
-        self.makes_noise = type(chain.noise) is PhiloxNoise and use_triton("couple", "coupling", device, backend)
+        self.makes_noise = (
+            not settings.block
+            and type(chain.noise) is PhiloxNoise
+            and use_triton("couple", "coupling", device, settings.backend)
+        )
         self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
         self.drafter_is_free = getattr(drafter, "is_free", False)
         # A waiting image's entry holds its initial noise until the image itself replaces it.
@@ -95,13 +114,22 @@ class Speculation:
         # Allocated once the first features tell their dtype; step 0 has no parent.
         self.parent: Tensor | None = None
         self.slack = SlackPolicy(slots, device) if chain.learned else None
-        self.memory = new_memory(self.drafter, slots, chain.branches, length - 1) if length > 1 else None
-        self.dense = dense or cuda_graphs or self.memory is not None
-        self.graphs = self._captured_rounds() if cuda_graphs else None
+        relaxation = settings.relaxation
+        self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, slots, device)
+        drafts = settings.length - 1
+        self.memory = new_memory(self.drafter, slots, chain.branches, drafts) if drafts else None
+        self.dense = settings.dense or settings.cuda_graphs or self.memory is not None
+        # Rounds of the image in each slot so far: part of the noise keys where a decision looks at all drafts.
+        self.rounds = torch.zeros_like(self.images)
+        self.graphs = self._captured_rounds() if settings.cuda_graphs else None
+        self._ahead: tuple[list[int], Tensor] | None = None
+        # By step: sum of squared deviations of tested rows; by image: sum of their biases.
+        self.deviation = torch.zeros(num_steps, device=device)
+        self.bias = torch.zeros(images, device=device)
         self.stats = SampleStats(
-            rounds_per_image=np.zeros(len(chain.labels), np.int64),
-            tested_by_step=np.zeros(len(chain.timesteps), np.int64),
-            accepted_by_step=np.zeros(len(chain.timesteps), np.int64),
+            rounds_per_image=np.zeros(images, np.int64),
+            tested_by_step=np.zeros(num_steps, np.int64),
+            accepted_by_step=np.zeros(num_steps, np.int64),
         )
 
     def run(self, progress: bool, callback: Callback | None) -> None:
@@ -110,15 +138,14 @@ class Speculation:
         images, steps, done, rounds = self.images.tolist(), self.steps.tolist(), 0, 0
         with tqdm(total=count * num_steps, desc="sample", unit="step", disable=not progress) as bar:
             while done < count:
-                lengths = [
-                    0 if image < 0 else (1 if step == 0 else min(self.length, num_steps - step))
-                    for image, step in zip(images, steps, strict=True)
-                ]
-                outcome = self._round(lengths)
-                *report, finite = outcome.report.tolist()
+                began = time.perf_counter()
+                lengths = self._lengths(images, steps)
+                report = self._advance(lengths, images, steps)
                 committed = report[:slots]
-                if not finite:
-                    self._check_committed(outcome, lengths, committed, steps, images)
+                policy = self.settings.draft_length
+                if policy is not None:
+                    taken = time.perf_counter() - began
+                    policy.observe(np.asarray(images) >= 0, *map(np.asarray, (steps, lengths, committed)), taken)
                 rounds += 1
                 now = [(image, step + c) for image, step, c in zip(images, steps, committed, strict=True) if image >= 0]
                 done += sum(step == num_steps for _, step in now)
@@ -127,6 +154,58 @@ class Speculation:
                 if callback is not None:
                     callback(RoundInfo(rounds, [i for i, _ in now], [s for _, s in now], done, count))
                 images, steps = report[slots : 2 * slots], report[2 * slots :]
+        self._finish_stats()
+
+    def _lengths(self, images: list[int], steps: list[int]) -> list[int]:
+        """Rows of every slot in the next round."""
+        if self.settings.draft_length is not None:
+            return self.settings.draft_length.choose(np.asarray(images) >= 0, np.asarray(steps)).tolist()
+        length, num_steps = self.settings.length, len(self.chain.timesteps)
+        return [
+            0 if image < 0 else (1 if step == 0 else min(length, num_steps - step))
+            for image, step in zip(images, steps, strict=True)
+        ]
+
+    def _advance(self, lengths: list[int], images: list[int], steps: list[int]) -> list[int]:
+        """A round, checked; returns committed steps, then images and steps of every slot after it."""
+        ends = min(images) < 0 or max(steps) == len(self.chain.timesteps) - 1
+        if self.settings.draft_length is not None and max(lengths) == 1 and self.graphs is None and not ends:
+            return self._ordinary_step(images, steps)
+        outcome = self._round(lengths)
+        *report, finite = outcome.report.tolist()
+        if not finite:
+            self._check_committed(outcome, lengths, report[: len(images)], steps, images)
+        return report
+
+    def _ordinary_step(self, images: list[int], steps: list[int]) -> list[int]:
+        """One step of every slot, none of them the last, without drafts and packing."""
+        chain, slots = self.chain, len(images)
+        if self._ahead is None or self._ahead[0] != steps or not self._ahead[1].shape[1]:
+            count = min(16, max(1, NOISE_CHUNK_ELEMENTS // self.state.numel()), len(chain.timesteps) - max(steps))
+            ahead = torch.arange(count, device=self.state.device)
+            keys = self.images.unsqueeze(1).repeat(1, count)
+            rounds = self.rounds.unsqueeze(1) + ahead if self.settings.block else None
+            self._ahead = steps, chain.draw(Purpose.STEP, keys, self.steps.unsqueeze(1) + ahead, rounds)
+        noise = self._ahead[1]
+        t, y = chain.doubled(chain.timesteps[self.steps]), chain.branched(self.labels)
+        features = chain.features(chain.doubled(self.state), t, y)
+        output = chain.head(features, t, y)
+        mean, std = chain.transition(self.state, output, chain.table[self.steps])
+        if not bool(output.isfinite().all()):
+            slot = int((~output.isfinite()).flatten(1).any(1).nonzero()[0, 0]) % slots
+            chain.raise_non_finite("the target's output", steps[slot], images[slot])
+        self.previous.copy_(self.state)
+        torch.addcmul(mean, std, noise[:, 0], out=self.state)
+        if self.parent is None:
+            self.parent = features.new_empty(chain.branches, slots, *features.shape[1:])
+        self.parent.copy_(features.view_as(self.parent))
+        self.steps += 1
+        self.rounds += 1
+        advanced = [step + 1 for step in steps]
+        self._ahead = advanced, noise[:, 1:]
+        self.stats.target_calls += 1
+        self.stats.target_rows += slots
+        return [1] * slots + images + advanced
 
     def _round(self, lengths: list[int]) -> Round:
         """Draft, verify, couple and commit one round of ``lengths`` rows."""
@@ -135,13 +214,19 @@ class Speculation:
         if not self.dense:
             result = self._play(longest, rows, lengths)
         else:
-            longest = self.length if longest > 1 else 1
+            longest = self._graph_length(longest)
             rows = row_bucket(rows, longest * len(lengths))
             result = self._play(longest, rows) if self.graphs is None else self.graphs((longest, rows))
         self.stats.drafter_calls += 0 if self.drafter_is_free else longest - 1
         self.stats.target_calls += 1
         self.stats.target_rows += sum(lengths)
         return result
+
+    def _graph_length(self, longest: int) -> int:
+        """Drafts come in few lengths where shapes are fixed."""
+        if longest == 1 or self.settings.draft_length is None:
+            return 1 if longest == 1 else self.settings.length
+        return next((length for length in LONGEST if length >= longest), self.settings.length)
 
     def _play(self, longest: int, rows: int, lengths: list[int] | None = None) -> Round:
         """A round of at most ``longest`` rows a slot and ``rows`` in all; without ``lengths`` shapes are fixed."""
@@ -150,7 +235,8 @@ class Speculation:
         steps = (self.steps.unsqueeze(1) + torch.arange(longest, device=device)).clamp_(max=num_steps - 1)
         columns = chain.table[steps]
         keys = self.images.clamp(min=0).unsqueeze(1).repeat(1, longest)
-        noise = None if self.makes_noise else chain.draw(Purpose.STEP, keys, steps)
+        rounds = self.rounds.unsqueeze(1).repeat(1, longest) if self.settings.block else None
+        noise = None if self.makes_noise else chain.draw(Purpose.STEP, keys, steps, rounds)
         slack = self.slack.share(longest) if self.slack is not None and longest > 1 else None
 
         drafts = self._draft(longest, lengths, steps, columns, noise)
@@ -166,23 +252,31 @@ class Speculation:
         )
         features = chain.features(x, t, y)
         output = chain.head(features, t, y)
+        weights = None
+        if self.relaxation is not None and longest > 1:
+            weights = self.relaxation.weights(drafts.std, columns)
         options: dict[str, Any] = {
             "slack": slack,
             "guidance_scale": chain.guidance_scale,
             "guidance_channels": chain.guidance_channels,
             "clip": chain.clip,
-            "backend": self.backend,
         }
         if noise is None:
             images = self.images + chain.noise.first_image
-            outcome = couple_philox(*drafts, chain.noise.seed, images, steps, output, row_offsets, columns, **options)
+            keyed = (chain.noise.seed, images, steps, output, row_offsets, columns)
+            outcome = couple_philox(*drafts, *keyed, relaxation=weights, backend=self.settings.backend, **options)
         else:
-            slack_noise = None if slack is None else chain.draw(Purpose.SLACK, keys, steps)
-            uniform = chain.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT).view_as(steps)
-            outcome = couple(*drafts, noise, slack_noise, uniform, output, row_offsets, columns, **options)
+            slack_noise = None if slack is None else chain.draw(Purpose.SLACK, keys, steps, rounds)
+            flat = None if rounds is None else rounds.view(-1)
+            uniform = chain.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT, flat).view_as(steps)
+            given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns)
+            if self.settings.block:
+                outcome = couple_block(*given, **options)
+            else:
+                outcome = couple(*given, relaxation=weights, backend=self.settings.backend, **options)
         finite = output.isfinite().all() & outcome.next_states.isfinite().all()
-        if slack is not None:
-            self.slack.update(outcome, self.lengths)
+        if longest > 1:
+            self._learn(outcome, steps, weights)
         if self.parent is None:
             self.parent = features.new_zeros(chain.branches, len(self.images), *features.shape[1:])
         commit_drafts(
@@ -204,14 +298,30 @@ class Speculation:
             backend=self.packing_backend,
         )
         fresh = self.steps == 0
-        if self.slack is not None:
-            self.slack.reset(fresh)
+        self.rounds.add_(1).masked_fill_(fresh, 0)
+        for policy in (self.slack, self.relaxation):
+            if policy is not None:
+                policy.reset(fresh)
         if self.memory is not None:
             # Call j saw the state of row j, which holds if that row was committed; a new image has no past at all.
             kept = torch.minimum(outcome.committed, self.lengths - 1).clamp_(min=0).masked_fill_(fresh, -num_steps)
             self.memory.rewind(longest - 1 - kept)
         report = torch.cat([outcome.committed, self.images, self.steps, finite.to(torch.int64).view(1)])
         return Round(drafts, output, outcome, report)
+
+    def _learn(self, outcome: Coupling, steps: Tensor, weights: Tensor | None) -> None:
+        """Whatever is learned from tested rows: those up to and including a slot's first refused one."""
+        drafts = outcome.gap_sq.shape[1]
+        count = torch.minimum(outcome.committed, self.lengths - 1)
+        tested = torch.arange(drafts, device=count.device) < count.unsqueeze(1)
+        if self.slack is not None:
+            self.slack.update(outcome, tested)
+        known = torch.where(tested, outcome.gap_sq, 0.0).nan_to_num(1e30, 1e30)
+        self.deviation.index_add_(0, steps[:, :drafts].reshape(-1), known.view(-1))
+        if weights is not None:
+            self.relaxation.update(outcome, tested)
+            bias = torch.where(tested, bias_of_rows(known, weights[:, :drafts]), 0.0)
+            self.bias.index_add_(0, self.images.clamp(min=0), bias.sum(1))
 
     def _draft(self, longest: int, lengths: list[int] | None, steps: Tensor, columns: Tensor, noise: Tensor) -> Drafts:
         """The drafting pass: the drafter's features through the target's frozen head, one step after the other."""
@@ -255,7 +365,8 @@ class Speculation:
 
     def _captured_rounds(self) -> CapturedCalls[Round]:
         """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""
-        preserved = [self.lengths, *([] if self.slack is None else [self.slack.running])]
+        policies = [policy for policy in (self.slack, self.relaxation) if policy is not None]
+        preserved = [self.lengths, self.rounds, *(policy.running for policy in policies)]
         return CapturedCalls(lambda key: self._play(*key), preserved, self.lengths.zero_, self.state.device)
 
     def _count(self, images: list[int], steps: list[int], lengths: list[int], committed: list[int]) -> None:
@@ -265,6 +376,12 @@ class Speculation:
             self.stats.rounds_per_image[image] += 1
             self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
             self.stats.accepted_by_step[step : step + count - 1] += 1
+
+    def _finish_stats(self) -> None:
+        with np.errstate(invalid="ignore"):
+            self.stats.uncertainty_by_step = self.deviation.double().cpu().numpy() / self.stats.tested_by_step
+        self.stats.bias_bound_per_image = self.bias.double().cpu().numpy()
+        self.stats.bias_bound = float(self.stats.bias_bound_per_image.mean())
 
     def _check_committed(
         self, outcome: Round, lengths: list[int], committed: list[int], steps: list[int], images: list[int]

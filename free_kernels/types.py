@@ -111,7 +111,10 @@ class SampleStats:
         rounds_per_image: int64 ``[N]``; the rounds each image took part in.
         tested_by_step: int64 ``[K]``; drafts of step k that reached the accept/reject test.
         accepted_by_step: int64 ``[K]``; those of them that were accepted.
+        uncertainty_by_step: ``[K]``; mean squared whitened deviation between drafted and reference outputs over the
+            tested drafts of step k; NaN where none was tested.
         bias_bound: mean over images of the bound on the total variation from the exact sampler; 0 is lossless.
+        bias_bound_per_image: ``[N]``; sum over each image's tested rows.
         elapsed_s: wall-clock seconds of the run.
     """
 
@@ -121,7 +124,9 @@ class SampleStats:
     rounds_per_image: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tested_by_step: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     accepted_by_step: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    uncertainty_by_step: np.ndarray = field(default_factory=lambda: np.zeros(0))
     bias_bound: float = 0.0
+    bias_bound_per_image: np.ndarray = field(default_factory=lambda: np.zeros(0))
     elapsed_s: float = 0.0
 
     @property

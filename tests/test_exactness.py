@@ -11,7 +11,7 @@ import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, law_p_value
 
 import free_kernels.speculation
-from free_kernels import DDPMSchedule, ancestral_sample, sample
+from free_kernels import DDPMSchedule, PhiloxNoise, ancestral_sample, sample
 from free_kernels.ops.coupling import couple
 
 IMAGES = 3000
@@ -251,3 +251,26 @@ def test_infeasible_variances_fall_back_to_a_direct_draw(variance_bias):
     assert result.stats.accepted_by_step[4:].sum() == 0
     assert result.stats.tested_by_step[4:].sum() > IMAGES
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("keyed", [True, False], ids=["fresh noise", "the same noise again"])
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_law_of_block_verification(variance, keyed, monkeypatch):
+    """A block's decision looks at all of its drafts: with new noise every round the law holds, with old noise not."""
+    target, schedule, drafter = setting(variance, steps=12, variance_bias=0.1)
+    if not keyed:
+        draw, uniform = PhiloxNoise.normal, PhiloxNoise.uniform
+        monkeypatch.setattr(PhiloxNoise, "normal", lambda self, i, s, p, shape, rounds=None: draw(self, i, s, p, shape))
+        monkeypatch.setattr(PhiloxNoise, "uniform", lambda self, i, s, p, rounds=None: uniform(self, i, s, p))
+    labels = torch.full((4 * IMAGES,), LABEL)
+    result = sample(target, labels, schedule=schedule, drafter=drafter, verification="block", seed=11, draft_length=4)
+    p_value = law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction)
+    assert p_value > FALSE_ALARM if keyed else p_value < DETECTED
+
+
+def test_blocks_commit_more_than_tokens():
+    """Paired over images: the mean difference in rounds is below 0 by many standard errors."""
+    target, schedule, drafter = setting("learned_range", steps=30, variance_bias=0.05)
+    runs = [run(target, schedule, drafter, verification=kind).stats for kind in ("token", "block")]
+    difference = runs[1].rounds_per_image - runs[0].rounds_per_image
+    assert difference.mean() < -5 * difference.std() / len(difference) ** 0.5

@@ -14,7 +14,7 @@ from analytic import BiasedDrafter, GaussianTarget
 from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, ordinary, sample, speculation
 from free_kernels.chain import make_chain
 from free_kernels.graphs import CapturedCalls, row_bucket
-from free_kernels.speculation import Speculation
+from free_kernels.speculation import Settings, Speculation
 
 LABELS = torch.arange(7) % 3
 STEPS = DDPMSchedule(15)
@@ -49,10 +49,10 @@ class PlayedCalls(CapturedCalls):
         return replay, Latest()
 
 
-def run(target, guidance, slots=None, drafter=None, length=4, **options):
+def run(target, guidance, slots=None, drafter=None, **options):
     chain = make_chain("sample", target, LABELS, STEPS, guidance, None, 5, None)
     drafter = drafter or BiasedDrafter(target, variance_bias=0.1 if target.learns_variance else 0.0)
-    speculation = Speculation(chain, drafter, length, slots or len(LABELS), "auto", **options)
+    speculation = Speculation(chain, drafter, slots or len(LABELS), Settings(4, **options))
     with torch.no_grad():
         speculation.run(False, None)
     return speculation

@@ -339,3 +339,31 @@ def test_the_callers_tensors_stay_as_they_were():
     sample(GaussianTarget(), labels, schedule=STEPS, noise=noise, max_slots=2)
     assert torch.equal(labels, LABELS)
     assert torch.equal(noise, kept)
+
+
+def test_block_verification_in_the_sampler(target):
+    """Images keep to themselves; another round draws other noise, so a noise tensor of all steps is refused."""
+    drafter = BiasedDrafter(target, variance_bias=0.1)
+    settings = {"schedule": STEPS, "drafter": drafter, "verification": "block", "seed": 8}
+    whole = sample(target, LABELS, **settings)
+    few = sample(target, LABELS, max_slots=2, **settings)
+    torch.testing.assert_close(few.samples, whole.samples, rtol=1e-5, atol=1e-5)
+    token = sample(target, LABELS, **{**settings, "verification": "token"})
+    assert not torch.allclose(token.samples, whole.samples, atol=1e-3)
+    initial = torch.randn(len(LABELS), *target.latent_shape)
+    assert sample(target, LABELS, noise=initial, **settings).samples.isfinite().all()
+    with pytest.raises(ValueError, match="^sample: noise must be initial states only with verification 'block'"):
+        sample(target, LABELS, noise=torch.randn(len(LABELS), 20, *target.latent_shape), **settings)
+
+
+def test_dense_block_rounds(target):
+    from free_kernels.chain import make_chain
+    from free_kernels.speculation import Settings, Speculation
+
+    drafter = BiasedDrafter(target, variance_bias=0.1)
+    want = sample(target, LABELS, schedule=STEPS, drafter=drafter, verification="block", seed=8)
+    chain = make_chain("sample", target, LABELS, STEPS, 1.0, None, 8, None)
+    dense = Speculation(chain, drafter, 3, Settings(6, block=True, dense=True))
+    with torch.no_grad():
+        dense.run(False, None)
+    torch.testing.assert_close(dense.samples, want.samples, rtol=1e-5, atol=1e-5)

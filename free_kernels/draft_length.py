@@ -1,0 +1,189 @@
+"""Draft lengths that pay: what acceptance and costs promise, checked against what the ordinary chain would have taken.
+
+A length depends on tested rows only (never on those behind a refusal) and on times, so the images keep their law.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+
+from free_kernels.cost import RoundCost
+
+# Longest drafts that are considered. Few, since each is a graph and a timing of its own.
+LONGEST = (2, 3, 4, 6, 8, 12, 16)
+_FEWEST_TIMINGS = 3
+# Rounds are speculative where they promise this much more than ordinary steps.
+_WANTED_SPEED = 1.02
+# Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent.
+_LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.008
+_BINS = 25
+_UNKNOWN_ACCEPTANCE = 0.85
+# Ordinary steps between two looks at whether speculation would pay, at first and at most.
+_SHORTEST_HOLD, _LONGEST_HOLD = 2, 32
+
+
+class AcceptanceModel:
+    """Acceptance probability of a draft by step and look-ahead: a calibration, corrected by what the run sees.
+
+    The odds of refusal are the calibration's times one factor, which makes the calibration agree with the running
+    share of accepted drafts; the counts by step that a run leaves correct the calibration of later runs.
+
+    Args:
+        calibration: acceptance probabilities ``[K, A]``, of a draft of step k that lies a + 1 steps past the last exact
+            feature.
+        decay: weight of the past after each round.
+    """
+
+    _PRIOR_TESTS = 4.0
+
+    def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
+        self.calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
+        self._decay = decay
+        self._bin = np.arange(len(calibration)) * _BINS // len(calibration)
+        # Accepted, tested and expected to be accepted, by part of the chain; of all runs.
+        self._counts = np.zeros((3, _BINS))
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a run: the calibration takes in the counts of those before."""
+        correction = self._odds_factor(*self._counts, 10.0)[self._bin]
+        odds = (1 / self.calibration - 1) * correction[:, None]
+        length, ahead = odds.shape
+        # Entry [k, a]: the draft of step k + a in a round that begins at step k.
+        self._odds = np.full((length + 1, ahead), np.inf)
+        for a in range(ahead):
+            self._odds[: length - a, a] = odds[a:, a]
+        self._recent = np.zeros(3)
+
+    @staticmethod
+    def _odds_factor(accepted: np.ndarray, tested: np.ndarray, expected: np.ndarray, prior: float) -> np.ndarray:
+        mean = np.divide(expected, tested, out=np.full_like(expected, 0.9), where=tested > 0)
+        seen = np.clip((accepted + prior * mean) / (tested + prior), 1e-3, 1 - 1e-3)
+        mean = np.clip(mean, 1e-3, 1 - 1e-3)
+        return (1 / seen - 1) / (1 / mean - 1)
+
+    def survival(self, steps: np.ndarray) -> np.ndarray:
+        """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted."""
+        factor = self._odds_factor(*self._recent, self._PRIOR_TESTS)
+        return np.cumprod(1 / (1 + factor * self._odds[steps]), axis=1)
+
+    def update(self, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray) -> None:
+        """Take in a round of slots that drafted: rows tested are those up to and including the first refused one."""
+        ahead = np.arange(self._odds.shape[1])
+        tested = ahead < np.minimum(committed, lengths - 1)[:, None]
+        accepted = ahead < (committed - 1)[:, None]
+        expected = np.where(tested, 1 / (1 + self._odds[steps]), 0.0)
+        figures = (accepted & tested, tested, expected)
+        self._recent = self._decay * self._recent + np.array([float(part.sum()) for part in figures])
+        bins = self._bin[np.minimum(steps[:, None] + ahead, len(self._bin) - 1)]
+        for row, part in zip(self._counts, figures, strict=True):
+            np.add.at(row, bins, part)
+
+
+@dataclass
+class Knowledge:
+    """What runs of the same target, drafter, schedule and number of slots leave for the next one."""
+
+    cost: RoundCost
+    acceptance: AcceptanceModel
+    drafter: object = None  # kept alive, so that no other drafter gets its identity
+
+
+_KNOWN: weakref.WeakKeyDictionary[object, dict[object, Knowledge]] = weakref.WeakKeyDictionary()
+
+
+def knowledge_of(owner: object, drafter: object, settings: tuple[object, ...], num_steps: int, slots: int) -> Knowledge:
+    """The knowledge kept for ``owner`` (as long as it lives), a drafter and plain settings, or a new one.
+
+    A drafter may bring ``calibration``, acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead.
+    """
+    try:
+        kept = _KNOWN.setdefault(owner, {})
+    except TypeError:
+        kept = {}
+    free = getattr(drafter, "is_free", False)
+    key = (type(drafter), None if free else id(drafter), num_steps, slots, *settings)
+    if key not in kept:
+        table = getattr(drafter, "calibration", None)
+        table = np.full((1, 1), _UNKNOWN_ACCEPTANCE) if table is None else np.asarray(table, np.float64)
+        table = table[np.arange(num_steps) * len(table) // num_steps]
+        ahead = np.minimum(np.arange(LONGEST[-1] - 1), table.shape[1] - 1)
+        kept[key] = Knowledge(RoundCost(max(1, slots // 8)), AcceptanceModel(table[:, ahead]), drafter)
+    return kept[key]
+
+
+class DraftLengthPolicy:
+    """Chooses the rows of every slot, round by round, for most committed steps per second.
+
+    Of all drafted rows those most likely to be reached are taken, as many as pay. Speculation has to promise more than
+    ordinary steps, and never goes on past a small loss against them, measured: a useless drafter or a device where rows
+    cost full price ends up with the ordinary chain.
+
+    Args:
+        num_steps: K.
+        longest: largest draft length.
+        knowledge: costs and acceptance so far; brought up to date.
+    """
+
+    def __init__(self, num_steps: int, longest: int, knowledge: Knowledge) -> None:
+        self.num_steps = num_steps
+        self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
+        self.acceptance.begin()
+        self._longest = [length for length in LONGEST if length <= longest]
+        self._loss = self._elapsed = 0.0
+        self._hold, self._next_hold = 0, _SHORTEST_HOLD
+
+    def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
+        lengths = live.astype(np.int64)
+        if self._hold > 0:
+            self._hold -= 1
+            return lengths
+        drafting = live & (steps > 0) & (steps < self.num_steps - 1)
+        timed = sum(len(times) for (longest, _), times in self.cost.timings.items() if longest == 1)
+        if not drafting.any() or timed < _FEWEST_TIMINGS or not self._longest:
+            return lengths
+        count = int(live.sum())
+        step_s = self.cost.ordinary(count)
+        gains = self.acceptance.survival(steps[drafting])
+        gains[np.arange(gains.shape[1]) >= (self.num_steps - 1 - steps[drafting])[:, None]] = 0.0
+        plans = [self._plan(longest, gains, count, step_s) for longest in self._longest]
+        speed, longest, threshold = max(plans)
+        allowed = _LOSS_AT_START * self.num_steps * step_s + _LOSS_ON_THE_WAY * self._elapsed
+        if speed >= _WANTED_SPEED and self._loss <= allowed:
+            self._next_hold = _SHORTEST_HOLD
+        else:
+            self._hold, self._next_hold = self._next_hold, min(2 * self._next_hold, _LONGEST_HOLD)
+            # Look again, if cheap: acceptance changes along the chain, and costs may not be known yet.
+            speed, longest, threshold = plans[0]
+            if self._loss + step_s * (1 / max(speed, 1e-3) - 1) > allowed:
+                return lengths
+        lengths[drafting] += (gains[:, : longest - 1] >= max(threshold, 1e-12)).sum(1)
+        return lengths
+
+    def _plan(self, longest: int, gains: np.ndarray, count: int, step_s: float) -> tuple[float, int, float]:
+        """Best speed over ordinary steps with drafts up to ``longest``, and the least gain of a row that it takes."""
+        ordered = -np.sort(-gains[:, : longest - 1], axis=None)
+        rows = count + np.arange(1, len(ordered) + 1)
+        speeds = (count + np.cumsum(ordered)) / count * step_s / self.cost.round(longest, rows)
+        best = int(speeds.argmax())
+        return float(speeds[best]), longest, float(ordered[best])
+
+    def observe(
+        self, live: np.ndarray, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seconds: float
+    ) -> None:
+        """Learn from a round: its time and what it committed."""
+        count, longest = int(live.sum()), int(lengths.max())
+        self._elapsed += seconds
+        rows = int(lengths.sum())
+        self.cost.observe(longest, rows, seconds)
+        if longest == 1:
+            return
+        # Typical times, not this round's: one hiccup would forbid speculation for long.
+        taken = float(self.cost.round(longest, np.array([rows]))[0])
+        self._loss += taken - float(committed.sum()) / count * self.cost.ordinary(count)
+        drafted = lengths > 1
+        self.acceptance.update(steps[drafted], lengths[drafted], committed[drafted])

@@ -1,0 +1,173 @@
+"""Automatic draft lengths: never much worse than the ordinary chain, near the best fixed length, and the same law."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from analytic import FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
+
+from free_kernels import DDPMSchedule, ancestral_sample, sample
+from free_kernels.cost import RoundCost
+from free_kernels.draft_length import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
+
+STEPS = 250
+
+
+class World:
+    """A machine and a drafter: seconds of a round, and whether the drafts of a step are accepted."""
+
+    def __init__(self, slots: int, acceptance: float, row: float, draft: float, late: float | None = None) -> None:
+        self.slots, self.row, self.draft = slots, row, draft
+        self.acceptance = np.full(STEPS, acceptance)
+        if late is not None:
+            self.acceptance[STEPS * 4 // 5 :] = late
+        self.random = np.random.default_rng(0)
+
+    def seconds(self, longest: int, rows: int) -> float:
+        """An ordinary step takes 1; every further packed row and every draft adds to it; timings scatter."""
+        noise = 1 + 0.05 * self.random.exponential()
+        if longest == 1:
+            return noise * (1 + self.row * (rows - self.slots) / self.slots)
+        return noise * (1.05 + self.row * (rows - self.slots) / self.slots + self.draft * (longest - 1))
+
+    def run(self, choose, observe) -> float:
+        """Seconds until all images are finished; committed steps follow the acceptance."""
+        steps, total = np.zeros(self.slots, np.int64), 0.0
+        while (steps < STEPS).any():
+            live = steps < STEPS
+            lengths = np.minimum(choose(live, steps), np.where(live, STEPS - steps, 0))
+            committed = live.astype(np.int64)
+            for slot in np.flatnonzero(lengths > 1):
+                while committed[slot] < lengths[slot]:
+                    if self.random.random() > self.acceptance[steps[slot] + committed[slot] - 1]:
+                        break
+                    committed[slot] += 1
+            seconds = self.seconds(int(lengths.max()), int(lengths.sum()))
+            observe(live, steps, lengths, committed, seconds)
+            steps, total = steps + committed, total + seconds
+        return total
+
+    def fixed(self, length: int) -> float:
+        return self.run(lambda live, steps: np.where(live, np.where(steps == 0, 1, length), 0), lambda *figures: None)
+
+    def auto(self, calls: int = 1) -> float:
+        """Seconds of the last of so many calls that share their knowledge."""
+        knowledge = Knowledge(
+            RoundCost(max(1, self.slots // 8)), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.85))
+        )
+        for _ in range(calls):
+            policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
+            seconds = self.run(policy.choose, policy.observe)
+        return seconds
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize(
+    ("acceptance", "row", "draft"),
+    [(0.0, 0.1, 0.2), (0.0, 1.0, 0.3), (0.97, 1.0, 0.3), (0.3, 0.5, 0.3)],
+    ids=["useless drafter", "useless and full price", "full price", "bad drafter"],
+)
+def test_never_loses_more_than_three_percent(acceptance, row, draft, slots):
+    world = World(slots, acceptance, row, draft)
+    ordinary = world.fixed(1)
+    for calls in (1, 2, 3):
+        assert world.auto(calls) < 1.03 * ordinary
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize(
+    ("acceptance", "row", "draft", "late"),
+    [(0.98, 0.1, 0.1, None), (0.98, 0.1, 0.1, 0.6), (0.9, 0.2, 0.1, 0.3), (0.95, 0.4, 0.05, None)],
+)
+def test_close_to_the_best_fixed_length(acceptance, row, draft, late, slots):
+    """A first call, which knows neither costs nor acceptance, loses something to the best length; later ones do not."""
+    world = World(slots, acceptance, row, draft, late)
+    best = min(world.fixed(length) for length in (1, *LONGEST))
+    assert world.auto(1) < 1.45 * best
+    assert world.auto(3) < 1.06 * best
+
+
+def test_a_changing_world_is_noticed():
+    """A drafter that is good at first and useless later: drafts end, and the loss stays small."""
+    world = World(4, 0.98, 0.3, 0.2, late=0.0)
+    world.acceptance[100:] = 0.0
+    assert world.auto() < world.fixed(1)
+    assert world.auto(3) < 0.95 * world.fixed(1)
+
+
+def test_survival_follows_what_is_seen():
+    model = AcceptanceModel(np.full((STEPS, 15), 0.9))
+    steps = np.full(20, 100)
+    before = model.survival(steps[:1])[0, 0]
+    for _ in range(5):
+        model.update(steps, np.full(20, 4), np.full(20, 1))
+    refused = model.survival(steps[:1])[0, 0]
+    for _ in range(60):
+        model.update(steps, np.full(20, 4), np.full(20, 4))
+    accepted = model.survival(steps[:1])[0, 0]
+    assert refused < 0.1 < before < accepted
+    assert before == pytest.approx(0.9)
+    # No draft lies behind the last step.
+    assert model.survival(np.array([STEPS - 2]))[0, 2] == 0.0
+
+
+def test_costs_are_fitted_and_hiccups_ignored():
+    cost = RoundCost()
+    for longest, rows in ((1, 4), (2, 8), (4, 16), (6, 24)):
+        for repeat in range(8):
+            seconds = 1.0 if longest == 1 else 0.5 + 0.1 * rows + 0.2 * (longest - 1)
+            cost.observe(longest, rows, seconds * (100 if repeat in (0, 5) else 1))
+    assert cost.ordinary(4) == pytest.approx(1.0)
+    assert cost.round(8, np.array([32]))[0] == pytest.approx(0.5 + 3.2 + 1.4, rel=0.1)
+    assert cost.round(4, np.array([16]))[0] == pytest.approx(0.5 + 1.6 + 0.6)
+
+
+@pytest.fixture
+def paying(monkeypatch):
+    """Costs under which any draft pays, whatever the machine does."""
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: 1e-9 + 1e-12 * rows)
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_law_of_automatic_lengths(paying, verification):
+    target = GaussianTarget(learns_variance=True)
+    schedule, drafter = DDPMSchedule(20), BiasedDrafter(target, variance_bias=0.1)
+    labels = torch.full((3000,), 1)
+    settings = {"schedule": schedule, "drafter": drafter, "max_slots": 1000, "seed": 3}
+    result = sample(target, labels, draft_length="auto", verification=verification, **settings)
+    assert result.stats.call_reduction > 1.2
+    assert law_p_value(result.samples, *target.final_law(schedule, 1), drafter.direction) > FALSE_ALARM
+
+
+def test_a_perfect_drafter_returns_the_ordinary_images(paying):
+    target, labels = GaussianTarget(learns_variance=True), torch.arange(9) % 3
+    schedule = DDPMSchedule(30)
+    want = ancestral_sample(target, labels, schedule=schedule, seed=4)
+    for slots in (None, 2):
+        got = sample(
+            target,
+            labels,
+            schedule=schedule,
+            drafter=PerfectDrafter(target),
+            draft_length="auto",
+            seed=4,
+            max_slots=slots,
+        )
+        torch.testing.assert_close(got.samples, want.samples, rtol=1e-5, atol=1e-5)
+        assert got.stats.call_reduction > 1.5
+
+
+def test_ordinary_steps_alone_return_the_ordinary_images(monkeypatch):
+    """Where speculation never pays, nothing but the ordinary chain is left."""
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: np.full(len(rows), 1e9))
+    target, labels = GaussianTarget(), torch.arange(9) % 3
+    schedule = DDPMSchedule(30)
+    want = ancestral_sample(target, labels, schedule=schedule, seed=4)
+    got = sample(
+        target, labels, schedule=schedule, drafter=BiasedDrafter(target), draft_length="auto", seed=4, max_slots=4
+    )
+    torch.testing.assert_close(got.samples, want.samples, rtol=1e-5, atol=1e-5)
+    assert got.stats.call_reduction == 1.0
+    with pytest.raises(ValueError, match="^sample: draft_length must be an int or 'auto', got 'automatic'"):
+        sample(target, labels, schedule=schedule, draft_length="automatic")
