@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from free_dit import DiTConfig
 from free_dit.acceptance import acceptance_by_lookahead, best_share_gap_sq, by_fifth
 from free_dit.configuration import load_config
-from free_dit.data import load_digits
+from free_dit.data import load_digits, load_photographs
 from free_dit.train import TrainConfig, load_model, train
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.training import LoopConfig, TrainingLoop
@@ -41,6 +41,18 @@ def test_digits_split_is_fixed_and_complete():
     assert parts[2].images.max() == 1
     with pytest.raises(ValueError, match="^load_digits: split must be"):
         load_digits("validation")
+
+
+def test_photograph_crops_are_fixed_and_splits_share_no_crop():
+    parts = [load_photographs(split, crops_per_class=20) for split in ("train", "test")]
+    assert [tuple(part.images.shape) for part in parts] == [(200, 3, 32, 32), (20, 3, 32, 32)]
+    assert torch.equal(parts[0].images, load_photographs("train", crops_per_class=20).images)
+    assert parts[0].labels.bincount().tolist() == [20] * 10
+    assert (torch.cdist(*(part.images.flatten(1) for part in parts)) > 1e-3).all()
+    assert parts[0].images.min() >= -1
+    assert parts[0].images.max() <= 1
+    with pytest.raises(ValueError, match="^load_photographs: split must be"):
+        load_photographs("all")
 
 
 def weights(path):
