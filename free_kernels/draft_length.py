@@ -54,7 +54,7 @@ class AcceptanceModel:
         length, ahead = odds.shape
         # Entry [k, a]: the draft of step k + a in a round that begins at step k.
         self._odds = np.full((length + 1, ahead), np.inf)
-        for a in range(ahead):
+        for a in range(min(ahead, length)):
             self._odds[: length - a, a] = odds[a:, a]
         self._recent = np.zeros(3)
 
@@ -143,8 +143,7 @@ class DraftLengthPolicy:
             self._hold -= 1
             return lengths
         drafting = live & (steps > 0) & (steps < self.num_steps - 1)
-        timed = sum(len(times) for (longest, _), times in self.cost.timings.items() if longest == 1)
-        if not drafting.any() or timed < _FEWEST_TIMINGS or not self._longest:
+        if not drafting.any() or self.cost.ordinary_timings < _FEWEST_TIMINGS or not self._longest:
             return lengths
         count = int(live.sum())
         step_s = self.cost.ordinary(count)

@@ -123,6 +123,26 @@ def test_costs_are_fitted_and_hiccups_ignored():
     assert cost.round(4, np.array([16]))[0] == pytest.approx(0.5 + 1.6 + 0.6)
 
 
+def test_short_chains_have_short_odds():
+    model = AcceptanceModel(np.full((5, 15), 0.9))
+    assert model.survival(np.array([1])).shape == (1, 15)
+    assert (model.survival(np.array([1]))[0, 4:] == 0).all()
+
+
+def test_old_timings_expire():
+    """Rounds timed while the machine was busy do not count for ever."""
+    cost = RoundCost()
+    for _ in range(3):
+        cost.observe(1, 1, 1.0)
+        cost.observe(6, 6, 50.0)
+        cost.observe(2, 2, 1.2)
+    assert cost.round(6, np.array([6]))[0] == 50.0
+    for _ in range(150):
+        cost.observe(1, 1, 1.0)
+    cost.observe(2, 2, 1.2)
+    assert cost.round(6, np.array([6]))[0] < 5.0
+
+
 @pytest.fixture
 def paying(monkeypatch):
     """Costs under which any draft pays, whatever the machine does."""

@@ -1,11 +1,11 @@
-"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, info, card}``."""
+"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, figures, sweep, info, card}``."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -13,12 +13,17 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from free_dit.analysis import Settings, Subject
+from free_dit.analysis_figures import write_figures
 from free_dit.bundled import MODELS, bundled_names, load_bundled
-from free_dit.card import write_card
+from free_dit.card import EVALUATION_SEED, write_card
 from free_dit.compare import compare as run_compare
 from free_dit.compare import print_report
 from free_dit.configuration import load_config
 from free_dit.figures import sample_grids
+from free_dit.sweep import preset as sweep_preset
+from free_dit.sweep import read_sweep, run_sweep
+from free_dit.sweep_report import write_report
 from free_dit.train import TrainConfig, load_model
 from free_dit.train import train as run_train
 from free_dit.train_drafter import DrafterTrainConfig
@@ -184,6 +189,71 @@ def compare(
     )
     print_report(report, console)
     console.print(f"wrote {out / 'samples.png'}, {out / 'acceptance.png'} and {out / 'compare.json'}")
+
+
+@app.command
+def figures(
+    out: Path,
+    model: tuple[str, ...] = ("digits",),
+    drafter: tuple[str, ...] = (),
+    num: int = Settings.num,
+    steps: int = Settings.steps,
+    draft_length: int = Settings.draft_length,
+    guidance: tuple[float, ...] = Settings.guidance,
+    seed: int = EVALUATION_SEED,
+) -> None:
+    """Analysis figures: temporal similarity, layer change, uncertainty, reflection coupling, timeline of rounds.
+
+    Each is a PNG with its numbers as JSON beside it. All but the uncertainty is about the first model.
+
+    Args:
+        out: folder of the figures.
+        model: bundled models' names, or model.safetensors files.
+        drafter: for each model "bundled", "frozen", or a drafter.safetensors; none given takes the bundled ones.
+        num: images of every run.
+        steps: sampling steps K.
+        draft_length: rows of a round for one image.
+        guidance: classifier-free guidance scales of the uncertainty figure.
+        seed: seed of all noise.
+    """
+    if drafter and len(drafter) != len(model):
+        raise ValueError(f"figures: drafter must be one for each of {len(model)} models, got {len(drafter)}")
+    subjects = []
+    for number, name in enumerate(model):
+        target, bundled = _target(name)
+        choice = drafter[number] if drafter else "frozen" if bundled is None else "bundled"
+        chosen = _drafter(choice, bundled, target)
+        # Trained models lie in a folder of their own name.
+        title = name if name in bundled_names() else Path(name).parent.name or Path(name).stem
+        taken = sum(one.name == title for one in subjects)
+        learned = None if isinstance(chosen, str) else chosen
+        subjects.append(Subject(f"{title} ({number + 1})" if taken else title, target, learned))
+    paths = write_figures(out, subjects, Settings(num, steps, draft_length, guidance, seed))
+    console.print("wrote " + ", ".join(map(str, paths)) + " and a JSON file beside each")
+
+
+@app.command
+def sweep(
+    out: Path,
+    preset: Literal["quick", "full"] = "full",
+    num: int | None = None,
+    seed: int = 0,
+    render_only: bool = False,
+) -> None:
+    """Calls, wall-clock, bias and quality of the bundled digits pair over draft lengths, relaxation, steps, guidance.
+
+    Interrupt it at will: every finished configuration is kept, and the same command goes on with the next.
+
+    Args:
+        out: folder of sweep.json, sweep.md, sweep.png and the finished configurations.
+        preset: "quick" (7 configurations, 50 steps) or "full".
+        num: images of a configuration whose quality is measured; the preset's own number if None.
+        seed: seed of all noise and of the bootstrap.
+        render_only: renew sweep.md and sweep.png from sweep.json, and measure nothing.
+    """
+    report = read_sweep(out) if render_only else run_sweep(out, *sweep_preset(preset, num, seed))
+    table, picture = write_report(report, out)
+    console.print(f"wrote {table} and {picture}" + ("" if render_only else f" from {out / 'sweep.json'}"))
 
 
 @app.command
