@@ -1,4 +1,4 @@
-"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, figures, sweep, info, card}``."""
+"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, figures, sweep, study, info, card}``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from free_dit.compare import compare as run_compare
 from free_dit.compare import print_report
 from free_dit.configuration import load_config
 from free_dit.figures import sample_grids
+from free_dit.study import render_study, run_study
 from free_dit.sweep import preset as sweep_preset
 from free_dit.sweep import read_sweep, run_sweep
 from free_dit.sweep_report import write_report
@@ -254,6 +255,32 @@ def sweep(
     report = read_sweep(out) if render_only else run_sweep(out, *sweep_preset(preset, num, seed))
     table, picture = write_report(report, out)
     console.print(f"wrote {table} and {picture}" + ("" if render_only else f" from {out / 'sweep.json'}"))
+
+
+@app.command
+def study(
+    out: Path,
+    model: str = "digits",
+    config: Path = CONFIGS / "study_drafter.toml",
+    variants: tuple[str, ...] = (),
+    images: int = 32,
+    set_: Overrides = (),
+) -> None:
+    """Train variants of a drafter alike and put acceptance, call reduction and cost side by side. Resumable.
+
+    Args:
+        out: folder of the runs, study.json and study.md.
+        model: a bundled model's name, or a model.safetensors written by train.
+        config: TOML file of the drafter under study.
+        variants: names of the variants to run; all if empty.
+        images: images of the evaluation.
+        set_: overrides for every variant, such as loop.iterations=1000.
+    """
+    target, _ = _target(model)
+    result = run_study(target, model, config, set_, out, variants, images)
+    table = out / "study.md"
+    table.write_text(render_study(json.loads(result.read_text())))
+    console.print(f"wrote {result} and {table}")
 
 
 @app.command

@@ -27,7 +27,7 @@ from free_kernels.version import __version__
 
 MODEL = "digits"
 LENGTHS = (2, 3, 4, 6, 8, 10, "auto")
-STRENGTHS = (0.5, 1.0, 2.0, 4.0)
+STRENGTHS = (1.0, 4.0, 16.0, 64.0)
 # Slots of a draft length that does not look at the clock: only the time of the sweep depends on them.
 _SLOTS = 64
 

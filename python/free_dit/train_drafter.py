@@ -33,7 +33,7 @@ class DrafterTrainConfig:
         trajectories: images drawn at a time.
         refresh_every: iterations between fresh trajectories.
         loss: "rejection", ``-log`` of the acceptance probability ``2 Phi(-delta / 2)``, which is what a chain of drafts
-            multiplies; or "log1p", ``log(1 + delta^2)``, which forgives large gaps.
+            multiplies; "log1p", ``log(1 + delta^2)``, which forgives large gaps; or "none", to regress features alone.
         late: share of the windows that begin in the last fifth of the chain, beside those spread over all of it.
         max_guidance: guidance scales are drawn from [1, max_guidance] for half of the images and 1 for the rest.
         feature_weight: weight of the mean squared feature error, in units of the feature's change over a step.
@@ -171,7 +171,11 @@ def rejection_loss(gap_sq: Tensor) -> Tensor:
     return -torch.special.log_ndtr(-(gap_sq + 1e-6).sqrt() / 2) - math.log(2.0)
 
 
-LOSSES: dict[str, Callable[[Tensor], Tensor]] = {"rejection": rejection_loss, "log1p": torch.log1p}
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rejection": rejection_loss,
+    "log1p": torch.log1p,
+    "none": torch.zeros_like,
+}
 
 
 def gap(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
