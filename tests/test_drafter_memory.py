@@ -17,7 +17,7 @@ from free_dit.acceptance import acceptance_by_lookahead
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.trajectories import collect
-from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter
+from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter, sample
 from free_kernels.checkpoint import CheckpointError
 from free_kernels.drafters.memory import FeatureMemory
 from free_kernels.types import Drafter, DraftMemory, new_memory
@@ -324,3 +324,21 @@ def test_acceptance_by_lookahead_remembers_exact_steps_and_its_own_drafts(target
             feature = draft(k, feature, past)
             torch.testing.assert_close(next(outputs), feature, rtol=1e-4, atol=1e-5)
     assert next(outputs, None) is None
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_windowed_drafter_in_the_sampler(guidance):
+    """Slots that are refilled start without a past, and refused calls leave none: images keep to themselves."""
+    torch.manual_seed(1)
+    target = DiTTarget(DiT(DiTConfig(8, 2, 4, 24, 2, 2, 5)).eval().requires_grad_(False))
+    drafter = FeatureDrafter(target.latent_shape, target.feature_shape, 5, DrafterConfig(width=32, window=3))
+    for parameter in (*target.module.parameters(), *drafter.parameters()):
+        torch.nn.init.normal_(parameter, std=0.05)
+    drafter.eval().requires_grad_(False)
+    labels, settings = torch.arange(5), {"schedule": DDPMSchedule(20), "drafter": drafter, "guidance_scale": guidance}
+    whole = sample(target, labels, **settings)
+    assert 0.0 < whole.stats.acceptance < 1.0
+    for slots in (1, 2):
+        few = sample(target, labels, max_slots=slots, **settings)
+        torch.testing.assert_close(few.samples, whole.samples, rtol=1e-4, atol=1e-4)
+        assert (few.stats.rounds_per_image == whole.stats.rounds_per_image).all()

@@ -266,7 +266,7 @@ def _finished(path: Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str, Any]:
-    """Measure the cells that ``out/cells`` lacks, each written as it is done, and write ``out/sweep.json``.
+    """Measure the cells that ``out/cells`` lacks; each is written as it is done, and so is ``out/sweep.json``.
 
     Returns:
         What ``sweep.json`` holds: ``settings``, ``real`` and ``cells``, in the order given.
@@ -286,14 +286,19 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
     missing = [cell for cell in cells if records[cell.key] is None]
     if missing:
         target, drafter = load_bundled(MODEL)
+        real = measure_real(settings)
         bar = tqdm(missing, initial=len(cells) - len(missing), total=len(cells), desc="sweep", unit="cell")
         for cell in bar:
             bar.set_postfix_str(cell.key)
             records[cell.key] = measure_cell(target, drafter, cell, settings)
             _write_json(paths[cell.key], records[cell.key])
-    report = {"settings": identity, "real": measure_real(settings), "cells": list(records.values())}
-    _write_json(out / "sweep.json", report)
-    return report
+            # Always a whole table of what is there, for whoever cannot wait (--render-only).
+            done = [record for record in records.values() if record is not None]
+            _write_json(out / "sweep.json", {"settings": identity, "real": real, "cells": done})
+    else:
+        report = {"settings": identity, "real": measure_real(settings), "cells": list(records.values())}
+        _write_json(out / "sweep.json", report)
+    return read_sweep(out)
 
 
 def read_sweep(out: Path) -> dict[str, Any]:
