@@ -171,9 +171,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, counted):
     with pytest.raises(KeyboardInterrupt):
         run_sweep(tmp_path, CELLS, TINY)
     assert len(list((tmp_path / "cells").iterdir())) == 2
-    assert not (tmp_path / "sweep.json").exists()
-    report = run_sweep(tmp_path, CELLS, TINY)
     keys = [cell.key for cell in CELLS]
+    assert [record["key"] for record in read_sweep(tmp_path)["cells"]] == keys[:2]
+    report = run_sweep(tmp_path, CELLS, TINY)
     assert counted == [*keys[:3], *keys[2:]]
     assert [record["key"] for record in report["cells"]] == keys
     run_sweep(tmp_path, CELLS, TINY)
