@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -117,6 +118,17 @@ class Chain:
             guidance_channels=self.guidance_channels,
             clip=self.clip,
         )
+
+    def check_output(self, output: Tensor, steps: Sequence[int] | int, images: Sequence[int] | Tensor) -> None:
+        """Raise FloatingPointError unless the target's output ``[B R, ...]`` is finite; waits for the device.
+
+        Row r belongs to ``images[r]``, at ``steps[r]``, or at one step that all rows share.
+        """
+        if not bool(output.isfinite().all()):
+            row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0, 0]) % len(images)
+            self.raise_non_finite(
+                "the target's output", steps if isinstance(steps, int) else steps[row], int(images[row])
+            )
 
     def raise_non_finite(self, culprit: str, step: int, image: int) -> NoReturn:
         """Name the network, step and image of a NaN or an infinity."""

@@ -79,9 +79,7 @@ def run_ordinary(
                         keys = images.unsqueeze(1).repeat(1, len(ahead))
                         draws = chain.draw(Purpose.STEP, keys, ahead.repeat(len(images), 1))
                     output = batch.advance(draws[:, step % chunk])
-                if not bool(output.isfinite().all()):
-                    bad = (~output.isfinite()).flatten(1).any(1).nonzero()[0, 0] % len(images)
-                    chain.raise_non_finite("the target's output", step, int(images[bad]))
+                chain.check_output(output, step, images)
                 stats.target_calls += 1
                 stats.target_rows += len(images)
                 bar.update(len(images))

@@ -191,9 +191,7 @@ class Speculation:
         features = chain.features(chain.doubled(self.state), t, y)
         output = chain.head(features, t, y)
         mean, std = chain.transition(self.state, output, chain.table[self.steps])
-        if not bool(output.isfinite().all()):
-            slot = int((~output.isfinite()).flatten(1).any(1).nonzero()[0, 0]) % slots
-            chain.raise_non_finite("the target's output", steps[slot], images[slot])
+        chain.check_output(output, steps, images)
         self.previous.copy_(self.state)
         torch.addcmul(mean, std, noise[:, 0], out=self.state)
         if self.parent is None:

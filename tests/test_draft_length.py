@@ -8,7 +8,7 @@ import torch
 from analytic import FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
 from free_kernels import DDPMSchedule, ancestral_sample, sample
-from free_kernels.cost import RoundCost
+from free_kernels.cost import RoundCost, _lower_quartile
 from free_kernels.draft_length import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
 
 STEPS = 250
@@ -127,6 +127,13 @@ def test_short_chains_have_short_odds():
     model = AcceptanceModel(np.full((5, 15), 0.9))
     assert model.survival(np.array([1])).shape == (1, 15)
     assert (model.survival(np.array([1]))[0, 4:] == 0).all()
+
+
+def test_lower_quartile_is_numpys():
+    random = np.random.default_rng(0)
+    for count in range(1, 9):
+        values = random.random(count).tolist()
+        assert _lower_quartile(values) == pytest.approx(np.quantile(values, 0.25), rel=1e-12)
 
 
 def test_old_timings_expire():

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from free_kernels.ops.coupling import check_round
+from free_kernels.ops import coupling_dispatch as dispatch
+from free_kernels.ops.coupling import as_coupling, check_round
 from free_kernels.reference import block as reference
 from free_kernels.reference.coupling import Coupling
 
@@ -18,28 +19,16 @@ _SCHEMA = (
 )
 
 
-def _couple_block_reference(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = dict(zip(("guidance_scale", "guidance_channels", "clip"), arguments[-3:], strict=True))
-    next_states, committed, gap_sq, figures = reference.couple_block(*arguments[:-3], **settings)
-    return next_states, committed, gap_sq, gap_sq.new_empty(0) if figures is None else figures
-
-
-def _couple_block_fake(draft_states: Tensor, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    slots, length, *latent = draft_states.shape
-    slack = arguments[8]
-    return (
-        draft_states.new_empty(slots, *latent),
-        draft_states.new_empty(slots, dtype=torch.int64),
-        draft_states.new_empty(slots, length - 1),
-        draft_states.new_empty((3, slots, length - 1) if slack is not None and length > 1 else (0,)),
-    )
+def _couple_block_reference(*arguments: object) -> dispatch.Outcome:
+    settings = dispatch.settings_of(*arguments[-3:])
+    return dispatch.as_outcome(reference.couple_block(*arguments[:-3], **settings))
 
 
 _LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
 _LIBRARY.define(_SCHEMA)
 _LIBRARY.impl("couple_block", _couple_block_reference, "CPU")
 _LIBRARY.impl("couple_block", _couple_block_reference, "CUDA")
-torch.library.register_fake("free_kernels::couple_block", _couple_block_fake, lib=_LIBRARY)
+torch.library.register_fake("free_kernels::couple_block", dispatch.fake_outcome, lib=_LIBRARY)
 
 
 def couple_block(
@@ -105,7 +94,7 @@ def couple_block(
         columns=columns,
         slack=slack,
     )
-    next_states, committed, gap_sq, figures = torch.ops.free_kernels.couple_block(
+    outcome = torch.ops.free_kernels.couple_block(
         draft_states,
         draft_mean,
         draft_std,
@@ -120,5 +109,4 @@ def couple_block(
         draft_states.shape[2] if guidance_channels is None else guidance_channels,
         clip,
     )
-    no_figures = slack is None or draft_states.shape[1] == 1
-    return Coupling(next_states, committed, gap_sq, None if no_figures else figures)
+    return as_coupling(outcome, slack is not None)

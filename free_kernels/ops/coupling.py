@@ -170,7 +170,7 @@ def couple(
         run = dispatch.couple_triton if draft_states.is_cpu else torch.ops.free_kernels.couple
     drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return _coupling(
+    return as_coupling(
         run(*drawn, output, row_offsets, columns, slack, relaxation, guidance_scale, guided, clip), slack is not None
     )
 
@@ -250,12 +250,13 @@ def couple_philox(
         run = dispatch.couple_philox_triton if draft_states.is_cpu else torch.ops.free_kernels.couple_philox
     drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return _coupling(
+    return as_coupling(
         run(*drawn, output, row_offsets, columns, slack, relaxation, rounds, guidance_scale, guided, clip),
         slack is not None,
     )
 
 
-def _coupling(outcome: dispatch.Outcome, learned: bool) -> Coupling:
+def as_coupling(outcome: dispatch.Outcome, learned: bool) -> Coupling:
+    """What an op returned, as callers see it."""
     next_states, committed, gap_sq, figures = outcome
     return Coupling(next_states, committed, gap_sq, figures if learned and gap_sq.shape[1] > 0 else None)

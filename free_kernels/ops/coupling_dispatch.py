@@ -21,24 +21,26 @@ _SCHEMA = (
 Outcome = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _as_outcome(found: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Outcome:
+def as_outcome(found: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Outcome:
+    """What an implementation found, as an op may return it."""
     next_states, committed, gap_sq, figures = found
     return next_states, committed, gap_sq, gap_sq.new_empty(0) if figures is None else figures
 
 
-def _settings(guidance_scale: float, guidance_channels: int, clip: float) -> dict[str, float | int]:
+def settings_of(guidance_scale: float, guidance_channels: int, clip: float) -> dict[str, float | int]:
+    """The last three arguments of a coupling op by name."""
     return {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
 
 
 def couple_reference(*arguments: object) -> Outcome:
     """``couple`` in plain PyTorch; positional as in the schema, as all below."""
-    return _as_outcome(reference.couple(*arguments[:-3], **_settings(*arguments[-3:])))
+    return as_outcome(reference.couple(*arguments[:-3], **settings_of(*arguments[-3:])))
 
 
 def couple_triton(*arguments: object) -> Outcome:
     """``couple`` in Triton."""
     kernels = importlib.import_module("free_kernels.triton.coupling")
-    return _as_outcome(kernels.couple(*arguments[:-3], **_settings(*arguments[-3:])))
+    return as_outcome(kernels.couple(*arguments[:-3], **settings_of(*arguments[-3:])))
 
 
 def couple_philox_reference(
@@ -79,11 +81,11 @@ def couple_philox_reference(
 def couple_philox_triton(*arguments: object) -> Outcome:
     """``couple_philox`` in Triton."""
     kernels = importlib.import_module("free_kernels.triton.coupling")
-    return _as_outcome(kernels.couple_philox(*arguments[:-3], **_settings(*arguments[-3:])))
+    return as_outcome(kernels.couple_philox(*arguments[:-3], **settings_of(*arguments[-3:])))
 
 
-def _fake(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> Outcome:
-    """Of both ops: three arguments say where the numbers come from, then all is alike up to ``slack``."""
+def fake_outcome(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> Outcome:
+    """Of all coupling ops: three arguments say where the numbers come from, then all is alike up to ``slack``."""
     slots, length = draft_states.shape[:2]
     slack = arguments[7]
     figures = draft_states.new_empty((3, slots, length - 1) if slack is not None and length > 1 else (0,))
@@ -106,4 +108,4 @@ for _name, _draws, _keys, _on_cpu, _on_cuda in (
     _LIBRARY.define(_SCHEMA.format(name=_name, draws=_draws, keys=_keys))
     _LIBRARY.impl(_name, _on_cpu, "CPU")
     _LIBRARY.impl(_name, _on_cuda, "CUDA")
-    torch.library.register_fake(f"free_kernels::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"free_kernels::{_name}", fake_outcome, lib=_LIBRARY)

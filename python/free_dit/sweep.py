@@ -284,20 +284,23 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
     paths = {cell.key: out / "cells" / f"{cell.key}.json" for cell in cells}
     records = {cell.key: _finished(paths[cell.key], cell) for cell in cells}
     missing = [cell for cell in cells if records[cell.key] is None]
+    real = measure_real(settings)
+
+    def write() -> None:
+        done = [record for record in records.values() if record is not None]
+        _write_json(out / "sweep.json", {"settings": identity, "real": real, "cells": done})
+
     if missing:
         target, drafter = load_bundled(MODEL)
-        real = measure_real(settings)
         bar = tqdm(missing, initial=len(cells) - len(missing), total=len(cells), desc="sweep", unit="cell")
         for cell in bar:
             bar.set_postfix_str(cell.key)
             records[cell.key] = measure_cell(target, drafter, cell, settings)
             _write_json(paths[cell.key], records[cell.key])
             # Always a whole table of what is there, for whoever cannot wait (--render-only).
-            done = [record for record in records.values() if record is not None]
-            _write_json(out / "sweep.json", {"settings": identity, "real": real, "cells": done})
+            write()
     else:
-        report = {"settings": identity, "real": measure_real(settings), "cells": list(records.values())}
-        _write_json(out / "sweep.json", report)
+        write()
     return read_sweep(out)
 
 

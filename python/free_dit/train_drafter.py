@@ -206,9 +206,6 @@ def train_drafter(target: Target, config: DrafterTrainConfig, out: Path, target_
     drafter.set_change_scale(loss.schedule.timesteps, first.states)
     changes_nothing = ("compile", "calibration_images")
     identity = {k: v for k, v in asdict(config).items() if k not in changes_nothing} | {"target": target_name}
-    if config.drafter.window == 1:
-        # Checkpoints of drafters without a window do not name one.
-        del identity["drafter"]["window"]
     loop = TrainingLoop(drafter.train(), loss, config.loop, Path(out), identity)
     loop.run()
     drafter.load_state_dict(loop.averaged_weights())
