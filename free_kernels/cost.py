@@ -12,7 +12,7 @@ _KEPT = 7
 # Rounds after which a timing no longer counts: the machine may have become free since.
 _EXPIRY = 120
 # Weight of the first guess of each coefficient against a kind of round that was timed.
-_GUESS_WEIGHT = 0.05
+_GUESS_WEIGHT = 0.01
 
 
 def _lower_quartile(values: list[float]) -> float:
@@ -46,6 +46,16 @@ class RoundCost:
         """How many ordinary steps are timed, of those that are kept."""
         return sum(len(times) for (longest, _), times in self._timings.items() if longest == 1)
 
+    @property
+    def ordinary_age(self) -> int:
+        """Rounds since an ordinary step was timed last."""
+        latest = [times[-1][0] for (longest, _), times in self._timings.items() if longest == 1]
+        return self._round - max(latest, default=0)
+
+    def has_begun(self, longest: int) -> bool:
+        """Whether a round of this length was observed before."""
+        return longest in self._begun
+
     def observe(self, longest: int, rows: int, seconds: float) -> None:
         """Take in the time of one round."""
         self._round += 1
@@ -60,7 +70,9 @@ class RoundCost:
     def ordinary(self, rows: int) -> float:
         """Seconds of an ordinary step of ``rows`` images; needs one to have been timed."""
         known = [count for longest, count in self._timings if longest == 1]
-        return self._typical((1, min(known, key=lambda count: abs(count - rows))), expire=False)
+        kind = 1, min(known, key=lambda count: abs(count - rows))
+        fresh = self._timings[kind][-1][0] > self._round - _EXPIRY
+        return self._typical(kind, expire=fresh)
 
     def round(self, longest: int, rows: np.ndarray) -> np.ndarray:
         """Seconds of rounds whose longest draft is ``longest >= 2``, for each of the row counts."""

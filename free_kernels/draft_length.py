@@ -15,14 +15,20 @@ from free_kernels.cost import RoundCost
 # Longest drafts that are considered. Few, since each is a graph and a timing of its own.
 LONGEST = (2, 3, 4, 6, 8, 12, 16)
 _FEWEST_TIMINGS = 3
+# Rounds after which an ordinary step is timed again: the machine may have become faster or slower.
+_OLDEST_TIMING = 40
 # Rounds are speculative where they promise this much more than ordinary steps.
 _WANTED_SPEED = 1.02
 # Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent.
-_LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.008
+_LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.006
 _BINS = 25
 _UNKNOWN_ACCEPTANCE = 0.85
-# Ordinary steps between two looks at whether speculation would pay, at first and at most.
-_SHORTEST_HOLD, _LONGEST_HOLD = 2, 32
+# Ordinary steps between two looks at whether drafts promise to pay, which costs a little arithmetic.
+_LOOK_EVERY = 8
+# Ordinary steps between two trials of drafts that promise nothing, at first and at most.
+_SHORTEST_HOLD, _LONGEST_HOLD = 2, 128
+# A round counts with its own time where it is the first of its length, which is slow, up to so many typical ones.
+_SLOWEST = 4.0
 
 
 class AcceptanceModel:
@@ -90,6 +96,7 @@ class Knowledge:
     cost: RoundCost
     acceptance: AcceptanceModel
     drafter: object = None  # kept alive, so that no other drafter gets its identity
+    hold: int = _SHORTEST_HOLD  # ordinary steps before the next trial
 
 
 _KNOWN: weakref.WeakKeyDictionary[object, dict[object, Knowledge]] = weakref.WeakKeyDictionary()
@@ -130,38 +137,46 @@ class DraftLengthPolicy:
 
     def __init__(self, num_steps: int, longest: int, knowledge: Knowledge) -> None:
         self.num_steps = num_steps
+        self.knowledge = knowledge
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
         self._longest = [length for length in LONGEST if length <= longest]
         self._loss = self._elapsed = 0.0
-        self._hold, self._next_hold = 0, _SHORTEST_HOLD
+        self._round = self._next_look = self._next_trial = 0
 
     def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
         lengths = live.astype(np.int64)
-        if self._hold > 0:
-            self._hold -= 1
-            return lengths
+        self._round += 1
         drafting = live & (steps > 0) & (steps < self.num_steps - 1)
-        if not drafting.any() or self.cost.ordinary_timings < _FEWEST_TIMINGS or not self._longest:
+        if self._round < self._next_look or not drafting.any() or not self._longest:
+            return lengths
+        if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= _OLDEST_TIMING:
             return lengths
         count = int(live.sum())
         step_s = self.cost.ordinary(count)
         gains = self.acceptance.survival(steps[drafting])
         gains[np.arange(gains.shape[1]) >= (self.num_steps - 1 - steps[drafting])[:, None]] = 0.0
-        plans = [self._plan(longest, gains, count, step_s) for longest in self._longest]
+        plans = [self._plan(longest, gains, count, step_s) for longest in self._begun_lengths()]
         speed, longest, threshold = max(plans)
         allowed = _LOSS_AT_START * self.num_steps * step_s + _LOSS_ON_THE_WAY * self._elapsed
         if speed >= _WANTED_SPEED and self._loss <= allowed:
-            self._next_hold = _SHORTEST_HOLD
+            self.knowledge.hold = _SHORTEST_HOLD
         else:
-            self._hold, self._next_hold = self._next_hold, min(2 * self._next_hold, _LONGEST_HOLD)
-            # Look again, if cheap: acceptance changes along the chain, and costs may not be known yet.
+            self._next_look = self._round + min(_LOOK_EVERY, self.knowledge.hold)
+            # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
             speed, longest, threshold = plans[0]
-            if self._loss + step_s * (1 / max(speed, 1e-3) - 1) > allowed:
+            if self._round < self._next_trial or self._loss + step_s * (1 / max(speed, 1e-3) - 1) > allowed:
                 return lengths
+            self._next_trial = self._round + self.knowledge.hold
+            self.knowledge.hold = min(2 * self.knowledge.hold, _LONGEST_HOLD)
         lengths[drafting] += (gains[:, : longest - 1] >= max(threshold, 1e-12)).sum(1)
         return lengths
+
+    def _begun_lengths(self) -> list[int]:
+        """Lengths that were tried and the next one: what is learned on short drafts pays for the first long ones."""
+        begun = sum(self.cost.has_begun(length) for length in self._longest)
+        return self._longest[: begun + 1]
 
     def _plan(self, longest: int, gains: np.ndarray, count: int, step_s: float) -> tuple[float, int, float]:
         """Best speed over ordinary steps with drafts up to ``longest``, and the least gain of a row that it takes."""
@@ -178,11 +193,14 @@ class DraftLengthPolicy:
         count, longest = int(live.sum()), int(lengths.max())
         self._elapsed += seconds
         rows = int(lengths.sum())
+        first = not self.cost.has_begun(longest)
         self.cost.observe(longest, rows, seconds)
         if longest == 1:
             return
         # Typical times, not this round's: one hiccup would forbid speculation for long.
         taken = float(self.cost.round(longest, np.array([rows]))[0])
+        if first:
+            taken = min(max(seconds, taken), _SLOWEST * taken)
         self._loss += taken - float(committed.sum()) / count * self.cost.ordinary(count)
         drafted = lengths > 1
         self.acceptance.update(steps[drafted], lengths[drafted], committed[drafted])

@@ -192,8 +192,8 @@ class Speculation:
         output = chain.head(features, t, y)
         mean, std = chain.transition(self.state, output, chain.table[self.steps])
         chain.check_output(output, steps, images)
-        self.previous.copy_(self.state)
-        torch.addcmul(mean, std, noise[:, 0], out=self.state)
+        # No graph holds on to these buffers here, so they change places instead of contents.
+        self.previous, self.state = self.state, torch.addcmul(mean, std, noise[:, 0])
         if self.parent is None:
             self.parent = features.new_empty(chain.branches, slots, *features.shape[1:])
         self.parent.copy_(features.view_as(self.parent))

@@ -22,11 +22,15 @@ class World:
         self.acceptance = np.full(STEPS, acceptance)
         if late is not None:
             self.acceptance[STEPS * 4 // 5 :] = late
-        self.random = np.random.default_rng(0)
+        self.random, self.begun = np.random.default_rng(0), set()
 
     def seconds(self, longest: int, rows: int) -> float:
-        """An ordinary step takes 1; every further packed row and every draft adds to it; timings scatter."""
-        noise = 1 + 0.05 * self.random.exponential()
+        """An ordinary step takes 1; every further packed row and every draft adds to it; timings scatter.
+
+        The first round of a length takes half as much again.
+        """
+        noise = (1 + 0.05 * self.random.exponential()) * (1.5 if longest not in self.begun else 1.0)
+        self.begun.add(longest)
         if longest == 1:
             return noise * (1 + self.row * (rows - self.slots) / self.slots)
         return noise * (1.05 + self.row * (rows - self.slots) / self.slots + self.draft * (longest - 1))
@@ -56,6 +60,7 @@ class World:
         knowledge = Knowledge(
             RoundCost(max(1, self.slots // 8)), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.85))
         )
+        self.begun.clear()
         for _ in range(calls):
             policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
             seconds = self.run(policy.choose, policy.observe)
@@ -83,9 +88,21 @@ def test_never_loses_more_than_three_percent(acceptance, row, draft, slots):
 def test_close_to_the_best_fixed_length(acceptance, row, draft, late, slots):
     """A first call, which knows neither costs nor acceptance, loses something to the best length; later ones do not."""
     world = World(slots, acceptance, row, draft, late)
-    best = min(world.fixed(length) for length in (1, *LONGEST))
+    best = min(np.median([world.fixed(length) for _ in range(3)]) for length in (1, *LONGEST))
     assert world.auto(1) < 1.45 * best
-    assert world.auto(3) < 1.06 * best
+    assert np.median([world.auto(3) for _ in range(3)]) < 1.1 * best
+
+
+def test_a_machine_that_becomes_faster_fools_nobody():
+    """Ordinary steps timed while the machine was slow would let drafts look cheap for ever."""
+    world = World(1, 0.3, 0.5, 0.3)
+    knowledge = Knowledge(RoundCost(), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.85)))
+    slow = World(1, 0.3, 5.0, 3.0)
+    slow.seconds = lambda longest, rows: 4 * World.seconds(world, longest, rows)
+    for one in (slow, world):
+        policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
+        seconds = one.run(policy.choose, policy.observe)
+    assert seconds < 1.1 * world.fixed(1)
 
 
 def test_a_changing_world_is_noticed():
