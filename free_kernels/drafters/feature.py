@@ -284,6 +284,10 @@ class FeatureDrafter(nn.Module):
         clone._kept = self._fold()
         return clone
 
+    def hidden_layers(self) -> tuple[nn.Module, ...]:
+        """The layers whose weight matrices lead from width to width: all but those that meet features and patches."""
+        return *self.blocks, self.timestep_mlp, self.modulation
+
     def check_target(self, target: Target, where: str = "FeatureDrafter") -> None:
         """Raise ValueError unless the target has this drafter's shapes and device."""
         for name in ("latent_shape", "feature_shape", "num_classes"):
