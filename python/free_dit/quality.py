@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from free_dit.data import load_digits
 from free_dit.training import iteration_seed
+from free_kernels.checkpoint import load_checkpoint
 from free_kernels.validation import check_float, check_int, describe, fail
 
 FEATURES = 16
@@ -63,9 +65,23 @@ class DigitsClassifier(nn.Module):
         return self.classes(nn.functional.silu(self.features(images)))
 
 
+CLASSIFIER = Path(__file__).parent / "models" / "digits_classifier" / "classifier.safetensors"
+CLASSIFIER_KIND = "digits_classifier"
+
+
 @lru_cache(maxsize=1)
 def digits_classifier() -> DigitsClassifier:
-    """The classifier, trained on the training split in a few seconds, from the same seed every time.
+    """The bundled classifier: the same numbers on every machine, as training anew would not give."""
+    tensors, _ = load_checkpoint(CLASSIFIER, CLASSIFIER_KIND)
+    # The shapes are all that construction is for; whoever draws random numbers next must not notice it.
+    with torch.device("meta"):
+        classifier = DigitsClassifier()
+    classifier.load_state_dict(tensors, strict=True, assign=True)
+    return classifier.eval().requires_grad_(False)
+
+
+def train_digits_classifier() -> DigitsClassifier:
+    """The classifier that is bundled: trained on the training split in a few seconds, from the same seed every time.
 
     Training images get the noise of one grey level, as those of the sampled DiT do: real digits have 17 levels, sampled
     ones do not, and a feature that saw the difference would measure nothing else.
