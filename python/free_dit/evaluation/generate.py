@@ -118,8 +118,10 @@ def _whole(arrays: dict[str, np.ndarray] | None, settings: GenerateSettings, sha
         return False
     number = len(settings.images_of(shard))
     pixels = arrays["arr_0"]
-    return pixels.dtype == np.uint8 and pixels.ndim == 4 and all(
-        len(arrays[name]) == number for name in ("arr_0", "arr_1", "rounds", "bias")
+    return (
+        pixels.dtype == np.uint8
+        and pixels.ndim == 4
+        and all(len(arrays[name]) == number for name in ("arr_0", "arr_1", "rounds", "bias"))
     )
 
 
