@@ -75,7 +75,7 @@ def evaluate(
     """Quality of sample sets against real images, with intervals; differences between sets; large sets in shards.
 
     With --generate N it first draws N images into OUT/samples. Interrupt it at will: whole shards and finished features
-    are kept, and the same command goes on. Under torchrun the shards are split over the ranks.
+    are kept, and the same command goes on. Under torchrun the ranks share the shards, and the last to end evaluates.
 
     Args:
         out: folder of evaluation.json, evaluation.md, features and drawn samples.
@@ -105,8 +105,8 @@ def evaluate(
     if not named and not generate_:
         fail(WHERE, "sets", "given (NAME=PATH ...), or --generate N", "none")
     # Whatever is wrong with these should show before hours of drawing.
-    network = load_extractor(extractor, weights, weights_sha256, place) if rank == 0 else None
-    real = open_reference(reference) if rank == 0 else None
+    network = load_extractor(extractor, weights, weights_sha256, place)
+    real = open_reference(reference)
     if generate_:
         drawing = GenerateSettings(
             generate_,
@@ -119,12 +119,15 @@ def evaluate(
             seed,
             shard,
         )
-        missing = _generate(out / "samples", model, drawing, max_slots, place, rank)
+        drawn, missing = _generate(out / "samples", model, drawing, max_slots, place, rank)
         if missing:
-            console.print(f"rank {rank} is done; others lack {len(missing)} shards: run again for figures")
+            console.print(f"rank {rank} is done; others lack {len(missing)} of {drawing.shards} shards")
+            return
+        # The rank that ends last finds the set whole; a set that was whole already is rank 0's.
+        if rank and not drawn:
             return
         named = {"samples": str(out / "samples"), **named}
-    if rank != 0:
+    elif rank:
         return
     report = run_evaluate(
         {name: open_images(path) for name, path in named.items()},
@@ -143,8 +146,8 @@ def evaluate(
 
 def _generate(
     folder: Path, model: str, settings: GenerateSettings, max_slots: int | None, device: torch.device, rank: int
-) -> list[int]:
-    """Draw this rank's shards; returns those of others that are missing."""
+) -> tuple[list[int], list[int]]:
+    """Draw this rank's shards; returns them and those that are missing then."""
     # Not at the top: the command line imports this module.
     from free_dit.cli import _drafter, _target
 

@@ -172,7 +172,7 @@ def generate(
     device: torch.device | str = "cpu",
     decode: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
-) -> list[int]:
+) -> tuple[list[int], list[int]]:
     """Draw the shards that ``folder`` lacks; shard s belongs to rank s modulo ``world_size``.
 
     Ranks share nothing but the folder. An image depends on its seed and index only, so a set is the same whatever the
@@ -192,7 +192,7 @@ def generate(
         progress: show a bar.
 
     Returns:
-        Shards of other ranks that are still missing; empty once the set is complete.
+        Shards drawn by this call, and shards that are still missing; the rank that draws the last one finds none.
 
     Raises:
         ValueError: the folder holds a set of other settings; the target draws latents and ``decode`` is None.
@@ -221,7 +221,7 @@ def generate(
         labels, result = _draw(target, drafter, settings, images, device=device, max_slots=max_slots)
         samples = result.samples if decode is None else decode(result.samples)
         write_arrays(shard_path(folder, shard), _shard_arrays(labels, to_pixels(samples), result))
-    return missing_shards(folder, settings) if world_size > 1 else []
+    return mine, missing_shards(folder, settings) if world_size > 1 else []
 
 
 def settings_of(folder: Path) -> GenerateSettings:
