@@ -37,8 +37,8 @@ class DDIMSchedule:
     sqrt(1 - abar / abar')`` and abar' = 1 after the last one, which adds no noise (equations 12 and 16).
 
     With ``eta = 0`` no step has noise: ``ancestral_sample`` draws with it, and ``sample`` refuses it, because a draft
-    of a deterministic step is either identical or wrong. With ``eta > 0`` steps are Gaussian and ``sample`` is lossless.
-    A learned variance is not used.
+    of a deterministic step is either identical or wrong. With ``eta > 0`` steps are Gaussian and ``sample`` is
+    lossless. A learned variance is not used.
 
     Args:
         num_steps: K, in ``[1, num_train_steps]``.

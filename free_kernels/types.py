@@ -29,10 +29,14 @@ class Schedule(Protocol):
     num_steps: int
 
     @property
-    def timesteps(self) -> Tensor: ...
+    def timesteps(self) -> Tensor:
+        """Timesteps of the K steps."""
+        ...
 
     @property
-    def clip(self) -> float: ...
+    def clip(self) -> float:
+        """Bound of the predicted clean sample."""
+        ...
 
     def resolve_variance(self, learns_variance: bool) -> str:
         """The variance type for a target; ``"learned_range"`` makes the variance the network's."""

@@ -1,4 +1,4 @@
-"""DDIM: steps against the paper and diffusers, its ends (deterministic and ancestral), and exactness with eta above 0."""
+"""DDIM: steps against the paper and diffusers, its ends (deterministic, ancestral), exactness with eta above 0."""
 
 from __future__ import annotations
 

@@ -126,7 +126,12 @@ def sample(
     check_writable("sample", "out", out)
     target, bundled = _target(model)
     labels = _labels(num, classes, target.num_classes)
-    settings = {"schedule": schedule_for(target, steps), "guidance_scale": guidance, "seed": seed, "max_slots": max_slots}
+    settings = {
+        "schedule": schedule_for(target, steps),
+        "guidance_scale": guidance,
+        "seed": seed,
+        "max_slots": max_slots,
+    }
     if drafter == "none":
         result = ancestral_sample(target, labels, progress=True, **settings)
     else:
