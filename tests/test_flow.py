@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 
 import mutations
+import numpy as np
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
 import free_kernels.speculation
-from free_dit import DiT, DiTConfig
+from free_dit import DiT, DiTConfig, cli, load_bundled
+from free_dit.data import load_digits
 from free_dit.flow import VelocityLoss, schedule_for
 from free_dit.sit import SiT
 from free_dit.train import TrainConfig, load_model, save_model, train
@@ -409,3 +411,60 @@ class TestTraining:
     def test_unknown_objectives_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="^train: objective must be one of 'noise', 'velocity', got 'score'"):
             train(TrainConfig(objective="score"), tmp_path)
+
+
+# Noise that drafter training has not seen.
+BUNDLED = {"schedule": FlowSDESchedule(250), "seed": 2**63 + 1234}
+
+
+class TestBundled:
+    """The shipped digits SiT and its drafter."""
+
+    @pytest.fixture(scope="class")
+    def pair(self):
+        return load_bundled("digits_sit")
+
+    def test_the_pair_belongs_together(self, pair):
+        target, drafter = pair
+        assert isinstance(target, SiTTarget)
+        assert drafter.config.time_unit * drafter.config.num_timesteps == target.num_train_steps
+        assert drafter.calibration is not None
+        folder = cli.MODELS / "digits_sit"
+        assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 3_000_000
+
+    @pytest.mark.slow
+    def test_learned_drafts_save_calls(self, pair):
+        target, drafter = pair
+        runs = [sample(target, torch.arange(16) % 10, drafter=one, **BUNDLED).stats for one in ("frozen", drafter)]
+        assert runs[1].call_reduction > runs[0].call_reduction > 1
+        assert runs[1].call_reduction > 5
+        assert runs[1].bias_bound == 0.0
+
+    @pytest.mark.slow
+    def test_a_perfect_drafter_returns_the_ordinary_images(self, pair):
+        target, labels = pair[0], torch.arange(6)
+        settings = {"schedule": FlowSDESchedule(40), "guidance_scale": 1.5}
+        expected = ancestral_sample(target, labels, **settings).samples
+        result = sample(target, labels, drafter=PerfectDrafter(target), **settings)
+        torch.testing.assert_close(result.samples, expected, rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.slow
+    def test_samples_are_digits(self, pair):
+        """A nearest-neighbour classifier trained on the real digits reads the samples as what they were asked to be."""
+        from sklearn.neighbors import KNeighborsClassifier
+
+        target, drafter = pair
+        labels, data = torch.arange(64) % 10, load_digits("train")
+        reader = KNeighborsClassifier(3).fit(data.images.flatten(1), data.labels)
+        images = sample(target, labels, drafter=drafter, guidance_scale=2.0, **BUNDLED).samples
+        assert reader.score(images.flatten(1), labels) > 0.9
+        assert reader.score(images.flatten(1), labels.roll(1)) < 0.3
+
+    def test_command_line(self, tmp_path):
+        """The schedule follows the model."""
+        cli.sample(tmp_path / "x.npz", "digits_sit", num=3, steps=20, seed=3)
+        with np.load(tmp_path / "x.npz") as file:
+            shown = file["arr_0"]
+        target, drafter = load_bundled("digits_sit")
+        expected = sample(target, torch.arange(3), schedule=FlowSDESchedule(20), drafter=drafter, seed=3).samples
+        assert np.abs(shown[..., 0] - ((expected.clamp(-1, 1) + 1) * 127.5).round()[:, 0].numpy()).max() <= 1

@@ -30,6 +30,7 @@ def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int =
     labels = torch.arange(images) % target.num_classes
     drafters: dict[str, Drafter] = {"frozen": FrozenDrafter(), "learned": drafter}
     figures: dict[str, Any] = {"images": images, "num_steps": num_steps, "machine": machine()}
+    figures["transitions"] = "learned variance" if target.learns_variance else type(schedule).__name__
     figures["acceptance"] = {}
     for scale in (1.0, 2.0):
         data = collect(target, schedule, labels, torch.full((images,), scale), seed=EVALUATION_SEED, progress=True)
@@ -106,7 +107,7 @@ def render(figures: dict[str, Any]) -> str:
     lines = [
         f"Measured with `python -m free_dit card` on {figures['machine']['cpu']} "
         f"({figures['machine']['threads']} threads, torch {figures['machine']['torch']}); {figures['images']} images, "
-        f"{figures['num_steps']} steps, learned variance, lossless.",
+        f"{figures['num_steps']} steps, {figures.get('transitions', 'learned variance')}, lossless.",
         "",
         "Acceptance probability of a draft so many steps past the last exact feature:",
         "",
