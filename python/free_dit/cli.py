@@ -30,7 +30,7 @@ from free_dit.train import TrainConfig
 from free_dit.train import train as run_train
 from free_dit.train_drafter import DrafterTrainConfig
 from free_dit.train_drafter import train_drafter as run_train_drafter
-from free_kernels import FeatureDrafter, ancestral_sample
+from free_kernels import DDIMSchedule, FeatureDrafter, ancestral_sample
 from free_kernels import sample as speculative_sample
 from free_kernels.types import Drafter, Target
 from free_kernels.validation import check_int, check_writable
@@ -112,7 +112,8 @@ def sample(
     Args:
         out: a .png or .npz file.
         model: a bundled model's name, or a model.safetensors.
-        drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors.
+        drafter: "bundled", "frozen", "none" (the ordinary sampler), "ddim" (a baseline that is no speculation: DDIM
+            without noise), or a drafter.safetensors.
         num: images.
         classes: labels to cycle through; all if empty.
         steps: sampling steps K.
@@ -132,7 +133,9 @@ def sample(
         "seed": seed,
         "max_slots": max_slots,
     }
-    if drafter == "none":
+    if drafter == "ddim":
+        settings["schedule"] = DDIMSchedule(steps)
+    if drafter in ("none", "ddim"):
         result = ancestral_sample(target, labels, progress=True, **settings)
     else:
         chosen = _drafter(drafter, bundled, target)
