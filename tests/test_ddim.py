@@ -11,6 +11,7 @@ import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
 import free_kernels.speculation
+from free_dit import cli, load_bundled
 from free_kernels import DDIMSchedule, DDPMSchedule, ancestral_sample, sample
 from free_kernels.ddim_schedule import spaced_timesteps
 from free_kernels.ops.coupling import gaussian_transition
@@ -136,6 +137,15 @@ def test_deterministic_steps_are_the_ordinary_samplers_only():
     for draft_length in (2, "auto"):
         with pytest.raises(ValueError, match=r"^sample: schedule must be one whose steps add noise \(draft_length=1"):
             sample(target, LABELS[:4], schedule=schedule, draft_length=draft_length)
+
+
+def test_command_line(tmp_path):
+    cli.sample(tmp_path / "x.npz", drafter="ddim", num=2, steps=5, seed=3)
+    with np.load(tmp_path / "x.npz") as file:
+        shown = file["arr_0"][..., 0]
+    target, _ = load_bundled("digits")
+    expected = ancestral_sample(target, torch.arange(2), schedule=DDIMSchedule(5), seed=3).samples
+    assert np.abs(shown - ((expected.clamp(-1, 1) + 1) * 127.5).round()[:, 0].numpy()).max() <= 1
 
 
 @pytest.mark.parametrize(
