@@ -417,12 +417,13 @@ class TestTraining:
 BUNDLED = {"schedule": FlowSDESchedule(250), "seed": 2**63 + 1234}
 
 
+@pytest.fixture(scope="module")
+def pair():
+    return load_bundled("digits_sit")
+
+
 class TestBundled:
     """The shipped digits SiT and its drafter."""
-
-    @pytest.fixture(scope="class")
-    def pair(self):
-        return load_bundled("digits_sit")
 
     def test_the_pair_belongs_together(self, pair):
         target, drafter = pair
