@@ -1,21 +1,25 @@
 """Lossless speculative sampling for Diffusion Transformers."""
 
 from free_kernels import ops
+from free_kernels.ddim_schedule import DDIMSchedule
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
+from free_kernels.flow_schedule import FlowSDESchedule
 from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
 from free_kernels.relaxation import Relaxation
 from free_kernels.sampler import ancestral_sample, sample
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.targets import DiTTarget
-from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Target
+from free_kernels.targets import DiTTarget, SiTTarget
+from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Schedule, Target
 from free_kernels.version import __version__
 
 __all__ = [
+    "DDIMSchedule",
     "DDPMSchedule",
     "DiTTarget",
     "Drafter",
     "DrafterConfig",
     "FeatureDrafter",
+    "FlowSDESchedule",
     "FrozenDrafter",
     "NoiseSource",
     "PhiloxNoise",
@@ -24,6 +28,8 @@ __all__ = [
     "RoundInfo",
     "SampleResult",
     "SampleStats",
+    "Schedule",
+    "SiTTarget",
     "Target",
     "TensorNoise",
     "__version__",

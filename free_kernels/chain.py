@@ -12,7 +12,8 @@ from torch import Tensor
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import Purpose, as_noise_source
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.targets import as_target
+from free_kernels.schedule import TransitionColumn
+from free_kernels.targets import DiTTarget, as_target
 from free_kernels.types import NoiseSource, Target, guided_channels, null_label
 from free_kernels.validation import check_float, check_int, check_labels, describe, fail
 
@@ -64,6 +65,11 @@ class Chain:
         """Distinct labels that the network will see."""
         unique = self.labels.unique()
         return unique if self.null is None else torch.cat([unique, unique.new_tensor([self.null])])
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether a step that can be drafted, neither the first nor the last, adds no noise."""
+        return bool(self.table[1:-1, TransitionColumn.LOG_STD].isneginf().any())
 
     def hoisted(self) -> Chain:
         """The same job on a target whose (t, y)-only work is done."""
@@ -137,6 +143,19 @@ class Chain:
         )
 
 
+def _check_family(where: str, schedule: object, target: Target) -> None:
+    """Raise ValueError where the schedule's steps would misread the target's output or timesteps."""
+    steps = getattr(schedule, "family", "diffusion")
+    network = getattr(target, "family", "diffusion" if isinstance(target, DiTTarget) else steps)
+    if steps != network:
+        example = {"flow": "FlowSDESchedule()", "diffusion": "DDPMSchedule()"}.get(network, "of its own")
+        fail(where, "schedule", f"one for a {network} model such as {example}", f"one for a {steps} model")
+    own = getattr(schedule, "num_train_steps", None)
+    wanted = getattr(target, "num_train_steps", own)
+    if own is not None and wanted is not None and own != wanted:
+        fail(where, "schedule", f"one with the target's num_train_steps {wanted}", f"{own}")
+
+
 def make_chain(
     where: str,
     target: object,
@@ -157,6 +176,7 @@ def make_chain(
     labels = check_labels(where, class_labels, adapted.num_classes)
     if isinstance(schedule, type) or not all(hasattr(schedule, name) for name in _SCHEDULE_MEMBERS):
         fail(where, "schedule", "a schedule such as DDPMSchedule()", describe(schedule), TypeError)
+    _check_family(where, schedule, adapted)
     scale = check_float(where, "guidance_scale", guidance_scale, 0.0)
     if scale != 1.0 and not getattr(adapted, "has_null_label", True):
         fail(where, "guidance_scale", "1 for a target trained without label dropout", f"{scale:g}")

@@ -16,7 +16,7 @@ from free_kernels.ordinary import run_ordinary
 from free_kernels.relaxation import Relaxation, as_relaxation
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.speculation import Settings, Speculation, packing_backend
-from free_kernels.types import Callback, Drafter, SampleResult
+from free_kernels.types import Callback, Drafter, SampleResult, Schedule
 from free_kernels.validation import check_choice, check_int, fail
 
 
@@ -25,7 +25,7 @@ def ancestral_sample(
     target: object,
     class_labels: Tensor,
     *,
-    schedule: DDPMSchedule = DDPMSchedule(),
+    schedule: Schedule = DDPMSchedule(),
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
     seed: int = 0,
@@ -61,7 +61,7 @@ def sample(
     target: object,
     class_labels: Tensor,
     *,
-    schedule: DDPMSchedule = DDPMSchedule(num_steps=250),
+    schedule: Schedule = DDPMSchedule(num_steps=250),
     drafter: str | Drafter = "frozen",
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
@@ -137,6 +137,8 @@ def sample(
         fail(where, "draft_length", "an int or 'auto'", repr(draft_length))
     else:
         length = check_int(where, "draft_length", draft_length, 1, num_steps)
+    if length > 1 and chain.is_deterministic:
+        fail(where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without")
     settings = Settings(
         length,
         policy,

@@ -9,6 +9,43 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
+# Ticks in the unit of time of flow models. Timesteps are integers all the way to the target, which divides by this.
+TIME_TICKS = 100_000
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """The Gaussian transitions of a sampler's K steps; row k of everything belongs to step k, 0 being pure noise.
+
+    A schedule may also define ``family`` ("flow" for velocity models; "diffusion" if absent), and where it does
+    ``num_train_steps``: a target with other ones is refused.
+
+    Attributes:
+        num_steps: K.
+        timesteps: int64 ``[K]``, distinct and at least 0, shown to the target and the drafter.
+        clip: bound of the predicted clean sample, or infinity.
+    """
+
+    num_steps: int
+
+    @property
+    def timesteps(self) -> Tensor:
+        """Timesteps of the K steps."""
+        ...
+
+    @property
+    def clip(self) -> float:
+        """Bound of the predicted clean sample."""
+        ...
+
+    def resolve_variance(self, learns_variance: bool) -> str:
+        """The variance type for a target; ``"learned_range"`` makes the variance the network's."""
+        ...
+
+    def table(self, variance: str) -> Tensor:
+        """Coefficients float32 ``[K, 8]``, columns of :class:`free_kernels.schedule.TransitionColumn`."""
+        ...
+
 
 @runtime_checkable
 class Target(Protocol):
@@ -16,8 +53,9 @@ class Target(Protocol):
 
     Both methods are called with tensors on the device of the class labels, or on ``device`` where the target has that
     attribute. A target may also define ``guidance_channels`` (how many leading channels guidance mixes; all if absent),
-    ``has_null_label`` (False: it cannot be guided) and ``hoisted(timesteps, labels) -> Target`` (a copy with everything
-    that depends on (t, y) only computed once).
+    ``has_null_label`` (False: it cannot be guided), ``hoisted(timesteps, labels) -> Target`` (a copy with everything
+    that depends on (t, y) only computed once), ``family`` (which schedules it goes with, "diffusion" or "flow"; any if
+    absent) and ``num_train_steps`` (of those schedules; any if absent).
 
     Attributes:
         latent_shape: (C, H, W).

@@ -39,8 +39,8 @@ def test_the_files_are_those_of_the_card():
 
 
 def test_unknown_names_are_refused():
-    assert bundled_names() == ("digits",)
-    with pytest.raises(ValueError, match="^load_bundled: name must be one of 'digits', got 'imagenet'"):
+    assert bundled_names() == ("digits", "digits_sit")
+    with pytest.raises(ValueError, match="^load_bundled: name must be one of 'digits', 'digits_sit', got 'imagenet'"):
         load_bundled("imagenet")
 
 

@@ -37,6 +37,7 @@ class DrafterConfig:
             the last step, scaled to unit size), "scaled_change" (the same over its typical size at that timestep).
         skip: whether the embedding also reaches the output past the blocks, through a gain that depends on (t, y).
         num_timesteps: T, training timesteps of the target.
+        time_unit: ticks of the schedule's timesteps to one of these T: 1, but for flow models, whose time is finer.
     """
 
     width: int | None = None
@@ -47,6 +48,7 @@ class DrafterConfig:
     inputs: str = "state+unit_change+scaled_change"
     skip: bool = True
     num_timesteps: int = 1000
+    time_unit: int = 1
 
 
 # What drafters were before these became choices.
@@ -170,6 +172,7 @@ class FeatureDrafter(nn.Module):
         self.num_classes = check_int("FeatureDrafter", "num_classes", num_classes, 1)
         self.config = config
         check_int("FeatureDrafter", "window", config.window, 1)
+        check_int("FeatureDrafter", "time_unit", config.time_unit, 1)
         channels, height, width = self.latent_shape
         tokens, features = self.feature_shape
         self.patch = math.isqrt(height * width // tokens)
@@ -214,11 +217,13 @@ class FeatureDrafter(nn.Module):
     def set_change_scale(self, timesteps: Tensor, states: Tensor) -> None:
         """Take the size of a state's change at every timestep from chains ``states [K, ..., C, H, W]`` at ``[K]``.
 
-        Entry k of ``timesteps`` is that of ``states[k]``, descending; between them sizes are interpolated.
+        Entry k of ``timesteps`` is that of ``states[k]``, in either direction; between them sizes are interpolated.
         """
         if "scaled_change" in self.inputs:
             rms = states.diff(dim=0).flatten(1).square().mean(1).sqrt().clamp(min=1e-8)
-            known, sizes = timesteps[1:].flip(0).cpu().numpy(), rms.flip(0).log().cpu().numpy()
+            order = timesteps[1:].argsort()
+            known = (timesteps[1:][order] / self.config.time_unit).cpu().numpy()
+            sizes = rms[order].log().cpu().numpy()
             wanted = np.arange(self.config.num_timesteps)
             self.change_rms.copy_(torch.from_numpy(np.exp(np.interp(wanted, known, sizes))))
 
@@ -275,7 +280,14 @@ class FeatureDrafter(nn.Module):
         return tokens, width // self.config.head_dim, self.config.head_dim
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> FeatureDrafter:
-        """A copy with modulations tabled and scales folded into the weights; itself if there are too many pairs."""
+        """A copy with modulations tabled and scales folded into the weights; itself if there are too many pairs.
+
+        Raises:
+            ValueError: timesteps beyond those that the drafter was made for.
+        """
+        latest, limit = int(timesteps.max()), self.config.num_timesteps * self.config.time_unit
+        if latest >= limit:
+            fail("FeatureDrafter", "timesteps", f"below the {limit} that the drafter was made for", str(latest))
         inner = self.positions.shape[-1]
         if not table_fits(timesteps, labels, self._modulation_rows * inner * self.positions.element_size()):
             return self
@@ -356,12 +368,16 @@ class FeatureDrafter(nn.Module):
         if "unit_change" in self.inputs:
             parts["unit_change"] = change * change.square().mean((1, 2, 3), keepdim=True).add_(1e-12).rsqrt_()
         if "scaled_change" in self.inputs:
-            parts["scaled_change"] = change / self.change_rms.index_select(0, t).view(-1, 1, 1, 1)
+            parts["scaled_change"] = change / self.change_rms.index_select(0, self._unit(t)).view(-1, 1, 1, 1)
         chosen = torch.cat([parts[name] for name in self.inputs], dim=1)
         rows, channels, height, width = chosen.shape
         p = self.patch
         tiles = chosen.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         return tiles.reshape(rows, self.feature_shape[0], channels * p * p)
+
+    def _unit(self, t: Tensor) -> Tensor:
+        """Timesteps in units of the T that tables are made for, rounded down."""
+        return t if self.config.time_unit == 1 else t.div(self.config.time_unit, rounding_mode="floor")
 
     def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """``[R, 6 depth + 2, 1, width]``: (shift, 1 + scale, 1 + gate) of each half block, then (shift, 1 + scale).
@@ -369,7 +385,7 @@ class FeatureDrafter(nn.Module):
         With a skip there is one row more, its 1 + gain.
         """
         exponents = torch.arange(64, dtype=torch.float32, device=t.device) / 64
-        angles = t.float().unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
+        angles = (t.float() / self.config.time_unit).unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         c = self.timestep_mlp(waves.to(self.positions.dtype)) + self.label_table(y)
         rows = self.modulation(F.silu(c)).unflatten(1, (self._modulation_rows, 1, -1))

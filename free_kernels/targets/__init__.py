@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from free_kernels.targets.dit import DiTTarget, is_dit_module
+from free_kernels.targets.sit import SiTTarget
 from free_kernels.types import Target
 from free_kernels.validation import fail
 
-__all__ = ["DiTTarget", "as_target", "is_dit_module"]
+__all__ = ["DiTTarget", "SiTTarget", "as_target", "is_dit_module"]
 
 
 def as_target(where: str, target: object) -> Target:
@@ -18,7 +19,8 @@ def as_target(where: str, target: object) -> Target:
         TypeError: neither.
     """
     if is_dit_module(target):
-        return DiTTarget(target)  # type: ignore[arg-type]
+        kind = SiTTarget if getattr(target, "family", None) == "flow" else DiTTarget
+        return kind(target)  # type: ignore[arg-type]
     if isinstance(target, nn.Module) and not isinstance(target, Target):
         fail(
             where,

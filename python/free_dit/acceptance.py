@@ -7,13 +7,12 @@ from torch import Tensor
 
 from free_dit.trajectories import Trajectories, guided_transition
 from free_kernels.hoisting import hoisted
-from free_kernels.schedule import DDPMSchedule
-from free_kernels.types import Drafter, Target, guided_channels, new_memory, null_label
+from free_kernels.types import Drafter, Schedule, Target, guided_channels, new_memory, null_label
 
 
 @torch.no_grad()
 def acceptance_by_lookahead(
-    target: Target, drafter: Drafter, schedule: DDPMSchedule, data: Trajectories, lookahead: int = 5
+    target: Target, drafter: Drafter, schedule: Schedule, data: Trajectories, lookahead: int = 5
 ) -> Tensor:
     """Probability that a draft ``ahead`` steps past the last exact feature is accepted, ``[lookahead, K]``.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_kernels import DDPMSchedule, ancestral_sample, sample
+from free_kernels import Schedule, ancestral_sample, sample
 from free_kernels.ops.coupling import couple
 from free_kernels.schedule import TransitionColumn
 from free_kernels.types import Drafter, RoundInfo, SampleStats, Target
@@ -135,7 +135,7 @@ class _Recorder:
 
 
 def feature_dynamics(
-    target: Target, schedule: DDPMSchedule, labels: Tensor, seed: int, progress: bool = False
+    target: Target, schedule: Schedule, labels: Tensor, seed: int, progress: bool = False
 ) -> FeatureDynamics:
     """Watch every block through forward hooks while the ordinary sampler, unguided, draws images of ``labels [N]``.
 
@@ -192,7 +192,7 @@ class UncertaintyRun:
 
 
 def uncertainty_runs(
-    subjects: Sequence[Subject], labels: Sequence[Tensor], schedule: DDPMSchedule, settings: Settings
+    subjects: Sequence[Subject], labels: Sequence[Tensor], schedule: Schedule, settings: Settings
 ) -> list[UncertaintyRun]:
     """Runs of :func:`free_kernels.sample` on each subject's labels ``[N]``, for every guidance scale and drafter.
 
@@ -360,7 +360,7 @@ class Timeline:
 
 def timeline(
     target: Target,
-    schedule: DDPMSchedule,
+    schedule: Schedule,
     labels: Tensor,
     drafter: Drafter | str,
     draft_length: int,

@@ -32,7 +32,7 @@ from free_dit.analysis import (
     timeline,
     uncertainty_runs,
 )
-from free_kernels import DDPMSchedule
+from free_dit.flow import schedule_for
 from free_kernels.validation import check_int, check_writable, fail
 
 # Okabe and Ito's palette: told apart with any colour vision.
@@ -61,7 +61,8 @@ def write_figures(out: Path, subjects: Sequence[Subject], settings: Settings = S
     check_int("figures", "steps", settings.steps, settings.draft_length)
     paths = [check_writable("figures", "out", Path(out) / f"{name}.png") for name in NAMES]
     similarity, change, uncertainty, reflection, rounds = paths
-    schedule, first = DDPMSchedule(settings.steps), subjects[0]
+    first = subjects[0]
+    schedule = schedule_for(first.target, settings.steps)
     labels = [torch.arange(settings.num) % subject.target.num_classes for subject in subjects]
     # Whatever can be refused is refused by the first runs, before minutes are spent.
     runs = uncertainty_runs(subjects, labels, schedule, settings)

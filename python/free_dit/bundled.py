@@ -6,7 +6,7 @@ from pathlib import Path
 
 from free_dit.train import load_model
 from free_kernels.drafters import FeatureDrafter
-from free_kernels.targets import DiTTarget
+from free_kernels.targets import DiTTarget, as_target
 from free_kernels.validation import check_choice
 
 MODELS = Path(__file__).parent / "models"
@@ -17,12 +17,24 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(sorted(folder.name for folder in MODELS.iterdir() if (folder / "model.safetensors").is_file()))
 
 
+def load_target(path: str | Path) -> DiTTarget:
+    """The adapter of a DiT or SiT written by ``python -m free_dit train``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: broken, truncated, or not a model of ours.
+    """
+    return as_target("load_target", load_model(path))  # type: ignore[return-value]
+
+
 def load_bundled(name: str) -> tuple[DiTTarget, FeatureDrafter]:
     """A shipped target and its learned drafter, ready for ``sample(target, labels, drafter=drafter)``.
+
+    A flow model (a :class:`free_kernels.SiTTarget`) also needs ``schedule=FlowSDESchedule()``.
 
     Raises:
         ValueError: no bundled model of this name.
     """
     check_choice("load_bundled", "name", name, bundled_names())
-    target = DiTTarget(load_model(MODELS / name / "model.safetensors"))
+    target = load_target(MODELS / name / "model.safetensors")
     return target, FeatureDrafter.load(MODELS / name / "drafter.safetensors", target)

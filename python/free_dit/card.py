@@ -13,9 +13,10 @@ from tqdm import tqdm
 from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.bundled import MODELS, load_bundled
 from free_dit.data import load_digits
+from free_dit.flow import schedule_for
 from free_dit.trajectories import collect
 from free_dit.wall_clock import machine
-from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
+from free_kernels import FrozenDrafter, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 
 # Far from the seeds of drafter training, which count up from loop.seed * 2**20: the noise must be new to the drafter.
@@ -25,10 +26,11 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int = 250) -> dict[str, Any]:
     """Everything that a card reports; a few minutes on two cores."""
-    schedule = DDPMSchedule(num_steps)
+    schedule = schedule_for(target, num_steps)
     labels = torch.arange(images) % target.num_classes
     drafters: dict[str, Drafter] = {"frozen": FrozenDrafter(), "learned": drafter}
     figures: dict[str, Any] = {"images": images, "num_steps": num_steps, "machine": machine()}
+    figures["transitions"] = "learned variance" if target.learns_variance else type(schedule).__name__
     figures["acceptance"] = {}
     for scale in (1.0, 2.0):
         data = collect(target, schedule, labels, torch.full((images,), scale), seed=EVALUATION_SEED, progress=True)
@@ -69,7 +71,7 @@ def other_step_counts(target: Target, drafter: Drafter, images: int = 16) -> dic
     for num_steps in (50, 100, 250, 1000):
         rows[num_steps] = {
             name: sample(
-                target, labels, drafter=one, schedule=DDPMSchedule(num_steps), seed=EVALUATION_SEED
+                target, labels, drafter=one, schedule=schedule_for(target, num_steps), seed=EVALUATION_SEED
             ).stats.call_reduction
             for name, one in (("frozen", "frozen"), ("learned", drafter))
         }
@@ -93,7 +95,9 @@ def quality(target: Target, images: int = 500) -> dict[str, Any]:
 
     rows = {"held-out real digits": describe(test.images, test.labels)}
     for scale in (1.0, 2.0):
-        result = ancestral_sample(target, labels, guidance_scale=scale, seed=3, max_slots=128, progress=True)
+        schedule = schedule_for(target, 250)
+        settings = {"schedule": schedule, "guidance_scale": scale, "seed": 3, "max_slots": 128, "progress": True}
+        result = ancestral_sample(target, labels, **settings)
         rows[f"samples, guidance {scale:g}"] = describe(result.samples, labels)
     return {"images": images, "rows": rows}
 
@@ -103,7 +107,7 @@ def render(figures: dict[str, Any]) -> str:
     lines = [
         f"Measured with `python -m free_dit card` on {figures['machine']['cpu']} "
         f"({figures['machine']['threads']} threads, torch {figures['machine']['torch']}); {figures['images']} images, "
-        f"{figures['num_steps']} steps, learned variance, lossless.",
+        f"{figures['num_steps']} steps, {figures.get('transitions', 'learned variance')}, lossless.",
         "",
         "Acceptance probability of a draft so many steps past the last exact feature:",
         "",

@@ -16,22 +16,23 @@ from tyro.conf import Positional, arg
 
 from free_dit.analysis import Settings, Subject
 from free_dit.analysis_figures import write_figures
-from free_dit.bundled import MODELS, bundled_names, load_bundled
+from free_dit.bundled import MODELS, bundled_names, load_bundled, load_target
 from free_dit.card import EVALUATION_SEED, write_card
 from free_dit.compare import compare as run_compare
 from free_dit.compare import print_report
 from free_dit.configuration import load_config
 from free_dit.evaluation.command import evaluate
 from free_dit.figures import sample_grids
+from free_dit.flow import schedule_for
 from free_dit.study import render_study, run_study
 from free_dit.sweep import preset as sweep_preset
 from free_dit.sweep import read_sweep, run_sweep
 from free_dit.sweep_report import write_report
-from free_dit.train import TrainConfig, load_model
+from free_dit.train import TrainConfig
 from free_dit.train import train as run_train
 from free_dit.train_drafter import DrafterTrainConfig
 from free_dit.train_drafter import train_drafter as run_train_drafter
-from free_kernels import DDPMSchedule, DiTTarget, FeatureDrafter, ancestral_sample
+from free_kernels import DDIMSchedule, FeatureDrafter, ancestral_sample
 from free_kernels import sample as speculative_sample
 from free_kernels.types import Drafter, Target
 from free_kernels.validation import check_int, check_writable
@@ -48,7 +49,7 @@ def _target(model: str) -> tuple[Target, Drafter | None]:
     """A bundled pair by name, or a DiT checkpoint of ours by path."""
     if model in bundled_names():
         return load_bundled(model)
-    return DiTTarget(load_model(model)), None
+    return load_target(model), None
 
 
 def _drafter(choice: str, bundled: Drafter | None, target: Target) -> Drafter | str:
@@ -91,7 +92,7 @@ def train_drafter(
         config: TOML file with the keys of DrafterTrainConfig.
         set_: overrides such as loop.iterations=2000 drafter.width=64.
     """
-    target = DiTTarget(load_model(MODELS / model / "model.safetensors" if model in bundled_names() else model))
+    target = load_target(MODELS / model / "model.safetensors" if model in bundled_names() else model)
     path = run_train_drafter(target, load_config(DrafterTrainConfig, config, set_), out, model)
     console.print(f"wrote {path}")
 
@@ -114,7 +115,8 @@ def sample(
     Args:
         out: a .png or .npz file.
         model: a bundled model's name, or a model.safetensors.
-        drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors.
+        drafter: "bundled", "frozen", "none" (the ordinary sampler), "ddim" (a baseline that is no speculation: DDIM
+            without noise), or a drafter.safetensors.
         num: images.
         classes: labels to cycle through; all if empty.
         steps: sampling steps K.
@@ -128,8 +130,15 @@ def sample(
     check_writable("sample", "out", out)
     target, bundled = _target(model)
     labels = _labels(num, classes, target.num_classes)
-    settings = {"schedule": DDPMSchedule(steps), "guidance_scale": guidance, "seed": seed, "max_slots": max_slots}
-    if drafter == "none":
+    settings = {
+        "schedule": schedule_for(target, steps),
+        "guidance_scale": guidance,
+        "seed": seed,
+        "max_slots": max_slots,
+    }
+    if drafter == "ddim":
+        settings["schedule"] = DDIMSchedule(steps)
+    if drafter in ("none", "ddim"):
         result = ancestral_sample(target, labels, progress=True, **settings)
     else:
         chosen = _drafter(drafter, bundled, target)

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from free_dit.figures import acceptance_plot, sample_grids
+from free_dit.flow import schedule_for
 from free_dit.wall_clock import machine, wall_clock_ratio
-from free_kernels import DDPMSchedule, SampleResult, ancestral_sample, sample
+from free_kernels import SampleResult, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 
 
@@ -39,7 +40,7 @@ def compare(
     Returns:
         What ``compare.json`` holds.
     """
-    settings: dict[str, Any] = {"schedule": DDPMSchedule(num_steps), "guidance_scale": guidance_scale}
+    settings: dict[str, Any] = {"schedule": schedule_for(target, num_steps), "guidance_scale": guidance_scale}
     runs = {"ordinary": ancestral_sample(target, labels, seed=seed, progress=True, **settings)}
     for name, drafter in drafters.items():
         runs[name] = sample(

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.card import EVALUATION_SEED
 from free_dit.configuration import load_config
+from free_dit.flow import schedule_for
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.trajectories import Trajectories, collect
 from free_dit.wall_clock import machine
-from free_kernels import DDPMSchedule, FeatureDrafter, FrozenDrafter, sample
+from free_kernels import FeatureDrafter, FrozenDrafter, sample
 from free_kernels.hoisting import hoisted
 from free_kernels.types import Drafter, Target, new_memory
 from free_kernels.validation import check_int, check_writable, fail
@@ -46,7 +47,7 @@ LOOKAHEAD, LENGTHS = 5, (6, 12)
 @torch.no_grad()
 def call_cost(target: Target, drafter: Drafter, repeats: int = 40) -> float:
     """Seconds of a drafter call over seconds of a target call of one row, without guidance; least of the repeats."""
-    labels, timesteps = torch.zeros(1, dtype=torch.int64), DDPMSchedule().timesteps
+    labels, timesteps = torch.zeros(1, dtype=torch.int64), schedule_for(target, 250).timesteps
     network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
     draft: Drafter = hoisted(drafter, timesteps, labels)  # type: ignore[assignment]
     memory = new_memory(draft, 1, 1, repeats)
@@ -69,7 +70,7 @@ def call_cost(target: Target, drafter: Drafter, repeats: int = 40) -> float:
 
 def evaluate(target: Target, drafter: Drafter, data: Trajectories, num_steps: int) -> dict[str, Any]:
     """Acceptance by look-ahead and in the last fifth, call reduction of both verifications, cost of a call."""
-    schedule = DDPMSchedule(num_steps)
+    schedule = schedule_for(target, num_steps)
     table = acceptance_by_lookahead(target, drafter, schedule, data, LOOKAHEAD)
     reductions = {
         f"{kind} {length}": sample(
@@ -109,7 +110,7 @@ def run_study(
             fail("study", "variants", f"among {', '.join(VARIANTS)}", repr(name))
     result = check_writable("study", "out", Path(out) / "study.json")
     base = load_config(DrafterTrainConfig, config, overrides)
-    labels, schedule = torch.arange(images) % target.num_classes, DDPMSchedule(base.num_steps)
+    labels, schedule = torch.arange(images) % target.num_classes, schedule_for(target, base.num_steps)
     data: Trajectories | None = None
     known = json.loads(result.read_text()) if result.exists() else {}
     frame = {"model": model, "overrides": list(overrides), "images": images, "num_steps": base.num_steps}

@@ -6,15 +6,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from free_dit.data import DATASETS
 from free_dit.diffusion import DiffusionLoss
+from free_dit.flow import VelocityLoss
 from free_dit.model import DiT, DiTConfig
+from free_dit.sit import SiT
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
-from free_kernels.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from free_kernels.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.validation import check_choice, check_int, check_writable
+
+_FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class TrainConfig:
         loop: length and speed of training.
         dataset: name of a bundled data set.
         batch_size: images per iteration.
+        objective: "noise" (a DiT) or "velocity" (a SiT, on the linear interpolant).
         compile: train through torch.compile (faster, needs a C++ compiler on a CPU).
     """
 
@@ -33,6 +38,7 @@ class TrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     dataset: str = "digits"
     batch_size: int = 128
+    objective: str = "noise"
     compile: bool = False
 
 
@@ -48,11 +54,14 @@ def train(config: TrainConfig, out: Path) -> Path:
     """
     check_choice("train", "dataset", config.dataset, tuple(DATASETS))
     check_int("train", "batch_size", config.batch_size, 1)
+    check_choice("train", "objective", config.objective, tuple(_FAMILIES))
     target_path = check_writable("train", "out", Path(out) / "model.safetensors")
     data = DATASETS[config.dataset]("train")
     with iteration_seed(config.loop.seed, -1):
-        model = DiT(config.model).train()
-    loss = DiffusionLoss(DDPMSchedule(), data.level_width, config.model.learn_sigma)
+        model = _FAMILIES[config.objective](config.model).train()
+    loss: nn.Module = VelocityLoss()
+    if config.objective == "noise":
+        loss = DiffusionLoss(DDPMSchedule(), data.level_width, config.model.learn_sigma)
     network = torch.compile(model) if config.compile else model
 
     def step(_: int) -> tuple[Tensor, dict[str, float]]:
@@ -68,18 +77,22 @@ def train(config: TrainConfig, out: Path) -> Path:
 
 def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None) -> None:
     """Write a DiT (or other weights of its shape) with its config."""
-    metadata = {"kind": "dit", "config": model.config.to_dict()}
+    objective = next(name for name, family in _FAMILIES.items() if type(model) is family)
+    metadata = {"kind": "dit", "objective": objective, "config": model.config.to_dict()}
     save_checkpoint(path, weights if weights is not None else model.state_dict(), metadata)
 
 
 def load_model(path: str | Path) -> DiT:
-    """Read a DiT written by :func:`save_model`, in evaluation mode.
+    """Read a DiT or SiT written by :func:`save_model`, in evaluation mode.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: broken, truncated, or not a DiT of ours.
     """
     tensors, metadata = load_checkpoint(path, "dit")
-    model = DiT(DiTConfig(**metadata["config"]))
+    objective = metadata.get("objective", "noise")
+    if objective not in _FAMILIES:
+        raise CheckpointError(f"load_model: {path} must have been trained on {' or '.join(_FAMILIES)}, got {objective}")
+    model = _FAMILIES[objective](DiTConfig(**metadata["config"]))
     load_weights(model, tensors, path)
     return model.eval().requires_grad_(False)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from free_dit.acceptance import acceptance_by_lookahead
+from free_dit.flow import schedule_for
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.trajectories import Trajectories, collect, guided_transition
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
-from free_kernels.schedule import DDPMSchedule
 from free_kernels.types import Target, guided_channels, null_label
 from free_kernels.validation import check_choice, check_int, check_writable
 
@@ -63,7 +63,7 @@ _PARTS, _LOOKAHEAD = 25, 8
 
 def calibrate(target: Target, drafter: FeatureDrafter, config: DrafterTrainConfig) -> list[list[float]]:
     """Acceptance by part of the chain and look-ahead on fresh trajectories, half of them guided."""
-    schedule, count = DDPMSchedule(config.num_steps), config.calibration_images
+    schedule, count = schedule_for(target, config.num_steps), config.calibration_images
     guidance = torch.linspace(1.0, config.max_guidance, count)
     guidance[: count // 2] = 1.0
     # Noise that training never draws.
@@ -85,7 +85,7 @@ class DrafterLoss:
     def __init__(self, target: Target, drafter: FeatureDrafter, config: DrafterTrainConfig) -> None:
         self.target, self.drafter, self.config = target, drafter, config
         self.network = torch.compile(drafter) if config.compile else drafter
-        self.schedule = DDPMSchedule(config.num_steps)
+        self.schedule = schedule_for(target, config.num_steps)
         self.table = self.schedule.table(self.schedule.resolve_variance(target.learns_variance))
         self.guided = guided_channels(target)
         self._data: Trajectories | None = None
@@ -198,6 +198,9 @@ def train_drafter(target: Target, config: DrafterTrainConfig, out: Path, target_
     check_int("train_drafter", "trajectories", config.trajectories, 2)
     check_choice("train_drafter", "loss", config.loss, tuple(LOSSES))
     path = check_writable("train_drafter", "out", Path(out) / "drafter.safetensors")
+    # A flow model's timesteps are ticks of a finer time.
+    unit = max(1, schedule_for(target, config.num_steps).num_train_steps // config.drafter.num_timesteps)
+    config = replace(config, drafter=replace(config.drafter, time_unit=unit))
     with iteration_seed(config.loop.seed, -1):
         drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
     loss = DrafterLoss(target, drafter, config)

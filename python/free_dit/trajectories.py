@@ -11,8 +11,7 @@ from tqdm import tqdm
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.schedule import DDPMSchedule
-from free_kernels.types import Target, guided_channels, null_label
+from free_kernels.types import Schedule, Target, guided_channels, null_label
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def guided_transition(
 
 @torch.no_grad()
 def collect(
-    target: Target, schedule: DDPMSchedule, labels: Tensor, guidance: Tensor, seed: int, progress: bool = False
+    target: Target, schedule: Schedule, labels: Tensor, guidance: Tensor, seed: int, progress: bool = False
 ) -> Trajectories:
     """Run the ordinary sampler for ``labels [B]`` with guidance scales ``[B]`` and keep everything."""
     count, num_steps = len(labels), schedule.num_steps
