@@ -275,11 +275,11 @@ def copies(target, folder):
 def test_copies_of_the_bundled_digits_give_its_images(digits, tmp_path, guidance):
     target, drafter = digits
     labels = torch.tensor([3, 7, 1])
-    settings = {"schedule": DDPMSchedule(40), "guidance_scale": guidance, "seed": 4}
+    settings = {"schedule": DDPMSchedule(100), "guidance_scale": guidance, "seed": 4}
     speculative = {**settings, "drafter": drafter, "draft_length": 6}
     ordinary = ancestral_sample(target, labels, **settings).samples
     expected = sample(target, labels, **speculative)
-    assert 0.5 < expected.stats.acceptance < 1
+    assert 0.3 < expected.stats.acceptance < 1
     for family, module in copies(target, tmp_path):
         images = ancestral_sample(module, labels, **settings).samples
         torch.testing.assert_close(images, ordinary, rtol=0, atol=2e-3, msg=lambda m, f=family: f"{f}: {m}")
