@@ -51,6 +51,12 @@ def test_the_library_never_imports_free_dit():
         assert "free_dit" not in imported_parts(path), path
 
 
+def test_nothing_imports_an_integration():
+    for path in PACKAGE.rglob("*.py"):
+        if PACKAGE / "integrations" not in path.parents:
+            assert "integrations" not in imported_parts(path), path
+
+
 def in_fresh_process(code: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment}
