@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -234,6 +235,18 @@ def test_a_learned_drafter_fits_and_another_models_does_not():
     assert fast.stats.drafter_calls > 0
     with pytest.raises(ValueError, match="^accelerate: drafter"):
         accelerate(pipe, FeatureDrafter((4, 8, 8), (16, 128), 1000, config))
+
+
+def test_a_compiled_transformer_stays_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    pipe = make_pipe()
+    call = {"num_inference_steps": 4, "output_type": "pt"}
+    expected = accelerate(pipe)([3, 5], generator=torch.Generator().manual_seed(1), **call).images
+    pipe.transformer = torch.compile(pipe.transformer)
+    fast = accelerate(pipe)
+    images = fast([3, 5], generator=torch.Generator().manual_seed(1), **call).images
+    assert fast._adapted[1].compile
+    torch.testing.assert_close(images, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_half_precision_and_float32_states():
