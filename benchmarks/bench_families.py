@@ -141,10 +141,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, help="merge figures into RESULTS/<device>/families.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=("rounding", "cost"), help="half of it")
     parser.add_argument("--no-compile", action="store_true", help="leave out compiled targets")
     parser.add_argument("--quick", action="store_true", help="two rounds and ten steps: a smoke run, no figures")
     arguments = parser.parse_args()
-    device, rounds = arguments.device, 2 if arguments.quick else 60
+    device, rounds = arguments.device, 2 if arguments.quick else 40
 
     def keep(name: str, entry: dict[str, Any]) -> None:
         entry |= {"threads": torch.get_num_threads()} if device == "cpu" else {}
@@ -152,10 +153,10 @@ def main() -> None:
         print(name, json.dumps(store.rounded(entry)), flush=True)
 
     digits = load_bundled("digits")[0].module.to(device)
-    for dtype in DTYPES:
+    for dtype in DTYPES if arguments.only != "cost" else ():
         keep(f"rounding {timing.dtype_name(dtype)}", rounding(digits, dtype, 10 if arguments.quick else 250))
-    models = {"digits": digits}
-    if device == "cuda":
+    models = {"digits": digits} if arguments.only != "rounding" else {}
+    if models and device == "cuda":
         with torch.device(device):
             models["DiT-XL/2"] = randomise(DiT(dit_config("DiT-XL/2")))  # type: ignore[assignment]
     for name, model in models.items():
