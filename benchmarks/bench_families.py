@@ -6,6 +6,8 @@ against the same row alone, and against the float32 network, along chains of the
 gives the next state two Gaussians; ``sqrt(KL / 2)`` bounds their total variation (Pinsker), and its sum over the steps
 that of the chain.
 
+On a CPU run it with ``OMP_NUM_THREADS=1``: time is the process's own, over all of its threads.
+
 Run ``python benchmarks/bench_families.py --results benchmarks/results``: the bundled digits DiT on a CPU; on a GPU also
 DiT-XL/2 with random weights, for the cost.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +70,8 @@ def costs(module: DiT, rows: int, compiled: bool, rounds: int) -> dict[str, Any]
         calls[f"{family} hoisted"] = split(adapter(network).hoisted(t, y.unique()))
         if compiled:
             calls[f"{family} compiled"] = split(adapter(network, compile=True).hoisted(t, y.unique()))
-    seconds = timed_in_turn(calls, device.type, rounds)
+    # On a CPU the process's own seconds: a busy machine changes them little.
+    seconds = timed_in_turn(calls, device.type, rounds, time.process_time if device.type == "cpu" else None)
     entry: dict[str, Any] = {"rows": rows, "dtype": timing.dtype_name(dtype), "rounds": rounds}
     for name in calls:
         family, way = name.split()
