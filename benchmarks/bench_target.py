@@ -93,9 +93,11 @@ def captured(calls: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Callable
     return graphs, kept
 
 
-def timed_in_turn(calls: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, np.ndarray]:
-    """Seconds ``[rounds]`` of each call; every other turn goes backwards."""
-    now, names = timing.clock(device), list(calls)
+def timed_in_turn(
+    calls: dict[str, Callable[[], object]], device: str, rounds: int, now: Callable[[], float] | None = None
+) -> dict[str, np.ndarray]:
+    """Seconds ``[rounds]`` of each call by a clock (the device's if None); every other turn goes backwards."""
+    now, names = now or timing.clock(device), list(calls)
     seconds = {name: np.empty(rounds) for name in names}
     for turn in range(-2, rounds):
         for name in names if turn % 2 else reversed(names):

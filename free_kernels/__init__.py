@@ -8,7 +8,7 @@ from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
 from free_kernels.relaxation import Relaxation
 from free_kernels.sampler import ancestral_sample, sample
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.targets import DiTTarget, SiTTarget
+from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget
 from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Schedule, Target
 from free_kernels.version import __version__
 
@@ -16,11 +16,13 @@ __all__ = [
     "DDIMSchedule",
     "DDPMSchedule",
     "DiTTarget",
+    "DiffusersDiTTarget",
     "Drafter",
     "DrafterConfig",
     "FeatureDrafter",
     "FlowSDESchedule",
     "FrozenDrafter",
+    "HookTarget",
     "NoiseSource",
     "PhiloxNoise",
     "Purpose",

@@ -13,7 +13,7 @@ from free_kernels.hoisting import hoisted
 from free_kernels.noise import Purpose, as_noise_source
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.schedule import TransitionColumn
-from free_kernels.targets import DiTTarget, as_target
+from free_kernels.targets import as_target
 from free_kernels.types import NoiseSource, Target, guided_channels, null_label
 from free_kernels.validation import check_float, check_int, check_labels, describe, fail
 
@@ -146,7 +146,7 @@ class Chain:
 def _check_family(where: str, schedule: object, target: Target) -> None:
     """Raise ValueError where the schedule's steps would misread the target's output or timesteps."""
     steps = getattr(schedule, "family", "diffusion")
-    network = getattr(target, "family", "diffusion" if isinstance(target, DiTTarget) else steps)
+    network = getattr(target, "family", steps)
     if steps != network:
         example = {"flow": "FlowSDESchedule()", "diffusion": "DDPMSchedule()"}.get(network, "of its own")
         fail(where, "schedule", f"one for a {network} model such as {example}", f"one for a {steps} model")
@@ -187,13 +187,16 @@ def make_chain(
     labels = labels.to(device).contiguous()
     latent, steps = tuple(adapted.latent_shape), schedule.num_steps
     variance = schedule.resolve_variance(adapted.learns_variance)
+    table = schedule.table(variance).to(device)
+    # A tensor of noise holds the initial state and the noise of every step that adds some.
+    held = steps + int(table[-1, TransitionColumn.LOG_STD] > -torch.inf)
     return Chain(
         where,
         adapted,
         labels,
-        as_noise_source(where, noise, seed, latent, len(labels), steps, device, backend),
+        as_noise_source(where, noise, seed, latent, len(labels), held, device, backend),
         schedule.timesteps.to(device),
-        schedule.table(variance).to(device),
+        table,
         variance == "learned_range",
         scale,
         guided,

@@ -10,23 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from free_kernels.schedule import TransitionColumn, linear_betas, respaced_timesteps
+from free_kernels.schedule import SPACINGS, TransitionColumn, linear_betas, spaced_timesteps
 from free_kernels.validation import check_choice, check_float, check_int, fail
-
-SPACINGS = ("linspace", "leading", "trailing")
-
-
-def spaced_timesteps(spacing: str, num_train_steps: int, num_steps: int) -> list[int]:
-    """``num_steps`` of the training timesteps ``0 ... num_train_steps - 1``, ascending.
-
-    ``"linspace"`` is improved DDPM's even respacing with both ends; ``"leading"`` takes every ``T // K``-th from 0 on;
-    ``"trailing"`` counts down from the last one (Lin et al. 2024, table 2).
-    """
-    if spacing == "linspace":
-        return respaced_timesteps(num_train_steps, num_steps)
-    if spacing == "leading":
-        return [step * (num_train_steps // num_steps) for step in range(num_steps)]
-    return [round((step + 1) * num_train_steps / num_steps) - 1 for step in range(num_steps)]
 
 
 @dataclass(frozen=True)
@@ -44,7 +29,7 @@ class DDIMSchedule:
         num_steps: K, in ``[1, num_train_steps]``.
         eta: share of the ancestral noise, in ``[0, 1]``.
         num_train_steps: T, the number of timesteps that the network was trained on.
-        timestep_spacing: ``"linspace"``, ``"leading"`` or ``"trailing"``; see :func:`spaced_timesteps`.
+        timestep_spacing: as in :class:`DDPMSchedule`.
         clip_denoised: clamp the predicted clean sample to ``[-1, 1]``; e is then the noise that this sample implies.
         beta_start: first beta of the linear schedule, for T = 1000.
         beta_end: last beta of the linear schedule, for T = 1000.
@@ -56,7 +41,7 @@ class DDIMSchedule:
     num_steps: int = 50
     eta: float = 0.0
     num_train_steps: int = 1000
-    timestep_spacing: str = "linspace"
+    timestep_spacing: str = "improved_ddpm"
     clip_denoised: bool = False
     beta_start: float = 1e-4
     beta_end: float = 0.02
@@ -83,7 +68,7 @@ class DDIMSchedule:
     @functools.cached_property
     def timesteps(self) -> Tensor:
         """Training timestep shown to the network at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, descending."""
-        return torch.tensor(spaced_timesteps(self.timestep_spacing, self.num_train_steps, self.num_steps)[::-1])
+        return torch.tensor(spaced_timesteps(self.num_train_steps, self.num_steps, self.timestep_spacing)[::-1])
 
     def resolve_variance(self, learns_variance: bool) -> str:
         """The variance type in force: that of eta, whatever the network learns."""

@@ -55,7 +55,7 @@ class TensorNoise:
 
     Args:
         noise: float32 ``[N, C, H, W]`` (initial states only) or ``[N, K, C, H, W]``: entry 0 the initial state, entry
-            k + 1 the noise of step k (the last step needs none).
+            k + 1 the noise of step k (the last step needs none; where a schedule gives it noise, there are K + 1).
         seed: seed of the rest.
         backend: as in :class:`PhiloxNoise`.
 

@@ -13,9 +13,8 @@ from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, Perfe
 import free_kernels.speculation
 from free_dit import cli, load_bundled
 from free_kernels import DDIMSchedule, DDPMSchedule, ancestral_sample, sample
-from free_kernels.ddim_schedule import spaced_timesteps
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.schedule import TransitionColumn
+from free_kernels.schedule import TransitionColumn, spaced_timesteps
 
 IMAGES, LABEL = 3000, 1
 LABELS = torch.full((IMAGES,), LABEL)
@@ -153,7 +152,7 @@ def test_command_line(tmp_path):
     [("linspace", [0, 333, 666, 999]), ("leading", [0, 250, 500, 750]), ("trailing", [249, 499, 749, 999])],
 )
 def test_spacings(spacing, expected):
-    assert spaced_timesteps(spacing, 1000, 4) == expected
+    assert spaced_timesteps(1000, 4, spacing) == expected
     assert DDIMSchedule(4, timestep_spacing=spacing).timesteps.tolist() == expected[::-1]
 
 

@@ -51,6 +51,12 @@ def test_the_library_never_imports_free_dit():
         assert "free_dit" not in imported_parts(path), path
 
 
+def test_nothing_imports_an_integration():
+    for path in PACKAGE.rglob("*.py"):
+        if PACKAGE / "integrations" not in path.parents:
+            assert "integrations" not in imported_parts(path), path
+
+
 def in_fresh_process(code: str, **environment: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment}
@@ -62,6 +68,7 @@ def in_fresh_process(code: str, **environment: str) -> str:
 def test_import_needs_no_triton_no_compiler_no_extension():
     code = (
         "import sys; sys.modules['triton'] = None; sys.modules['free_dit'] = None; sys.modules['sklearn'] = None; "
+        "sys.modules['diffusers'] = None; "
         "import torch, free_kernels; "
         "r = free_kernels.ancestral_sample; print('free_kernels._C' in sys.modules)"
     )

@@ -19,6 +19,7 @@ class SiTTarget(DiTTarget):
     Args:
         module: the SiT, in evaluation mode.
         num_train_steps: ticks in the unit of time; the schedule's.
+        compile: as in :class:`DiTTarget`.
 
     Raises:
         TypeError: the module lacks a part.
@@ -27,8 +28,8 @@ class SiTTarget(DiTTarget):
 
     family = "flow"
 
-    def __init__(self, module: nn.Module, num_train_steps: int = TIME_TICKS) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, num_train_steps: int = TIME_TICKS, compile: bool = False) -> None:
+        super().__init__(module, compile)
         self.num_train_steps = check_int("SiTTarget", "num_train_steps", num_train_steps, 2)
         self.learns_variance = False
 
@@ -36,5 +37,5 @@ class SiTTarget(DiTTarget):
         """Velocity ``[R, C, H, W]``."""
         return super().head(h, t, y)[:, : self.latent_shape[0]]
 
-    def _conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.module.t_embedder(t.float() / self.num_train_steps) + self.module.y_embedder(y, False)
+    def _embed_timesteps(self, t: Tensor) -> Tensor:
+        return super()._embed_timesteps(t.float() / self.num_train_steps)

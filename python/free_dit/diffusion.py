@@ -29,6 +29,7 @@ class DiffusionLoss(nn.Module):
             schedule.num_train_steps,
             beta_start=schedule.beta_start,
             beta_end=schedule.beta_end,
+            beta_schedule=schedule.beta_schedule,
         )
         self.num_train_steps = schedule.num_train_steps
         self.level_width = level_width
