@@ -4,7 +4,7 @@ from free_kernels import ops
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
 from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
 from free_kernels.relaxation import Relaxation
-from free_kernels.sampler import ancestral_sample, sample
+from free_kernels.sampler import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.targets import DiTTarget
 from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Target
@@ -16,12 +16,14 @@ __all__ = [
     "Drafter",
     "DrafterConfig",
     "FeatureDrafter",
+    "FinishedImage",
     "FrozenDrafter",
     "NoiseSource",
     "PhiloxNoise",
     "Purpose",
     "Relaxation",
     "RoundInfo",
+    "SampleIterator",
     "SampleResult",
     "SampleStats",
     "Target",
@@ -30,4 +32,5 @@ __all__ = [
     "ancestral_sample",
     "ops",
     "sample",
+    "sample_iter",
 ]
