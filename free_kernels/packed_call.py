@@ -52,10 +52,19 @@ class PackedCall:
             if x.is_cuda:
                 torch.cuda.empty_cache()
 
+    def settle(self) -> None:
+        """Wait for features that are still on their way; a target says so by ``settle()``."""
+        wait = getattr(self._chain.target, "settle", None)
+        if callable(wait):
+            wait()
+
     def _in_parts(self, x: Tensor, t: Tensor, y: Tensor, size: int) -> tuple[Tensor, Tensor]:
         if size >= len(x):
             return self._call(x, t, y)
-        parts = [self._call(*part) for part in zip(x.split(size), t.split(size), y.split(size), strict=True)]
+        parts = []
+        for part in zip(x.split(size), t.split(size), y.split(size), strict=True):
+            parts.append(self._call(*part))
+            self.settle()
         features, outputs = zip(*parts, strict=True)
         return torch.cat(features), torch.cat(outputs)
 

@@ -213,6 +213,7 @@ class Speculation:
         self.previous, self.state = self.state, torch.addcmul(mean, std, noise[:, 0])
         if self.parent is None:
             self.parent = features.new_empty(chain.branches, slots, *features.shape[1:])
+        self.network.settle()
         self.parent.copy_(features.view_as(self.parent))
         self.steps += 1
         self.rounds += 1
@@ -306,6 +307,7 @@ class Speculation:
             self._learn(outcome, steps, weights)
         if self.parent is None:
             self.parent = features.new_zeros(chain.branches, len(self.images), *features.shape[1:])
+        self.network.settle()
         commit_drafts(
             outcome.committed,
             outcome.next_states,
