@@ -6,7 +6,7 @@ from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
 from free_kernels.flow_schedule import FlowSDESchedule
 from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
 from free_kernels.relaxation import Relaxation
-from free_kernels.sampler import ancestral_sample, sample
+from free_kernels.sampler import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget
 from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Schedule, Target
@@ -21,6 +21,7 @@ __all__ = [
     "DrafterConfig",
     "FeatureDrafter",
     "FlowSDESchedule",
+    "FinishedImage",
     "FrozenDrafter",
     "HookTarget",
     "NoiseSource",
@@ -28,6 +29,7 @@ __all__ = [
     "Purpose",
     "Relaxation",
     "RoundInfo",
+    "SampleIterator",
     "SampleResult",
     "SampleStats",
     "Schedule",
@@ -38,4 +40,5 @@ __all__ = [
     "ancestral_sample",
     "ops",
     "sample",
+    "sample_iter",
 ]

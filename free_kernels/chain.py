@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -105,13 +106,14 @@ class Chain:
         keys = None if rounds is None else rounds.view(-1)
         return self.noise.normal(images.view(-1), steps.view(-1), purpose, shape, keys).view(*steps.shape, *shape)
 
-    def initial_states(self) -> Tensor:
-        """Pure noise ``[N, C, H, W]``."""
+    def initial_states(self, images: Tensor) -> Tensor:
+        """Pure noise ``[M, C, H, W]`` of images ``[M]``."""
         shape = tuple(self.target.latent_shape)
-        images = torch.arange(len(self.labels), device=self.labels.device)
         states = torch.empty(len(images), *shape, device=self.labels.device)
-        for part in images.split(max(1, NOISE_CHUNK_ELEMENTS // states[0].numel())):
-            states[part] = self.noise.normal(part, torch.zeros_like(part), Purpose.INITIAL, shape)
+        chunk = max(1, NOISE_CHUNK_ELEMENTS // math.prod(shape))
+        for first in range(0, len(images), chunk):
+            part = images[first : first + chunk]
+            states[first : first + chunk] = self.noise.normal(part, torch.zeros_like(part), Purpose.INITIAL, shape)
         return states
 
     def transition(self, state: Tensor, output: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

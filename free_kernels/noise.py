@@ -58,12 +58,13 @@ class TensorNoise:
             k + 1 the noise of step k (the last step needs none; where a schedule gives it noise, there are K + 1).
         seed: seed of the rest.
         backend: as in :class:`PhiloxNoise`.
+        first_image: as in :class:`PhiloxNoise`, for the rest; entry 0 of ``noise`` belongs to this image.
 
     Raises:
         ValueError, TypeError: another shape or dtype, or a value that is not finite.
     """
 
-    def __init__(self, noise: Tensor, seed: int, backend: str = "auto") -> None:
+    def __init__(self, noise: Tensor, seed: int, backend: str = "auto", first_image: int = 0) -> None:
         if noise.dtype != torch.float32:
             fail("TensorNoise", "noise", "float32", noise, TypeError)
         if noise.ndim not in (4, 5):
@@ -72,7 +73,7 @@ class TensorNoise:
             fail("TensorNoise", "noise", "finite", "a non-finite value")
         self.noise = noise if noise.ndim == 5 else noise.unsqueeze(1)
         self.covers_steps = noise.ndim == 5
-        self.rest = PhiloxNoise(seed, backend=backend)
+        self.rest = PhiloxNoise(seed, first_image, backend)
 
     def normal(
         self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...], rounds: Tensor | None = None

@@ -58,7 +58,7 @@ def run_ordinary(
         tested_by_step=np.zeros(num_steps, np.int64),
         accepted_by_step=np.zeros(num_steps, np.int64),
     )
-    samples = chain.initial_states()
+    samples = chain.initial_states(torch.arange(count, device=chain.labels.device))
     with tqdm(total=count * num_steps, desc="ancestral_sample", unit="step", disable=not progress) as bar:
         batch: _Batch | None = None
         for images in torch.arange(count, device=samples.device).split(slots):

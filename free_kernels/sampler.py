@@ -1,8 +1,12 @@
-"""``sample`` and ``ancestral_sample``: the public samplers."""
+"""``sample``, ``sample_iter`` and ``ancestral_sample``: the public samplers."""
 
 from __future__ import annotations
 
+import inspect
 import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,8 +115,125 @@ def sample(
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
         FloatingPointError: a network output is not finite; the message names step and image.
     """
-    where = "sample"
     started = time.perf_counter()
+    speculation = _speculation(
+        "sample",
+        target,
+        class_labels,
+        schedule=schedule,
+        drafter=drafter,
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        draft_length=draft_length,
+        relaxation=relaxation,
+        verification=verification,
+        seed=seed,
+        noise=noise,
+        max_slots=max_slots,
+        backend=backend,
+        cuda_graphs=cuda_graphs,
+    )
+    speculation.run(progress, callback)
+    speculation.stats.elapsed_s = time.perf_counter() - started
+    return SampleResult(speculation.samples, speculation.stats)
+
+
+class FinishedImage(NamedTuple):
+    """An image that :func:`sample_iter` yields.
+
+    Attributes:
+        index: its place in the class labels.
+        sample: float32 ``[C, H, W]``.
+    """
+
+    index: int
+    sample: Tensor
+
+
+class SampleIterator(Iterator[FinishedImage]):
+    """Images in the order in which they finish.
+
+    Attributes:
+        stats: of the images so far; whole once the iterator is exhausted.
+    """
+
+    def __init__(self, speculation: Speculation, progress: bool, callback: Callback | None) -> None:
+        self.stats = speculation.stats
+        self._speculation = speculation
+        self._started = time.perf_counter()
+        self._rounds = speculation.iterate(progress, callback)
+        self._ready: deque[FinishedImage] = deque()
+
+    def __next__(self) -> FinishedImage:
+        """The next finished image, after as many rounds as it takes."""
+        while not self._ready:
+            finished = next(self._rounds)
+            self._ready.extend(FinishedImage(index, image.clone()) for index, image in finished)
+        self.stats.elapsed_s = time.perf_counter() - self._started
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Give up on the images that are not finished."""
+        self._rounds.close()
+        self._ready.clear()
+
+
+@torch.no_grad()
+def sample_iter(
+    target: object,
+    class_labels: Tensor,
+    *,
+    max_slots: int = 64,
+    progress: bool = False,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> SampleIterator:
+    """:func:`sample`, image by image as they finish, in memory that follows ``max_slots`` and not N.
+
+    An image is the one that :func:`sample` draws for the same seed and index.
+
+    Args:
+        target: as in :func:`sample`.
+        class_labels: int64 ``[N]``.
+        max_slots: images in the making at a time; of three times as many the state is held.
+        progress: show a progress bar.
+        callback: called with a :class:`RoundInfo` after every round.
+        settings: ``schedule``, ``drafter`` and the other arguments of :func:`sample`.
+
+    Returns:
+        An iterator over :class:`FinishedImage`, each once, with the run's ``stats``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: at once, as :func:`sample`.
+        FloatingPointError: while iterating.
+    """
+    unknown = settings.keys() - (inspect.signature(sample).parameters.keys() - {"target", "class_labels"})
+    if unknown:
+        fail("sample_iter", "settings", "arguments of sample", ", ".join(map(repr, sorted(unknown))), TypeError)
+    speculation = _speculation("sample_iter", target, class_labels, max_slots=max_slots, bounded=True, **settings)
+    return SampleIterator(speculation, progress, callback)
+
+
+def _speculation(
+    where: str,
+    target: object,
+    class_labels: Tensor,
+    *,
+    schedule: Schedule = DDPMSchedule(num_steps=250),
+    drafter: str | Drafter = "frozen",
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    draft_length: int | str = 6,
+    relaxation: float | Relaxation = 0.0,
+    verification: str = "token",
+    seed: int = 0,
+    noise: object = None,
+    max_slots: int | None = None,
+    backend: str = "auto",
+    cuda_graphs: bool = False,
+    bounded: bool = False,
+) -> Speculation:
+    """The checked arguments of :func:`sample`, ready to run; ``bounded`` keeps the state of few images only."""
     check_choice(where, "backend", backend, BACKENDS)
     chain = make_chain(
         where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise, packing_backend(backend)
@@ -146,8 +267,6 @@ def sample(
         block,
         backend,
         cuda_graphs=check_cuda_graphs(where, cuda_graphs, chain.labels.device),
+        pool_rows=3 * slots if bounded else None,
     )
-    speculation = Speculation(chain, drafting, slots, settings)
-    speculation.run(progress, callback)
-    speculation.stats.elapsed_s = time.perf_counter() - started
-    return SampleResult(speculation.samples, speculation.stats)
+    return Speculation(chain, drafting, slots, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from free_kernels.chain import NOISE_CHUNK_ELEMENTS, Chain
 from free_kernels.draft_length import LONGEST, DraftLengthPolicy
+from free_kernels.drafting import Drafts, draft_states
 from free_kernels.graphs import CapturedCalls, row_bucket
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
@@ -20,10 +22,11 @@ from free_kernels.ops.block import couple_block
 from free_kernels.ops.coupling import Coupling, couple, couple_philox
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
+from free_kernels.packed_call import PackedCall
 from free_kernels.policy import SlackPolicy
+from free_kernels.pool import ImagePool
 from free_kernels.relaxation import Relaxation, RelaxationPolicy, bias_of_rows
 from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, new_memory
-from free_kernels.validation import fail
 
 
 def packing_backend(backend: str) -> str:
@@ -44,6 +47,7 @@ class Settings:
         dense: every slot drafts in every pass, whether its drafts are used or not, and row counts come in few sizes,
             so that all shapes are fixed: what a CUDA graph and a drafter with a memory need.
         cuda_graphs: replay a round as a CUDA graph.
+        pool_rows: rows of the image pool; one for every image if None.
     """
 
     length: int
@@ -53,14 +57,7 @@ class Settings:
     backend: str = "auto"
     dense: bool = False
     cuda_graphs: bool = False
-
-
-class Drafts(NamedTuple):
-    """What the drafting pass of a round leaves: ``states [S, L, ...]``, ``mean`` and ``std [S, L - 1, ...]``."""
-
-    states: Tensor
-    mean: Tensor
-    std: Tensor
+    pool_rows: int | None = None
 
 
 class Round(NamedTuple):
@@ -102,14 +99,13 @@ class Speculation:
         )
         self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
         self.drafter_is_free = getattr(drafter, "is_free", False)
-        # A waiting image's entry holds its initial noise until the image itself replaces it.
-        self.samples = chain.initial_states()
+        self.pool = ImagePool(chain, slots, settings.pool_rows)
+        # Rows of the pool.
         self.images = torch.arange(slots, device=device)
-        self.labels = chain.labels[:slots].clone()
+        self.labels = self.pool.labels[:slots].clone()
         self.steps = torch.zeros_like(self.images)
         self.lengths = torch.zeros_like(self.images)
-        self.queue = torch.tensor([slots], device=device)
-        self.state = self.samples[:slots].clone()
+        self.state = self.pool.samples[:slots].clone()
         self.previous = torch.zeros_like(self.state)
         # Allocated once the first features tell their dtype; step 0 has no parent.
         self.parent: Tensor | None = None
@@ -121,6 +117,7 @@ class Speculation:
         self.dense = settings.dense or settings.cuda_graphs or self.memory is not None
         # Rounds of the image in each slot so far: part of the noise keys where a decision looks at all drafts.
         self.rounds = torch.zeros_like(self.images)
+        self.network = PackedCall(self.chain)
         self.graphs = self._captured_rounds() if settings.cuda_graphs else None
         self._ahead: tuple[list[int], Tensor] | None = None
         # By step: sum of squared deviations of tested rows; by image: sum of their biases.
@@ -132,8 +129,22 @@ class Speculation:
             accepted_by_step=np.zeros(num_steps, np.int64),
         )
 
+    @property
+    def samples(self) -> Tensor:
+        """``[B, C, H, W]``, the pool's rows; all images in order where it has a row for each."""
+        return self.pool.samples
+
     def run(self, progress: bool, callback: Callback | None) -> None:
         """Rounds until every image is finished."""
+        for _ in self.iterate(progress, callback):
+            pass
+
+    @torch.no_grad()
+    def iterate(self, progress: bool, callback: Callback | None) -> Iterator[list[tuple[int, Tensor]]]:
+        """Rounds until every image is finished; after each, the images that it finished: index and ``[C, H, W]``.
+
+        The tensors are the pool's own rows, which later rounds give to other images.
+        """
         num_steps, count, slots = len(self.chain.timesteps), len(self.chain.labels), len(self.images)
         images, steps, done, rounds = self.images.tolist(), self.steps.tolist(), 0, 0
         with tqdm(total=count * num_steps, desc="sample", unit="step", disable=not progress) as bar:
@@ -147,13 +158,20 @@ class Speculation:
                     taken = time.perf_counter() - began
                     policy.observe(np.asarray(images) >= 0, *map(np.asarray, (steps, lengths, committed)), taken)
                 rounds += 1
-                now = [(image, step + c) for image, step, c in zip(images, steps, committed, strict=True) if image >= 0]
-                done += sum(step == num_steps for _, step in now)
+                names = self.pool.images
+                now = [(row, step + c) for row, step, c in zip(images, steps, committed, strict=True) if row >= 0]
+                finished = [(names[row], self.pool.samples[row]) for row, step in now if step == num_steps]
+                done += len(finished)
                 self._count(images, steps, lengths, committed)
                 bar.update(sum(committed))
                 if callback is not None:
-                    callback(RoundInfo(rounds, [i for i, _ in now], [s for _, s in now], done, count))
+                    callback(RoundInfo(rounds, [names[row] for row, _ in now], [s for _, s in now], done, count))
+                yield finished
                 images, steps = report[slots : 2 * slots], report[2 * slots :]
+                moved = self.pool.advance(images)
+                if moved is not None:
+                    images = moved
+                    self.images.copy_(torch.tensor(moved))
         self._finish_stats()
 
     def _lengths(self, images: list[int], steps: list[int]) -> list[int]:
@@ -183,19 +201,19 @@ class Speculation:
         if self._ahead is None or self._ahead[0] != steps or not self._ahead[1].shape[1]:
             count = min(16, max(1, NOISE_CHUNK_ELEMENTS // self.state.numel()), len(chain.timesteps) - max(steps))
             ahead = torch.arange(count, device=self.state.device)
-            keys = self.images.unsqueeze(1).repeat(1, count)
+            keys = self._keys().unsqueeze(1).repeat(1, count)
             rounds = self.rounds.unsqueeze(1) + ahead if self.settings.block else None
             self._ahead = steps, chain.draw(Purpose.STEP, keys, self.steps.unsqueeze(1) + ahead, rounds)
         noise = self._ahead[1]
         t, y = chain.doubled(chain.timesteps[self.steps]), chain.branched(self.labels)
-        features = chain.features(chain.doubled(self.state), t, y)
-        output = chain.head(features, t, y)
+        features, output = self.network(chain.doubled(self.state), t, y)
         mean, std = chain.transition(self.state, output, chain.table[self.steps])
-        chain.check_output(output, steps, images)
+        chain.check_output(output, steps, [self.pool.images[row] for row in images])
         # No graph holds on to these buffers here, so they change places instead of contents.
         self.previous, self.state = self.state, torch.addcmul(mean, std, noise[:, 0])
         if self.parent is None:
             self.parent = features.new_empty(chain.branches, slots, *features.shape[1:])
+        self.network.settle()
         self.parent.copy_(features.view_as(self.parent))
         self.steps += 1
         self.rounds += 1
@@ -232,12 +250,25 @@ class Speculation:
         num_steps = len(chain.timesteps)
         steps = (self.steps.unsqueeze(1) + torch.arange(longest, device=device)).clamp_(max=num_steps - 1)
         columns = chain.table[steps]
-        keys = self.images.clamp(min=0).unsqueeze(1).repeat(1, longest)
+        keys = self._keys().unsqueeze(1).repeat(1, longest)
         rounds = self.rounds.unsqueeze(1).repeat(1, longest) if self.settings.block else None
         noise = None if self.makes_noise else chain.draw(Purpose.STEP, keys, steps, rounds)
         slack = self.slack.share(longest) if self.slack is not None and longest > 1 else None
 
-        drafts = self._draft(longest, lengths, steps, columns, noise)
+        drawn = self._step_noise if noise is None else lambda steps, j: noise[:, j]
+        drafts = draft_states(
+            chain,
+            self.drafter,
+            self.state,
+            self.previous,
+            self.parent,
+            self.labels,
+            steps,
+            columns,
+            lengths,
+            drawn,
+            self.memory,
+        )
         x, t, y, row_offsets = pack_drafts(
             drafts.states,
             self.lengths,
@@ -248,8 +279,7 @@ class Speculation:
             chain.null,
             self.packing_backend,
         )
-        features = chain.features(x, t, y)
-        output = chain.head(features, t, y)
+        features, output = self.network(x, t, y)
         weights = None
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
@@ -260,7 +290,7 @@ class Speculation:
             "clip": chain.clip,
         }
         if noise is None:
-            images = self.images + chain.noise.first_image
+            images = self._keys() + chain.noise.first_image
             keyed = (chain.noise.seed, images, steps, output, row_offsets, columns)
             outcome = couple_philox(*drafts, *keyed, relaxation=weights, backend=self.settings.backend, **options)
         else:
@@ -277,6 +307,7 @@ class Speculation:
             self._learn(outcome, steps, weights)
         if self.parent is None:
             self.parent = features.new_zeros(chain.branches, len(self.images), *features.shape[1:])
+        self.network.settle()
         commit_drafts(
             outcome.committed,
             outcome.next_states,
@@ -289,9 +320,9 @@ class Speculation:
             steps=self.steps,
             images=self.images,
             labels=self.labels,
-            samples=self.samples,
-            all_labels=chain.labels,
-            queue=self.queue,
+            samples=self.pool.samples,
+            all_labels=self.pool.labels,
+            queue=self.pool.queue,
             num_steps=num_steps,
             backend=self.packing_backend,
         )
@@ -319,47 +350,15 @@ class Speculation:
         if weights is not None:
             self.relaxation.update(outcome, tested)
             bias = torch.where(tested, bias_of_rows(known, weights[:, :drafts]), 0.0)
-            self.bias.index_add_(0, self.images.clamp(min=0), bias.sum(1))
+            self.bias.index_add_(0, self._keys(), bias.sum(1))
 
-    def _draft(self, longest: int, lengths: list[int] | None, steps: Tensor, columns: Tensor, noise: Tensor) -> Drafts:
-        """The drafting pass: the drafter's features through the target's frozen head, one step after the other."""
-        chain, slots = self.chain, len(self.images)
-        states, means, stds = [self.state], [], []
-        if longest == 1:
-            none = self.state.new_zeros(slots, 0, *self.state.shape[1:])
-            return Drafts(torch.stack(states, dim=1), none, none)
-        timesteps, labels = chain.timesteps[steps], self.labels
-        memory = {} if self.memory is None else {"memory": self.memory}
-        active: Tensor | None = None
-        feature, previous, state = self.parent, self.previous, self.state
-        if feature is None:
-            # Only the calls before a capture come here: no image has a parent yet.
-            feature = self.state.new_zeros(chain.branches, slots, *chain.target.feature_shape)
-        for j in range(longest - 1):
-            drafting = None if lengths is None else [slot for slot, length in enumerate(lengths) if length > j + 1]
-            if drafting is not None and len(drafting) < (slots if active is None else len(active)):
-                now = torch.tensor(drafting, device=steps.device)
-                within = now if active is None else torch.searchsorted(active, now)
-                feature, previous, state, labels = feature[:, within], previous[within], state[within], labels[within]
-                active = now
-            pick = (lambda rows: rows) if active is None else (lambda rows, chosen=active: rows[chosen])
-            t, y = chain.doubled(pick(timesteps[:, j])), chain.branched(labels)
-            drafted = self.drafter(feature.flatten(0, 1), chain.doubled(previous), chain.doubled(state), t, y, **memory)
-            if drafted.shape != (len(t), *chain.target.feature_shape):
-                fail("sample", "drafter's output", f"[R, T, D] = {[len(t), *chain.target.feature_shape]}", drafted)
-            mean, std = chain.transition(state, chain.head(drafted, t, y), pick(columns[:, j]))
-            z = self._step_noise(steps[:, j]) if noise is None else noise[:, j]
-            previous, state = state, torch.addcmul(mean, std, pick(z))
-            feature = drafted.unflatten(0, (chain.branches, -1))
-            for column, rows in ((states, state), (means, mean), (stds, std)):
-                full = rows if active is None else rows.new_zeros(slots, *rows.shape[1:]).index_copy_(0, active, rows)
-                column.append(full)
-        return Drafts(*(torch.stack(column, dim=1) for column in (states, means, stds)))
+    def _keys(self) -> Tensor:
+        """The job's image in each slot ``[S]``; any of them where a slot is idle."""
+        return self.pool.indices[self.images.clamp(min=0)]
 
-    def _step_noise(self, steps: Tensor) -> Tensor:
-        """Noise ``[S, C, H, W]`` of one step of every slot."""
-        keys = self.images.clamp(min=0).unsqueeze(1)
-        return self.chain.draw(Purpose.STEP, keys, steps.unsqueeze(1).contiguous()).squeeze(1)
+    def _step_noise(self, steps: Tensor, j: int) -> Tensor:
+        """Noise ``[S, C, H, W]`` of draft ``j`` of every slot, whose rows are at ``steps [S, L]``."""
+        return self.chain.draw(Purpose.STEP, self._keys().unsqueeze(1), steps[:, j : j + 1].contiguous()).squeeze(1)
 
     def _captured_rounds(self) -> CapturedCalls[Round]:
         """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""
@@ -371,7 +370,7 @@ class Speculation:
         for image, step, length, count in zip(images, steps, lengths, committed, strict=True):
             if image < 0:
                 continue
-            self.stats.rounds_per_image[image] += 1
+            self.stats.rounds_per_image[self.pool.images[image]] += 1
             self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
             self.stats.accepted_by_step[step : step + count - 1] += 1
 
@@ -396,5 +395,5 @@ class Speculation:
                     ("the next state", (outcome.outcome.next_states[slot],) if j == committed[slot] - 1 else ()),
                 ):
                     if not all(bool(part.isfinite().all()) for part in parts):
-                        self.chain.raise_non_finite(culprit, steps[slot] + j, images[slot])
+                        self.chain.raise_non_finite(culprit, steps[slot] + j, self.pool.images[images[slot]])
             first += length

@@ -1,0 +1,80 @@
+"""A target call that does not fit is made in parts: the images stay, and nothing that was committed is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from analytic import BiasedDrafter, GaussianTarget
+
+from free_kernels import DDPMSchedule, sample
+from free_kernels.chain import make_chain
+from free_kernels.packed_call import PackedCall
+
+LABELS = torch.arange(6) % 3
+STEPS = DDPMSchedule(15)
+CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"
+
+
+class Small(GaussianTarget):
+    """A target that holds so many rows; memory may also be short at the head, or for a while only."""
+
+    def __init__(self, rows: int, error: Exception, at: str = "features", failures: int = 10**9) -> None:
+        super().__init__(learns_variance=True)
+        self.rows, self.error, self.at, self.failures = rows, error, at, failures
+        self.calls: list[int] = []
+
+    def _check(self, place: str, rows: int) -> None:
+        if place == self.at and rows > self.rows and self.failures > 0:
+            self.failures -= 1
+            raise self.error
+
+    def features(self, x, t, y):
+        self._check("features", len(x))
+        self.calls.append(len(x))
+        return super().features(x, t, y)
+
+    def head(self, h, t, y):
+        self._check("head", len(h))
+        return super().head(h, t, y)
+
+
+@pytest.mark.parametrize("at", ["features", "head"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_MESSAGE)])
+@pytest.mark.parametrize("rows", [1, 6, 9])
+def test_images_are_those_of_enough_memory(rows, error, at):
+    if at == "head" and rows < 6:
+        pytest.skip("drafting calls the head with a row for each of six slots")
+    settings = {"schedule": STEPS, "draft_length": 5, "seed": 4}
+    roomy = GaussianTarget(learns_variance=True)
+    want = sample(roomy, LABELS, drafter=BiasedDrafter(roomy), **settings)
+    small = Small(rows, error, at)
+    got = sample(small, LABELS, drafter=BiasedDrafter(roomy), **settings)
+    torch.testing.assert_close(got.samples, want.samples, rtol=1e-5, atol=1e-5)
+    assert got.stats.rounds_per_image.tolist() == want.stats.rounds_per_image.tolist()
+    assert max(small.calls[-20:]) <= rows
+
+
+def test_a_failure_for_a_moment():
+    roomy, small = GaussianTarget(learns_variance=True), Small(8, torch.OutOfMemoryError("once"), failures=1)
+    settings = {"schedule": STEPS, "draft_length": 5, "seed": 4, "drafter": BiasedDrafter(roomy)}
+    torch.testing.assert_close(sample(small, LABELS, **settings).samples, sample(roomy, LABELS, **settings).samples)
+
+
+def test_rows_are_halved_and_the_limit_is_kept():
+    target = Small(3, torch.OutOfMemoryError("CUDA out of memory"))
+    chain = make_chain("sample", target, torch.zeros(20, dtype=torch.int64), STEPS, 1.0, None, 0, None)
+    network = PackedCall(chain)
+    x, t, y = torch.randn(20, *target.latent_shape), chain.timesteps[:1].repeat(20), torch.zeros(20, dtype=torch.int64)
+    features, output = network(x, t, y)
+    assert network.most_rows == 3
+    assert target.calls == [3] * 6 + [2]
+    torch.testing.assert_close(features, GaussianTarget.features(target, x, t, y))
+    assert len(output) == 20
+    network(x[:5], t[:5], y[:5])
+    assert target.calls[-2:] == [3, 2]
+
+
+def test_what_cannot_fit_is_an_error_and_other_errors_pass():
+    for rows, error in ((0, torch.OutOfMemoryError("CUDA out of memory")), (4, RuntimeError("shapes do not match"))):
+        with pytest.raises(type(error), match=str(error)):
+            sample(Small(rows, error), LABELS, schedule=STEPS, draft_length=5)
