@@ -33,6 +33,7 @@ CELLS = [
     Cell("learned", "token", 4, num_steps=20, quality=True),
     Cell("frozen", "block", "auto", num_steps=20),
     Cell("learned", "token", 4, relaxation=1.0, num_steps=20, guidance=2.0),
+    Cell("ddim", num_steps=10, quality=True),
 ]
 
 
@@ -147,8 +148,10 @@ def test_presets_have_distinct_keys_and_a_baseline_for_every_chain():
     for cells in (full_cells(), quick_cells()):
         assert len({cell.key for cell in cells}) == len(cells)
         baselines = {(cell.num_steps, cell.guidance) for cell in cells if cell.drafter == "none"}
-        assert {(cell.num_steps, cell.guidance) for cell in cells} == baselines
-        assert all(cell.quality for cell in cells if cell.drafter == "none")
+        drafted = {(cell.num_steps, cell.guidance) for cell in cells if cell.drafter in ("frozen", "learned")}
+        assert drafted == baselines
+        assert all(cell.quality for cell in cells if cell.drafter in ("none", "ddim"))
+    assert {cell.num_steps for cell in full_cells() if cell.drafter == "ddim"} == {20, 50}
     assert Cell("learned", "block", "auto", num_steps=50, guidance=2.0).key == "learned-block-Lauto-r0-K50-g2"
 
 
@@ -178,10 +181,10 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path, counted):
     assert [record["key"] for record in report["cells"]] == keys
     run_sweep(tmp_path, CELLS, TINY)
     run_sweep(tmp_path, [replace(CELLS[0], quality=False)], TINY)
-    assert len(counted) == 5
+    assert len(counted) == 6
     # Quality that is wanted now and was not measured then.
     run_sweep(tmp_path, [replace(CELLS[2], quality=True)], TINY)
-    assert counted[5:] == [keys[2]]
+    assert counted[6:] == [keys[2]]
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
 
 
@@ -205,7 +208,7 @@ def test_other_settings_are_refused(tmp_path, counted, monkeypatch):
 def test_a_tiny_sweep_from_end_to_end(tmp_path):
     report = run_sweep(tmp_path, CELLS, TINY)
     assert read_sweep(tmp_path) == report
-    ordinary, lossless, auto, relaxed = report["cells"]
+    ordinary, lossless, auto, relaxed, ddim = report["cells"]
     assert ordinary["call_reduction"] == 1
     assert ordinary["wall_clock"] is None
     assert ordinary["acceptance"] is None
@@ -217,7 +220,8 @@ def test_a_tiny_sweep_from_end_to_end(tmp_path):
     assert auto["images"] == 2
     assert auto["quality"] is None
     assert relaxed["bias_bound"] > 0
-    for record in (ordinary, lossless):
+    assert ddim["calls_per_image"] == 10
+    for record in (ordinary, lossless, ddim):
         assert record["quality"]["frechet"]["low"] <= record["quality"]["frechet"]["value"]
         assert 0 <= record["quality"]["accuracy"]["value"] <= 1
     assert report["real"]["held_out_images"] == 360

@@ -11,7 +11,7 @@ from free_kernels.validation import check_choice, fail
 
 OPTIMIZERS = ("adamw", "muon")
 # Muon's steps have the same size whatever the gradient's, and bear a higher rate than AdamW's.
-MUON_RATE = 10.0
+MUON_RATE = 5.0
 
 
 class Together:

@@ -20,7 +20,7 @@ from free_dit.card import EVALUATION_SEED
 from free_dit.data import load_digits
 from free_dit.quality import class_accuracy, digit_features, frechet_distance, frechet_interval
 from free_dit.wall_clock import machine, wall_clock_ratio
-from free_kernels import DDPMSchedule, SampleResult, ancestral_sample, sample
+from free_kernels import DDIMSchedule, DDPMSchedule, SampleResult, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 from free_kernels.validation import check_choice, check_int, check_writable, fail
 from free_kernels.version import __version__
@@ -28,6 +28,8 @@ from free_kernels.version import __version__
 MODEL = "digits"
 LENGTHS = (2, 3, 4, 6, 8, 10, "auto")
 STRENGTHS = (1.0, 4.0, 16.0, 64.0)
+# Samplers without a drafter, by the name that their cells' files begin with.
+UNDRAFTED = {"none": "ordinary", "ddim": "ddim"}
 # Slots of a draft length that does not look at the clock: only the time of the sweep depends on them.
 _SLOTS = 64
 
@@ -37,7 +39,7 @@ class Cell:
     """One configuration of the sweep.
 
     Attributes:
-        drafter: ``"none"`` (the ordinary sampler), ``"frozen"`` or ``"learned"``.
+        drafter: ``"none"`` (the ordinary sampler), ``"ddim"`` (DDIM without noise), ``"frozen"`` or ``"learned"``.
         verification: ``"token"`` or ``"block"``.
         draft_length: L, or ``"auto"``.
         relaxation: strength; 0 is lossless.
@@ -58,8 +60,8 @@ class Cell:
     def key(self) -> str:
         """Name of the configuration, the same in every release; a file name."""
         chain = f"K{self.num_steps}-g{self.guidance:g}"
-        if self.drafter == "none":
-            return f"ordinary-{chain}"
+        if self.drafter in UNDRAFTED:
+            return f"{UNDRAFTED[self.drafter]}-{chain}"
         return f"{self.drafter}-{self.verification}-L{self.draft_length}-r{self.relaxation:g}-{chain}"
 
 
@@ -95,6 +97,7 @@ def full_cells() -> list[Cell]:
     """
     chains = [(250, 1.0), (50, 1.0), (100, 1.0), (1000, 1.0), (250, 2.0), (250, 4.0)]
     cells = [Cell("none", num_steps=steps, guidance=scale, quality=True) for steps, scale in chains]
+    cells += [Cell("ddim", num_steps=steps, quality=True) for steps in (20, 50)]
     for drafter in ("learned", "frozen"):
         for verification in ("token", "block"):
             quality = [drafter == "learned" and length == 6 for length in LENGTHS]
@@ -133,7 +136,9 @@ PRESETS: dict[str, tuple[Callable[[], list[Cell]], SweepSettings]] = {
 def _sampler(target: Target, drafter: Drafter, cell: Cell, labels: Tensor, slots: int) -> Callable[[int], SampleResult]:
     """The cell's sampler as a function of the seed."""
     common: dict[str, Any] = {"schedule": DDPMSchedule(cell.num_steps), "guidance_scale": cell.guidance}
-    if cell.drafter == "none":
+    if cell.drafter in UNDRAFTED:
+        if cell.drafter == "ddim":
+            common["schedule"] = DDIMSchedule(cell.num_steps)
         return lambda seed: ancestral_sample(target, labels, seed=seed, max_slots=slots, **common)
     common |= {"drafter": drafter if cell.drafter == "learned" else "frozen", "draft_length": cell.draft_length}
     common |= {"relaxation": cell.relaxation, "verification": cell.verification, "max_slots": slots}
@@ -191,7 +196,7 @@ def measure_cell(target: Target, drafter: Drafter, cell: Cell, settings: SweepSe
         "wall_clock": None,
         "quality": measure_quality(result.samples, labels, settings) if cell.quality else None,
     }
-    if settings.timing_pairs and cell.drafter != "none":
+    if settings.timing_pairs and cell.drafter not in UNDRAFTED:
         baseline = replace(cell, drafter="none")
 
         def run(which: Cell) -> Callable[[int], SampleResult]:

@@ -10,8 +10,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from free_dit.sweep import UNDRAFTED
+
 METRIC = "Frechet distance in digits-classifier features"
-_MARKERS = {"ordinary": "s", "lossless": "o", "relaxed": "^"}
+_MARKERS = {"ordinary": "s", "ddim": "D", "lossless": "o", "relaxed": "^"}
 
 
 def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -21,8 +23,8 @@ def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _kind(cell: dict[str, Any]) -> str:
-    if cell["drafter"] == "none":
-        return "ordinary"
+    if cell["drafter"] in UNDRAFTED:
+        return UNDRAFTED[cell["drafter"]]
     return "relaxed" if cell["relaxation"] else "lossless"
 
 
@@ -31,8 +33,8 @@ def _chain(cell: dict[str, Any]) -> tuple[str, str]:
 
 
 def _name(cell: dict[str, Any]) -> str:
-    if cell["drafter"] == "none":
-        return "ordinary"
+    if cell["drafter"] in UNDRAFTED:
+        return {"none": "ordinary", "ddim": "DDIM, eta 0"}[cell["drafter"]]
     relaxed = f", relaxed {cell['relaxation']:g}" if cell["relaxation"] else ""
     return f"{cell['drafter']}, {cell['verification']}, L {cell['draft_length']}{relaxed}"
 
