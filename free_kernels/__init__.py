@@ -6,17 +6,19 @@ from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
 from free_kernels.relaxation import Relaxation
 from free_kernels.sampler import ancestral_sample, sample
 from free_kernels.schedule import DDPMSchedule
-from free_kernels.targets import DiTTarget
+from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget
 from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Target
 from free_kernels.version import __version__
 
 __all__ = [
     "DDPMSchedule",
     "DiTTarget",
+    "DiffusersDiTTarget",
     "Drafter",
     "DrafterConfig",
     "FeatureDrafter",
     "FrozenDrafter",
+    "HookTarget",
     "NoiseSource",
     "PhiloxNoise",
     "Purpose",

@@ -12,6 +12,7 @@ from torch import Tensor
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import Purpose, as_noise_source
 from free_kernels.ops.coupling import gaussian_transition
+from free_kernels.schedule import TransitionColumn
 from free_kernels.targets import as_target
 from free_kernels.types import NoiseSource, Target, guided_channels, null_label
 from free_kernels.validation import check_float, check_int, check_labels, describe, fail
@@ -167,13 +168,16 @@ def make_chain(
     labels = labels.to(device).contiguous()
     latent, steps = tuple(adapted.latent_shape), schedule.num_steps
     variance = schedule.resolve_variance(adapted.learns_variance)
+    table = schedule.table(variance).to(device)
+    # A tensor of noise holds the initial state and the noise of every step that adds some.
+    held = steps + int(table[-1, TransitionColumn.LOG_STD] > -torch.inf)
     return Chain(
         where,
         adapted,
         labels,
-        as_noise_source(where, noise, seed, latent, len(labels), steps, device, backend),
+        as_noise_source(where, noise, seed, latent, len(labels), held, device, backend),
         schedule.timesteps.to(device),
-        schedule.table(variance).to(device),
+        table,
         variance == "learned_range",
         scale,
         guided,

@@ -37,6 +37,24 @@ class ConditioningTable:
         return self._rows.index_select(0, row)
 
 
+class TimestepTable:
+    """Rows of ``compute(t)`` for the given timesteps.
+
+    Args:
+        compute: maps int64 ``[M]`` timesteps to ``[M, ...]``.
+        timesteps: int64 ``[K]``, distinct.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], timesteps: Tensor) -> None:
+        self._row = torch.zeros(int(timesteps.max()) + 1, dtype=torch.int64, device=timesteps.device)
+        self._row[timesteps] = torch.arange(len(timesteps), device=timesteps.device)
+        self._rows = torch.cat([compute(part) for part in timesteps.split(CHUNK_ROWS)])
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """Rows ``[R, ...]`` for timesteps ``[R]`` that the table holds."""
+        return self._rows.index_select(0, self._row.index_select(0, t))
+
+
 def table_fits(timesteps: Tensor, labels: Tensor, bytes_per_row: int) -> bool:
     """Whether a table of every pair stays within the memory allowed for it."""
     return len(timesteps) * len(labels) * bytes_per_row <= MAX_TABLE_BYTES

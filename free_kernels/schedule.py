@@ -9,23 +9,33 @@ from __future__ import annotations
 import enum
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from free_kernels.validation import check_choice, check_float, check_int, fail
+from free_kernels.validation import check_choice, check_float, check_int, describe, fail
 
 VARIANCES = ("auto", "fixed_small", "fixed_large", "learned_range")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+SPACINGS = ("improved_ddpm", "linspace", "leading", "trailing")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+# diffusers bounds a variance from below before it takes the logarithm.
+SMALLEST_VARIANCE = 1e-20
+# The cosine schedule bounds its betas from above, where the cumulative product comes near zero.
+LARGEST_COSINE_BETA = 0.999
 
 
 class TransitionColumn(enum.IntEnum):
     """Columns of a transition table ``[K, 8]``.
 
-    Without clipping, ``mean = MEAN_FROM_STATE x + MEAN_FROM_OUTPUT e``; with clipping, ``x0 = clamp(X0_FROM_STATE x +
-    X0_FROM_OUTPUT e)`` and ``mean = MEAN_FROM_X0 x0 + MEAN_FROM_STATE_GIVEN_X0 x``. In both,
-    ``log std = LOG_STD + LOG_STD_SLOPE v`` with v the network's variance channels; a fixed variance has slope 0, and
-    the last step has ``LOG_STD = -inf``: it adds no noise.
+    With e the network's output, whatever it predicts: without clipping, ``mean = MEAN_FROM_STATE x + MEAN_FROM_OUTPUT
+    e``; with clipping, ``x0 = clamp(X0_FROM_STATE x + X0_FROM_OUTPUT e)`` and ``mean = MEAN_FROM_X0 x0 +
+    MEAN_FROM_STATE_GIVEN_X0 x``. In both, ``log std = LOG_STD + LOG_STD_SLOPE v`` with v the network's variance
+    channels; a fixed variance has slope 0, and a step without noise, as the last one mostly is, ``LOG_STD = -inf``.
     """
 
     MEAN_FROM_STATE = 0
@@ -44,6 +54,19 @@ def linear_betas(num_train_steps: int, beta_start: float = 1e-4, beta_end: float
     return np.linspace(scale * beta_start, scale * beta_end, num_train_steps, dtype=np.float64)
 
 
+def scaled_linear_betas(num_train_steps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """Betas whose square roots are evenly spaced (Rombach et al. 2022), scaled alike; float64 ``[T]``."""
+    scale = 1000 / num_train_steps
+    return np.linspace((scale * beta_start) ** 0.5, (scale * beta_end) ** 0.5, num_train_steps, dtype=np.float64) ** 2
+
+
+def cosine_betas(num_train_steps: int) -> np.ndarray:
+    """Betas of the squared-cosine cumulative product of Nichol & Dhariwal 2021, equation 17; float64 ``[T]``."""
+    edges = np.arange(num_train_steps + 1, dtype=np.float64) / num_train_steps
+    alphas_cumprod = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], LARGEST_COSINE_BETA)
+
+
 def respaced_timesteps(num_train_steps: int, num_steps: int) -> list[int]:
     """The ``num_steps`` training timesteps kept by improved DDPM's even respacing, ascending.
 
@@ -60,6 +83,24 @@ def respaced_timesteps(num_train_steps: int, num_steps: int) -> list[int]:
     return kept
 
 
+def spaced_timesteps(num_train_steps: int, num_steps: int, spacing: str, steps_offset: int = 0) -> list[int]:
+    """The ``num_steps`` training timesteps of a spacing rule, ascending.
+
+    ``"linspace"``, ``"leading"`` and ``"trailing"`` are those of diffusers (Lin et al. 2023, table 2). ``"linspace"``
+    is ``"improved_ddpm"`` but for points halfway between two timesteps, where the latter has accumulated rounding;
+    they occur for odd ``num_steps``.
+    """
+    if spacing == "improved_ddpm":
+        return respaced_timesteps(num_train_steps, num_steps)
+    if spacing == "linspace":
+        return np.linspace(0, num_train_steps - 1, num_steps).round().astype(int).tolist()
+    if spacing == "leading":
+        return [step * (num_train_steps // num_steps) + steps_offset for step in range(num_steps)]
+    # The stride's rounding can leave diffusers' grid with one more point, at -1, which is no timestep.
+    grid = np.arange(num_train_steps, 0, -num_train_steps / num_steps)[:num_steps]
+    return (grid.round().astype(int) - 1)[::-1].tolist()
+
+
 @dataclass(frozen=True)
 class DDPMSchedule:
     """Ancestral DDPM sampling over respaced timesteps (Ho et al. 2020; Nichol & Dhariwal 2021).
@@ -70,9 +111,20 @@ class DDPMSchedule:
         variance: ``"fixed_small"`` (posterior variance), ``"fixed_large"`` (beta), ``"learned_range"`` (the network's
             interpolation between the two, in the log), or ``"auto"``: learned if the target learns one, else
             ``"fixed_small"``.
-        clip_denoised: clamp the predicted clean sample to ``[-1, 1]`` (pixel-space models; latents are not clipped).
-        beta_start: first beta of the linear schedule, for T = 1000.
-        beta_end: last beta of the linear schedule, for T = 1000.
+        clip_denoised: clamp the predicted clean sample to ``[-clip_range, clip_range]`` (pixel-space models; latents
+            are not clipped).
+        beta_start: first beta, for T = 1000; the cosine schedule has its own.
+        beta_end: last beta, for T = 1000.
+        beta_schedule: ``"linear"``, ``"scaled_linear"`` (in the square root) or ``"squaredcos_cap_v2"`` (cosine).
+        prediction_type: what the network predicts: the noise (``"epsilon"``), the velocity ``sqrt(abar) noise -
+            sqrt(1 - abar) x0`` (``"v_prediction"``) or the clean sample (``"sample"``).
+        timestep_spacing: ``"improved_ddpm"`` (its even respacing), or one of diffusers' rules ``"linspace"``,
+            ``"leading"`` and ``"trailing"``; see :func:`spaced_timesteps`.
+        steps_offset: added to every timestep of ``"leading"``.
+        clip_range: bound of the clean sample under ``clip_denoised``.
+
+    The step at timestep 0 adds no noise. Where a spacing ends above it, the last step is diffusers': noise with
+    variance beta for ``"fixed_large"``, a learned share of that for ``"learned_range"``, none for ``"fixed_small"``.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of another type.
@@ -84,6 +136,11 @@ class DDPMSchedule:
     clip_denoised: bool = False
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "improved_ddpm"
+    steps_offset: int = 0
+    clip_range: float = 1.0
 
     def __post_init__(self) -> None:
         where = "DDPMSchedule"
@@ -94,6 +151,17 @@ class DDPMSchedule:
         check_float(where, "beta_end", self.beta_end, self.beta_start, 1.0)
         if not isinstance(self.clip_denoised, bool):
             fail(where, "clip_denoised", "a bool", self.clip_denoised, TypeError)
+        check_choice(where, "beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        check_choice(where, "prediction_type", self.prediction_type, PREDICTIONS)
+        check_choice(where, "timestep_spacing", self.timestep_spacing, SPACINGS)
+        check_int(where, "steps_offset", self.steps_offset, 0)
+        if not check_float(where, "clip_range", self.clip_range, 0.0) > 0:
+            fail(where, "clip_range", "above 0", self.clip_range)
+        if self.steps_offset and self.timestep_spacing != "leading":
+            fail(where, "steps_offset", f"0 with timestep_spacing {self.timestep_spacing!r}", self.steps_offset)
+        if self._kept[-1] >= self.num_train_steps:
+            expectation = f"such that every timestep is below {self.num_train_steps}"
+            fail(where, "steps_offset", expectation, f"{self.steps_offset}, a timestep {self._kept[-1]}")
         betas = self.train_betas
         if not (betas.min() > 0 and betas.max() < 1):
             fail(where, "beta_start, beta_end", "such that every scaled beta lies in (0, 1)", f"{betas.max():g}")
@@ -101,7 +169,10 @@ class DDPMSchedule:
     @functools.cached_property
     def train_betas(self) -> np.ndarray:
         """Betas of the T training steps, float64."""
-        return linear_betas(self.num_train_steps, self.beta_start, self.beta_end)
+        if self.beta_schedule == "squaredcos_cap_v2":
+            return cosine_betas(self.num_train_steps)
+        betas = linear_betas if self.beta_schedule == "linear" else scaled_linear_betas
+        return betas(self.num_train_steps, self.beta_start, self.beta_end)
 
     @functools.cached_property
     def train_alphas_cumprod(self) -> np.ndarray:
@@ -110,7 +181,9 @@ class DDPMSchedule:
 
     @functools.cached_property
     def _kept(self) -> np.ndarray:
-        return np.array(respaced_timesteps(self.num_train_steps, self.num_steps))
+        return np.array(
+            spaced_timesteps(self.num_train_steps, self.num_steps, self.timestep_spacing, self.steps_offset)
+        )
 
     @functools.cached_property
     def timesteps(self) -> torch.Tensor:
@@ -154,25 +227,89 @@ class DDPMSchedule:
         check_choice("DDPMSchedule.table", "variance", variance, VARIANCES[1:])
         betas, alphas_cumprod, before = (torch.from_numpy(a[::-1].copy()) for a in self._betas)
         low, high = self.log_variance_range()
+        ends_with_noise = self._kept[0] > 0 and variance != "fixed_small"
+        if ends_with_noise:
+            low[-1] = math.log(SMALLEST_VARIANCE)
         fixed = {"fixed_small": low, "fixed_large": high}
         bias = fixed[variance] / 2 if variance in fixed else (low + high) / 4
         slope = torch.zeros_like(low) if variance in fixed else (high - low) / 4
-        bias[-1], slope[-1] = -torch.inf, 0.0
+        if not ends_with_noise:
+            bias[-1], slope[-1] = -torch.inf, 0.0
 
+        from_x0 = betas * before.sqrt() / (1.0 - alphas_cumprod)
+        from_state_given_x0 = (1.0 - before) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
         columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64)
-        columns[:, TransitionColumn.MEAN_FROM_STATE] = (1.0 - betas).rsqrt()
-        columns[:, TransitionColumn.MEAN_FROM_OUTPUT] = -betas * ((1.0 - alphas_cumprod) * (1.0 - betas)).rsqrt()
         columns[:, TransitionColumn.LOG_STD] = bias
         columns[:, TransitionColumn.LOG_STD_SLOPE] = slope
-        columns[:, TransitionColumn.X0_FROM_STATE] = alphas_cumprod.rsqrt()
-        columns[:, TransitionColumn.X0_FROM_OUTPUT] = -(1.0 / alphas_cumprod - 1.0).sqrt()
-        columns[:, TransitionColumn.MEAN_FROM_X0] = betas * before.sqrt() / (1.0 - alphas_cumprod)
-        columns[:, TransitionColumn.MEAN_FROM_STATE_GIVEN_X0] = (
-            (1.0 - before) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
-        )
+        columns[:, TransitionColumn.MEAN_FROM_X0] = from_x0
+        columns[:, TransitionColumn.MEAN_FROM_STATE_GIVEN_X0] = from_state_given_x0
+        if self.prediction_type == "epsilon":
+            x0_from_state, x0_from_output = alphas_cumprod.rsqrt(), -(1.0 / alphas_cumprod - 1.0).sqrt()
+            mean_from_state = (1.0 - betas).rsqrt()
+            mean_from_output = -betas * ((1.0 - alphas_cumprod) * (1.0 - betas)).rsqrt()
+        else:
+            if self.prediction_type == "v_prediction":
+                x0_from_state, x0_from_output = alphas_cumprod.sqrt(), -(1.0 - alphas_cumprod).sqrt()
+            else:
+                x0_from_state, x0_from_output = torch.zeros_like(betas), torch.ones_like(betas)
+            mean_from_state = from_state_given_x0 + from_x0 * x0_from_state
+            mean_from_output = from_x0 * x0_from_output
+        columns[:, TransitionColumn.X0_FROM_STATE] = x0_from_state
+        columns[:, TransitionColumn.X0_FROM_OUTPUT] = x0_from_output
+        columns[:, TransitionColumn.MEAN_FROM_STATE] = mean_from_state
+        columns[:, TransitionColumn.MEAN_FROM_OUTPUT] = mean_from_output
         return columns.float()
 
     @property
     def clip(self) -> float:
         """Bound of the predicted clean sample; infinite where nothing is clipped."""
-        return 1.0 if self.clip_denoised else math.inf
+        return float(self.clip_range) if self.clip_denoised else math.inf
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any, num_steps: int) -> DDPMSchedule:
+        """The schedule whose steps are those of a diffusers ``DDPMScheduler`` after ``set_timesteps(num_steps)``.
+
+        Args:
+            scheduler: the scheduler; it is read, not changed.
+            num_steps: K.
+
+        Raises:
+            TypeError: not a scheduler.
+            ValueError: a scheduler of another kind, or a setting that has no Gaussian transition here.
+        """
+        where = "DDPMSchedule.from_diffusers"
+        config = getattr(scheduler, "config", None)
+        if isinstance(scheduler, type) or not isinstance(config, Mapping) or not hasattr(scheduler, "set_timesteps"):
+            fail(where, "scheduler", "a diffusers DDPMScheduler", describe(scheduler), TypeError)
+        if not any(base.__name__ == "DDPMScheduler" for base in type(scheduler).__mro__):
+            # Others are deterministic, or not Gaussian given the state before alone.
+            reason = "there is no fresh noise in their steps to speculate on"
+            remedy = "use DDPMScheduler.from_config(scheduler.config)"
+            fail(where, "scheduler", f"a DDPMScheduler, not another: {reason}; {remedy}", type(scheduler).__name__)
+        for name in ("thresholding", "rescale_betas_zero_snr"):
+            if config.get(name):
+                fail(where, name, "False (not supported)", config[name])
+        if config.get("trained_betas") is not None:
+            fail(where, "trained_betas", "None (not supported)", "a list of betas")
+        variance = config.get("variance_type", "fixed_small")
+        # Their logarithm of the smaller variance is taken back at once; the larger one's is not, and gives NaN.
+        variance = "fixed_small" if variance == "fixed_small_log" else variance
+        check_choice(where, "variance_type", variance, VARIANCES[1:])
+        check_choice(where, "beta_schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES)
+        spacing = config.get("timestep_spacing", "leading")
+        train = config["num_train_timesteps"]
+        # diffusers takes the ends as they are at any length; ours are for T = 1000.
+        scale = train / 1000
+        return cls(
+            num_steps=num_steps,
+            num_train_steps=train,
+            variance=variance,
+            clip_denoised=bool(config.get("clip_sample", True)),
+            beta_start=config["beta_start"] * scale,
+            beta_end=config["beta_end"] * scale,
+            beta_schedule=config.get("beta_schedule", "linear"),
+            prediction_type=config.get("prediction_type", "epsilon"),
+            timestep_spacing=spacing,
+            steps_offset=config.get("steps_offset", 0) if spacing == "leading" else 0,
+            clip_range=config.get("clip_sample_range", 1.0),
+        )

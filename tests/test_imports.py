@@ -62,6 +62,7 @@ def in_fresh_process(code: str, **environment: str) -> str:
 def test_import_needs_no_triton_no_compiler_no_extension():
     code = (
         "import sys; sys.modules['triton'] = None; sys.modules['free_dit'] = None; sys.modules['sklearn'] = None; "
+        "sys.modules['diffusers'] = None; "
         "import torch, free_kernels; "
         "r = free_kernels.ancestral_sample; print('free_kernels._C' in sys.modules)"
     )

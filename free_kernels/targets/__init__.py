@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
 from free_kernels.targets.dit import DiTTarget, is_dit_module
+from free_kernels.targets.hook import HookTarget
 from free_kernels.types import Target
 from free_kernels.validation import fail
 
-__all__ = ["DiTTarget", "as_target", "is_dit_module"]
+__all__ = ["DiTTarget", "DiffusersDiTTarget", "HookTarget", "as_target", "is_diffusers_dit", "is_dit_module"]
 
 
 def as_target(where: str, target: object) -> Target:
@@ -19,11 +21,14 @@ def as_target(where: str, target: object) -> Target:
     """
     if is_dit_module(target):
         return DiTTarget(target)  # type: ignore[arg-type]
+    if is_diffusers_dit(target):
+        return DiffusersDiTTarget(target)  # type: ignore[arg-type]
     if isinstance(target, nn.Module) and not isinstance(target, Target):
         fail(
             where,
             "target",
-            "a Target, or a DiT module with x_embedder, t_embedder, y_embedder, blocks and final_layer",
+            "a Target (HookTarget makes one of any module), a diffusers DiTTransformer2DModel, "
+            "or a DiT module with x_embedder, t_embedder, y_embedder, blocks and final_layer",
             type(target).__name__,
             TypeError,
         )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from free_kernels.hoisting import ConditioningTable, table_fits
+from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
 from free_kernels.validation import fail
 
 _PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
+_BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")
 
 
 def is_dit_module(module: object) -> bool:
@@ -20,25 +20,26 @@ def is_dit_module(module: object) -> bool:
     return isinstance(module, nn.Module) and all(hasattr(module, part) for part in _PARTS)
 
 
-class DiTTarget:
+class DiTTarget(AdaLNTarget):
     """An original-style DiT (Peebles & Xie 2022) as a :class:`free_kernels.types.Target`.
 
     ``head(features(x, t, y), t, y)`` equals ``module(x, t, y)`` to rounding. Inputs are cast to the module's dtype.
 
     Args:
-        module: the DiT, in evaluation mode.
+        module: the DiT, in evaluation mode. Blocks with exactly the original's parts (norm1, attn, norm2, mlp,
+            adaLN_modulation) are taken to combine them as the original does; others are called as they are.
+        compile: run blocks and head through ``torch.compile``.
 
     Raises:
         TypeError: the module lacks a part.
-        ValueError: the module is in training mode, where label dropout would make it random.
+        ValueError: the module is in training mode, where label dropout would make it random; or ``compile`` is asked
+            of blocks with other parts.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, compile: bool = False) -> None:
         if not is_dit_module(module):
             fail("DiTTarget", "module", f"a DiT with {', '.join(_PARTS)}", type(module).__name__, TypeError)
-        if module.training:
-            fail("DiTTarget", "module", "in evaluation mode (call .eval())", "training mode")
-        self.module: Any = module
+        super().__init__("DiTTarget", module, _split(module.blocks), compile)
         weight: Tensor = self.module.x_embedder.proj.weight
         channels, patch = int(weight.shape[1]), int(weight.shape[2])
         tokens, width = self.module.pos_embed.shape[-2:]
@@ -51,8 +52,6 @@ class DiTTarget:
         self.has_null_label = self.module.y_embedder.embedding_table.num_embeddings > self.num_classes
         # The original guides its first three channels of four.
         self.guidance_channels = 3 if channels == 4 else channels
-        self._block_table: ConditioningTable | None = None
-        self._final_table: ConditioningTable | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,55 +63,49 @@ class DiTTarget:
         """The module's device."""
         return self.module.x_embedder.proj.weight.device
 
-    def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Top-block features ``[R, T, D]``."""
-        h = self.module.x_embedder(x.to(self.dtype)) + self.module.pos_embed
-        if self._block_table is not None:
-            return self._hoisted_features(h, self._block_table(t, y))
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.module.x_embedder(x) + self.module.pos_embed
+
+    def _plain_blocks(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         c = self._conditioning(t, y)
         for block in self.module.blocks:
             h = block(h, c)
         return h
 
-    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Network output ``[R, C or 2C, H, W]``."""
-        final, h = self.module.final_layer, h.to(self.dtype)
-        if self._final_table is None:
-            return self.module.unpatchify(final(h, self._conditioning(t, y)))
-        shift, scale = self._final_table(t, y).unbind(1)
+    def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.module.unpatchify(self.module.final_layer(h, self._conditioning(t, y)))
+
+    def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
+        final = self.module.final_layer
+        shift, scale = modulations.unbind(1)
         return self.module.unpatchify(final.linear(torch.addcmul(shift, final.norm_final(h), scale)))
 
-    def hoisted(self, timesteps: Tensor, labels: Tensor) -> DiTTarget:
-        """A copy whose adaLN modulations for these timesteps and labels are computed once; itself if too many."""
-        depth, width = len(self.module.blocks), self.feature_shape[1]
-        if not table_fits(timesteps, labels, (6 * depth + 2) * width * self.dtype.itemsize):
-            return self
-        clone = copy.copy(self)
-        clone._block_table = ConditioningTable(self._block_modulations, timesteps, labels)
-        clone._final_table = ConditioningTable(self._final_modulations, timesteps, labels)
-        return clone
-
     def _conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.module.t_embedder(t) + self.module.y_embedder(y, False)
+        return self._time_embedding(0, t) + self.module.y_embedder(y, False)
+
+    def _time_embedders(self) -> list[Callable[[Tensor], Tensor]]:
+        return [self._embed_timesteps]
+
+    def _embed_timesteps(self, t: Tensor) -> Tensor:
+        embedder = self.module.t_embedder
+        sinusoids = getattr(embedder, "timestep_embedding", None)
+        if self.dtype == torch.float32 or sinusoids is None:
+            return embedder(t)
+        # The original's embedder hands float32 sinusoids to its MLP, which fails in any other dtype.
+        return embedder.mlp(sinusoids(t, embedder.frequency_embedding_size).to(self.dtype))
 
     def _block_modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """``[M, 6 depth, 1, D]``: shift, 1 + scale, gate of attention and MLP, block by block."""
         c = self._conditioning(t, y)
-        rows = torch.stack([block.adaLN_modulation(c).unflatten(1, (6, 1, -1)) for block in self.module.blocks], 1)
-        rows[:, :, 1] += 1
-        rows[:, :, 4] += 1
-        return rows.flatten(1, 2)
+        return stack_block_modulations([block.adaLN_modulation(c) for block in self.module.blocks])
 
     def _final_modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """``[M, 2, 1, D]``: shift and 1 + scale of the head."""
-        rows = self.module.final_layer.adaLN_modulation(self._conditioning(t, y)).unflatten(1, (2, 1, -1))
+        rows = self.module.final_layer.adaLN_modulation(self._conditioning(t, y)).unflatten(1, (HEAD_CHUNKS, 1, -1))
         rows[:, 1] += 1
         return rows
 
-    def _hoisted_features(self, h: Tensor, modulations: Tensor) -> Tensor:
-        rows = modulations.unbind(1)
-        for index, block in enumerate(self.module.blocks):
-            shift1, scale1, gate1, shift2, scale2, gate2 = rows[6 * index : 6 * index + 6]
-            h = torch.addcmul(h, gate1, block.attn(torch.addcmul(shift1, block.norm1(h), scale1)))
-            h = torch.addcmul(h, gate2, block.mlp(torch.addcmul(shift2, block.norm2(h), scale2)))
-        return h
+
+def _split(blocks: nn.ModuleList) -> list[BlockParts] | None:
+    """The parts of every block, or None if a block has others than the original's."""
+    if any({name for name, _ in block.named_children()} != set(_BLOCK_PARTS) for block in blocks):
+        return None
+    return [BlockParts(block.norm1, block.attn, block.norm2, block.mlp) for block in blocks]

@@ -78,6 +78,11 @@ def dit_config(name: str, **overrides: Any) -> DiTConfig:
     return DiTConfig(**{**settings, **overrides})
 
 
+def standard_heads(hidden_size: int, depth: int) -> int | None:
+    """Attention heads of the standard size of this width and depth; None if there is none."""
+    return next((heads for *shape, heads in _SIZES.values() if shape == [hidden_size, depth]), None)
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens: ``[R, C, H, W] -> [R, T, D]``."""
 

@@ -1,0 +1,227 @@
+"""``accelerate``: a diffusers ``DiTPipeline`` whose denoising loop is speculative."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from free_kernels.noise import PhiloxNoise
+from free_kernels.sampler import sample
+from free_kernels.schedule import DDPMSchedule
+from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
+from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats
+from free_kernels.validation import check_float, describe, fail
+
+try:
+    from diffusers import DiTPipeline, ImagePipelineOutput
+except ImportError as error:
+    raise ImportError(
+        "free_kernels.integrations.diffusers needs diffusers: pip install free-kernels[diffusers]"
+    ) from error
+
+# Arguments of `sample` that a call of the pipeline determines.
+_OURS = ("target", "class_labels", "schedule", "drafter", "guidance_scale", "seed", "noise", "progress")
+_SETTINGS = tuple(name for name in inspect.signature(sample).parameters if name not in _OURS)
+_DRAFT_LENGTH = inspect.signature(sample).parameters["draft_length"].default
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class AcceleratedDiTPipeline(DiTPipeline):
+    """A ``DiTPipeline`` that samples speculatively; made by :func:`accelerate`.
+
+    Attributes:
+        stats: what the last call's sampling did; None before the first.
+    """
+
+    drafter: str | Drafter = "frozen"
+    settings: Mapping[str, Any] = MappingProxyType({})
+    stats: SampleStats | None = None
+    _adapted: tuple[Any, DiffusersDiTTarget] | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: list[int],
+        guidance_scale: float = 4.0,
+        generator: Generators = None,
+        num_inference_steps: int = 50,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Images of the law of ``DiTPipeline.__call__`` with this pipeline's scheduler.
+
+        The learned variance is dropped, as there. States are float32, whatever the transformer's dtype.
+
+        Args:
+            class_labels: N class ids.
+            guidance_scale: guidance where above 1, of all channels unless ``accelerate`` was told otherwise.
+            generator: the source of the seed; None takes torch's default generator. Of a list of N, one for each image,
+                every image depends on its own only.
+            num_inference_steps: K.
+            output_type: ``"pil"``, ``"np"`` (``[N, H, W, 3]`` in [0, 1]) or ``"pt"`` (``[N, 3, H, W]``).
+            return_dict: whether to return an ``ImagePipelineOutput`` instead of a tuple.
+
+        Raises:
+            ValueError, TypeError: an argument or the scheduler is not one that can be sampled; the message says why.
+            FloatingPointError: a network output is not finite.
+        """
+        where = "AcceleratedDiTPipeline"
+        if self._adapted is None or self._adapted[0] is not self.transformer:
+            self._adapted = self.transformer, _target(self.transformer)
+        schedule = _schedule(self.scheduler, num_inference_steps)
+        scale = check_float(where, "guidance_scale", guidance_scale, 0.0)
+        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        settings = {"draft_length": _DRAFT_LENGTH, **self.settings}
+        if isinstance(settings["draft_length"], int):
+            settings["draft_length"] = min(settings["draft_length"], schedule.num_steps)
+        with _Progress(self, len(labels) * schedule.num_steps, settings.pop("callback", None)) as progress:
+            result = sample(
+                self._adapted[1],
+                labels,
+                schedule=schedule,
+                drafter=self.drafter,
+                guidance_scale=scale if scale > 1 else 1.0,
+                callback=progress,
+                **_randomness(where, generator, labels),
+                **settings,
+            )
+        self.stats = result.stats
+        images = self._decoded(result.samples, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _decoded(self, latents: Tensor, output_type: str | None) -> Any:
+        """Images of latents ``[N, C, H, W]``."""
+        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        pixels = (pixels / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return pixels
+        arrays = pixels.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
+
+    def save_pretrained(self, *arguments: Any, **keywords: Any) -> None:
+        """Save as the ``DiTPipeline`` that it was made of."""
+        _copied(DiTPipeline, self).save_pretrained(*arguments, **keywords)
+
+
+def accelerate(pipe: DiTPipeline, drafter: str | Drafter = "frozen", **settings: Any) -> AcceleratedDiTPipeline:
+    """A pipeline with the call, the outputs and the law of ``pipe``, in fewer calls of its transformer.
+
+    The two share their modules. ``DiTPipeline`` ignores the variance that a DiT has learned, so the law kept is that of
+    its ``DDPMScheduler`` with its own ``variance_type``.
+
+    Args:
+        pipe: a ``DiTPipeline`` with a ``DDPMScheduler``; others' steps have no fresh noise to speculate on.
+        drafter: as in :func:`free_kernels.sample`.
+        settings: further arguments of :func:`free_kernels.sample`, such as ``draft_length`` (cut to the number of steps
+            of a call), ``relaxation``, ``verification``, ``max_slots`` or ``guidance_channels``.
+
+    Raises:
+        TypeError: not a ``DiTPipeline``, or an unknown setting.
+        ValueError: the pipeline cannot be sampled speculatively; the message says why.
+    """
+    where = "accelerate"
+    if not isinstance(pipe, DiTPipeline):
+        fail(where, "pipe", "a diffusers DiTPipeline", type(pipe).__name__, TypeError)
+    for name in settings:
+        if name not in _SETTINGS:
+            fail(where, "settings", "among " + ", ".join(_SETTINGS), repr(name), TypeError)
+    if any(hasattr(module, "_hf_hook") for module in pipe.transformer.modules()):
+        # Hooks move weights in when the module's own forward begins, which is never called here.
+        fail(where, "pipe", "without CPU offload of its transformer", "an offloaded one")
+    _schedule(pipe.scheduler, 1)
+    check = getattr(drafter, "check_target", None)
+    if callable(check):
+        check(_target(pipe.transformer), where)
+    fast = _copied(AcceleratedDiTPipeline, pipe)
+    fast.drafter, fast.settings = drafter, settings
+    return fast
+
+
+def _copied(kind: type, pipe: DiTPipeline) -> Any:
+    """A pipeline of another class with the same modules, labels and configuration."""
+    fast = kind(pipe.transformer, pipe.vae, pipe.scheduler)
+    fast.labels = pipe.labels
+    if pipe.config.get("id2label") is not None:
+        fast.register_to_config(id2label=pipe.config["id2label"])
+    fast.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return fast
+
+
+class _Progress:
+    """A pipeline's progress bar over committed steps, as a callback that also calls the user's."""
+
+    def __init__(self, pipe: DiTPipeline, total: int, also: Callback | None) -> None:
+        self.bar, self.also, self.steps = pipe.progress_bar(total=total), also, {}
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def __call__(self, info: RoundInfo) -> None:
+        for image, step in zip(info.images, info.steps, strict=True):
+            self.bar.update(step - self.steps.get(image, 0))
+            self.steps[image] = step
+        if self.also is not None:
+            self.also(info)
+
+
+class _OwnKeys(PhiloxNoise):
+    """Noise whose images are keyed by numbers of their own instead of their places in the batch."""
+
+    def __init__(self, seed: int, keys: Tensor) -> None:
+        super().__init__(seed)
+        self.keys = keys
+
+    def normal(self, images: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        """Standard normals ``[M, *shape]``."""
+        return super().normal(self.keys[images], *arguments, **keywords)
+
+    def uniform(self, images: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        """Uniforms in (0, 1], ``[M]``."""
+        return super().uniform(self.keys[images], *arguments, **keywords)
+
+
+def _target(transformer: Any) -> DiffusersDiTTarget:
+    """The transformer's adapter; a compiled module is seen through."""
+    module = getattr(transformer, "_orig_mod", transformer)
+    if not is_diffusers_dit(module):
+        fail("accelerate", "pipe.transformer", "a DiTTransformer2DModel", describe(type(module).__name__), TypeError)
+    return DiffusersDiTTarget(module, compile=module is not transformer)
+
+
+def _schedule(scheduler: Any, num_steps: int) -> DDPMSchedule:
+    """The pipeline's own transitions."""
+    schedule = DDPMSchedule.from_diffusers(scheduler, num_steps)
+    if schedule.variance == "learned_range":
+        reason = "a fixed one: DiTPipeline drops the learned variance before it calls the scheduler"
+        fail("accelerate", "pipe.scheduler's variance_type", reason, schedule.variance)
+    return schedule
+
+
+def _randomness(where: str, generator: Generators, labels: Tensor) -> dict[str, Any]:
+    """``seed`` or ``noise`` for :func:`free_kernels.sample`; every generator moves on by one number."""
+    if isinstance(generator, list) and len(generator) == 1:
+        generator = generator[0]
+    if generator is None or isinstance(generator, torch.Generator):
+        return {"seed": _drawn(generator, 2**63 - 1)}
+    if not isinstance(generator, list) or not all(isinstance(one, torch.Generator) for one in generator):
+        fail(where, "generator", "None, a torch.Generator or a list of them", describe(generator), TypeError)
+    if len(generator) != len(labels):
+        fail(where, "generator", f"one, or a list of {len(labels)}, one for each label", f"a list of {len(generator)}")
+    # An image's key has 32 bits: two unlike generators of n give the same image with a chance of n^2 / 2^33.
+    keys = torch.tensor([_drawn(one, 2**32) for one in generator], device=labels.device)
+    return {"noise": _OwnKeys(0, keys)}
+
+
+def _drawn(generator: torch.Generator | None, below: int) -> int:
+    """A number in ``[0, below)`` from a generator on its own device."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(below, (), generator=generator, device=device, dtype=torch.int64))

@@ -1,0 +1,111 @@
+"""Adapter for diffusers' ``DiTTransformer2DModel``; needs nothing of diffusers but the module that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, run_blocks, stack_block_modulations
+from free_kernels.validation import fail
+
+_CLASS = "DiTTransformer2DModel"
+
+
+def is_diffusers_dit(module: object) -> bool:
+    """Whether an object is a ``diffusers.DiTTransformer2DModel``; told by its class's name, so nothing is imported."""
+    bases = type(module).__mro__
+    return any(base.__name__ == _CLASS and base.__module__.partition(".")[0] == "diffusers" for base in bases)
+
+
+class DiffusersDiTTarget(AdaLNTarget):
+    """A ``diffusers.DiTTransformer2DModel`` as a :class:`free_kernels.types.Target`.
+
+    ``head(features(x, t, y), t, y)`` equals ``module(x, t, y).sample`` to rounding, in diffusers' own arithmetic: it is
+    not the original DiT's with the same weights (other timestep frequencies, another epsilon in each block's second
+    normalisation). Guidance mixes all C channels, as ``DiTPipeline`` does.
+
+    Args:
+        module: the transformer, in evaluation mode.
+        compile: run blocks and head through ``torch.compile``.
+
+    Raises:
+        TypeError: not a ``DiTTransformer2DModel``.
+        ValueError: training mode, or a head with neither C nor 2C channels.
+    """
+
+    def __init__(self, module: nn.Module, compile: bool = False) -> None:
+        name = type(self).__name__
+        if not is_diffusers_dit(module):
+            fail(name, "module", f"a diffusers {_CLASS}", type(module).__name__, TypeError)
+        # Feed-forward in chunks trades speed for memory; it is the block's own forward that knows how.
+        whole = all(block._chunk_size is None for block in module.transformer_blocks)
+        parts = [BlockParts(b.norm1.norm, b.attn1, b.norm3, b.ff) for b in module.transformer_blocks]
+        super().__init__(name, module, parts if whole else None, compile)
+        config = self.module.config
+        channels, side, patch = config.in_channels, config.sample_size, config.patch_size
+        if self.module.out_channels not in (channels, 2 * channels):
+            fail(name, "module", f"one with {channels} or {2 * channels} output channels", self.module.out_channels)
+        self.latent_shape = (channels, side, side)
+        self.feature_shape = ((side // patch) ** 2, self.module.inner_dim)
+        self.learns_variance = self.module.out_channels == 2 * channels
+        embedder = self.module.transformer_blocks[0].norm1.emb.class_embedder
+        self.num_classes = int(embedder.num_classes)
+        self.has_null_label = embedder.embedding_table.num_embeddings > self.num_classes
+        self.guidance_channels = channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The module's dtype."""
+        return self.module.pos_embed.proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The module's device."""
+        return self.module.pos_embed.proj.weight.device
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.module.pos_embed(x)
+
+    def _plain_blocks(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self._time_tables is not None and self.blocks is not None:
+            # Every block embeds the timestep anew, with weights of its own.
+            for index, (block, parts) in enumerate(zip(self.module.transformer_blocks, self.blocks, strict=True)):
+                rows = block.norm1.linear(block.norm1.silu(self._conditioning(index, t, y)))
+                h = run_blocks([parts], h, stack_block_modulations([rows]))
+            return h
+        for block in self.module.transformer_blocks:
+            h = block(h, timestep=t, class_labels=y)
+        return h
+
+    def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self._modulated_head(h, self._final_modulations(t, y))
+
+    def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
+        shift, scale = modulations.unbind(1)
+        tokens = self.module.proj_out_2(torch.addcmul(shift, self.module.norm_out(h), scale))
+        patch, channels = self.module.patch_size, self.module.out_channels
+        side = self.latent_shape[1] // patch
+        patches = tokens.reshape(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
+        return patches.reshape(-1, channels, *self.latent_shape[1:])
+
+    def _conditioning(self, index: int, t: Tensor, y: Tensor) -> Tensor:
+        embedder = self.module.transformer_blocks[index].norm1.emb
+        return self._time_embedding(index, t) + embedder.class_embedder(y)
+
+    def _time_embedders(self) -> list[Callable[[Tensor], Tensor]]:
+        def of(embedder: nn.Module) -> Callable[[Tensor], Tensor]:
+            return lambda t: embedder.timestep_embedder(embedder.time_proj(t).to(self.dtype))
+
+        return [of(block.norm1.emb) for block in self.module.transformer_blocks]
+
+    def _block_modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        blocks = enumerate(self.module.transformer_blocks)
+        return stack_block_modulations([b.norm1.linear(b.norm1.silu(self._conditioning(i, t, y))) for i, b in blocks])
+
+    def _final_modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        rows = self.module.proj_out_1(F.silu(self._conditioning(0, t, y))).unflatten(1, (HEAD_CHUNKS, 1, -1))
+        rows[:, 1] += 1
+        return rows

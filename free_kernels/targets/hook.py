@@ -1,0 +1,143 @@
+"""Adapter for any network whose top-block feature is the output of one of its sub-modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from free_kernels.validation import check_int, describe, fail
+
+Call = Callable[[nn.Module, Tensor, Tensor, Tensor], object]
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class _Reached(BaseException):
+    """Ends a forward at the feature layer; no Exception, so that a network's own ``except`` lets it pass."""
+
+    def __init__(self, feature: object) -> None:
+        self.feature = feature
+
+
+def _plain_call(module: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> object:
+    return module(x, t, y)
+
+
+class HookTarget:
+    """Any network as a :class:`free_kernels.types.Target`, by a forward hook.
+
+    ``features`` runs the module's forward up to the output of ``feature_layer`` and stops there, so that what follows
+    is not computed; ``head`` computes what follows. ``head(feature, t, y)`` has to be all that the module does after
+    that layer. Nothing is hoisted, and leaving a forward by an exception is for eager mode: use it neither with
+    ``cuda_graphs=True`` nor on a compiled module.
+
+    Args:
+        module: the network, in evaluation mode.
+        feature_layer: name of the sub-module, as in ``module.get_submodule``, whose output is the feature.
+        head: maps features ``[R, T, D]``, int64 timesteps and labels ``[R]`` to the output ``[R, C or 2C, H, W]``.
+        latent_shape: (C, H, W).
+        feature_shape: (T, D).
+        num_classes: number of labels; label ``num_classes`` is the null label.
+        learns_variance: whether the output has 2C channels.
+        call: how the module is called, ``call(module, x, t, y)``; ``module(x, t, y)`` if None. States come in the
+            dtype of the module's first floating-point parameter.
+        guidance_channels: leading channels that guidance mixes; C if None.
+        has_null_label: False where the network knows no null label and cannot be guided.
+
+    Raises:
+        TypeError: the module is no nn.Module, or head or call cannot be called.
+        ValueError: training mode, no such sub-module, or an impossible shape.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        feature_layer: str,
+        head: Head,
+        *,
+        latent_shape: tuple[int, int, int],
+        feature_shape: tuple[int, int],
+        num_classes: int,
+        learns_variance: bool,
+        call: Call | None = None,
+        guidance_channels: int | None = None,
+        has_null_label: bool = True,
+    ) -> None:
+        where = "HookTarget"
+        if not isinstance(module, nn.Module):
+            fail(where, "module", "an nn.Module", describe(module), TypeError)
+        if module.training:
+            fail(where, "module", "in evaluation mode (call .eval())", "training mode")
+        layers = dict(module.named_modules())
+        if not isinstance(feature_layer, str) or feature_layer not in layers:
+            fail(
+                where, "feature_layer", f"the name of a sub-module of {type(module).__name__}", describe(feature_layer)
+            )
+        for name, function in (("head", head), ("call", call)):
+            if not callable(function) and not (name == "call" and function is None):
+                fail(where, name, "callable", describe(function), TypeError)
+        self.module = module
+        self.feature_layer = feature_layer
+        self.latent_shape = _shape("latent_shape", latent_shape, 3)
+        self.feature_shape = _shape("feature_shape", feature_shape, 2)
+        self.num_classes = check_int(where, "num_classes", num_classes, 1)
+        self.learns_variance = bool(learns_variance)
+        self.has_null_label = bool(has_null_label)
+        channels = self.latent_shape[0]
+        guided = channels if guidance_channels is None else guidance_channels
+        self.guidance_channels = check_int(where, "guidance_channels", guided, 1, channels)
+        self._layer = layers[feature_layer]
+        self._head = head
+        self._call = call or _plain_call
+
+    @property
+    def _weight(self) -> Tensor | None:
+        return next((p for p in self.module.parameters() if p.is_floating_point()), None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the module's weights."""
+        return torch.float32 if self._weight is None else self._weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The module's device."""
+        return torch.device("cpu") if self._weight is None else self._weight.device
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Feature ``[R, T, D]``.
+
+        Raises:
+            RuntimeError: the module's forward never runs the feature layer.
+            ValueError: the layer's output is not ``[R, T, D]``.
+        """
+
+        def stop(_: nn.Module, __: object, output: object) -> NoReturn:
+            raise _Reached(output)
+
+        handle = self._layer.register_forward_hook(stop)
+        try:
+            self._call(self.module, x.to(self.dtype), t, y)
+        except _Reached as reached:
+            feature = reached.feature
+        else:
+            fail("HookTarget", "feature_layer", "run by the module's forward", repr(self.feature_layer), RuntimeError)
+        finally:
+            handle.remove()
+        expected = [len(x), *self.feature_shape]
+        if not isinstance(feature, Tensor) or list(feature.shape) != expected:
+            fail("HookTarget", f"the output of {self.feature_layer!r}", f"a tensor {expected}", describe(feature))
+        return feature
+
+    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Network output ``[R, C or 2C, H, W]``."""
+        return self._head(h.to(self.dtype), t, y)
+
+
+def _shape(name: str, shape: object, length: int) -> tuple[int, ...]:
+    """A tuple of positive ints of a given length."""
+    if not isinstance(shape, tuple | list) or len(shape) != length:
+        fail("HookTarget", name, f"{length} positive ints", describe(shape))
+    return tuple(check_int("HookTarget", name, size, 1) for size in shape)

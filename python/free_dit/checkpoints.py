@@ -1,0 +1,304 @@
+"""Checkpoints of other projects: the original DiT's files, and weights to and from diffusers' layout."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from free_dit.model import DiT, DiTConfig, sincos_positions, standard_heads
+from free_kernels.checkpoint import CheckpointError
+from free_kernels.targets import is_diffusers_dit
+from free_kernels.validation import describe, fail
+
+# Where a training checkpoint keeps its weights, best first; a published file is the state dict itself.
+_NESTED = ("ema", "model", "state_dict")
+# What wrappers put before every name.
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_dit_checkpoint(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    num_heads: int | None = None,
+    has_null_label: bool = True,
+) -> DiT:
+    """The DiT of a checkpoint in the original's format, such as the published ``DiT-XL-2-256x256.pt``.
+
+    The file is a state dict, or a training checkpoint that holds one under "ema", "model" or "state_dict" (the average
+    is preferred), read without unpickling code; or a state dict in safetensors. The shape is inferred from the tensors.
+
+    Args:
+        path: a ``.pt`` or ``.safetensors`` file.
+        device: where the model goes.
+        dtype: of the model; that of the file if None.
+        num_heads: attention heads, which the tensors do not tell; None takes those of the standard size (S, B, L, XL)
+            of this width and depth.
+        has_null_label: False where the model was trained without label dropout, and every embedded label is a class.
+
+    Returns:
+        The model in evaluation mode, without gradients.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not a checkpoint, truncated, or of another architecture; the message says what does not fit.
+        ValueError: ``num_heads`` is needed, or impossible.
+    """
+    where = "load_dit_checkpoint"
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: path must be an existing file, got {path}")
+    state = _unwrapped(where, path, _read(where, path))
+    try:
+        config = infer_config(state, num_heads=num_heads, has_null_label=has_null_label)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {path} must hold an original-style DiT; {error}") from error
+    with torch.device("meta"):
+        model = DiT(config)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where}: {path} must hold an original-style DiT; {error}") from error
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def save_dit_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
+    """Write a DiT's state dict as the published ``.pt`` files are.
+
+    Raises:
+        OSError: the path cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary
+        )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def infer_config(
+    state: Mapping[str, Tensor], *, num_heads: int | None = None, has_null_label: bool = True
+) -> DiTConfig:
+    """The shape of an original-style DiT, from its state dict; arguments as in :func:`load_dit_checkpoint`.
+
+    Raises:
+        CheckpointError: a tensor is missing or its shape is impossible.
+        ValueError: ``num_heads`` is needed, or impossible.
+    """
+    hidden, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
+    _, tokens, _ = _shape(state, "pos_embed", 3)
+    labels, _ = _shape(state, "y_embedder.embedding_table.weight", 2)
+    mlp_hidden, _ = _shape(state, "blocks.0.mlp.fc1.weight", 2)
+    outputs, _ = _shape(state, "final_layer.linear.weight", 2)
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    side = round(tokens**0.5)
+    out_channels = outputs // patch**2
+    if side**2 != tokens:
+        raise CheckpointError(f"pos_embed must be of a square number of tokens, got {tokens}")
+    if out_channels not in (channels, 2 * channels):
+        raise CheckpointError(f"final_layer must have {channels} or {2 * channels} channels, got {out_channels}")
+    heads = standard_heads(hidden, depth) if num_heads is None else num_heads
+    if heads is None:
+        size = f"no standard size has width {hidden} and depth {depth}"
+        fail("infer_config", "num_heads", "given, because the tensors do not tell and " + size, None)
+    return DiTConfig(
+        input_size=side * patch,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=hidden,
+        depth=depth,
+        num_heads=heads,
+        num_classes=labels - int(has_null_label),
+        class_dropout_prob=0.1 if has_null_label else 0.0,
+        learn_sigma=out_channels == 2 * channels,
+        mlp_ratio=mlp_hidden / hidden,
+    )
+
+
+def convert_diffusers_to_dit(state: Mapping[str, Tensor], input_size: int) -> dict[str, Tensor]:
+    """State dict of a ``diffusers.DiTTransformer2DModel`` under the original's names.
+
+    **The weights carry over, the arithmetic does not**: with the same weights diffusers' model gives slightly other
+    outputs (timestep frequencies over ``half - 1`` instead of ``half``, epsilon 1e-5 instead of 1e-6 in each block's
+    second normalisation). Published diffusers weights are the original's, so that a DiT with them is the model that was
+    trained; :func:`use_original_arithmetic` makes diffusers' model compute the same.
+
+    Args:
+        state: the transformer's.
+        input_size: side of its latent (``config.sample_size``), for the position table that is not part of it.
+
+    Raises:
+        CheckpointError: a name is missing or left over, or the blocks' embedders differ, which a DiT cannot express.
+    """
+    left = dict(state)
+    depth = len({name.split(".")[1] for name in left if name.startswith("transformer_blocks.")})
+    result: dict[str, Tensor] = {}
+    for theirs, ours in _OUTER.items():
+        for part in ("weight", "bias"):
+            result[f"{ours}.{part}"] = _take(left, f"{theirs}.{part}")
+    for index in range(depth):
+        block = f"transformer_blocks.{index}."
+        for name, ours in _EMBEDDERS.items():
+            tensor = _take(left, f"{block}norm1.emb.{name}")
+            if not torch.equal(result.setdefault(ours, tensor), tensor):
+                raise CheckpointError(f"{block}norm1.emb.{name} must be as in block 0: a DiT has one embedder")
+        for part in ("weight", "bias"):
+            qkv = [_take(left, f"{block}attn1.to_{letter}.{part}") for letter in "qkv"]
+            result[f"blocks.{index}.attn.qkv.{part}"] = torch.cat(qkv)
+            for theirs, ours in _INNER.items():
+                result[f"blocks.{index}.{ours}.{part}"] = _take(left, f"{block}{theirs}.{part}")
+    if left:
+        raise CheckpointError(f"the state dict must be a DiTTransformer2DModel's, got also {sorted(left)[0]}")
+    hidden, _, patch, _ = result["x_embedder.proj.weight"].shape
+    if input_size % patch:
+        fail("convert_diffusers_to_dit", "input_size", f"a multiple of the patch size {patch}", input_size)
+    positions = sincos_positions(hidden, input_size // patch).unsqueeze(0)
+    result["pos_embed"] = positions.to(result["x_embedder.proj.weight"])
+    return result
+
+
+def convert_dit_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An original-style DiT's state dict under the names of ``diffusers.DiTTransformer2DModel``.
+
+    **The weights carry over, the arithmetic does not**: see :func:`convert_diffusers_to_dit`. The position table is
+    dropped: diffusers computes its own, which is the original's.
+
+    Raises:
+        CheckpointError: a name is missing or left over.
+    """
+    left = dict(state)
+    depth = len({name.split(".")[1] for name in left if name.startswith("blocks.")})
+    _take(left, "pos_embed")
+    embedders = {theirs: _take(left, ours) for theirs, ours in _EMBEDDERS.items()}
+    result: dict[str, Tensor] = {}
+    for theirs, ours in _OUTER.items():
+        for part in ("weight", "bias"):
+            result[f"{theirs}.{part}"] = _take(left, f"{ours}.{part}")
+    for index in range(depth):
+        block = f"transformer_blocks.{index}."
+        for name, tensor in embedders.items():
+            result[f"{block}norm1.emb.{name}"] = tensor.clone()
+        for part in ("weight", "bias"):
+            qkv = _take(left, f"blocks.{index}.attn.qkv.{part}").chunk(3)
+            for letter, tensor in zip("qkv", qkv, strict=True):
+                result[f"{block}attn1.to_{letter}.{part}"] = tensor.clone()
+            for theirs, ours in _INNER.items():
+                result[f"{block}{theirs}.{part}"] = _take(left, f"blocks.{index}.{ours}.{part}")
+    if left:
+        raise CheckpointError(f"the state dict must be an original-style DiT's, got also {sorted(left)[0]}")
+    return result
+
+
+def diffusers_config(config: DiTConfig) -> dict[str, Any]:
+    """Arguments of ``diffusers.DiTTransformer2DModel`` for a DiT's shape.
+
+    Raises:
+        ValueError: a shape that it cannot have.
+    """
+    if config.mlp_ratio != 4.0 or not config.class_dropout_prob > 0:
+        shown = f"mlp_ratio {config.mlp_ratio:g} and class_dropout_prob {config.class_dropout_prob:g}"
+        fail("diffusers_config", "config", "with mlp_ratio 4 and label dropout", shown)
+    return {
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels * (2 if config.learn_sigma else 1),
+        "num_layers": config.depth,
+        "sample_size": config.input_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": config.num_classes,
+    }
+
+
+def use_original_arithmetic(transformer: nn.Module) -> None:
+    """Set the two values, in place, by which a diffusers DiT differs from the original with the same weights.
+
+    They are the shift of the timestep frequencies and the epsilon of each block's second normalisation. They are not
+    saved with the model: call it again after loading.
+
+    Raises:
+        TypeError: not a ``DiTTransformer2DModel``.
+    """
+    if not is_diffusers_dit(transformer):
+        fail("use_original_arithmetic", "transformer", "a DiTTransformer2DModel", describe(transformer), TypeError)
+    for block in transformer.transformer_blocks:  # type: ignore[union-attr]
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+        block.norm3.eps = 1e-6
+
+
+_OUTER = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+_INNER = {
+    "norm1.linear": "adaLN_modulation.1",
+    "attn1.to_out.0": "attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+_EMBEDDERS = {
+    "timestep_embedder.linear_1.weight": "t_embedder.mlp.0.weight",
+    "timestep_embedder.linear_1.bias": "t_embedder.mlp.0.bias",
+    "timestep_embedder.linear_2.weight": "t_embedder.mlp.2.weight",
+    "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
+    "class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight",
+}
+
+
+def _take(state: dict[str, Tensor], name: str) -> Tensor:
+    """Remove and return a tensor."""
+    if name not in state:
+        raise CheckpointError(f"the state dict must hold {name}")
+    return state.pop(name)
+
+
+def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    """A tensor's shape."""
+    if name not in state:
+        raise CheckpointError(f"{name} must be among its tensors")
+    if state[name].ndim != dimensions:
+        raise CheckpointError(f"{name} must have {dimensions} dimensions, got {describe(state[name])}")
+    return tuple(state[name].shape)
+
+
+def _read(where: str, path: Path) -> object:
+    """What the file holds, on the CPU."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # The original's training checkpoints hold the command line's arguments, a plain bag of values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{where}: {path} must be a complete checkpoint of tensors, got {reason}") from error
+
+
+def _unwrapped(where: str, path: Path, held: object) -> dict[str, Tensor]:
+    """The state dict in what a file holds."""
+    while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
+        inner = next((held[name] for name in _NESTED if isinstance(held.get(name), Mapping)), None)
+        if inner is None:
+            break
+        held = inner
+    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise CheckpointError(f"{where}: {path} must hold a state dict, or one under {', '.join(_NESTED)}")
+    state = {str(name): tensor for name, tensor in held.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
