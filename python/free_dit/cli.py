@@ -98,7 +98,7 @@ def train_drafter(
         config: TOML file with the keys of DrafterTrainConfig.
         set_: overrides such as loop.iterations=2000 drafter.width=64.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        dtype: of the frozen target; that of its file if not given.
+        dtype: of the frozen target; if not given, that of the file for the original's format, else float32.
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
     """
     settings, place = load_config(DrafterTrainConfig, config, set_), Place.from_environment()

@@ -35,7 +35,8 @@ def load_target(
             format (``.pt``, ``.pth``, ``.bin`` or ``.safetensors``); or a folder saved by diffusers, of a pipeline
             (with ``transformer/``) or of the transformer alone.
         device: where the weights go.
-        dtype: of the target's weights and arithmetic; that of the file if None. A drafter stays float32.
+        dtype: of the target's weights and arithmetic; if None, that of the file for the original's format, else
+            float32. A drafter stays float32.
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
 
     Raises:
@@ -45,8 +46,8 @@ def load_target(
         ImportError: a folder of diffusers without diffusers installed.
     """
     module, drafter = _module(str(spec), dtype, num_heads)
-    module.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    target = as_target("load_target", module)
+    module.eval().requires_grad_(False)
+    target = as_target("load_target", module.to(device))
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
 
 
@@ -58,9 +59,9 @@ def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tupl
         raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
     if spec in bundled_names():
         target, drafter = load_bundled(spec)
-        return target.module, drafter
+        return target.module.to(dtype), drafter
     if kind == "ours":
-        return load_model(path), None
+        return load_model(path).to(dtype), None
     if kind == "original":
         from free_dit.checkpoints import load_dit_checkpoint
 
