@@ -89,10 +89,8 @@ def joint_training(out: Path, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]
 
 
 def difference(weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
-    """Euclidean distance over the size of the second."""
-    pairs = [(weights[name].double(), tensor.double()) for name, tensor in others.items()]
-    distance = sum(float((a - b).square().sum()) for a, b in pairs)
-    return (distance / sum(float(b.square().sum()) for _, b in pairs)) ** 0.5
+    """The largest over tensors of distance over size; scales, which are not trained, among them."""
+    return max(float((weights[name] - tensor).norm() / tensor.norm()) for name, tensor in others.items())
 
 
 @pytest.mark.slow
@@ -116,10 +114,10 @@ def test_two_processes_equal_one_on_both_their_batches_and_survive_a_death(tmp_p
     # Each process has trajectories of its own, and one process with both sets sees the same windows.
     together = joint_training(tmp_path / "joint", (0, 1))
     alone = joint_training(tmp_path / "alone", (0,))
-    print("from both", difference(found, together), "from one", difference(found, alone))
+    # Initial weights that are off by 1e-7 end 3e-5 apart.
     assert difference(found, together) < 1e-3
-    # Negative control: the second process's windows matter far more than rounding does.
-    assert difference(found, alone) > 1e-2
+    # Negative control: without the second process's windows.
+    assert difference(found, alone) > 0.05
 
 
 def test_the_environment_of_torchrun_is_read_whole(monkeypatch):

@@ -103,7 +103,9 @@ class Place:
         """
         if self.world == 1:
             return loss_fn
-        # Buffers are fixed once training begins.
+        # Buffers are fixed once training begins, and without the option the wrapper does not share them at its start.
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
         return DistributedDataParallel(_LossModule(module, loss_fn), broadcast_buffers=False)
 
     def unsynchronised(self, loss_fn: Loss, last: bool) -> AbstractContextManager[None]:
