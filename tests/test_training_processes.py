@@ -99,12 +99,13 @@ def test_two_processes_equal_one_on_both_their_batches_and_survive_a_death(tmp_p
     """Process 1 dies at iteration 20: the run ends soon, and goes on to what one process gives for twice the batch."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
     torchrun += ["--master-port", str(random.randint(20000, 60000)), str(WORKER), str(tmp_path / "two"), "shards"]
-    settings = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 120}
+    settings = {"capture_output": True, "text": True, "env": ENVIRONMENT, "timeout": 240}
     began = time.monotonic()
     died = subprocess.run([*torchrun, "20"], **settings)
     assert died.returncode != 0
     assert "Signal 9 (SIGKILL)" in died.stderr
-    assert time.monotonic() - began < 60
+    # Half of what a silent process would be waited for, and imports on a busy machine.
+    assert time.monotonic() - began < 120
     assert not (tmp_path / "two" / "drafter.safetensors").exists()
     subprocess.run(torchrun, check=True, **settings)
     found = load_file(tmp_path / "two" / "drafter.safetensors")

@@ -30,7 +30,7 @@ CONFIG = DrafterTrainConfig(
     refresh_every=5,
     calibration_images=2,
     keep_shards=3,
-    process_timeout_s=60,
+    process_timeout_s=240,
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -94,6 +96,8 @@ class Place:
         )
         yield
         # Not after an error: the others may be gone, and leaving the group waits for them.
+        dist.barrier()
+        gc.collect()
         dist.destroy_process_group()
 
     def parallel(self, module: nn.Module, loss_fn: Loss) -> Loss:
@@ -103,10 +107,12 @@ class Place:
         """
         if self.world == 1:
             return loss_fn
-        # Buffers are fixed once training begins, and without the option the wrapper does not share them at its start.
+        # Buffers are fixed once training begins: shared here, and not again in every pass. The option has two names.
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-        return DistributedDataParallel(_LossModule(module, loss_fn), broadcast_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(_LossModule(module, loss_fn), **{option: False})
 
     def unsynchronised(self, loss_fn: Loss, last: bool) -> AbstractContextManager[None]:
         """Leave gradients on their own process until the ``last`` backward pass of an iteration."""

@@ -129,7 +129,7 @@ class TrainingLoop:
         if self.checkpoint_path.exists():
             self._load()
         place.check_agreement(self.step, self.device)
-        self.loss_fn = place.parallel(module, loss_fn)
+        self._own_loss, self.loss_fn = loss_fn, place.parallel(module, loss_fn)
 
     @property
     def checkpoint_path(self) -> Path:
@@ -162,6 +162,9 @@ class TrainingLoop:
                         raise KeyboardInterrupt
                     self._advance(log, bar)
         finally:
+            # The wrapper must not outlive its process group: as its last owner it would wait for a thread that waits
+            # for the interpreter.
+            self.loss_fn = self._own_loss
             bar.close()
             if log is not None:
                 log.close()
