@@ -257,13 +257,16 @@ class FeatureDrafter(nn.Module):
         patches = self._patches(previous, state, t).to(dtype)
         return folded(feature.to(dtype), patches, table(t, y).unbind(1), memory)
 
-    def new_memory(self, slots: int, branches: int, drafts: int) -> FeatureMemory | None:
+    def new_memory(
+        self, slots: int, branches: int, drafts: int, dtype: torch.dtype | None = None
+    ) -> FeatureMemory | None:
         """An empty memory for ``branches * slots`` rows, conditional ones first; None for window 1.
 
         Args:
             slots: S, trajectories.
             branches: guidance branches, 1 or 2.
             drafts: the largest number of calls between two rewinds; so many may be forgotten with W - 1 left.
+            dtype: of keys and values, for calls under autocast; the weights' own if None.
 
         Raises:
             ValueError, TypeError: a count below 1 or not an int.
@@ -271,7 +274,7 @@ class FeatureDrafter(nn.Module):
         if self.config.window == 1:
             return None
         shape = self.config.window, self.config.depth, self._step_shape
-        return FeatureMemory(slots, branches, drafts, *shape, like=self.positions)
+        return FeatureMemory(slots, branches, drafts, *shape, like=self.positions.to(dtype or self.positions.dtype))
 
     @property
     def _step_shape(self) -> tuple[int, int, int]:

@@ -22,11 +22,13 @@ def acceptance_by_lookahead(
     A drafter with a memory has seen the steps up to k - a, each from the exact feature before it.
     """
     num_steps = schedule.num_steps
-    table = schedule.table(schedule.resolve_variance(target.learns_variance))
+    device = data.states.device
+    table = schedule.table(schedule.resolve_variance(target.learns_variance)).to(device)
+    timesteps = schedule.timesteps.to(device)
     y = torch.cat([data.labels, torch.full_like(data.labels, null_label(target))])
     guided = guided_channels(target)
-    network: Target = hoisted(target, schedule.timesteps, y.unique())  # type: ignore[assignment]
-    draft: Drafter = hoisted(drafter, schedule.timesteps, y.unique())  # type: ignore[assignment]
+    network: Target = hoisted(target, timesteps, y.unique())  # type: ignore[assignment]
+    draft: Drafter = hoisted(drafter, timesteps, y.unique())  # type: ignore[assignment]
     memory = new_memory(draft, len(data.labels), 2, lookahead)
     remembered = {} if memory is None else {"memory": memory}
     result = torch.full((lookahead, num_steps), float("nan"))
@@ -35,7 +37,7 @@ def acceptance_by_lookahead(
         drafts = min(lookahead, num_steps - 1 - start)
         for ahead in range(drafts):
             k = start + ahead
-            t = schedule.timesteps[k].expand(len(y))
+            t = timesteps[k].expand(len(y))
             previous, state = data.states[k - 1], data.states[k]
             feature = draft(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y, **remembered)
             mean, std = guided_transition(state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided)

@@ -17,16 +17,6 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(sorted(folder.name for folder in MODELS.iterdir() if (folder / "model.safetensors").is_file()))
 
 
-def load_target(path: str | Path) -> DiTTarget:
-    """The adapter of a DiT or SiT written by ``python -m free_dit train``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: broken, truncated, or not a model of ours.
-    """
-    return as_target("load_target", load_model(path))  # type: ignore[return-value]
-
-
 def load_bundled(name: str) -> tuple[DiTTarget, FeatureDrafter]:
     """A shipped target and its learned drafter, ready for ``sample(target, labels, drafter=drafter)``.
 
@@ -36,5 +26,5 @@ def load_bundled(name: str) -> tuple[DiTTarget, FeatureDrafter]:
         ValueError: no bundled model of this name.
     """
     check_choice("load_bundled", "name", name, bundled_names())
-    target = load_target(MODELS / name / "model.safetensors")
+    target = as_target("load_bundled", load_model(MODELS / name / "model.safetensors"))
     return target, FeatureDrafter.load(MODELS / name / "drafter.safetensors", target)

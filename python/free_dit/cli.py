@@ -16,14 +16,17 @@ from tyro.conf import Positional, arg
 
 from free_dit.analysis import Settings, Subject
 from free_dit.analysis_figures import write_figures
-from free_dit.bundled import MODELS, bundled_names, load_bundled, load_target
+from free_dit.bundled import bundled_names
 from free_dit.card import EVALUATION_SEED, write_card
 from free_dit.compare import compare as run_compare
 from free_dit.compare import print_report
 from free_dit.configuration import load_config
+from free_dit.distributed import Place
+from free_dit.drafter_loss import DTYPES
 from free_dit.evaluation.command import evaluate
 from free_dit.figures import sample_grids
 from free_dit.flow import schedule_for
+from free_dit.loading import load_target
 from free_dit.study import render_study, run_study
 from free_dit.sweep import preset as sweep_preset
 from free_dit.sweep import read_sweep, run_sweep
@@ -46,10 +49,8 @@ Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE ...")]
 
 
 def _target(model: str) -> tuple[Target, Drafter | None]:
-    """A bundled pair by name, or a DiT checkpoint of ours by path."""
-    if model in bundled_names():
-        return load_bundled(model)
-    return load_target(model), None
+    """A bundled pair by name, or any target that :func:`load_target` reads."""
+    return load_target(model)
 
 
 def _drafter(choice: str, bundled: Drafter | None, target: Target) -> Drafter | str:
@@ -82,19 +83,33 @@ def train(out: Path, config: Path = CONFIGS / "digits.toml", set_: Overrides = (
 
 @app.command
 def train_drafter(
-    out: Path, model: str = "digits", config: Path = CONFIGS / "digits_drafter.toml", set_: Overrides = ()
+    out: Path,
+    target: Annotated[str, arg(aliases=("--model",))] = "digits",
+    config: Path = CONFIGS / "digits_drafter.toml",
+    set_: Overrides = (),
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    num_heads: int | None = None,
 ) -> None:
     """Train a drafter on a DiT's own trajectories (no images needed); writes OUT/drafter.safetensors. Resumable.
 
+    Under torchrun each process trains on a GPU of its own: torchrun --nproc-per-node 8 -m free_dit train-drafter ...
+
     Args:
         out: folder of checkpoint, log and result.
-        model: a bundled model's name, or a model.safetensors written by train.
+        target: a bundled model's name, a model.safetensors written by train, a DiT checkpoint in the original's format,
+            or a folder of diffusers.
         config: TOML file with the keys of DrafterTrainConfig.
         set_: overrides such as loop.iterations=2000 drafter.width=64.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        dtype: of the frozen target; if not given, that of the file for the original's format, else float32.
+        num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
     """
-    target = load_target(MODELS / model / "model.safetensors" if model in bundled_names() else model)
-    path = run_train_drafter(target, load_config(DrafterTrainConfig, config, set_), out, model)
-    console.print(f"wrote {path}")
+    settings, place = load_config(DrafterTrainConfig, config, set_), Place.from_environment()
+    loaded, _ = load_target(target, place.device(device), None if dtype is None else DTYPES[dtype], num_heads)
+    path = run_train_drafter(loaded, settings, out, target, place)
+    if place.is_first:
+        console.print(f"wrote {path}")
 
 
 @app.command
@@ -114,7 +129,7 @@ def sample(
 
     Args:
         out: a .png or .npz file.
-        model: a bundled model's name, or a model.safetensors.
+        model: a bundled model's name, a checkpoint, or a folder of diffusers.
         drafter: "bundled", "frozen", "none" (the ordinary sampler), "ddim" (a baseline that is no speculation: DDIM
             without noise), or a drafter.safetensors.
         num: images.
@@ -173,7 +188,7 @@ def compare(
 
     Args:
         out: folder of samples.png, acceptance.png and compare.json.
-        model: a bundled model's name, or a model.safetensors.
+        model: a bundled model's name, a checkpoint, or a folder of diffusers.
         drafter: "bundled", "frozen", or a drafter.safetensors.
         num: images.
         steps: sampling steps K.
@@ -221,7 +236,7 @@ def figures(
 
     Args:
         out: folder of the figures.
-        model: bundled models' names, or model.safetensors files.
+        model: bundled models' names, checkpoints, or folders of diffusers.
         drafter: for each model "bundled", "frozen", or a drafter.safetensors; none given takes the bundled ones.
         num: images of every run.
         steps: sampling steps K.
@@ -282,7 +297,7 @@ def study(
 
     Args:
         out: folder of the runs, study.json and study.md.
-        model: a bundled model's name, or a model.safetensors written by train.
+        model: a bundled model's name, a checkpoint, or a folder of diffusers.
         config: TOML file of the drafter under study.
         variants: names of the variants to run; all if empty.
         images: images of the evaluation.
@@ -300,7 +315,7 @@ def info(model: Positional[str] = "digits") -> None:
     """Shapes and sizes of a model, and what this installation can do.
 
     Args:
-        model: a bundled model's name, or a model.safetensors.
+        model: a bundled model's name, a checkpoint, or a folder of diffusers.
     """
     from free_kernels.extension import build_config, has_extension, why_no_extension
 
@@ -335,7 +350,7 @@ def main() -> None:
     """Entry point; a user's mistake is one line on stderr and exit status 2, an interrupt is 130."""
     try:
         app.cli(prog="python -m free_dit", description=__doc__)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

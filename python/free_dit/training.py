@@ -1,25 +1,30 @@
-"""The training loop that the DiT and the drafter share: AdamW, warm-up and cosine, EMA, progress, checkpoints."""
+"""The training loop that the DiT and the drafter share: an optimizer, warm-up and cosine, EMA, progress, checkpoints."""
 
 from __future__ import annotations
 
-import csv
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from free_dit.distributed import Loss, Place
+from free_dit.interrupts import deferred_interrupts
+from free_dit.logs import LOGS, Log, open_log
+from free_dit.optimizers import make_optimizer
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from free_kernels.validation import check_choice, check_int
+
+# Name of the file, in a run's folder, that holds everything needed to go on.
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,21 @@ class LoopConfig:
     Attributes:
         iterations: optimiser steps in all.
         learning_rate: peak learning rate of AdamW.
+        optimizer: "adamw", or "muon" for the inner matrices of a drafter with AdamW for the rest.
         warmup: iterations of linear warm-up; a cosine to zero follows.
-        weight_decay: AdamW's weight decay.
+        weight_decay: decoupled weight decay.
         ema_decay: decay of the averaged weights, which are the ones exported.
         clip_norm: bound of the gradient norm.
         checkpoint_every: iterations between checkpoints.
-        log_every: iterations between lines of the CSV log.
+        log_every: iterations between lines of the log.
         seed: seed of initialisation and of every iteration's randomness.
+        accumulate: batches whose gradients an iteration averages, one after the other.
+        log: "csv", or "tensorboard" where that is installed.
     """
 
     iterations: int = 8000
     learning_rate: float = 1e-3
+    optimizer: str = "adamw"
     warmup: int = 200
     weight_decay: float = 0.0
     ema_decay: float = 0.999
@@ -47,6 +56,8 @@ class LoopConfig:
     checkpoint_every: int = 500
     log_every: int = 50
     seed: int = 0
+    accumulate: int = 1
+    log: str = "csv"
 
 
 def _learning_rate_factor(step: int, config: LoopConfig) -> float:
@@ -55,76 +66,76 @@ def _learning_rate_factor(step: int, config: LoopConfig) -> float:
 
 
 @contextmanager
-def iteration_seed(seed: int, step: int) -> Iterator[None]:
-    """Seed torch from (seed, step), so that a resumed run draws what an uninterrupted one would have drawn."""
+def iteration_seed(seed: int, step: int, stream: int = 0) -> Iterator[None]:
+    """Seed torch from (seed, step, stream), so that a resumed run draws what an uninterrupted one would have drawn.
+
+    Streams keep processes, and batches of one iteration, apart.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed << 32) + step)
+        torch.manual_seed((seed << 32) + step if stream == 0 else mixed_seed(seed, step, stream))
         yield
 
 
-@contextmanager
-def deferred_interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that is yielded instead of interrupting half an update.
-
-    A second signal interrupts at once. Outside the main thread, where handlers cannot be set, the list stays empty.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def remember(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def mixed_seed(*parts: int) -> int:
+    """64 bits that depend on all of the parts, negative ones included."""
+    words = [part % 2**64 for part in parts]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
 class TrainingLoop:
     """Runs ``loss_fn(step)`` for the configured iterations; resumes from ``out/checkpoint.safetensors`` if present.
 
+    With several processes each computes its own loss, gradients are averaged, and the first one writes the files.
+
     Args:
         module: trained in place.
         loss_fn: maps an iteration to (loss, figures to log).
         config: length and speed.
-        out: folder of checkpoint and log; made if missing.
+        out: folder of checkpoint and log; made if missing. All processes see the same one.
         identity: plain values that must not change between a run and its resumption.
+        place: where this process stands among those of the run.
+        scaler: scales the loss against underflow of float16 gradients; None where nothing is float16.
 
     Raises:
+        ValueError: a wrong setting of the loop.
         CheckpointError: the folder holds a checkpoint of another configuration.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        loss_fn: Callable[[int], tuple[Tensor, dict[str, float]]],
+        loss_fn: Loss,
         config: LoopConfig,
         out: Path,
         identity: dict[str, Any],
+        place: Place = Place(),
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        self.module, self.loss_fn, self.config, self.out = module, loss_fn, config, Path(out)
-        self.identity = identity
+        check_choice("train", "log", config.log, LOGS)
+        check_int("train", "accumulate", config.accumulate, 1)
+        self.module, self.config, self.out, self.place = module, config, Path(out), place
+        self.identity = identity | {"processes": place.world}
+        self.scaler = scaler
         self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
-        )
+        self.device = self.parameters[0].device
+        self.optimizer = make_optimizer(config.optimizer, module, config.learning_rate, config.weight_decay)
         self.step = 0
         self._updating = False
         self.out.mkdir(parents=True, exist_ok=True)
+        if place.is_first:
+            # A process that was killed while it wrote left these.
+            for path in self.out.glob(f".{CHECKPOINT}.*.tmp"):
+                path.unlink(missing_ok=True)
         if self.checkpoint_path.exists():
             self._load()
+        place.check_agreement(self.step, self.device)
+        self._own_loss, self.loss_fn = loss_fn, place.parallel(module, loss_fn)
 
     @property
     def checkpoint_path(self) -> Path:
         """Where the loop keeps everything that it needs to go on."""
-        return self.out / "checkpoint.safetensors"
+        return self.out / CHECKPOINT
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """State dict of the EMA weights, under the module's own names."""
@@ -136,72 +147,114 @@ class TrainingLoop:
         An interrupt (SIGINT or SIGTERM) ends the iteration in progress, writes a checkpoint and raises
         KeyboardInterrupt. A non-finite loss or gradient stops the run before it reaches the
         weights, and what was learned until then is kept.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite.
+            ConnectionError: another process of the run ended or fell silent.
         """
-        log_path = self.out / "log.csv"
-        self._trim_log(log_path)
-        started, interrupted_at = time.monotonic(), self.step
-        bar = tqdm(total=self.config.iterations, initial=self.step, desc=f"train {self.out.name}", unit="it")
+        started, interrupted_at, first = time.monotonic(), self.step, self.place.is_first
+        log: Log | None = open_log(self.config.log, self.out, self.step) if first else None
+        title = f"train {self.out.name}"
+        bar = tqdm(total=self.config.iterations, initial=self.step, desc=title, unit="it", disable=not first)
         try:
-            with log_path.open("a", newline="") as handle, deferred_interrupts() as interrupted:
+            with deferred_interrupts() as interrupted:
                 while self.step < self.config.iterations:
                     if interrupted:
                         raise KeyboardInterrupt
-                    figures = self._iterate()
-                    if self.step % self.config.log_every == 0:
-                        row = {"step": self.step, **{k: f"{v:.6g}" for k, v in figures.items()}}
-                        writer = csv.DictWriter(handle, row.keys())
-                        if handle.tell() == 0:
-                            writer.writeheader()
-                        writer.writerow(row)
-                        handle.flush()
-                        bar.set_postfix({k: v for k, v in row.items() if k != "step"})
-                    if self.step % self.config.checkpoint_every == 0:
-                        self._save()
-                    bar.update()
+                    self._advance(log, bar)
         finally:
+            # The wrapper must not outlive its process group: as its last owner it would wait for a thread that waits
+            # for the interpreter.
+            self.loss_fn = self._own_loss
             bar.close()
+            if log is not None:
+                log.close()
             # An update cut in half by a second signal is not saved over the last whole one.
             if self.step > interrupted_at and not self._updating:
                 self._save()
-        rate = (self.step - interrupted_at) / max(time.monotonic() - started, 1e-9)
-        tqdm.write(f"{self.out}: {self.step} iterations, {rate:.1f} it/s")
+        if first:
+            rate = (self.step - interrupted_at) / max(time.monotonic() - started, 1e-9)
+            tqdm.write(f"{self.out}: {self.step} iterations, {rate:.1f} it/s")
+
+    def _advance(self, log: Log | None, bar: tqdm) -> None:
+        """One iteration, and what falls due after it."""
+        try:
+            figures = self._iterate()
+            if self.step % self.config.log_every == 0:
+                figures = self.place.average(figures, self.device)
+                if log is not None:
+                    log.write(self.step, figures)
+                bar.set_postfix({name: f"{value:.6g}" for name, value in figures.items()})
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.place.world == 1:
+                raise
+            where = f"process {self.place.rank} of {self.place.world}"
+            raise ConnectionError(
+                f"train: every process must finish iteration {self.step}, got in {where}: {error}; see the first "
+                "error of the other processes, and run the same command again to go on from the last checkpoint"
+            ) from error
+        if self.step % self.config.checkpoint_every == 0:
+            self._save()
+        bar.update()
 
     def _iterate(self) -> dict[str, float]:
         lr = self.config.learning_rate * _learning_rate_factor(self.step, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with iteration_seed(self.config.seed, self.step):
-            loss, figures = self.loss_fn(self.step)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"train: loss must be finite, got {loss.item()} at iteration {self.step}")
+            group["lr"] = lr * group.get("rate", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batches = [self._backward(number) for number in range(self.config.accumulate)]
+        figures = {name: sum(one[name] for one in batches) / len(batches) for name in batches[0]}
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        if not torch.isfinite(norm):
+        finite = bool(torch.isfinite(norm))
+        # A loss scale starts too high and finds its size by steps that overflow and are left out.
+        if not finite and (self.scaler is None or self.scaler.get_scale() <= 1.0):
             raise FloatingPointError(f"train: gradient must be finite, got {norm.item()} at iteration {self.step}")
         self._updating = True
-        self.optimizer.step()
-        self.ema.update_parameters(self.module)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if finite:
+            self.ema.update_parameters(self.module)
         self.step += 1
         self._updating = False
-        return {"loss": loss.item(), **figures, "grad_norm": norm.item(), "lr": lr}
+        return {**figures, "grad_norm": norm.item(), "lr": lr}
+
+    def _backward(self, number: int) -> dict[str, float]:
+        """Gradients of one batch of the iteration, added to those of the batches before."""
+        batches = self.config.accumulate
+        with (
+            self.place.unsynchronised(self.loss_fn, number == batches - 1),
+            iteration_seed(self.config.seed, self.step, self.place.rank * batches + number),
+        ):
+            loss, figures = self.loss_fn(self.step)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"train: loss must be finite, got {loss.item()} at iteration {self.step}")
+            share = loss if batches == 1 else loss / batches
+            (share if self.scaler is None else self.scaler.scale(share)).backward()
+        return {"loss": loss.item(), **figures}
 
     def _save(self) -> None:
+        if not self.place.is_first:
+            return
         tensors = {f"model.{k}": v for k, v in self.module.state_dict().items()}
         tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
         metadata = {"kind": "training", "step": self.step, "identity": self.identity}
+        if self.scaler is not None:
+            metadata["scaler"] = self.scaler.state_dict()
         save_checkpoint(self.checkpoint_path, tensors, metadata)
 
     def _load(self) -> None:
         tensors, metadata = load_checkpoint(self.checkpoint_path, "training")
-        if metadata["identity"] != self.identity:
-            changed = sorted(
-                k
-                for k in self.identity.keys() | metadata["identity"].keys()
-                if self.identity.get(k) != metadata["identity"].get(k)
-            )
+        changed = _changed(metadata["identity"], self.identity)
+        if changed:
             raise CheckpointError(
                 f"train: {self.checkpoint_path} must be of the same configuration, got another {', '.join(changed)}; "
                 "choose another --out or remove it"
@@ -217,17 +270,21 @@ class TrainingLoop:
             index, _, key = name.partition(".")
             state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
+        if self.scaler is not None and metadata.get("scaler"):
+            self.scaler.load_state_dict(metadata["scaler"])
         self.step = int(metadata["step"])
 
-    def _trim_log(self, path: Path) -> None:
-        """Drop the log lines of iterations that ran after the checkpoint and will run again."""
-        if not path.exists():
-            return
-        with path.open(newline="") as handle:
-            rows = list(csv.DictReader(handle))
-        kept = [row for row in rows if int(row["step"]) <= self.step]
-        if len(kept) < len(rows):
-            with path.open("w", newline="") as handle:
-                writer = csv.DictWriter(handle, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(kept)
+
+def _changed(stored: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """Names of the stored values that are others now.
+
+    Names that only a newer version knows are not in the file, and those of the log change nothing.
+    """
+    names = []
+    for name, value in stored.items():
+        now = mine.get(name)
+        if isinstance(value, dict) and isinstance(now, dict):
+            names += [f"{name}.{inner}" for inner in _changed(value, now)]
+        elif now != value and name != "log":
+            names.append(name)
+    return sorted(names)

@@ -1,0 +1,122 @@
+"""Any target by one word: a bundled name, a checkpoint of ours or of the original DiT, or a diffusers folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from free_dit.bundled import bundled_names, load_bundled
+from free_dit.train import load_model
+from free_kernels.checkpoint import METADATA_KEY, CheckpointError
+from free_kernels.targets import as_target
+from free_kernels.types import Drafter, Target
+
+ACCEPTED = (
+    "a bundled model's name ({names}), a model.safetensors written by train, a DiT checkpoint in the original's format "
+    "(.pt or .safetensors), or a folder of diffusers (a DiTPipeline or a DiTTransformer2DModel)"
+)
+_TRANSFORMER = "DiTTransformer2DModel"
+
+
+def load_target(
+    spec: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    num_heads: int | None = None,
+) -> tuple[Target, Drafter | None]:
+    """A target and, where it is bundled, its drafter.
+
+    Args:
+        spec: a bundled model's name; a ``model.safetensors`` written by ``train``; a DiT checkpoint in the original's
+            format (``.pt``, ``.pth``, ``.bin`` or ``.safetensors``); or a folder saved by diffusers, of a pipeline
+            (with ``transformer/``) or of the transformer alone.
+        device: where the weights go.
+        dtype: of the target's weights and arithmetic; if None, that of the file for the original's format, else
+            float32. A drafter stays float32.
+        num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        CheckpointError: broken, or none of the formats above.
+        ValueError: ``num_heads`` is needed, impossible, or given for a format that holds it.
+        ImportError: a folder of diffusers without diffusers installed.
+    """
+    module, drafter = _module(str(spec), dtype, num_heads)
+    module.eval().requires_grad_(False)
+    target = as_target("load_target", module.to(device))
+    return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
+
+
+def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tuple[Any, Drafter | None]:
+    """The module on the CPU, and a bundled drafter."""
+    accepted, path = ACCEPTED.format(names=", ".join(bundled_names())), Path(spec)
+    kind = None if spec in bundled_names() else _kind(path)
+    if num_heads is not None and kind != "original":
+        raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
+    if spec in bundled_names():
+        target, drafter = load_bundled(spec)
+        return target.module.to(dtype), drafter
+    if kind == "ours":
+        return load_model(path).to(dtype), None
+    if kind == "original":
+        from free_dit.checkpoints import load_dit_checkpoint
+
+        return load_dit_checkpoint(path, dtype=dtype, num_heads=num_heads), None
+    if kind in ("pipeline", "transformer"):
+        return _from_diffusers(path, kind == "pipeline", dtype), None
+    if not path.exists():
+        raise FileNotFoundError(
+            f"load_target: path must be an existing file or folder, got {spec}; it may be {accepted}"
+        )
+    raise CheckpointError(f"load_target: {spec} must be {accepted}")
+
+
+def _kind(path: Path) -> str | None:
+    """What lies at a path, from names and headers alone; None if it is nothing that is known."""
+    if path.is_dir():
+        if (path / "model_index.json").is_file() and (path / "transformer" / "config.json").is_file():
+            return "pipeline"
+        return "transformer" if _class_name(path / "config.json") == _TRANSFORMER else None
+    if not path.is_file():
+        return None
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return "original"
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"load_target: {path} must be a complete safetensors file, got {error}") from error
+    if metadata is None:
+        return "original"
+    found = metadata.get("kind") if isinstance(metadata, dict) else None
+    if found != "dit":
+        raise CheckpointError(f"load_target: {path} must hold a target, got {found!r}")
+    return "ours"
+
+
+def _class_name(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _from_diffusers(path: Path, is_pipeline: bool, dtype: torch.dtype | None) -> torch.nn.Module:
+    folder = path / "transformer" if is_pipeline else path
+    found = _class_name(folder / "config.json")
+    if found != _TRANSFORMER:
+        raise CheckpointError(f"load_target: {folder} must hold a {_TRANSFORMER}, got {found!r}")
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError as error:
+        raise ImportError(f"load_target: diffusers must be installed to read {path}, got {error}") from error
+    try:
+        return DiTTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"load_target: {folder} must be a complete folder of diffusers, got {error}") from error
