@@ -1,4 +1,4 @@
-"""The training loop that the DiT and the drafter share: an optimizer, warm-up and cosine, EMA, progress, checkpoints."""
+"""The training loop that DiT and drafter share: an optimizer, warm-up and cosine, EMA, progress, checkpoints."""
 
 from __future__ import annotations
 
