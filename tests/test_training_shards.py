@@ -13,11 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from training_worker import CONFIG, tiny_target
 
+from free_dit.bundled import load_bundled
+from free_dit.data import load_digits
 from free_dit.drafter_loss import DrafterLoss
 from free_dit.shards import ShardStore, target_fingerprint
 from free_dit.train_drafter import calibrate, train_drafter
 from free_dit.training import LoopConfig, TrainingLoop
-from free_dit.trajectories import Trajectories, collect, make_schedule
+from free_dit.trajectories import Trajectories, collect, make_schedule, noised_chains
 from free_kernels import DDPMSchedule, FeatureDrafter, sample
 from free_kernels.checkpoint import CheckpointError
 
@@ -309,3 +311,39 @@ def test_wrong_settings_are_named(tmp_path, change, message):
 
 def test_schedules_by_name():
     assert make_schedule("ddpm", tiny_target(), 20) == DDPMSchedule(20)
+
+
+def test_noised_chains_have_the_forward_law():
+    """Means and variances of every state in closed form; 4,000 images of one value, chance of a false alarm 1e-6."""
+    schedule, count = DDPMSchedule(50), 4000
+    chains = noised_chains(schedule, torch.full((count, 1, 1, 1), 0.7), 3).flatten(1).double()
+    alpha = torch.from_numpy(schedule.train_alphas_cumprod)[schedule.timesteps]
+    mean, std = 0.7 * alpha.sqrt(), (1 - alpha).sqrt()
+    # Two tests for each of 50 states.
+    limit = 5.6
+    assert ((chains.mean(1) - mean).abs() < limit * std / count**0.5).all()
+    assert ((chains.var(1) / std.square() - 1).abs() < limit * (2 / count) ** 0.5).all()
+    # Neighbours share their noise: independent draws, which have the same marginals, would not do.
+    change = (chains[20] - chains[21]).var()
+    assert change < 0.5 * (std[20].square() + std[21].square())
+
+
+def test_windows_of_forward_noised_data():
+    target, _ = load_bundled("digits")
+    config = replace(SHORT, num_steps=10, trajectories=4, forward_dataset="digits", batch_size=4, unroll=2)
+    drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes)
+    loss = DrafterLoss(target, drafter, config)
+    data, again, other = loss.trajectories(0), loss.trajectories(0), loss.trajectories(1)
+    assert torch.equal(data.states, again.states)
+    assert not torch.equal(data.states, other.states)
+    # The state before the last step is nearly a real digit of its label, which the sampler's own chains are not yet.
+    real = load_digits("train")
+    for image in range(4):
+        of_class = real.images[real.labels == data.labels[image]]
+        assert (of_class - data.states[-1, image]).flatten(1).norm(dim=1).min() < 1.0
+    t, y = loss.timesteps[3].expand(4), data.labels
+    expected = target.features(data.states[3], t, y)
+    torch.testing.assert_close(data.features[3, 0], expected, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(loss(0)[0])
+    with pytest.raises(ValueError, match="forward_dataset must be one of"):
+        replace(config, forward_dataset="imagenet").check()

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_dit.data import DATASETS, ImageData
 from free_dit.distributed import Place
 from free_dit.shards import ShardStore, ShardWindow, target_fingerprint
 from free_dit.training import LoopConfig, iteration_seed, mixed_seed
-from free_dit.trajectories import Trajectories, collect, guided_transition, make_schedule
+from free_dit.trajectories import Trajectories, collect, guided_transition, make_schedule, noised_chains
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
 from free_kernels.types import Target, guided_channels, null_label
@@ -55,6 +56,8 @@ class DrafterTrainConfig:
         compile: train through torch.compile.
         calibration_images: fresh trajectories that acceptance is measured on at the end, for automatic draft lengths; 0
             leaves it out.
+        forward_dataset: a data set, whose training images are noised step by step into the chains to learn from; empty
+            learns from the target's own chains, which need no images.
         schedule: "auto" (that of the target's family) or "ddpm".
         precision: "float32", or "bfloat16" or "float16" for the drafter's own arithmetic under autocast; its weights,
             and delta, are float32 in any case, and the target keeps the dtype that it was loaded with.
@@ -79,7 +82,7 @@ class DrafterTrainConfig:
     feature_weight: float = 0.0
     compile: bool = False
     calibration_images: int = 16
-    calibration_images: int = 16
+    forward_dataset: str = ""
     schedule: str = "auto"
     precision: str = "float32"
     store: str = "memory"
@@ -97,6 +100,8 @@ class DrafterTrainConfig:
         check_int(where, "trajectories", self.trajectories, 2)
         check_int(where, "refresh_every", self.refresh_every, 1)
         check_choice(where, "loss", self.loss, tuple(LOSSES))
+        if self.forward_dataset:
+            check_choice(where, "forward_dataset", self.forward_dataset, tuple(DATASETS))
         check_choice(where, "precision", self.precision, tuple(DTYPES))
         check_choice(where, "store", self.store, ("memory", "shards"))
         check_int(where, "keep_shards", self.keep_shards, 1)
@@ -140,12 +145,13 @@ class DrafterLoss:
         if config.store == "shards":
             folder = Path(folder or "trajectories") / f"rank{place.rank}"
             self._store = ShardStore(folder, self._settings(), self.trajectories, config.keep_shards)
+        self._images: ImageData | None = None
         self._data: Trajectories | ShardWindow | None = None
         self._epoch = -1
 
     def _settings(self) -> dict[str, object]:
         """All that decides what the shards hold, up to the rounding of calls of another ``max_rows``."""
-        named = ("num_steps", "trajectories", "max_guidance", "feature_dtype")
+        named = ("num_steps", "trajectories", "max_guidance", "feature_dtype", "forward_dataset")
         return {name: getattr(self.config, name) for name in named} | {
             "target": target_fingerprint(self.target),
             "schedule": repr(self.schedule),
@@ -160,7 +166,14 @@ class DrafterLoss:
         with iteration_seed(seed + 1, number, rank):
             labels = torch.randint(self.target.num_classes, (count,))
             guidance = torch.rand(count) * (config.max_guidance - 1) + 1
+            picked = torch.rand(count)
         guidance[: count // 2] = 1.0
+        given = None
+        if config.forward_dataset:
+            self._images = self._images or DATASETS[config.forward_dataset]("train")
+            rows = (picked * len(self._images.labels)).long()
+            labels = self._images.labels[rows]
+            given = noised_chains(self.schedule, self._images.images[rows], mixed_seed(seed, number, rank))
         return collect(
             self.target,
             self.schedule,
@@ -172,6 +185,7 @@ class DrafterLoss:
             dtype=DTYPES[config.feature_dtype],
             device="cpu",
             images_first=self._store is not None,
+            given=given,
         )
 
     def data(self, epoch: int) -> Trajectories | ShardWindow:

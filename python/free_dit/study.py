@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "window 2": ("drafter.window=2",),
     "window 3": ("drafter.window=3",),
     "depth 2": ("drafter.depth=2",),
+    "depth 3": ("drafter.depth=3",),
     "width 64": ("drafter.width=64",),
     "width 160": ("drafter.width=160",),
     "no skip": ("drafter.skip=false",),
@@ -38,7 +39,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "unroll 2": ("unroll=2",),
     "unroll 4": ("unroll=4",),
     "unroll 6": ("unroll=6",),
+    "AdamW": ("loop.optimizer=adamw",),
     "log1p loss": ("loss=log1p",),
+    "forward-noised data": ("forward_dataset=digits",),
     "feature regression": ("loss=none", "feature_weight=1.0"),
 }
 LOOKAHEAD, LENGTHS = 5, (6, 12)

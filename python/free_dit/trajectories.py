@@ -13,9 +13,9 @@ from free_dit.flow import schedule_for
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.schedule import DDPMSchedule
+from free_kernels.schedule import DDPMSchedule, TransitionColumn
 from free_kernels.types import Schedule, Target, guided_channels, null_label
-from free_kernels.validation import check_choice, check_int
+from free_kernels.validation import check_choice, check_int, fail
 
 # Schedules that a configuration can name, for a target and a number of steps; "auto" is that of the target's family.
 SCHEDULES: dict[str, Callable[[Target, int], Schedule]] = {
@@ -91,6 +91,26 @@ def image_chunks(count: int, max_rows: int | None) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
+def noised_chains(schedule: Schedule, images: Tensor, seed: int) -> Tensor:
+    """Chains ``[K, B, C, H, W]`` of images ``[B, C, H, W]`` that are noised step by step, in sampling order.
+
+    Their states have the law of the data's forward process, jointly; a sampler's have it as far as its model is right.
+
+    Raises:
+        ValueError: a flow schedule, whose path is not noised in steps.
+    """
+    if getattr(schedule, "family", "diffusion") != "diffusion":
+        fail("train_drafter", "forward_dataset", "empty for a flow model", "a data set")
+    # The step's mean divides by what the forward step multiplies with.
+    keep = schedule.table(schedule.resolve_variance(False))[:, TransitionColumn.MEAN_FROM_STATE].reciprocal()
+    generator = torch.Generator().manual_seed(seed)
+    chains, x = torch.empty(schedule.num_steps, *images.shape), images
+    for k in range(schedule.num_steps - 1, -1, -1):
+        noise = torch.randn(x.shape, generator=generator)
+        x = chains[k] = keep[k] * x + (1 - keep[k].square()).clamp(min=0.0).sqrt() * noise
+    return chains
+
+
 @torch.no_grad()
 def collect(
     target: Target,
@@ -105,6 +125,7 @@ def collect(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     images_first: bool = False,
+    given: Tensor | None = None,
 ) -> Trajectories:
     """Run the ordinary sampler for ``labels [B]`` with guidance scales ``[B]`` and keep everything.
 
@@ -121,6 +142,7 @@ def collect(
         max_rows: bound of the network rows of a call, two for each image; None takes all images at once.
         dtype: of the features that are kept; the rest is float32.
         device: where they are kept; the target's if None.
+        given: ``[K, B, C, H, W]``, chains to run the target on instead of its own.
         images_first: lay memory out image by image, as on disk, behind the same shapes.
 
     Raises:
@@ -150,6 +172,8 @@ def collect(
             network: Target = hoisted(target, timesteps, y.unique())  # type: ignore[assignment]
             x = source.normal(images, torch.zeros_like(images), Purpose.INITIAL, shape)
             for k in range(num_steps):
+                if given is not None:
+                    x = given[k, part].to(here)
                 t = timesteps[k].expand(len(y))
                 h = network.features(torch.cat([x, x]), t, y)
                 mean, std = guided_transition(x, network.head(h, t, y), table[k : k + 1], scale, guided)
