@@ -25,7 +25,8 @@ from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.packed_call import PackedCall
 from free_kernels.policy import SlackPolicy
 from free_kernels.pool import ImagePool
-from free_kernels.relaxation import Relaxation, RelaxationPolicy, bias_of_rows
+from free_kernels.relaxation import Relaxation, RelaxationPolicy
+from free_kernels.run_figures import RunFigures
 from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, new_memory
 
 
@@ -120,14 +121,12 @@ class Speculation:
         self.network = PackedCall(self.chain)
         self.graphs = self._captured_rounds() if settings.cuda_graphs else None
         self._ahead: tuple[list[int], Tensor] | None = None
-        # By step: sum of squared deviations of tested rows; by image: sum of their biases.
-        self.deviation = torch.zeros(num_steps, device=device)
-        self.bias = torch.zeros(images, device=device)
-        self.stats = SampleStats(
-            rounds_per_image=np.zeros(images, np.int64),
-            tested_by_step=np.zeros(num_steps, np.int64),
-            accepted_by_step=np.zeros(num_steps, np.int64),
-        )
+        self.figures = RunFigures(images, num_steps, device)
+
+    @property
+    def stats(self) -> SampleStats:
+        """What the run did so far."""
+        return self.figures.stats
 
     @property
     def samples(self) -> Tensor:
@@ -162,7 +161,7 @@ class Speculation:
                 now = [(row, step + c) for row, step, c in zip(images, steps, committed, strict=True) if row >= 0]
                 finished = [(names[row], self.pool.samples[row]) for row, step in now if step == num_steps]
                 done += len(finished)
-                self._count(images, steps, lengths, committed)
+                self.figures.count([-1 if row < 0 else names[row] for row in images], steps, lengths, committed)
                 bar.update(sum(committed))
                 if callback is not None:
                     callback(RoundInfo(rounds, [names[row] for row, _ in now], [s for _, s in now], done, count))
@@ -172,7 +171,7 @@ class Speculation:
                 if moved is not None:
                     images = moved
                     self.images.copy_(torch.tensor(moved))
-        self._finish_stats()
+        self.figures.finish()
 
     def _lengths(self, images: list[int], steps: list[int]) -> list[int]:
         """Rows of every slot in the next round."""
@@ -219,8 +218,7 @@ class Speculation:
         self.rounds += 1
         advanced = [step + 1 for step in steps]
         self._ahead = advanced, noise[:, 1:]
-        self.stats.target_calls += 1
-        self.stats.target_rows += slots
+        self.figures.called(slots)
         return [1] * slots + images + advanced
 
     def _round(self, lengths: list[int]) -> Round:
@@ -233,9 +231,7 @@ class Speculation:
             longest = self._graph_length(longest)
             rows = row_bucket(rows, longest * len(lengths))
             result = self._play(longest, rows) if self.graphs is None else self.graphs((longest, rows))
-        self.stats.drafter_calls += 0 if self.drafter_is_free else longest - 1
-        self.stats.target_calls += 1
-        self.stats.target_rows += sum(lengths)
+        self.figures.called(sum(lengths), 0 if self.drafter_is_free else longest - 1)
         return result
 
     def _graph_length(self, longest: int) -> int:
@@ -345,12 +341,10 @@ class Speculation:
         tested = torch.arange(drafts, device=count.device) < count.unsqueeze(1)
         if self.slack is not None:
             self.slack.update(outcome, tested)
-        known = torch.where(tested, outcome.gap_sq, 0.0).nan_to_num(1e30, 1e30)
-        self.deviation.index_add_(0, steps[:, :drafts].reshape(-1), known.view(-1))
         if weights is not None:
             self.relaxation.update(outcome, tested)
-            bias = torch.where(tested, bias_of_rows(known, weights[:, :drafts]), 0.0)
-            self.bias.index_add_(0, self._keys(), bias.sum(1))
+            weights = weights[:, :drafts]
+        self.figures.gather(self._keys(), steps[:, :drafts], outcome.gap_sq, tested, weights)
 
     def _keys(self) -> Tensor:
         """The job's image in each slot ``[S]``; any of them where a slot is idle."""
@@ -365,20 +359,6 @@ class Speculation:
         policies = [policy for policy in (self.slack, self.relaxation) if policy is not None]
         preserved = [self.lengths, self.rounds, *(policy.running for policy in policies)]
         return CapturedCalls(lambda key: self._play(*key), preserved, self.lengths.zero_, self.state.device)
-
-    def _count(self, images: list[int], steps: list[int], lengths: list[int], committed: list[int]) -> None:
-        for image, step, length, count in zip(images, steps, lengths, committed, strict=True):
-            if image < 0:
-                continue
-            self.stats.rounds_per_image[self.pool.images[image]] += 1
-            self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
-            self.stats.accepted_by_step[step : step + count - 1] += 1
-
-    def _finish_stats(self) -> None:
-        with np.errstate(invalid="ignore"):
-            self.stats.uncertainty_by_step = self.deviation.double().cpu().numpy() / self.stats.tested_by_step
-        self.stats.bias_bound_per_image = self.bias.double().cpu().numpy()
-        self.stats.bias_bound = float(self.stats.bias_bound_per_image.mean())
 
     def _check_committed(
         self, outcome: Round, lengths: list[int], committed: list[int], steps: list[int], images: list[int]

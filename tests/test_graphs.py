@@ -114,6 +114,7 @@ def on_meta(speculation: Speculation) -> Speculation:
                 object.__setattr__(holder, name, getattr(holder, name).to("meta"))
 
     move(speculation, list(vars(speculation)))
+    move(speculation.figures, ["deviation", "bias"])
     move(speculation.pool, ["samples", "labels", "indices", "queue"])
     move(speculation.chain, ["labels", "timesteps", "table"])
     move(speculation.chain.target, ["means", "stds", "tilt", "alphas"])
