@@ -28,7 +28,7 @@ _LOOK_EVERY = 8
 # Ordinary steps between two trials of drafts that promise nothing, at first and at most.
 _SHORTEST_HOLD, _LONGEST_HOLD = 2, 128
 # A round counts with its own time where it is the first of its length, which is slow, up to so many typical ones.
-_SLOWEST = 4.0
+_SLOWEST = 2.0
 
 
 class AcceptanceModel:
