@@ -3,6 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
+# Test files run side by side, a thread each; more than one for each core only costs memory.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 BENCHES := coupling attention packing sampler
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
@@ -20,10 +23,10 @@ demo: $(SETUP)
 	$(BIN)/python -m free_dit compare --out outputs/demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest tests
+	$(PYTEST)
 
 test-fast: $(SETUP)
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: $(SETUP)
 	$(BIN)/python -m pytest $(BENCHES:%=benchmarks/bench_%.py) --benchmark-only --benchmark-columns=min,median,iqr,rounds \
