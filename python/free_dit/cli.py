@@ -41,6 +41,8 @@ from free_kernels.types import Drafter, Target
 from free_kernels.validation import check_int, check_writable
 
 CONFIGS = Path(__file__).parent / "configs"
+# Choices of --drafter that are no files.
+NAMED = ("bundled", "frozen", "none", "ddim")
 app = tyro.extras.SubcommandApp()
 app.command(evaluate)
 console = Console()
@@ -61,6 +63,11 @@ def _drafter(choice: str, bundled: Drafter | None, target: Target) -> Drafter | 
             raise ValueError("--drafter must be 'frozen' or a drafter file for a model that is not bundled")
         return bundled
     return FeatureDrafter.load(choice, target)
+
+
+def _title(model: str) -> str:
+    """A short name: trained models lie in a folder of their own name."""
+    return model if model in bundled_names() else Path(model).parent.name or Path(model).stem
 
 
 def _labels(count: int, classes: tuple[int, ...], num_classes: int) -> torch.Tensor:
@@ -161,7 +168,9 @@ def sample(
             target, labels, drafter=chosen, draft_length=draft_length, progress=True, **settings
         )
     if out.suffix == ".png":
-        sample_grids(out, {f"{model}, {drafter}": result.samples}, labels)
+        sample_grids(
+            out, {f"{_title(model)}, {drafter if drafter in NAMED else _title(drafter)}": result.samples}, labels
+        )
     else:
         pixels = ((result.samples.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
         np.savez(out, arr_0=pixels.cpu().numpy(), arr_1=labels.numpy())
@@ -251,8 +260,7 @@ def figures(
         target, bundled = _target(name)
         choice = drafter[number] if drafter else "frozen" if bundled is None else "bundled"
         chosen = _drafter(choice, bundled, target)
-        # Trained models lie in a folder of their own name.
-        title = name if name in bundled_names() else Path(name).parent.name or Path(name).stem
+        title = _title(name)
         taken = sum(one.name == title for one in subjects)
         learned = None if isinstance(chosen, str) else chosen
         subjects.append(Subject(f"{title} ({number + 1})" if taken else title, target, learned))

@@ -204,7 +204,9 @@ class DrafterLoss:
         image = torch.randint(len(data.labels), (rows,))
         start = torch.randint(1, config.num_steps - unroll, (rows,))
         if config.late:
-            late = torch.randint(config.num_steps * 4 // 5, config.num_steps - unroll, (rows,))
+            # A short chain's last fifth may be shorter than a window.
+            first = min(config.num_steps * 4 // 5, config.num_steps - unroll - 1)
+            late = torch.randint(first, config.num_steps - unroll, (rows,))
             start = torch.where(torch.rand(rows) < config.late, late, start)
         y = data.labels[image]
         y = torch.cat([y, torch.full_like(y, null_label(self.target))]).to(self.device)
