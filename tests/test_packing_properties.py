@@ -210,7 +210,9 @@ def live(shape: Shape, backend: str, pack: Callable = pack_drafts, commit: Calla
     return model
 
 
-bounded = hypothesis.settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+bounded = hypothesis.settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_dit.configuration import build
 from free_dit.data import DATASETS
 from free_dit.diffusion import DiffusionLoss
 from free_dit.model import DiT, DiTConfig
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
-from free_kernels.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, save_checkpoint
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.validation import check_choice, check_int, check_writable
 
@@ -80,6 +81,11 @@ def load_model(path: str | Path) -> DiT:
         CheckpointError: broken, truncated, or not a DiT of ours.
     """
     tensors, metadata = load_checkpoint(path, "dit")
-    model = DiT(DiTConfig(**metadata["config"]))
-    load_weights(model, tensors, path)
+
+    def build_model() -> DiT:
+        config = build(DiTConfig, metadata["config"], str(path))
+        check_depth(config.depth, tensors)
+        return DiT(config)
+
+    model = load_module(build_model, tensors, path)
     return model.eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import math
 import signal
 import threading
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from free_kernels.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from free_kernels.checkpoint import CheckpointError, load_checkpoint, reading, save_checkpoint
+from free_kernels.validation import check_int, describe
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ def deferred_interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _naming_the_checkpoint(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Whatever goes wrong in reading a checkpoint names its file."""
+
+    @functools.wraps(load)
+    def named(loop: TrainingLoop) -> None:
+        with reading("train", loop.checkpoint_path, "a whole training checkpoint"):
+            load(loop)
+
+    return named
 
 
 class TrainingLoop:
@@ -194,6 +207,7 @@ class TrainingLoop:
         metadata = {"kind": "training", "step": self.step, "identity": self.identity}
         save_checkpoint(self.checkpoint_path, tensors, metadata)
 
+    @_naming_the_checkpoint
     def _load(self) -> None:
         tensors, metadata = load_checkpoint(self.checkpoint_path, "training")
         if metadata["identity"] != self.identity:
@@ -212,12 +226,31 @@ class TrainingLoop:
             parts[part][rest] = tensor
         self.module.load_state_dict(parts["model"])
         self.ema.load_state_dict(parts["ema"])
+        self._check_whole(parts, metadata["step"])
         state = self.optimizer.state_dict()
         for name, tensor in parts["adam"].items():
             index, _, key = name.partition(".")
             state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
         self.step = int(metadata["step"])
+
+    def _check_whole(self, parts: dict[str, dict[str, Tensor]], step: object) -> None:
+        """Raise unless a checkpoint holds everything as it is here: what is missing would start anew unnoticed."""
+        check_int("train", "step", step, 0, self.config.iterations)
+        for part, module in (("model", self.module), ("ema", self.ema)):
+            for name, value in module.state_dict().items():
+                found = parts[part][name]
+                if (found.dtype, found.shape) != (value.dtype, value.shape):
+                    raise ValueError(f"{part}.{name} {describe(found)} instead of {describe(value)}")
+        moments = {
+            f"{index}.{name}": parameter.shape if name != "step" else torch.Size()
+            for index, parameter in enumerate(self.parameters)
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        }
+        kept = {name: value.shape for name, value in parts["adam"].items() if value.is_floating_point()}
+        if kept != moments:
+            differing = sorted(name for name in kept.keys() | moments.keys() if kept.get(name) != moments.get(name))
+            raise ValueError(f"another adam.{differing[0]}")
 
     def _trim_log(self, path: Path) -> None:
         """Drop the log lines of iterations that ran after the checkpoint and will run again."""
