@@ -100,6 +100,6 @@ setup(
         *find_namespace_packages("python", include=["free_dit", "free_dit.*"]),
     ],
     package_dir={"free_dit": "python/free_dit"},
-    package_data={"": ["*.toml", "*.json", "*.safetensors", "*.npz", "py.typed"]},
+    package_data={"": ["*.toml", "*.json", "*.safetensors", "*.npz", "*.md", "py.typed"]},
     **extension_arguments(),
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +15,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 METADATA_KEY = "free_kernels"
+Module = TypeVar("Module", bound=torch.nn.Module)
+# What reading a file of arbitrary bytes may end in.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
 
 
 class CheckpointError(ValueError):
     """A checkpoint file is broken, truncated or of another kind."""
+
+
+@contextmanager
+def reading(where: str, path: object, expectation: str) -> Iterator[None]:
+    """Turn whatever wrong content leads to into a :class:`CheckpointError` that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _UNREADABLE as error:
+        found = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{where}: {path} must hold {expectation}, got {found}") from error
 
 
 def save_checkpoint(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -54,7 +71,7 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, 
         with safe_open(path, framework="pt") as handle:
             metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"load_checkpoint: {path} must be a complete safetensors file, got {error}") from error
     if not isinstance(metadata, dict) or metadata.get("kind") != kind:
         found = metadata.get("kind") if isinstance(metadata, dict) else None
@@ -63,8 +80,41 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, 
 
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:
-    """``load_state_dict(strict=True)`` with one clear error for missing, unexpected or misshapen tensors."""
+    """``load_state_dict(strict=True)`` with one clear error for missing, unexpected, misshapen or integer tensors."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"load_weights: {source} must hold floating-point weights, got {name} {tensor.dtype}")
     try:
         module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"load_weights: {source} does not fit {type(module).__name__}: {error}") from error
+
+
+def load_module(build: Callable[[], Module], tensors: dict[str, Tensor], source: object) -> Module:
+    """The module that ``build`` makes, with these weights.
+
+    It is first built without memory and compared with the weights: a config of any size costs nothing unless it is
+    theirs.
+
+    Raises:
+        CheckpointError: ``build`` fails, or makes a module of other weights.
+    """
+    with reading("load_module", source, "a config of its own weights"):
+        with torch.device("meta"):
+            wanted = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in tensors.items()}
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if differing:
+            first = differing[0]
+            raise ValueError(
+                f"{len(differing)} of other shapes, {first}: {found.get(first)} instead of {wanted.get(first)}"
+            )
+        module = build()
+    load_weights(module, tensors, source)
+    return module
+
+
+def check_depth(depth: int, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for more blocks than there are weights: they would be built one by one before being compared."""
+    if depth > len(tensors):
+        raise ValueError(f"depth must be at most the number of weights {len(tensors)}, got {depth}")

@@ -62,7 +62,7 @@ def test_images_are_those_of_one_process(tmp_path, processes, verify):
         ("dies", 0, None, "ConnectionError: "),
     ],
 )
-def test_a_failing_process_ends_the_run(tmp_path, manner, rank, first, second):
+def test_a_failing_process_ends_the_run(tmp_path, manner, rank, first, second, fault_log):
     """Every other process gets an error that says what happened, long before the timeout of 40 s would tell."""
     began = time.monotonic()
     torchrun(2, tmp_path, 2, manner, rank)
@@ -76,6 +76,7 @@ def test_a_failing_process_ends_the_run(tmp_path, manner, rank, first, second):
             continue
         else:
             assert path.read_text().startswith(expected), path.read_text()
+    fault_log(f"one of two processes {manner}", "every other process ends with an error in bounded time")
 
 
 def test_merged_figures():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from free_dit.optimizers import MUON_RATE, Together, hidden_matrices, make_optimizer
+from free_dit.optimizers import MUON_RATE, Together, hidden_matrices, make_optimizer, state_shapes
 from free_kernels import FeatureDrafter
 from free_kernels.drafters import DrafterConfig
 
@@ -51,6 +51,8 @@ def test_both_learn_and_resume_bit_for_bit(drafter):
         optimizer = make_optimizer(name, parts, 2e-3, 0.0)
         _train(parts, optimizer, 5)
         kept = copy.deepcopy(optimizer.state_dict()["state"])
+        shapes = {f"{number}.{key}": value.shape for number, state in kept.items() for key, value in state.items()}
+        assert shapes == state_shapes(optimizer)
         again = make_optimizer(name, parts, 2e-3, 0.0)
         again.load_state_dict({**again.state_dict(), "state": kept})
         _train(parts, again, 7, begin=5)

@@ -41,7 +41,7 @@ class Small(GaussianTarget):
 @pytest.mark.parametrize("at", ["features", "head"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_MESSAGE)])
 @pytest.mark.parametrize("rows", [1, 6, 9])
-def test_images_are_those_of_enough_memory(rows, error, at):
+def test_images_are_those_of_enough_memory(rows, error, at, fault_log):
     if at == "head" and rows < 6:
         pytest.skip("drafting calls the head with a row for each of six slots")
     settings = {"schedule": STEPS, "draft_length": 5, "seed": 4}
@@ -52,12 +52,14 @@ def test_images_are_those_of_enough_memory(rows, error, at):
     torch.testing.assert_close(got.samples, want.samples, rtol=1e-5, atol=1e-5)
     assert got.stats.rounds_per_image.tolist() == want.stats.rounds_per_image.tolist()
     assert max(small.calls[-20:]) <= rows
+    fault_log(f"out of memory in the target's {at}", "calls made in parts: the same images")
 
 
-def test_a_failure_for_a_moment():
+def test_a_failure_for_a_moment(fault_log):
     roomy, small = GaussianTarget(learns_variance=True), Small(8, torch.OutOfMemoryError("once"), failures=1)
     settings = {"schedule": STEPS, "draft_length": 5, "seed": 4, "drafter": BiasedDrafter(roomy)}
     torch.testing.assert_close(sample(small, LABELS, **settings).samples, sample(roomy, LABELS, **settings).samples)
+    fault_log("out of memory for a moment", "calls made in parts: the same images")
 
 
 def test_rows_are_halved_and_the_limit_is_kept():

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from free_kernels.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, reading, save_checkpoint
 from free_kernels.drafters.memory import FeatureMemory, check_memory
 from free_kernels.hoisting import ConditioningTable, table_fits
 from free_kernels.ops.attention import feature_attention
@@ -139,6 +139,23 @@ def _checked_calibration(table: object) -> list[list[float]] | None:
     if not values or not fits:
         raise TypeError("a calibration that is no table of probabilities")
     return rows
+
+
+def _checked_shape(value: object, count: int) -> tuple[int, ...]:
+    """``count`` positive ints, as JSON has them; else TypeError."""
+    if not isinstance(value, list) or len(value) != count or not all(type(v) is int and v > 0 for v in value):
+        raise TypeError(f"a shape {value!r}")
+    return tuple(value)
+
+
+def _check_types(config: DrafterConfig) -> None:
+    """TypeError unless every value has the type of its default; a width may be None."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        wanted = int if field.name == "width" else type(field.default)
+        allowed = (int, float) if wanted is float else (wanted,)
+        if type(value) not in allowed and not (field.name == "width" and value is None):
+            raise TypeError(f"a config with {field.name} {value!r}")
 
 
 class FeatureDrafter(nn.Module):
@@ -336,17 +353,16 @@ class FeatureDrafter(nn.Module):
             ValueError: made for a target of other shapes.
         """
         weights, metadata = load_checkpoint(path, "feature_drafter")
-        try:
-            drafter = cls(
-                tuple(metadata["latent_shape"]),
-                tuple(metadata["feature_shape"]),
-                metadata["num_classes"],
-                DrafterConfig(**_BEFORE | metadata["config"]),
-            )
-            drafter.calibration = _checked_calibration(metadata.get("calibration"))
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"FeatureDrafter.load: {path} must hold a drafter's shapes, got {error}") from error
-        load_weights(drafter, weights, path)
+        with reading("FeatureDrafter.load", path, "a drafter's shapes"):
+            shapes = [
+                _checked_shape(metadata[name], count) for name, count in (("latent_shape", 3), ("feature_shape", 2))
+            ]
+            config = DrafterConfig(**_BEFORE | metadata["config"])
+            _check_types(config)
+            check_depth(config.depth, weights)
+            calibration = _checked_calibration(metadata.get("calibration"))
+            drafter = load_module(lambda: cls(*shapes, metadata["num_classes"], config), weights, path)
+        drafter.calibration = calibration
         if target is not None:
             drafter.check_target(target, "FeatureDrafter.load")
             drafter.to(getattr(target, "device", "cpu"))

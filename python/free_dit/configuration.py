@@ -35,6 +35,8 @@ def load_config(kind: type[T], path: Path | None, overrides: tuple[str, ...] = (
         place = values
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"load_config: {section} must be a section, got {place!r}")
         try:
             place[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -44,6 +46,8 @@ def load_config(kind: type[T], path: Path | None, overrides: tuple[str, ...] = (
 
 def build(kind: type[T], values: dict[str, Any], source: str) -> T:
     """A dataclass from nested plain values; ``source`` is named in errors."""
+    if not isinstance(values, dict):
+        raise ValueError(f"load_config: {source} must be a table, got {values!r}")
     hints = typing.get_type_hints(kind)
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     arguments = {}
@@ -61,4 +65,7 @@ def build(kind: type[T], values: dict[str, Any], source: str) -> T:
             names = " or ".join(a.__name__ for a in allowed)
             raise ValueError(f"load_config: {source}: {name} must be {names}, got {value!r}")
         arguments[name] = value
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise ValueError(f"load_config: {source}: {error}") from error

@@ -116,3 +116,17 @@ def make_optimizer(
         momentum=0.95,
     )
     return Together(torch.optim.AdamW([p for p in parameters if p not in hidden], **adamw), muon)
+
+
+def state_shapes(optimizer: torch.optim.Optimizer | Together) -> dict[str, torch.Size]:
+    """Shapes of all that an optimizer keeps once every parameter was updated, as ``"number.name"``."""
+    shapes: dict[str, torch.Size] = {}
+    number = 0
+    for one in optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,):
+        moments = ("momentum_buffer",) if isinstance(one, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+        for parameter in (p for group in one.param_groups for p in group["params"]):
+            shapes |= {f"{number}.{name}": parameter.shape for name in moments}
+            if "exp_avg" in moments:
+                shapes[f"{number}.step"] = torch.Size()
+            number += 1
+    return shapes

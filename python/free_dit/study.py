@@ -97,6 +97,21 @@ def evaluate(target: Target, drafter: Drafter, data: Trajectories, num_steps: in
     }
 
 
+def _read_study(path: Path) -> dict[str, Any]:
+    """What an earlier run left, if it can be gone on with and rendered.
+
+    Raises:
+        ValueError: not a study; the message names the file.
+    """
+    try:
+        report = json.loads(path.read_text())
+        render_study(report)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"study: {path} must hold a study, got {found}; remove it to have it made again") from error
+    return report
+
+
 def run_study(
     target: Target, model: str, config: Path, overrides: tuple[str, ...], out: Path, names: tuple[str, ...], images: int
 ) -> Path:
@@ -115,7 +130,7 @@ def run_study(
     base = load_config(DrafterTrainConfig, config, overrides)
     labels, schedule = torch.arange(images) % target.num_classes, schedule_for(target, base.num_steps)
     data: Trajectories | None = None
-    known = json.loads(result.read_text()) if result.exists() else {}
+    known = _read_study(result) if result.exists() else {}
     frame = {"model": model, "overrides": list(overrides), "images": images, "num_steps": base.num_steps}
     if known and known["frame"] != frame:
         fail("study", "out", f"a folder of the study {frame}", str(known["frame"]))

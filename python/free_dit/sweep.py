@@ -233,7 +233,7 @@ def _write_json(path: Path, value: object) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"sweep: {path} must be JSON, got {error}; remove it to have it made again") from error
     if not isinstance(value, dict):
         fail("sweep", str(path), "a JSON object", type(value).__name__)

@@ -183,8 +183,17 @@ def _point(axes: Any, x: float, record: dict[str, Any], colour: Any) -> None:
 
 
 def write_report(report: dict[str, Any], out: Path) -> list[Path]:
-    """Write ``sweep.md`` and ``sweep.png`` into a folder."""
+    """Write ``sweep.md`` and ``sweep.png`` into a folder.
+
+    Raises:
+        ValueError: a figure is missing or of another kind.
+    """
     paths = [Path(out) / "sweep.md", Path(out) / "sweep.png"]
-    paths[0].write_text(render(report))
-    plot(report, paths[1])
+    try:
+        text = render(report)
+        plot(report, paths[1])
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"sweep: {Path(out) / 'sweep.json'} must hold a whole sweep, got {found}") from error
+    paths[0].write_text(text)
     return paths

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from free_dit.configuration import build
 from free_dit.data import DATASETS
 from free_dit.diffusion import DiffusionLoss
 from free_dit.flow import VelocityLoss
 from free_dit.model import DiT, DiTConfig
 from free_dit.sit import SiT
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
-from free_kernels.checkpoint import CheckpointError, load_checkpoint, load_weights, save_checkpoint
+from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoint, load_module, save_checkpoint
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.validation import check_choice, check_int, check_writable
 
@@ -93,6 +94,11 @@ def load_model(path: str | Path) -> DiT:
     objective = metadata.get("objective", "noise")
     if objective not in _FAMILIES:
         raise CheckpointError(f"load_model: {path} must have been trained on {' or '.join(_FAMILIES)}, got {objective}")
-    model = _FAMILIES[objective](DiTConfig(**metadata["config"]))
-    load_weights(model, tensors, path)
+
+    def build_model() -> DiT:
+        config = build(DiTConfig, metadata["config"], str(path))
+        check_depth(config.depth, tensors)
+        return _FAMILIES[objective](config)
+
+    model = load_module(build_model, tensors, path)
     return model.eval().requires_grad_(False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from tqdm import tqdm
 from free_dit.distributed import Loss, Place
 from free_dit.interrupts import deferred_interrupts
 from free_dit.logs import LOGS, Log, open_log
-from free_dit.optimizers import make_optimizer
-from free_kernels.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from free_kernels.validation import check_choice, check_int
+from free_dit.optimizers import make_optimizer, state_shapes
+from free_kernels.checkpoint import CheckpointError, load_checkpoint, reading, save_checkpoint
+from free_kernels.validation import check_choice, check_int, describe
 
 # Name of the file, in a run's folder, that holds everything needed to go on.
 CHECKPOINT = "checkpoint.safetensors"
@@ -80,6 +81,17 @@ def mixed_seed(*parts: int) -> int:
     """64 bits that depend on all of the parts, negative ones included."""
     words = [part % 2**64 for part in parts]
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
+
+
+def _naming_the_checkpoint(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Whatever goes wrong in reading a checkpoint names its file."""
+
+    @functools.wraps(load)
+    def named(loop: TrainingLoop) -> None:
+        with reading("train", loop.checkpoint_path, "a whole training checkpoint"):
+            load(loop)
+
+    return named
 
 
 class TrainingLoop:
@@ -251,6 +263,7 @@ class TrainingLoop:
             metadata["scaler"] = self.scaler.state_dict()
         save_checkpoint(self.checkpoint_path, tensors, metadata)
 
+    @_naming_the_checkpoint
     def _load(self) -> None:
         tensors, metadata = load_checkpoint(self.checkpoint_path, "training")
         changed = _changed(metadata["identity"], self.identity)
@@ -265,6 +278,7 @@ class TrainingLoop:
             parts[part][rest] = tensor
         self.module.load_state_dict(parts["model"])
         self.ema.load_state_dict(parts["ema"])
+        self._check_whole(parts, metadata["step"])
         state = self.optimizer.state_dict()
         for name, tensor in parts["adam"].items():
             index, _, key = name.partition(".")
@@ -273,6 +287,21 @@ class TrainingLoop:
         if self.scaler is not None and metadata.get("scaler"):
             self.scaler.load_state_dict(metadata["scaler"])
         self.step = int(metadata["step"])
+
+    def _check_whole(self, parts: dict[str, dict[str, Tensor]], step: object) -> None:
+        """Raise unless a checkpoint holds everything as it is here: what is missing would start anew unnoticed."""
+        check_int("train", "step", step, 0, self.config.iterations)
+        for part, module in (("model", self.module), ("ema", self.ema)):
+            for name, value in module.state_dict().items():
+                found = parts[part][name]
+                if (found.dtype, found.shape) != (value.dtype, value.shape):
+                    raise ValueError(f"{part}.{name} {describe(found)} instead of {describe(value)}")
+        wanted = state_shapes(self.optimizer)
+        kept = {name: value.shape for name, value in parts["adam"].items() if value.is_floating_point()}
+        # Where a loss is scaled the first updates may all have been left out.
+        if kept != wanted and (kept or self.scaler is None):
+            differing = sorted(name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name))
+            raise ValueError(f"another adam.{differing[0]}")
 
 
 def _changed(stored: dict[str, Any], mine: dict[str, Any]) -> list[str]:
