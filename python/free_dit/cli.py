@@ -1,4 +1,5 @@
-"""Command line: ``python -m free_dit {train, train-drafter, sample, compare, figures, sweep, study, info, card}``."""
+"""Command line: ``python -m free_dit``, with {train, train-drafter, sample, compare, figures, sweep, study, evaluate,
+info, card}."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from free_dit.card import EVALUATION_SEED, write_card
 from free_dit.compare import compare as run_compare
 from free_dit.compare import print_report
 from free_dit.configuration import load_config
+from free_dit.evaluation.command import evaluate
 from free_dit.figures import sample_grids
 from free_dit.study import render_study, run_study
 from free_dit.sweep import preset as sweep_preset
@@ -36,6 +38,7 @@ from free_kernels.validation import check_int, check_writable
 
 CONFIGS = Path(__file__).parent / "configs"
 app = tyro.extras.SubcommandApp()
+app.command(evaluate)
 console = Console()
 
 Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE ...")]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,12 +15,15 @@ from torch import Tensor, nn
 
 from free_dit.data import load_digits
 from free_dit.training import iteration_seed
+from free_kernels.checkpoint import load_checkpoint
 from free_kernels.validation import check_float, check_int, describe, fail
 
 FEATURES = 16
 _EPOCHS, _BATCH, _PEAK_RATE, _SEED = 20, 64, 4e-3, 0
 # Resamples whose second moments are held at a time: bounds memory, changes no number.
 _CHUNK = 64
+# Features above this many have their moments taken resample by resample.
+_WIDE = 64
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,23 @@ class DigitsClassifier(nn.Module):
         return self.classes(nn.functional.silu(self.features(images)))
 
 
+CLASSIFIER = Path(__file__).parent / "models" / "digits_classifier" / "classifier.safetensors"
+CLASSIFIER_KIND = "digits_classifier"
+
+
 @lru_cache(maxsize=1)
 def digits_classifier() -> DigitsClassifier:
-    """The classifier, trained on the training split in a few seconds, from the same seed every time.
+    """The bundled classifier: the same numbers on every machine, as training anew would not give."""
+    tensors, _ = load_checkpoint(CLASSIFIER, CLASSIFIER_KIND)
+    # The shapes are all that construction is for; whoever draws random numbers next must not notice it.
+    with torch.device("meta"):
+        classifier = DigitsClassifier()
+    classifier.load_state_dict(tensors, strict=True, assign=True)
+    return classifier.eval().requires_grad_(False)
+
+
+def train_digits_classifier() -> DigitsClassifier:
+    """The classifier that is bundled: trained on the training split in a few seconds, from the same seed every time.
 
     Training images get the noise of one grey level, as those of the sampled DiT do: real digits have 17 levels, sampled
     ones do not, and a feature that saw the difference would measure nothing else.
@@ -155,14 +173,18 @@ def _check_features(where: str, argument: str, features: object, width: int | No
     return features.astype(np.float64)
 
 
-def _moments(features: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def weighted_moments(features: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means ``[R, D]`` and unbiased covariances ``[R, D, D]`` of features ``[N, D]`` that count ``[R, N]`` times."""
     number, width = features.shape
     centre = features.mean(0)
     moved = features - centre
     mean = counts @ moved / number
-    second = (counts @ (moved[:, :, None] * moved[:, None, :]).reshape(number, -1)).reshape(-1, width, width) / number
-    covariance = (second - mean[:, :, None] * mean[:, None, :]) * number / (number - 1)
+    if width <= _WIDE:
+        second = (counts @ (moved[:, :, None] * moved[:, None, :]).reshape(number, -1)).reshape(-1, width, width)
+    else:
+        # All products at once would be N D^2 numbers.
+        second = np.stack([(moved * count[:, None]).T @ moved for count in counts])
+    covariance = (second / number - mean[:, :, None] * mean[:, None, :]) * number / (number - 1)
     return mean + centre, covariance
 
 
@@ -207,24 +229,37 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     where = "frechet_distance"
     features_a = _check_features(where, "features_a", features_a)
     features_b = _check_features(where, "features_b", features_b, features_a.shape[1])
-    parts = [part[0] for one in (features_a, features_b) for part in _moments(one, np.ones((1, len(one))))]
+    parts = [part[0] for one in (features_a, features_b) for part in weighted_moments(one, np.ones((1, len(one))))]
     return float(frechet_of_moments(*parts))
+
+
+def resampled_counts(strata: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each row ``[N]`` is in each of R resamples, ``[R, N]``; each stratum is resampled to its own size."""
+    counts = np.empty((resamples, len(strata)))
+    for stratum in np.unique(strata):
+        (rows,) = np.nonzero(strata == stratum)
+        counts[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), resamples)
+    return counts
+
+
+def widened(features: np.ndarray, strata: np.ndarray) -> np.ndarray:
+    """Features ``[N, D]`` moved from their strata's centres: resamples of them have the strata's own variance.
+
+    Drawing from a sample instead of its law loses 1 / size of the variance.
+    """
+    moved = np.empty_like(features)
+    for stratum in np.unique(strata):
+        (rows,) = np.nonzero(strata == stratum)
+        centre = features[rows].mean(0)
+        moved[rows] = centre + np.sqrt(len(rows) / (len(rows) - 1)) * (features[rows] - centre)
+    return moved
 
 
 def _resampled_moments(
     features: np.ndarray, strata: np.ndarray, resamples: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Moments of bootstrap resamples, each stratum resampled to its own size."""
-    counts = np.empty((resamples, len(features)))
-    widened = np.empty_like(features)
-    for stratum in np.unique(strata):
-        (rows,) = np.nonzero(strata == stratum)
-        size = len(rows)
-        counts[:, rows] = generator.multinomial(size, np.full(size, 1 / size), resamples)
-        # Drawing from a sample instead of its law loses 1 / size of the variance.
-        centre = features[rows].mean(0)
-        widened[rows] = centre + np.sqrt(size / (size - 1)) * (features[rows] - centre)
-    return _moments(widened, counts)
+    return weighted_moments(widened(features, strata), resampled_counts(strata, resamples, generator))
 
 
 def _check_strata(where: str, argument: str, strata: np.ndarray | None, count: int) -> np.ndarray:
