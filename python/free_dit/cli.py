@@ -1,5 +1,5 @@
-"""Command line: ``python -m free_dit``, with {train, train-drafter, sample, compare, figures, sweep, study, evaluate,
-info, card}."""
+"""Command line: ``python -m free_dit``, with {train, train-drafter, sample, generate, compare, figures, sweep, study,
+evaluate, info, card}."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from free_dit.compare import print_report
 from free_dit.configuration import load_config
 from free_dit.evaluation.command import evaluate
 from free_dit.figures import sample_grids
+from free_dit.generation.command import generate
 from free_dit.study import render_study, run_study
 from free_dit.sweep import preset as sweep_preset
 from free_dit.sweep import read_sweep, run_sweep
@@ -38,6 +39,7 @@ from free_kernels.validation import check_int, check_writable
 
 CONFIGS = Path(__file__).parent / "configs"
 app = tyro.extras.SubcommandApp()
+app.command(generate)
 app.command(evaluate)
 console = Console()
 
