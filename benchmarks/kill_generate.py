@@ -2,40 +2,78 @@
 
     python benchmarks/kill_generate.py --out docs/reliability/kill.json
 
-Moments are uniform over the time that a process draws, its start (imports, weights) left out.
+Each job is a process of its own, forked after the imports, which would take most of the time. Moments are random from
+the first round on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
 
+from free_dit import cli
 from free_dit.files import write_json
 from free_dit.generation import SampleFolder
 
 
-def start(folder: Path, arguments: list[str]) -> tuple[subprocess.Popen, Path]:
-    """The job, once it draws."""
-    log = folder.with_suffix(".log")
-    with log.open("w") as handle:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "free_dit", "generate", "--out", str(folder), *arguments],
-            stdout=handle,
-            stderr=handle,
-        )
-    while "img" not in log.read_text() and process.poll() is None:
-        time.sleep(0.01)
-    return process, log
+class Job:
+    """The command in another process, from the first round on."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        self._log, self.code = folder.with_suffix(".log"), None
+        self._log.touch()
+        self.pid = os.fork()
+        if not self.pid:
+            self._run(["free_dit", "generate", "--out", str(folder), *arguments])
+        while "here:" not in self.log and self._ended(os.WNOHANG) is None:
+            time.sleep(0.01)
+        self.began = time.monotonic()
+
+    def _run(self, arguments: list[str]) -> None:
+        handle = os.open(self._log, os.O_WRONLY | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(handle, stream)
+        sys.argv, code = arguments, 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def _ended(self, options: int = 0) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, options)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self) -> int:
+        """The exit status; negative for a signal."""
+        code = self._ended()
+        assert code is not None
+        return code
+
+    def kill(self, number: int) -> None:
+        if self._ended(os.WNOHANG) is None:
+            os.kill(self.pid, number)
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -63,35 +101,36 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     options = parser.parse_args()
     moments, number = random.Random(options.seed), signal.Signals[f"SIG{options.signal}"]
-    job = ["--num", options.num, "--steps", options.steps, "--shard", options.shard]
-    arguments = [str(part) for part in job]
+    figures = {"--num": options.num, "--steps": options.steps, "--shard": options.shard}
+    arguments = [str(part) for item in figures.items() for part in item]
+    # A process that is forked has no threads but one.
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
-        process, log = start(whole, arguments)
-        began = time.monotonic()
-        assert process.wait() == 0, log.read_text()
-        drawing = time.monotonic() - began
+        job = Job(whole, arguments)
+        assert job.wait() == 0, job.log
+        drawing = time.monotonic() - job.began
         kills, rewritten, kept = [], 0, {}
         while len(kills) < options.kills:
-            process, log = start(killed, arguments)
+            job = Job(killed, arguments)
             # Together most of the undisturbed run, as a kill also costs what was not on disk yet.
             moment = moments.uniform(0, 1.5 * drawing / options.kills)
             time.sleep(moment)
-            process.send_signal(number)
-            code = process.wait()
+            job.kill(number)
+            code = job.wait()
             if code == 0:
                 break
             now = files_of(killed)
             rewritten += sum(now.get(name) != what for name, what in kept.items())
             kept, samples = now, SampleFolder.open(killed)
             images = sum(len(samples.settings.images_of(shard)) for shard in samples.recorded())
-            again = log.read_text().count("drawn again")
+            again = job.log.count("drawn again")
             kills.append(
                 {"after_s": round(moment, 3), "exit": code, "images_on_disk": images, "shards_found_damaged": again}
             )
             print(kills[-1], flush=True)
-        process, log = start(killed, arguments)
-        assert process.wait() == 0, log.read_text()
+        job = Job(killed, arguments)
+        assert job.wait() == 0, job.log
         now = files_of(killed)
         rewritten += sum(now.get(name) != what for name, what in kept.items())
         hashes = [SampleFolder.open(folder).image_hashes() for folder in (whole, killed)]

@@ -24,7 +24,6 @@ from free_dit.evaluation import (
 from free_dit.generation import GenerateSettings
 from free_dit.quality import CLASSIFIER, digit_features, digits_classifier, train_digits_classifier
 
-TINY = GenerateSettings(num=10, steps=4, draft_length=3, shard=4, seed=5)
 QUICK = EvaluationSettings(resamples=20, permutations=40, subsets=2)
 
 
