@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +14,17 @@ from free_dit import cli, load_bundled
 from free_dit.evaluation import (
     ArraySet,
     EvaluationSettings,
-    GenerateSettings,
     Statistics,
     evaluate,
-    generate,
     load_extractor,
     open_images,
     open_reference,
     render,
 )
-from free_dit.evaluation import generate as generate_function
-from free_dit.evaluation.generate import sampling_figures, shard_path
+from free_dit.generation import GenerateSettings
 from free_dit.quality import CLASSIFIER, digit_features, digits_classifier, train_digits_classifier
 
-TINY = GenerateSettings(num=10, steps=4, draft_length=3, shard=4, seed=5)
 QUICK = EvaluationSettings(resamples=20, permutations=40, subsets=2)
-module = sys.modules[generate_function.__module__]
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +37,6 @@ def digits():
     return open_images("digits-test")
 
 
-def draw(folder: Path, pair, settings: GenerateSettings = TINY, **rest):
-    return generate(folder, *pair, settings, model="digits", **rest)
-
-
-def pixels_of(folder: Path) -> np.ndarray:
-    return np.concatenate(list(open_images(folder).batches(3)))
-
-
 def test_the_bundled_classifier_is_the_trained_one():
     digest = hashlib.sha256(CLASSIFIER.read_bytes()).hexdigest()
     assert digest in (CLASSIFIER.parent / "CARD.md").read_text()
@@ -59,89 +44,6 @@ def test_the_bundled_classifier_is_the_trained_one():
     for name, value in digits_classifier().state_dict().items():
         # Training anew agrees to the rounding of other machines' arithmetic, grown over 440 steps.
         torch.testing.assert_close(trained[name], value, rtol=0.05, atol=0.05)
-
-
-def test_an_interrupted_set_goes_on_and_is_the_same(tmp_path, pair, monkeypatch):
-    assert draw(tmp_path / "whole", pair) == ([0, 1, 2], [])
-    written = []
-
-    def interrupted(path, arrays):
-        if len(written) == 1:
-            raise KeyboardInterrupt
-        written.append(path)
-        write(path, arrays)
-
-    write = module.write_arrays
-    monkeypatch.setattr(module, "write_arrays", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        draw(tmp_path / "parts", pair)
-    with pytest.raises(ValueError, match="must be complete, got 2 of 3 shards missing"):
-        open_images(tmp_path / "parts")
-    monkeypatch.undo()
-    assert draw(tmp_path / "parts", pair) == ([1, 2], [])
-    for shard in range(3):
-        one, other = (shard_path(tmp_path / name, shard).read_bytes() for name in ("whole", "parts"))
-        assert one == other
-    assert open_images(tmp_path / "parts").labels.tolist() == list(range(10))
-    assert draw(tmp_path / "parts", pair) == ([], [])
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:-90], lambda data: data[:300] + b"\x5a" * 9 + data[309:]])
-def test_a_damaged_shard_is_drawn_again(tmp_path, pair, damage):
-    draw(tmp_path, pair)
-    path = shard_path(tmp_path, 1)
-    data = path.read_bytes()
-    path.write_bytes(damage(data))
-    assert draw(tmp_path, pair) == ([1], [])
-    assert path.read_bytes() == data
-
-
-def test_ranks_share_the_shards_and_draw_the_same_images(tmp_path, pair, monkeypatch):
-    draw(tmp_path / "one", pair)
-    assert draw(tmp_path / "two", pair, rank=1, world_size=2) == ([1], [0, 2])
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert draw(tmp_path / "two", pair) == ([0, 2], [])
-    np.testing.assert_array_equal(pixels_of(tmp_path / "one"), pixels_of(tmp_path / "two"))
-
-
-def test_images_do_not_depend_on_shards_but_on_the_seed(tmp_path, pair):
-    settings = [
-        TINY,
-        GenerateSettings(**{**TINY.__dict__, "shard": 7}),
-        GenerateSettings(**{**TINY.__dict__, "seed": 6}),
-    ]
-    for i, one in enumerate(settings):
-        draw(tmp_path / str(i), pair, one)
-    same, again, other = (pixels_of(tmp_path / str(i)).astype(int) for i in range(3))
-    # One level, where batches of another shape round differently.
-    assert np.abs(same - again).max() <= 1
-    # Negative control.
-    assert np.abs(same - other).max() > 50
-
-
-def test_sets_of_other_settings_or_weights_are_not_mixed(tmp_path, pair):
-    draw(tmp_path, pair)
-    with pytest.raises(ValueError, match=r"must hold a sample set of the same settings, got seed 5 \(now 6\)"):
-        draw(tmp_path, pair, GenerateSettings(**{**TINY.__dict__, "seed": 6}))
-    other, drafter = load_bundled("digits")
-    with torch.no_grad():
-        next(other.module.parameters()).add_(1e-3)
-    with pytest.raises(ValueError, match="got model_sha256"):
-        draw(tmp_path, (other, drafter))
-
-
-def test_what_a_set_says_of_its_sampling(tmp_path, pair):
-    draw(tmp_path / "speculative", pair)
-    target, _ = pair
-    ordinary = GenerateSettings(**{**TINY.__dict__, "drafter": None})
-    generate(tmp_path / "ordinary", target, None, ordinary)
-    found = sampling_figures(tmp_path / "ordinary")
-    assert found == {"call_reduction": 1.0, "acceptance": None, "rows_per_step": 1.0, "bias_bound": 0.0}
-    found = sampling_figures(tmp_path / "speculative")
-    assert 1 <= found["call_reduction"] <= 3
-    assert 0 <= found["acceptance"] <= 1
 
 
 def test_a_set_against_itself_and_against_noise(digits):
@@ -223,19 +125,6 @@ def test_statistics_as_a_reference(tmp_path, digits):
 def test_wrong_arguments_are_named(digits, call, message):
     with pytest.raises(ValueError, match=message):
         call(digits, load_extractor("digits_classifier"))
-
-
-def test_latents_need_a_decoder(tmp_path, pair):
-    target = types.SimpleNamespace(latent_shape=(4, 8, 8), num_classes=10)
-    with pytest.raises(ValueError, match="decode must be given for a target of 4 latent channels"):
-        generate(tmp_path, target, None, TINY)
-    target, drafter = pair
-
-    def decode(samples):
-        return samples.repeat(1, 3, 2, 2)
-
-    generate(tmp_path, target, drafter, TINY, decode=decode)
-    assert pixels_of(tmp_path).shape == (10, 16, 16, 3)
 
 
 @pytest.fixture

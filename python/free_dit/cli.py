@@ -1,5 +1,5 @@
-"""Command line: ``python -m free_dit``, with {train, train-drafter, sample, compare, figures, sweep, study, evaluate,
-info, card}."""
+"""Command line: ``python -m free_dit``, with {train, train-drafter, sample, generate, compare, figures, sweep, study,
+evaluate, info, card}."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from free_dit.drafter_loss import DTYPES
 from free_dit.evaluation.command import evaluate
 from free_dit.figures import sample_grids
 from free_dit.flow import schedule_for
+from free_dit.generation.command import generate
 from free_dit.loading import load_target
 from free_dit.study import render_study, run_study
 from free_dit.sweep import preset as sweep_preset
@@ -44,6 +45,7 @@ CONFIGS = Path(__file__).parent / "configs"
 # Choices of --drafter that are no files.
 NAMED = ("bundled", "frozen", "none", "ddim")
 app = tyro.extras.SubcommandApp()
+app.command(generate)
 app.command(evaluate)
 console = Console()
 

@@ -1,7 +1,6 @@
-"""Evaluation of sample sets: figures with intervals, differences between samplers, large sets in resumable shards."""
+"""Evaluation of sample sets: figures with intervals, differences between samplers."""
 
 from free_dit.evaluation.extractors import EXTRACTORS, Extractor, extract, load_extractor
-from free_dit.evaluation.generate import GenerateSettings, generate
 from free_dit.evaluation.report import EvaluationSettings, evaluate, render
 from free_dit.evaluation.sets import ArraySet, ImageSet, Statistics, open_images, open_reference
 
@@ -10,12 +9,10 @@ __all__ = [
     "ArraySet",
     "EvaluationSettings",
     "Extractor",
-    "GenerateSettings",
     "ImageSet",
     "Statistics",
     "evaluate",
     "extract",
-    "generate",
     "load_extractor",
     "open_images",
     "open_reference",

@@ -6,29 +6,17 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from rich.console import Console
 from tyro.conf import OmitArgPrefixes, arg
 
 from free_dit.evaluation.extractors import load_extractor
-from free_dit.evaluation.files import write_json
-from free_dit.evaluation.generate import WHERE, GenerateSettings, generate
 from free_dit.evaluation.report import EvaluationSettings, render
 from free_dit.evaluation.report import evaluate as run_evaluate
-from free_dit.evaluation.sets import open_images, open_reference
+from free_dit.evaluation.sets import WHERE, open_images, open_reference
+from free_dit.files import write_json
+from free_dit.generation import GenerateSettings
+from free_dit.generation.command import device_of, draw_set
 from free_kernels.validation import check_writable, fail
-
-
-def _device(name: str) -> torch.device:
-    """A device by name; "auto" is this rank's GPU where there is one."""
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"{WHERE}: device must be 'auto' or a torch device, got {name!r}") from error
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _named(sets: tuple[str, ...]) -> dict[str, str]:
@@ -42,13 +30,6 @@ def _named(sets: tuple[str, ...]) -> dict[str, str]:
             fail(WHERE, "sets", "of different names (NAME=PATH)", repr(text))
         named[name] = path
     return named
-
-
-def _move(part: object, device: torch.device) -> None:
-    """Weights of a target or drafter to a device, in place."""
-    module = getattr(part, "module", part)
-    if isinstance(module, torch.nn.Module):
-        module.to(device)
 
 
 def evaluate(
@@ -68,7 +49,7 @@ def evaluate(
     guidance: float = GenerateSettings.guidance,
     seed: int = GenerateSettings.seed,
     shard: int = GenerateSettings.shard,
-    max_slots: int | None = 128,
+    max_slots: int | None = GenerateSettings.max_slots,
     device: str = "auto",
     figures: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
 ) -> None:
@@ -94,12 +75,12 @@ def evaluate(
         guidance: classifier-free guidance scale; 1 is none.
         seed: seed of all noise; another seed for every set makes them independent, as two-sample tests need them.
         shard: images of a shard, the unit that is kept or drawn again after an interrupt.
-        max_slots: images in the making at a time.
+        max_slots: images of a shard in the making at a time; all of them if None.
         device: "auto", "cpu", "cuda", "cuda:1" ...
         figures: how to evaluate.
     """
     console = Console(soft_wrap=True)
-    rank, place = int(os.environ.get("RANK", "0")), _device(device)
+    rank, place = int(os.environ.get("RANK", "0")), device_of(WHERE, device)
     check_writable(WHERE, "out", out / "evaluation.json")
     named = _named(sets)
     if not named and not generate_:
@@ -118,8 +99,9 @@ def evaluate(
             guidance,
             seed,
             shard,
+            max_slots,
         )
-        drawn, missing = _generate(out / "samples", model, drawing, max_slots, place, rank)
+        drawn, missing = draw_set(out / "samples", model, drawing, place, progress=rank == 0)
         if missing:
             console.print(f"rank {rank} is done; others lack {len(missing)} of {drawing.shards} shards")
             return
@@ -142,19 +124,3 @@ def evaluate(
     (out / "evaluation.md").write_text(render(report))
     console.print(render(report), markup=False)
     console.print(f"wrote {out / 'evaluation.json'} and {out / 'evaluation.md'}", markup=False)
-
-
-def _generate(
-    folder: Path, model: str, settings: GenerateSettings, max_slots: int | None, device: torch.device, rank: int
-) -> tuple[list[int], list[int]]:
-    """Draw this rank's shards; returns them and those that are missing then."""
-    # Not at the top: the command line imports this module.
-    from free_dit.cli import _drafter, _target
-
-    target, bundled = _target(model)
-    chosen = None if settings.drafter is None else _drafter(settings.drafter, bundled, target)
-    _move(target, device)
-    _move(chosen, device)
-    return generate(
-        folder, target, chosen, settings, model=model, max_slots=max_slots, device=device, progress=rank == 0
-    )

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_dit.evaluation.files import read_arrays, write_arrays
-from free_dit.evaluation.generate import WHERE
-from free_dit.evaluation.sets import ImageSet
+from free_dit.evaluation.sets import WHERE, ImageSet
+from free_dit.files import read_arrays, write_arrays
 from free_dit.quality import CLASSIFIER, digits_classifier
 from free_kernels.validation import check_choice, fail
 

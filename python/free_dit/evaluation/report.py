@@ -16,7 +16,6 @@ from torch import Tensor
 
 from free_dit.evaluation.bootstrap import Resampled, Sample, bootstrap, score
 from free_dit.evaluation.extractors import Extractor, Features, extract
-from free_dit.evaluation.generate import WHERE, sampling_figures
 from free_dit.evaluation.kernel import (
     KernelMeans,
     kernel_difference,
@@ -27,7 +26,7 @@ from free_dit.evaluation.kernel import (
     subset_distances,
 )
 from free_dit.evaluation.manifolds import precision_and_recall
-from free_dit.evaluation.sets import DrawnSet, ImageSet, Statistics
+from free_dit.evaluation.sets import WHERE, DrawnSet, ImageSet, Statistics
 from free_kernels.validation import check_float, check_int, fail
 from free_kernels.version import __version__
 
@@ -197,7 +196,7 @@ def evaluate(
             "source": sets[name].source,
             "images": sets[name].count,
             "features_sha256": hashlib.sha256(found[name].features.tobytes()).hexdigest(),
-            "sampling": sampling_figures(Path(sets[name].source)) if isinstance(sets[name], DrawnSet) else None,
+            "sampling": images.drawn.sampling_figures() if isinstance(images := sets[name], DrawnSet) else None,
             "metrics": _metrics(samples[name], subject, baseline, resampled[name], extractor, settings),
         }
         for name, subject in subjects.items()

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.lib import format as npy
 
 from free_dit.data import load_digits
-from free_dit.evaluation.files import BROKEN, read_arrays
-from free_dit.evaluation.generate import MANIFEST, WHERE, missing_shards, settings_of, shard_path, to_pixels
+from free_dit.files import BROKEN
+from free_dit.generation import SampleFolder, to_pixels
+from free_dit.generation.store import MANIFEST
 from free_kernels.validation import fail
 
+WHERE = "evaluate"
 REAL_DIGITS = {"digits-train": "train", "digits-test": "test"}
 
 
@@ -161,28 +163,21 @@ class PngSet:
 
 
 class DrawnSet:
-    """A set written by :func:`free_dit.evaluation.generate.generate`; all of its shards must be there."""
+    """A set written by :func:`free_dit.generation.generate`; all of its shards must be there, as they were drawn."""
 
     def __init__(self, folder: Path) -> None:
-        self.source, self._folder, self._settings = str(folder), folder, settings_of(folder)
-        missing = missing_shards(folder, self._settings)
+        self.source, self.drawn = str(folder), SampleFolder.open(folder)
+        missing = self.drawn.missing()
         if missing:
-            total = self._settings.shards
+            total = self.drawn.settings.shards
             fail(WHERE, self.source, "complete", f"{len(missing)} of {total} shards missing; draw it to the end first")
-        self.count = self._settings.num
-        self.labels = np.concatenate([arrays["arr_1"] for arrays in self._shards()])
-
-    def _shards(self) -> Iterator[dict[str, np.ndarray]]:
-        for shard in range(self._settings.shards):
-            arrays = read_arrays(shard_path(self._folder, shard))
-            if arrays is None:
-                fail(WHERE, self.source, "complete", f"shard {shard} damaged; draw it again")
-            yield arrays
+        self.count = self.drawn.settings.num
+        self.labels = self.drawn.labels
 
     def batches(self, size: int) -> Iterator[np.ndarray]:  # noqa: D102
         kept: list[np.ndarray] = []
-        for arrays in self._shards():
-            kept.append(arrays["arr_0"])
+        for shard in range(self.drawn.settings.shards):
+            kept.append(self.drawn.read(shard))
             while sum(map(len, kept)) >= size:
                 whole = np.concatenate(kept)
                 yield whole[:size]

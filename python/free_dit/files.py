@@ -1,0 +1,120 @@
+"""Files that are there whole or not at all, and arrays that are read without unpickling anything."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from free_kernels.validation import fail
+
+# What a truncated, overwritten or foreign .npz raises; every member of a .npz carries a checksum.
+BROKEN = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+
+
+def write_files(files: Mapping[Path, bytes], workspace: Path | None = None) -> None:
+    """Write files in order; a crash at any moment, of the machine too, leaves of each the old one or the new one.
+
+    On return all of them are on the disk, and so are their names.
+
+    Args:
+        files: contents by path; folders are made.
+        workspace: an existing folder of this process on the same file system for what is not whole yet; beside each
+            file if None.
+
+    Raises:
+        OSError: names the file that could not be written; those before it are whole.
+    """
+    for path, data in files.items():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp") if workspace is None else workspace / path.name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            # A full disk shows in a write, which does not know its file.
+            error.filename, error.filename2 = str(path), None
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    for folder in dict.fromkeys(path.parent for path in files):
+        _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names are part of the folder, which has a cache of its own."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
+    finally:
+        os.close(handle)
+
+
+def json_bytes(value: object) -> bytes:
+    """JSON as our files hold it."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` to ``path``; a crash at any moment leaves the old file or the new one."""
+    write_files({path: json_bytes(value)})
+
+
+def read_json(where: str, path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{where}: {path} must be JSON, got {error}; remove it to have it made again") from error
+    if not isinstance(value, dict):
+        fail(where, str(path), "a JSON object", type(value).__name__)
+    return value
+
+
+def array_bytes(arrays: dict[str, np.ndarray]) -> bytes:
+    """The contents of an ``.npz``, equal for equal arrays."""
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an ``.npz``; a crash at any moment leaves the old file or the new one."""
+    write_files({path: array_bytes(arrays)})
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """All arrays of an ``.npz``, or None where the file is missing, damaged or holds objects."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except BROKEN:
+        return None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's contents."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
