@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_dit.flow import schedule_for
 from free_dit.generation.store import NOT_DRAWN, SUMS, WHERE, GenerateSettings, SampleFolder
-from free_dit.training import deferred_interrupts
-from free_kernels import DDPMSchedule, PhiloxNoise, RoundInfo, SampleResult, ancestral_sample, sample
+from free_dit.interrupts import deferred_interrupts
+from free_kernels import PhiloxNoise, RoundInfo, SampleResult, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 from free_kernels.validation import check_int, check_writable, fail
 from free_kernels.version import __version__
@@ -51,7 +52,7 @@ def _draw(
 ) -> SampleResult:
     """One shard; noise is keyed by the image's index in the whole set, so the shards are slices of one job."""
     common: dict[str, Any] = {
-        "schedule": DDPMSchedule(settings.steps),
+        "schedule": schedule_for(target, settings.steps),
         "guidance_scale": settings.guidance,
         "noise": PhiloxNoise(settings.seed, first_image=images.start),
         "max_slots": settings.max_slots,
