@@ -24,7 +24,7 @@ _LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.006
 _BINS = 25
 _UNKNOWN_ACCEPTANCE = 0.85
 # Ordinary steps between two looks at whether drafts promise to pay, which costs a little arithmetic.
-_LOOK_EVERY = 8
+_LOOK_EVERY = 16
 # Ordinary steps between two trials of drafts that promise nothing, at first and at most.
 _SHORTEST_HOLD, _LONGEST_HOLD = 2, 128
 # A round counts with its own time where it is the first of its length, which is slow, up to so many typical ones.
