@@ -92,7 +92,7 @@ def load_model(path: str | Path) -> DiT:
     """
     tensors, metadata = load_checkpoint(path, "dit")
     objective = metadata.get("objective", "noise")
-    if objective not in _FAMILIES:
+    if not isinstance(objective, str) or objective not in _FAMILIES:
         raise CheckpointError(f"load_model: {path} must have been trained on {' or '.join(_FAMILIES)}, got {objective}")
 
     def build_model() -> DiT:
