@@ -242,15 +242,16 @@ class TrainingLoop:
                 found = parts[part][name]
                 if (found.dtype, found.shape) != (value.dtype, value.shape):
                     raise ValueError(f"{part}.{name} {describe(found)} instead of {describe(value)}")
-        moments = {
-            f"{index}.{name}": parameter.shape if name != "step" else torch.Size()
-            for index, parameter in enumerate(self.parameters)
-            for name in ("step", "exp_avg", "exp_avg_sq")
-        }
         kept = {name: value.shape for name, value in parts["adam"].items() if value.is_floating_point()}
-        if kept != moments:
-            differing = sorted(name for name in kept.keys() | moments.keys() if kept.get(name) != moments.get(name))
-            raise ValueError(f"another adam.{differing[0]}")
+        trained = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        for index, (name, parameter) in enumerate(zip(trained, self.parameters, strict=True)):
+            shapes = [kept.pop(f"{index}.{part}", None) for part in ("step", "exp_avg", "exp_avg_sq")]
+            # What never had a gradient has no moments, and its average never moved.
+            untouched = torch.equal(parts["model"][name], parts["ema"][f"module.{name}"])
+            if shapes != [(), parameter.shape, parameter.shape] and not (untouched and shapes == [None] * 3):
+                raise ValueError(f"{shapes} as shapes of adam.{index}, the moments of {name}")
+        if kept or len(parts["adam"]) % 3:
+            raise ValueError(f"adam of {len(parts['adam'])} tensors")
 
     def _trim_log(self, path: Path) -> None:
         """Drop the log lines of iterations that ran after the checkpoint and will run again."""
