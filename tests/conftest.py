@@ -6,17 +6,15 @@ run one after the other; ``tests/render_reliability.py`` makes docs/reliability.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from render_reliability import write_log
 
 LOGS = pytest.StashKey[dict[str, dict]]()
+PASSED = pytest.StashKey[bool]()
 
 
 class FaultLog:
@@ -58,25 +56,12 @@ def fault_log(request: pytest.FixtureRequest) -> Iterator[FaultLog]:
 def pytest_runtest_makereport(item: pytest.Item):
     report = yield
     if report.when == "call":
-        item.stash.setdefault(PASSED, {})[report.when] = report.passed
-    if report.when == "teardown" and item.nodeid in item.config.stash[LOGS]:
-        item.config.stash[LOGS][item.nodeid]["passed"] = item.stash.get(PASSED, {}).get("call", False)
+        item.stash[PASSED] = report.passed
+    logs = item.config.stash[LOGS]
+    if report.when == "teardown" and item.nodeid in logs:
+        logs[item.nodeid]["passed"] = item.stash.get(PASSED, False)
+        path = item.config.getoption("reliability")
+        # After every test: a run that is cut short leaves what it got to.
+        if path is not None:
+            write_log(path, logs)
     return report
-
-
-PASSED = pytest.StashKey[dict[str, bool]]()
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path, logs = session.config.getoption("reliability"), session.config.stash[LOGS]
-    if path is None or not logs:
-        return
-    kept = json.loads(path.read_text())["tests"] if path.exists() else {}
-    # What a parametrised test was called before would be counted beside its new names.
-    renewed = {name.partition("[")[0] for name in logs}
-    kept = {name: entry for name, entry in kept.items() if name.partition("[")[0] not in renewed}
-    facts = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps({**facts, "tests": dict(sorted((kept | logs).items()))}, indent=1) + "\n")
-    partial.replace(path)

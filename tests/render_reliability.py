@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,21 @@ TAIL = """## What is not covered
 - Everything above ran on a CPU. Out-of-memory errors are raised by a target that pretends; no GPU ran out of memory.
 - Advisories on dependencies are no part of this page; see [SECURITY.md](../SECURITY.md).
 """
+
+
+def write_log(path: Path, logs: dict[str, dict]) -> None:
+    """Write ``logs``, and what the file holds of tests that are not in them."""
+    kept = json.loads(path.read_text())["tests"] if path.exists() else {}
+    # What a parametrised test was called before would be counted beside its new names.
+    renewed = {name.partition("[")[0] for name in logs}
+    kept = {name: entry for name, entry in kept.items() if name.partition("[")[0] not in renewed}
+    import torch
+
+    facts = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps({**facts, "tests": dict(sorted((kept | logs).items()))}, indent=1) + "\n")
+    partial.replace(path)
 
 
 def section_of(test: str) -> str:

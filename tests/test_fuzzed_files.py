@@ -224,6 +224,17 @@ def test_a_checkpoint_of_another_kind(kind, tmp_path, fault_log):
             fault_log("a checkpoint of another kind", "CheckpointError with the path")
 
 
+def test_a_parameter_without_gradient_resumes(tmp_path):
+    """It has no moments in the checkpoint, which is not taken for a loss of them."""
+
+    def loop() -> TrainingLoop:
+        module = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "spare": torch.nn.Linear(2, 1)})
+        return TrainingLoop(module, lambda step: (module["used"](torch.ones(1, 2)).sum(), {}), LOOP, tmp_path, {})
+
+    loop().run()
+    assert loop().step == LOOP.iterations
+
+
 def row() -> dict[str, Any]:
     reductions = {f"{kind} {length}": 2.0 for kind in ("token", "block") for length in LENGTHS}
     return {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from free_dit.optimizers import MUON_RATE, Together, hidden_matrices, make_optimizer, state_shapes
+from free_dit.optimizers import MUON_RATE, Together, hidden_matrices, kept_shapes, make_optimizer
 from free_kernels import FeatureDrafter
 from free_kernels.drafters import DrafterConfig
 
@@ -51,8 +51,9 @@ def test_both_learn_and_resume_bit_for_bit(drafter):
         optimizer = make_optimizer(name, parts, 2e-3, 0.0)
         _train(parts, optimizer, 5)
         kept = copy.deepcopy(optimizer.state_dict()["state"])
-        shapes = {f"{number}.{key}": value.shape for number, state in kept.items() for key, value in state.items()}
-        assert shapes == state_shapes(optimizer)
+        for number, (parameter, shapes) in enumerate(kept_shapes(optimizer)):
+            assert {key: value.shape for key, value in kept[number].items()} == shapes
+            assert any(parameter is one for one in parts.parameters())
         again = make_optimizer(name, parts, 2e-3, 0.0)
         again.load_state_dict({**again.state_dict(), "state": kept})
         _train(parts, again, 7, begin=5)

@@ -118,15 +118,16 @@ def make_optimizer(
     return Together(torch.optim.AdamW([p for p in parameters if p not in hidden], **adamw), muon)
 
 
-def state_shapes(optimizer: torch.optim.Optimizer | Together) -> dict[str, torch.Size]:
-    """Shapes of all that an optimizer keeps once every parameter was updated, as ``"number.name"``."""
-    shapes: dict[str, torch.Size] = {}
-    number = 0
+def kept_shapes(
+    optimizer: torch.optim.Optimizer | Together,
+) -> list[tuple[nn.Parameter, dict[str, torch.Size]]]:
+    """Parameters by their numbers in the state, and the shapes of all that is kept of each once it was updated."""
+    shapes = []
     for one in optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,):
-        moments = ("momentum_buffer",) if isinstance(one, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
         for parameter in (p for group in one.param_groups for p in group["params"]):
-            shapes |= {f"{number}.{name}": parameter.shape for name in moments}
-            if "exp_avg" in moments:
-                shapes[f"{number}.step"] = torch.Size()
-            number += 1
+            if isinstance(one, torch.optim.Muon):
+                shapes.append((parameter, {"momentum_buffer": parameter.shape}))
+            else:
+                moments = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                shapes.append((parameter, moments))
     return shapes

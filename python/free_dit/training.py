@@ -20,7 +20,7 @@ from tqdm import tqdm
 from free_dit.distributed import Loss, Place
 from free_dit.interrupts import deferred_interrupts
 from free_dit.logs import LOGS, Log, open_log
-from free_dit.optimizers import make_optimizer, state_shapes
+from free_dit.optimizers import kept_shapes, make_optimizer
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, reading, save_checkpoint
 from free_kernels.validation import check_choice, check_int, describe
 
@@ -296,12 +296,17 @@ class TrainingLoop:
                 found = parts[part][name]
                 if (found.dtype, found.shape) != (value.dtype, value.shape):
                     raise ValueError(f"{part}.{name} {describe(found)} instead of {describe(value)}")
-        wanted = state_shapes(self.optimizer)
         kept = {name: value.shape for name, value in parts["adam"].items() if value.is_floating_point()}
-        # Where a loss is scaled the first updates may all have been left out.
-        if kept != wanted and (kept or self.scaler is None):
-            differing = sorted(name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name))
-            raise ValueError(f"another adam.{differing[0]}")
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        for number, (parameter, wanted) in enumerate(kept_shapes(self.optimizer)):
+            name = names[parameter]
+            found = {part: kept.pop(f"{number}.{part}", None) for part in wanted}
+            # What never had a gradient has no moments, and its average never moved.
+            untouched = torch.equal(parts["model"][name], parts["ema"][f"module.{name}"])
+            if found != wanted and not (untouched and set(found.values()) == {None}):
+                raise ValueError(f"{found} as shapes of adam.{number}, the moments of {name}")
+        if kept or not all(value.is_floating_point() for value in parts["adam"].values()):
+            raise ValueError(f"adam of {len(parts['adam'])} tensors")
 
 
 def _changed(stored: dict[str, Any], mine: dict[str, Any]) -> list[str]:
