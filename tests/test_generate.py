@@ -29,7 +29,7 @@ from free_dit.generation import GenerateSettings, SampleFolder, generate
 TINY = GenerateSettings(num=10, steps=4, draft_length=3, shard=4, seed=5)
 # Long enough to be caught in the act.
 JOB = GenerateSettings(num=96, steps=10, draft_length=6, shard=8)
-COMMAND = ("--num", JOB.num, "--steps", JOB.steps, "--shard", JOB.shard)
+COMMAND = ("-n", JOB.num, "--steps", JOB.steps, "--shard", JOB.shard)
 
 
 @pytest.fixture(scope="module")

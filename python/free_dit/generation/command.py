@@ -50,7 +50,7 @@ def draw_set(
 
 def generate(
     out: Path,
-    num: int = GenerateSettings.num,
+    num: Annotated[int, arg(aliases=["-n"])] = GenerateSettings.num,
     model: str = "digits",
     drafter: str = "bundled",
     steps: int = GenerateSettings.steps,
@@ -64,14 +64,15 @@ def generate(
     max_slots: int | None = GenerateSettings.max_slots,
     device: str = "auto",
 ) -> None:
-    """Draw a large sample set in shards: torchrun -m free_dit generate --num 50000 --out DIR.
+    """Draw a large sample set in shards: torchrun -m free_dit generate -n 50000 --out DIR.
 
     Stop it, kill it or fill the disk at will: the same command goes on, on any number of ranks, and the set is the one
     of an undisturbed run. When it is complete, OUT/SHA256SUMS holds the hash of every file.
 
     Args:
         out: folder of the set: manifest.json, shards/, and images/ for PNG.
-        num: images; image i has label i modulo the number of classes.
+        num: images; image i has label i modulo the number of classes. Behind torchrun it is -n, as torchrun takes
+            --num for an option of its own.
         model: a bundled model's name, or a model.safetensors.
         drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors.
         steps: sampling steps K.
