@@ -32,7 +32,7 @@ from free_dit.scale_report import build_report, fill_page, render, write_report
 from free_kernels import DDPMSchedule, sample
 
 CONFIGS = Path(free_dit.__file__).parent / "configs"
-# One call in a million of each statistical check is a false alarm.
+# Two-sided, one false alarm in a million of each statistical check.
 BOUND = float(norm.isf(0.5e-6))
 
 
@@ -62,7 +62,7 @@ def inputs(**changes) -> Inputs:
 
 
 def simulated(chain: CommitChain, images: int, seed: int, fresh_ahead: bool = True) -> np.ndarray:
-    """Rounds ``[images, K]`` that begin at each step, played draft by draft; the wrong player forgets the look-ahead."""
+    """Rounds ``[images, K]`` that begin at each step, played draft by draft; a wrong player forgets the look-ahead."""
     rng, begun = np.random.default_rng(seed), np.zeros((images, chain.num_steps), np.int64)
     for image in range(images):
         step = 0
@@ -108,8 +108,8 @@ def test_limits_of_the_chain():
     assert CommitChain(np.zeros((49, 1)), 6).rounds == pytest.approx(49)
     assert CommitChain(np.full((49, 1), 0.5), 1).rounds == pytest.approx(49)
     # Far from both ends a round commits 1 + a + ... + a^(L - 1) steps.
-    long = CommitChain(np.full((4000, 1), 0.8), 5)
-    assert long.call_reduction == pytest.approx(sum(0.8**j for j in range(5)), rel=2e-3)
+    long = CommitChain(np.full((800, 1), 0.8), 5)
+    assert long.call_reduction == pytest.approx(sum(0.8**j for j in range(5)), rel=1e-2)
 
 
 def test_acceptance_from_tables_and_stats():
@@ -176,12 +176,12 @@ def test_rows_at_full_price_never_pay_on_one_device(acceptance, goal):
 
 
 def test_perfect_drafts_and_free_rows_win_the_draft_length():
-    given = inputs(num_steps=1 + 6 * 400, target=((1, 1.0),), draft=((1, 0.0),), acceptance=((1.0,),))
+    given = inputs(num_steps=1 + 6 * 40, target=((1, 1.0),), draft=((1, 0.0),), acceptance=((1.0,),))
     for batch in (1, 16):
         ordinary = predict(given, Layout(1, 1), batch, given.chain(1))
         found = predict(given, Layout(1, 1), batch, given.chain(6))
         for ratio in (ordinary.latency_s / found.latency_s, found.images_per_s / ordinary.images_per_s):
-            assert ratio == pytest.approx(6, rel=4e-3)
+            assert ratio == pytest.approx(241 / 41)
 
 
 def test_crossover():
@@ -198,10 +198,10 @@ def test_crossover_moves_with_acceptance_row_price_and_gpus():
         found = choices(sweep(given, (gpus,), batches), "images_per_s")
         return crossover(batches, [choice.speed_up for choice in found]) or np.inf
 
-    def saturating(knee: float, acceptance: float = 0.85) -> Inputs:
-        return inputs(target=((1, 1.0), (knee, 1.3), (2 * knee, 2.6)), acceptance=((acceptance,),))
+    def saturating(knee: float) -> Inputs:
+        return inputs(target=((1, 1.0), (knee, 1.3), (2 * knee, 2.6)), acceptance=((0.85,),))
 
-    by_acceptance = [of(saturating(32, a)) for a in (0.3, 0.6, 0.85, 0.97)]
+    by_acceptance = [of(inputs(acceptance=((a,),))) for a in (0.3, 0.6, 0.85, 0.97)]
     by_knee = [of(saturating(knee)) for knee in (8, 32, 128)]
     by_gpus = [of(saturating(8), gpus) for gpus in (1, 2, 8)]
     for values in (by_acceptance, by_knee, by_gpus):
@@ -226,7 +226,7 @@ def test_every_mesh_is_tried():
 
 @pytest.mark.slow
 def test_call_reduction_of_the_bundled_pair():
-    """Within a bound of the run's own standard error, the calibrating run's, and one percent for what the model omits."""
+    """Within a bound from the standard errors of both runs, and one percent for what the model leaves out."""
     target, drafter = load_bundled("digits")
     num_steps, images = 80, 40
     labels, schedule = torch.arange(images) % 10, DDPMSchedule(num_steps)
