@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -322,3 +324,24 @@ def test_wrong_files_are_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"^read_inputs: .*{message}"):
             read_inputs(path)
+
+
+def test_command_line(tmp_path):
+    source = CONFIGS / "scale_dit_xl_256.toml"
+    command = [sys.executable, "-m", "free_dit", "scale-model", "--measurements", source, "--max-gpus", "2"]
+
+    def run(out: Path, *more: object) -> subprocess.CompletedProcess[str]:
+        full = [*map(str, command), "--out", str(out), *map(str, more)]
+        return subprocess.run(full, capture_output=True, text=True, check=False)
+
+    done = run(tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "**Not measured" in done.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "scale_dit_xl_256.md",
+        "scale_dit_xl_256-figures.json",
+        "scale_dit_xl_256.png",
+    }
+    wrong = run(tmp_path / "out", "--measurements", tmp_path / "none.json")
+    assert wrong.returncode == 2
+    assert wrong.stderr.strip().startswith("error: read_inputs: measurements must be an existing")
