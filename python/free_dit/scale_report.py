@@ -178,16 +178,20 @@ def render_batching(found: dict[str, Any]) -> str:
         for name, side in (("continuous", continuous), ("fixed batches", fixed))
     ]
     lines += table(headers, rows)
-    headers = ["continuous over fixed", "ratio"]
+    mean = found["rounds_per_image"]
+    lines.append(
+        f"An image takes {mean['mean']:.1f} rounds ({mean['low']} to {mean['high']}); {found['wasted_rounds']:.1%} of the "
+        "slots' rounds in fixed batches are waited for without an image."
+    )
+    lines.append("")
+    headers = ["fixed over continuous", "ratio"]
     rows = [
         ["packed calls", f"{found['calls_ratio']:.3f}"],
-        ["packed calls, predicted from acceptance by the chain of rounds", f"{found['chain_ratio']:.3f}"],
+        ["packed calls, predicted by the chain of rounds from this run's acceptance", f"{found['chain_ratio']:.3f}"],
     ]
     if found["throughput_ratio"] is not None:
-        rows.append(
-            ["throughput, predicted from rounds per image and a round's cost", f"{found['predicted_ratio']:.3f}"]
-        )
-        rows.append(["throughput, measured", f"{found['throughput_ratio']:.3f}"])
+        rows.append(["time, predicted from rounds per image and a round's cost", f"{found['predicted_ratio']:.3f}"])
+        rows.append(["time, measured", f"{found['throughput_ratio']:.3f}"])
     return "\n".join([*lines, *table(headers, rows)])
 
 
