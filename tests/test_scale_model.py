@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import torch
 from scipy.stats import norm
 
 import free_dit
-from free_dit import load_bundled
+from free_dit import cli, load_bundled
 from free_dit.scale_chain import CommitChain, acceptance_of_stats, acceptance_table
 from free_dit.scale_link import link_cost
 from free_dit.scale_measure import AcceptanceCounts, HollowTarget, rest_of_rounds
@@ -326,22 +324,19 @@ def test_wrong_files_are_named(tmp_path):
             read_inputs(path)
 
 
-def test_command_line(tmp_path):
-    source = CONFIGS / "scale_dit_xl_256.toml"
-    command = [sys.executable, "-m", "free_dit", "scale-model", "--measurements", source, "--max-gpus", "2"]
+def test_command_line(tmp_path, capsys, monkeypatch):
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr("sys.argv", ["free_dit", "scale-model", *map(str, arguments)])
+        cli.main()
 
-    def run(out: Path, *more: object) -> subprocess.CompletedProcess[str]:
-        full = [*map(str, command), "--out", str(out), *map(str, more)]
-        return subprocess.run(full, capture_output=True, text=True, check=False)
-
-    done = run(tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "**Not measured" in done.stdout
+    run("--out", tmp_path / "out", "--measurements", CONFIGS / "scale_dit_xl_256.toml", "--max-gpus", 2)
+    assert "**Not measured" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "scale_dit_xl_256.md",
         "scale_dit_xl_256-figures.json",
         "scale_dit_xl_256.png",
     }
-    wrong = run(tmp_path / "out", "--measurements", tmp_path / "none.json")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().startswith("error: read_inputs: measurements must be an existing")
+    with pytest.raises(SystemExit) as ended:
+        run("--out", tmp_path / "out", "--measurements", tmp_path / "none.json")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: read_inputs: measurements must be an existing")

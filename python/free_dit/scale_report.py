@@ -180,8 +180,8 @@ def render_batching(found: dict[str, Any]) -> str:
     lines += table(headers, rows)
     mean = found["rounds_per_image"]
     lines.append(
-        f"An image takes {mean['mean']:.1f} rounds ({mean['low']} to {mean['high']}); {found['wasted_rounds']:.1%} of the "
-        "slots' rounds in fixed batches are waited for without an image."
+        f"An image takes {mean['mean']:.1f} rounds ({mean['low']} to {mean['high']}); in fixed batches "
+        f"{found['wasted_rounds']:.1%} of the slots' rounds pass without an image."
     )
     lines.append("")
     headers = ["fixed over continuous", "ratio"]
