@@ -248,9 +248,9 @@ def test_call_reduction_of_the_bundled_pair():
         predicted = CommitChain(table, length).call_reduction
         assert abs(predicted / stats.call_reduction - 1) <= tolerance
         assert tolerance < 0.15
-        # Taking every draft for a first one is found out.
-        blind = CommitChain(np.maximum(table, 0.97), length).call_reduction
-        assert abs(blind / stats.call_reduction - 1) > tolerance
+        # A table that is too good is found out.
+        better = CommitChain(np.maximum(table, 0.97), length).call_reduction
+        assert abs(better / stats.call_reduction - 1) > tolerance
 
 
 def test_link_cost_recovers_a_link():
