@@ -175,7 +175,7 @@ def render_batching(found: dict[str, Any]) -> str:
             f"{side['slots_busy']:.1%}",
             "not timed" if side["images_per_s"] is None else f"{side['images_per_s']:.2f}",
         ]
-        for name, side in (("continuous", continuous), ("fixed batches", fixed))
+        for name, side in (("continuous", continuous), ("fixed batches, from rounds per image", fixed))
     ]
     lines += table(headers, rows)
     mean = found["rounds_per_image"]
