@@ -42,7 +42,8 @@ TAIL = """## What is not covered
   leaves a valid file of another model. Only a hash finds it: model cards hold those of the shipped weights.
 - A network that returns wrong but finite numbers.
 - Everything above ran on a CPU. Out-of-memory errors are raised by a target that pretends; no GPU ran out of memory.
-- Advisories on dependencies are no part of this page; see [SECURITY.md](../SECURITY.md).
+- Advisories on dependencies: they could not be looked up where this page was made. [SECURITY.md](../SECURITY.md) has
+  the command, which the workflow runs.
 """
 
 
