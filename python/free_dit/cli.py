@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,10 +27,7 @@ from free_dit.figures import sample_grids
 from free_dit.flow import schedule_for
 from free_dit.generation.command import generate
 from free_dit.loading import load_target
-from free_dit.scale_measure import write_measurements
-from free_dit.scale_model import read_inputs
-from free_dit.scale_report import build_report
-from free_dit.scale_report import write_report as write_scale_report
+from free_dit.scale_command import scale_model
 from free_dit.study import render_study, run_study
 from free_dit.sweep import preset as sweep_preset
 from free_dit.sweep import read_sweep, run_sweep
@@ -50,6 +46,7 @@ CONFIGS = Path(__file__).parent / "configs"
 NAMED = ("bundled", "frozen", "none", "ddim")
 app = tyro.extras.SubcommandApp()
 app.command(generate)
+app.command(scale_model)
 app.command(evaluate)
 console = Console()
 
@@ -322,40 +319,6 @@ def study(
     table = out / "study.md"
     table.write_text(render_study(json.loads(result.read_text())))
     console.print(f"wrote {result} and {table}")
-
-
-@app.command
-def scale_model(
-    out: Path,
-    measurements: Path | None = None,
-    model: str = "digits",
-    drafter: str = "bundled",
-    steps: int = 250,
-    guidance: float = 1.0,
-    max_gpus: int = 64,
-    device: Literal["cpu", "cuda"] = "cpu",
-) -> None:
-    """Predicted latency and throughput on many GPUs, and where speculation stops to pay; a table, figures, a picture.
-
-    Args:
-        out: folder of NAME.md, NAME-figures.json and NAME.png, named after the measurements.
-        measurements: JSON or TOML file of what calls, drafts and messages cost; None measures this machine (a minute,
-            two processes for the link) and writes OUT/measurements.json.
-        model: a bundled model's name, or a model.safetensors, to be measured.
-        drafter: "bundled", "frozen", or a drafter.safetensors, to be measured.
-        steps: sampling steps K, to be measured.
-        guidance: classifier-free guidance scale, to be measured.
-        max_gpus: the largest number of GPUs; a power of two below it each.
-        device: to be measured.
-    """
-    name = "scale" if measurements is None else measurements.stem
-    check_writable("scale-model", "out", out / f"{name}.md")
-    if measurements is None:
-        measurements = out / "measurements.json"
-        write_measurements(measurements, model, partial(_drafter, drafter), steps, guidance, torch.device(device))
-    gpus = [2**i for i in range(check_int("scale-model", "max_gpus", max_gpus, 1).bit_length())]
-    paths = write_scale_report(build_report(*read_inputs(measurements), gpus), out, name)
-    console.print(paths[0].read_text() + "wrote " + ", ".join(map(str, paths)), markup=False)
 
 
 @app.command
