@@ -92,8 +92,10 @@ def test_a_job_that_was_ended_goes_on_to_the_same_set(tmp_path, undisturbed, num
     with pytest.raises(ValueError, match="must be complete, got"):
         open_images(folder)
     # The rest in this process: leftovers go, too.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     done, missing = draw(folder, load_bundled("digits"), JOB)
+    torch.set_num_threads(threads)
     assert missing == []
     assert len(done) <= JOB.shards - 6
     assert contents(folder) == contents(undisturbed)
