@@ -27,7 +27,18 @@ def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
 
 def test_help_lists_the_commands():
     text = run("--help").stdout
-    for command in ("train", "train-drafter", "sample", "compare", "figures", "sweep", "generate", "evaluate", "scale-model", "info"):
+    for command in (
+        "train",
+        "train-drafter",
+        "sample",
+        "compare",
+        "figures",
+        "sweep",
+        "generate",
+        "evaluate",
+        "scale-model",
+        "info",
+    ):
         assert command in text
 
 
