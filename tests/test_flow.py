@@ -13,6 +13,7 @@ from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, Perfe
 
 import free_kernels.speculation
 from free_dit import DiT, DiTConfig, cli, load_bundled
+from free_dit.bundled import MODELS
 from free_dit.data import load_digits
 from free_dit.flow import VelocityLoss, schedule_for
 from free_dit.sit import SiT
@@ -430,7 +431,7 @@ class TestBundled:
         assert isinstance(target, SiTTarget)
         assert drafter.config.time_unit * drafter.config.num_timesteps == target.num_train_steps
         assert drafter.calibration is not None
-        folder = cli.MODELS / "digits_sit"
+        folder = MODELS / "digits_sit"
         assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) < 3_000_000
 
     @pytest.mark.slow

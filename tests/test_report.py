@@ -147,7 +147,9 @@ def test_a_benchmark_run_writes_short_results_and_merges(tmp_path: Path) -> None
     def bench(test: str) -> dict[str, Any]:
         options = ["--benchmark-only", "--quick", "--results", tmp_path, "-q", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", f"{BENCHMARKS / 'bench_packing.py'}::{test}", *options]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        # Inside a parallel run of the tests pytest-benchmark would measure nothing.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert result.returncode == 0, result.stdout[-3000:]
         return json.loads((tmp_path / "cpu/packing.json").read_text())["benchmarks"]
 
