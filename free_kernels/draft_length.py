@@ -148,8 +148,10 @@ class DraftLengthPolicy:
         """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
         lengths = live.astype(np.int64)
         self._round += 1
+        if self._round < self._next_look or not self._longest:
+            return lengths
         drafting = live & (steps > 0) & (steps < self.num_steps - 1)
-        if self._round < self._next_look or not drafting.any() or not self._longest:
+        if not drafting.any():
             return lengths
         if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= _OLDEST_TIMING:
             return lengths

@@ -70,7 +70,7 @@ def draft_states(
         t, y = chain.doubled(pick(timesteps[:, j])), chain.branched(labels)
         drafted = drafter(feature.flatten(0, 1), chain.doubled(previous), chain.doubled(state), t, y, **remembered)
         if drafted.shape != (len(t), *chain.target.feature_shape):
-            fail("sample", "drafter's output", f"[R, T, D] = {[len(t), *chain.target.feature_shape]}", drafted)
+            fail(chain.where, "drafter's output", f"[R, T, D] = {[len(t), *chain.target.feature_shape]}", drafted)
         mean, std = chain.transition(state, chain.head(drafted, t, y), pick(columns[:, j]))
         previous, state = state, torch.addcmul(mean, std, pick(noise(steps, j)))
         feature = drafted.unflatten(0, (chain.branches, -1))

@@ -26,13 +26,11 @@ class PackedCall:
 
     Attributes:
         most_rows: network rows of a call; None as long as memory was enough.
-        calls: calls of the network so far.
     """
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
         self.most_rows: int | None = None
-        self.calls = 0
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Features ``[R, T, D]`` and output ``[R, C or 2C, H, W]`` of rows ``x [R, C, H, W]``, ``t [R]``, ``y [R]``.
@@ -69,6 +67,5 @@ class PackedCall:
         return torch.cat(features), torch.cat(outputs)
 
     def _call(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        self.calls += 1
         features = self._chain.features(x, t, y)
         return features, self._chain.head(features, t, y)

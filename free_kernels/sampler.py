@@ -207,11 +207,20 @@ def sample_iter(
         ValueError, TypeError, RuntimeError: at once, as :func:`sample`.
         FloatingPointError: while iterating.
     """
-    unknown = settings.keys() - (inspect.signature(sample).parameters.keys() - {"target", "class_labels"})
+    unknown = settings.keys() - _DEFAULTS.keys()
     if unknown:
         fail("sample_iter", "settings", "arguments of sample", ", ".join(map(repr, sorted(unknown))), TypeError)
-    speculation = _speculation("sample_iter", target, class_labels, max_slots=max_slots, bounded=True, **settings)
+    manner = {**_DEFAULTS, **settings, "max_slots": max_slots}
+    speculation = _speculation("sample_iter", target, class_labels, bounded=True, **manner)
     return SampleIterator(speculation, progress, callback)
+
+
+# Arguments of a run's manner, with `sample`'s defaults; the rest is the caller's own.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(sample).parameters.items()
+    if parameter.default is not parameter.empty and name not in ("progress", "callback")
+}
 
 
 def _speculation(
@@ -219,18 +228,18 @@ def _speculation(
     target: object,
     class_labels: Tensor,
     *,
-    schedule: Schedule = DDPMSchedule(num_steps=250),
-    drafter: str | Drafter = "frozen",
-    guidance_scale: float = 1.0,
-    guidance_channels: int | None = None,
-    draft_length: int | str = 6,
-    relaxation: float | Relaxation = 0.0,
-    verification: str = "token",
-    seed: int = 0,
-    noise: object = None,
-    max_slots: int | None = None,
-    backend: str = "auto",
-    cuda_graphs: bool = False,
+    schedule: Schedule,
+    drafter: str | Drafter,
+    guidance_scale: float,
+    guidance_channels: int | None,
+    draft_length: int | str,
+    relaxation: float | Relaxation,
+    verification: str,
+    seed: int,
+    noise: object,
+    max_slots: int | None,
+    backend: str,
+    cuda_graphs: bool,
     bounded: bool = False,
 ) -> Speculation:
     """The checked arguments of :func:`sample`, ready to run; ``bounded`` keeps the state of few images only."""

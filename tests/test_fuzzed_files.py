@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from free_dit import DiTConfig
 from free_dit.configuration import load_config
+from free_dit.files import read_json
 from free_dit.model import DiT
 from free_dit.study import LENGTHS, LOOKAHEAD, _read_study
-from free_dit.sweep import _read_json, read_sweep
+from free_dit.sweep import read_sweep
 from free_dit.sweep_report import write_report
 from free_dit.train import TrainConfig, load_model, save_model
 from free_dit.training import LoopConfig, TrainingLoop
@@ -314,7 +315,7 @@ def test_reports_of_earlier_runs(kind, tmp_path, monkeypatch, fault_log):
     readers = {
         "study": lambda: _read_study(path),
         "sweep": lambda: write_report(read_sweep(tmp_path), tmp_path),
-        "sweep record": lambda: _read_json(path),
+        "sweep record": lambda: read_json("sweep", path),
     }
     sound = STUDY if kind == "study" else SWEEP
     texts = spoilt_texts(sound, *((1, 15) if kind == "sweep" else (3, 50)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.bundled import MODELS, load_bundled
 from free_dit.data import load_digits
+from free_dit.files import sha256_of
 from free_dit.flow import schedule_for
 from free_dit.trajectories import collect
 from free_dit.wall_clock import machine
@@ -163,9 +163,7 @@ def write_card(name: str) -> Path:
     figures["steps"] = other_step_counts(target, drafter)
     figures["quality"] = quality(target)
     files = [folder / "model.safetensors", folder / "drafter.safetensors"]
-    figures["files"] = {
-        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files
-    }
+    figures["files"] = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
     return fill_card(name)
 

@@ -86,7 +86,7 @@ def read_json(where: str, path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {path} must be JSON, got {error}; remove it to have it made again") from error
     if not isinstance(value, dict):
         fail(where, str(path), "a JSON object", type(value).__name__)

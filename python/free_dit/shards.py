@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from free_dit.files import write_files
 from free_dit.trajectories import Trajectories
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError, save_checkpoint
 from free_kernels.types import Target
@@ -68,9 +68,7 @@ class ShardStore:
                 f"train_drafter: {manifest} must be of the same target and settings, got others; "
                 f"choose another --out or remove {self.folder}"
             )
-        temporary = manifest.with_name(f".{manifest.name}.{os.getpid()}.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, manifest)
+        write_files({manifest: text.encode()})
 
     def path(self, number: int) -> Path:
         """File of a shard."""

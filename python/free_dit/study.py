@@ -13,6 +13,7 @@ from tqdm import tqdm
 from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.card import EVALUATION_SEED
 from free_dit.configuration import load_config
+from free_dit.files import write_files
 from free_dit.flow import schedule_for
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.trajectories import Trajectories, collect
@@ -150,9 +151,7 @@ def run_study(
             data = collect(target, schedule, labels, torch.ones(images), EVALUATION_SEED)
         rows[name] = evaluate(target, drafter, data, base.num_steps) | {"train_s": seconds}
         report = {"frame": frame, "machine": machine(), "rows": rows}
-        partial = result.with_suffix(".tmp")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(result)
+        write_files({result: (json.dumps(report, indent=1) + "\n").encode()})
     return result
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +15,7 @@ from tqdm import tqdm
 from free_dit.bundled import MODELS, load_bundled
 from free_dit.card import EVALUATION_SEED
 from free_dit.data import load_digits
+from free_dit.files import read_json, sha256_of, write_json
 from free_dit.quality import class_accuracy, digit_features, frechet_distance, frechet_interval
 from free_dit.wall_clock import machine, wall_clock_ratio
 from free_kernels import DDIMSchedule, DDPMSchedule, SampleResult, ancestral_sample, sample
@@ -220,40 +218,17 @@ def measure_real(settings: SweepSettings) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: object) -> None:
-    """Write a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"sweep: {path} must be JSON, got {error}; remove it to have it made again") from error
-    if not isinstance(value, dict):
-        fail("sweep", str(path), "a JSON object", type(value).__name__)
-    return value
-
-
 def _identity(settings: SweepSettings) -> dict[str, Any]:
     """Everything that cells of one folder must agree on, or they could not stand in one table."""
-    hashes = {
-        f"{part}_sha256": hashlib.sha256((MODELS / MODEL / f"{part}.safetensors").read_bytes()).hexdigest()
-        for part in ("model", "drafter")
-    }
+    hashes = {f"{part}_sha256": sha256_of(MODELS / MODEL / f"{part}.safetensors") for part in ("model", "drafter")}
     return {"model": MODEL, **hashes, **asdict(settings), "version": __version__, **machine()}
 
 
 def _check_identity(path: Path, identity: dict[str, Any]) -> None:
     if not path.exists():
-        _write_json(path, identity)
+        write_json(path, identity)
         return
-    kept = _read_json(path)
+    kept = read_json("sweep", path)
     changed = [name for name in identity.keys() | kept.keys() if identity.get(name) != kept.get(name)]
     if changed:
         shown = ", ".join(f"{name} {kept.get(name)!r} (now {identity.get(name)!r})" for name in sorted(changed))
@@ -266,7 +241,7 @@ def _finished(path: Path, cell: Cell) -> dict[str, Any] | None:
     """The record of a cell that an earlier run wrote, unless it lacks the quality that is wanted now."""
     if not path.exists():
         return None
-    record = _read_json(path)
+    record = read_json("sweep", path)
     return record if record.get("cell") in (asdict(cell), asdict(replace(cell, quality=True))) else None
 
 
@@ -293,7 +268,7 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
 
     def write() -> None:
         done = [record for record in records.values() if record is not None]
-        _write_json(out / "sweep.json", {"settings": identity, "real": real, "cells": done})
+        write_json(out / "sweep.json", {"settings": identity, "real": real, "cells": done})
 
     if missing:
         target, drafter = load_bundled(MODEL)
@@ -301,7 +276,7 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
         for cell in bar:
             bar.set_postfix_str(cell.key)
             records[cell.key] = measure_cell(target, drafter, cell, settings)
-            _write_json(paths[cell.key], records[cell.key])
+            write_json(paths[cell.key], records[cell.key])
             # Always a whole table of what is there, for whoever cannot wait (--render-only).
             write()
     else:
@@ -319,7 +294,7 @@ def read_sweep(out: Path) -> dict[str, Any]:
     path = Path(out) / "sweep.json"
     if not path.is_file():
         raise FileNotFoundError(f"sweep: {path} must be an existing file; run the sweep without --render-only first")
-    report = _read_json(path)
+    report = read_json("sweep", path)
     if not {"settings", "real", "cells"} <= report.keys():
         fail("sweep", str(path), "a sweep", f"keys {sorted(report)}")
     return report

@@ -15,7 +15,7 @@ from free_dit.evaluation.report import evaluate as run_evaluate
 from free_dit.evaluation.sets import WHERE, open_images, open_reference
 from free_dit.files import write_json
 from free_dit.generation import GenerateSettings
-from free_dit.generation.command import device_of, draw_set
+from free_dit.generation.command import device_of, draw_set, settings_for
 from free_kernels.validation import check_writable, fail
 
 
@@ -89,18 +89,8 @@ def evaluate(
     network = load_extractor(extractor, weights, weights_sha256, place)
     real = open_reference(reference)
     if generate_:
-        drawing = GenerateSettings(
-            generate_,
-            None if drafter == "none" else drafter,
-            steps,
-            1 if drafter == "none" else draft_length,
-            relaxation,
-            verification,
-            guidance,
-            seed,
-            shard,
-            max_slots,
-        )
+        manner = relaxation, verification, guidance, seed, shard, max_slots
+        drawing = settings_for(generate_, drafter, steps, draft_length, *manner)
         drawn, missing = draw_set(out / "samples", model, drawing, place, progress=rank == 0)
         if missing:
             console.print(f"rank {rank} is done; others lack {len(missing)} of {drawing.shards} shards")

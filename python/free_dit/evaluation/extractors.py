@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from free_dit.evaluation.sets import WHERE, ImageSet
-from free_dit.files import read_arrays, write_arrays
+from free_dit.files import read_arrays, sha256_of, write_arrays
 from free_dit.quality import CLASSIFIER, digits_classifier
 from free_kernels.validation import check_choice, fail
 
@@ -58,11 +58,6 @@ class Features:
     labels: np.ndarray | None
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def digits_extractor() -> Extractor:
     """The bundled classifier of 8 x 8 digits: 16 features, 10 classes; on the CPU, where it takes no time."""
     classifier = digits_classifier()
@@ -74,7 +69,7 @@ def digits_extractor() -> Extractor:
         features = classifier.features(torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1)
         return features, classifier.classes(torch.nn.functional.silu(features))
 
-    return Extractor("digits_classifier", _file_sha256(CLASSIFIER), call, reads_labels=True, batch=500)
+    return Extractor("digits_classifier", sha256_of(CLASSIFIER), call, reads_labels=True, batch=500)
 
 
 def _checked_weights(weights: Path | None, sha256: str | None) -> tuple[Path, str]:
@@ -88,7 +83,7 @@ def _checked_weights(weights: Path | None, sha256: str | None) -> tuple[Path, st
         fail(WHERE, "weights", "named by its hash (...-6726825d.pth), or with --weights-sha256", weights.name)
     if not re.fullmatch("[0-9a-f]{8,64}", expected):
         fail(WHERE, "weights_sha256", "8 to 64 hexadecimal digits", expected)
-    found = _file_sha256(weights)
+    found = sha256_of(weights)
     if not found.startswith(expected):
         fail(WHERE, str(weights), f"of SHA-256 {expected}...", found)
     return weights, found

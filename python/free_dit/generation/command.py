@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
@@ -32,6 +32,12 @@ def _move(part: object, device: torch.device) -> None:
     module = getattr(part, "module", part)
     if isinstance(module, torch.nn.Module):
         module.to(device)
+
+
+def settings_for(num: int, drafter: str, steps: int, draft_length: int, *rest: Any) -> GenerateSettings:
+    """Settings with a drafter by name; ``"none"`` is the ordinary sampler, whose rounds have one row."""
+    ordinary = drafter == "none"
+    return GenerateSettings(num, None if ordinary else drafter, steps, 1 if ordinary else draft_length, *rest)
 
 
 def draw_set(
@@ -89,19 +95,8 @@ def generate(
     console = Console(soft_wrap=True)
     rank = int(os.environ.get("RANK", "0"))
     place = device_of(WHERE, device)
-    settings = GenerateSettings(
-        num,
-        None if drafter == "none" else drafter,
-        steps,
-        1 if drafter == "none" else draft_length,
-        relaxation,
-        verification,
-        guidance,
-        seed,
-        shard,
-        max_slots,
-        format_,
-    )
+    manner = relaxation, verification, guidance, seed, shard, max_slots, format_
+    settings = settings_for(num, drafter, steps, draft_length, *manner)
     # torchrun ends every rank as soon as one dies, so rank 0 may stay to show how the others get on.
     watched = rank == 0 and "TORCHELASTIC_RUN_ID" in os.environ
     drawn, missing = draw_set(out, model, settings, place, progress=rank == 0, wait=watched)
