@@ -49,16 +49,23 @@ class RoundCost:
     @property
     def ordinary_age(self) -> int:
         """Rounds since an ordinary step was timed last."""
-        latest = [times[-1][0] for (longest, _), times in self._timings.items() if longest == 1]
-        return self._round - max(latest, default=0)
+        return self._round - self._latest_ordinary()[0]
+
+    @property
+    def latest_ordinary(self) -> float:
+        """Seconds of the latest ordinary step; 0 before any."""
+        return self._latest_ordinary()[1]
+
+    def _latest_ordinary(self) -> tuple[int, float]:
+        return max((times[-1] for (longest, _), times in self._timings.items() if longest == 1), default=(0, 0.0))
 
     def has_begun(self, longest: int) -> bool:
         """Whether a round of this length was observed before."""
         return longest in self._begun
 
-    def observe(self, longest: int, rows: int, seconds: float) -> None:
-        """Take in the time of one round."""
-        self._round += 1
+    def observe(self, longest: int, rows: int, seconds: float, rounds: int = 1) -> None:
+        """Take in the time of a round, or the mean of several."""
+        self._round += rounds
         self._coefficients = None
         if longest not in self._begun:
             self._begun.add(longest)

@@ -24,9 +24,11 @@ _LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.006
 _BINS = 25
 _UNKNOWN_ACCEPTANCE = 0.85
 # Ordinary steps between two looks at whether drafts promise to pay, which costs a little arithmetic.
-_LOOK_EVERY = 16
+_LOOK_EVERY = 32
+# Seconds of ordinary steps taken at once at most: what waits for them, a progress bar or an image, waits no longer.
+_LONGEST_RUN_S = 0.25
 # Ordinary steps between two trials of drafts that promise nothing, at first and at most.
-_SHORTEST_HOLD, _LONGEST_HOLD = 2, 128
+_SHORTEST_HOLD, _LONGEST_HOLD = 2, 256
 # A round counts with its own time where it is the first of its length, which is slow, up to so many typical ones.
 _SLOWEST = 2.0
 
@@ -43,32 +45,53 @@ class AcceptanceModel:
         decay: weight of the past after each round.
     """
 
-    _PRIOR_TESTS = 4.0
+    _PRIOR_TESTS, _PRIOR_OF_RUNS = 4.0, 10.0
 
     def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
-        self.calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
+        calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
         self._decay = decay
-        self._bin = np.arange(len(calibration)) * _BINS // len(calibration)
-        # Accepted, tested and expected to be accepted, by part of the chain; of all runs.
+        length, ahead = calibration.shape
+        self._bin = np.arange(length) * _BINS // length
+        # Odds of refusal as calibrated; entry [k, a]: the draft of step k + a in a round that begins at step k.
+        self._calibrated = np.full((length + 1, ahead), np.inf)
+        for a in range(min(ahead, length)):
+            self._calibrated[: length - a, a] = 1 / calibration[a:, a] - 1
+        # Accepted, tested and, as calibrated, expected to be accepted, by part of the chain; of all runs.
         self._counts = np.zeros((3, _BINS))
         self.begin()
 
     def begin(self) -> None:
         """Start a run: the calibration takes in the counts of those before."""
-        correction = self._odds_factor(*self._counts, 10.0)[self._bin]
-        odds = (1 / self.calibration - 1) * correction[:, None]
-        length, ahead = odds.shape
-        # Entry [k, a]: the draft of step k + a in a round that begins at step k.
-        self._odds = np.full((length + 1, ahead), np.inf)
-        for a in range(min(ahead, length)):
-            self._odds[: length - a, a] = odds[a:, a]
+        accepted, tested, expected = self._counts
+        # What the runs saw anywhere stands for the parts of the chain where they saw little.
+        general = self._odds_factor(*self._counts.sum(1), self._PRIOR_OF_RUNS)
+        mean = 1 / (1 + general * (1 / self._share(expected, tested) - 1))
+        local = self._odds_factor(accepted, tested, mean * tested, self._PRIOR_OF_RUNS, mean)
+        self._odds = self._calibrated * (general * local)[self._parts(np.arange(len(self._calibrated)))]
         self._recent = np.zeros(3)
 
+    def _parts(self, steps: np.ndarray) -> np.ndarray:
+        """``[S, A]``: part of the chain of each draft of a round that begins at each step."""
+        return self._bin[np.minimum(steps[:, None] + np.arange(self._calibrated.shape[1]), len(self._bin) - 1)]
+
     @staticmethod
-    def _odds_factor(accepted: np.ndarray, tested: np.ndarray, expected: np.ndarray, prior: float) -> np.ndarray:
-        mean = np.divide(expected, tested, out=np.full_like(expected, 0.9), where=tested > 0)
+    def _share(accepted: np.ndarray, tested: np.ndarray) -> np.ndarray:
+        """Accepted drafts of those tested; ours to guess where none was."""
+        share = np.divide(accepted, tested, out=np.full_like(accepted, _UNKNOWN_ACCEPTANCE), where=tested > 0)
+        return np.clip(share, 1e-3, 1 - 1e-3)
+
+    @classmethod
+    def _odds_factor(
+        cls,
+        accepted: np.ndarray,
+        tested: np.ndarray,
+        expected: np.ndarray,
+        prior: float,
+        mean: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Odds of refusal seen, over those expected (``mean``, where nothing was tested)."""
+        mean = cls._share(expected, tested) if mean is None else np.clip(mean, 1e-3, 1 - 1e-3)
         seen = np.clip((accepted + prior * mean) / (tested + prior), 1e-3, 1 - 1e-3)
-        mean = np.clip(mean, 1e-3, 1 - 1e-3)
         return (1 / seen - 1) / (1 / mean - 1)
 
     def survival(self, steps: np.ndarray) -> np.ndarray:
@@ -80,13 +103,11 @@ class AcceptanceModel:
         """Take in a round of slots that drafted: rows tested are those up to and including the first refused one."""
         ahead = np.arange(self._odds.shape[1])
         tested = ahead < np.minimum(committed, lengths - 1)[:, None]
-        accepted = ahead < (committed - 1)[:, None]
-        expected = np.where(tested, 1 / (1 + self._odds[steps]), 0.0)
-        figures = (accepted & tested, tested, expected)
-        self._recent = self._decay * self._recent + np.array([float(part.sum()) for part in figures])
-        bins = self._bin[np.minimum(steps[:, None] + ahead, len(self._bin) - 1)]
-        for row, part in zip(self._counts, figures, strict=True):
-            np.add.at(row, bins, part)
+        accepted = tested & (ahead < (committed - 1)[:, None])
+        expected, calibrated = (np.where(tested, 1 / (1 + odds[steps]), 0.0) for odds in (self._odds, self._calibrated))
+        self._recent = self._decay * self._recent + np.array([accepted.sum(), tested.sum(), expected.sum()])
+        for row, part in zip(self._counts, (accepted, tested, calibrated), strict=True):
+            np.add.at(row, self._parts(steps), part)
 
 
 @dataclass
@@ -96,7 +117,9 @@ class Knowledge:
     cost: RoundCost
     acceptance: AcceptanceModel
     drafter: object = None  # kept alive, so that no other drafter gets its identity
-    hold: int = _SHORTEST_HOLD  # ordinary steps before the next trial
+    round: int = 0  # rounds of all runs
+    hold: int = _SHORTEST_HOLD  # rounds between two trials of drafts that promise nothing
+    next_trial: int = 0  # round of the next one
 
 
 _KNOWN: weakref.WeakKeyDictionary[object, dict[object, Knowledge]] = weakref.WeakKeyDictionary()
@@ -142,13 +165,14 @@ class DraftLengthPolicy:
         self.acceptance.begin()
         self._longest = [length for length in LONGEST if length <= longest]
         self._loss = self._elapsed = 0.0
-        self._round = self._next_look = self._next_trial = 0
+        self._next_look = 0
 
     def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
         lengths = live.astype(np.int64)
-        self._round += 1
-        if self._round < self._next_look or not self._longest:
+        known = self.knowledge
+        known.round += 1
+        if known.round < self._next_look or not self._longest:
             return lengths
         drafting = live & (steps > 0) & (steps < self.num_steps - 1)
         if not drafting.any():
@@ -163,17 +187,25 @@ class DraftLengthPolicy:
         speed, longest, threshold = max(plans)
         allowed = _LOSS_AT_START * self.num_steps * step_s + _LOSS_ON_THE_WAY * self._elapsed
         if speed >= _WANTED_SPEED and self._loss <= allowed:
-            self.knowledge.hold = _SHORTEST_HOLD
+            known.hold = _SHORTEST_HOLD
         else:
-            self._next_look = self._round + min(_LOOK_EVERY, self.knowledge.hold)
+            self._next_look = known.round + min(_LOOK_EVERY, known.hold)
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
             speed, longest, threshold = plans[0]
-            if self._round < self._next_trial or self._loss + step_s * (1 / max(speed, 1e-3) - 1) > allowed:
+            if known.round < known.next_trial or self._loss + step_s * (1 / max(speed, 1e-3) - 1) > allowed:
                 return lengths
-            self._next_trial = self._round + self.knowledge.hold
-            self.knowledge.hold = min(2 * self.knowledge.hold, _LONGEST_HOLD)
+            known.next_trial = known.round + known.hold
+            known.hold = min(2 * known.hold, _LONGEST_HOLD)
         lengths[drafting] += (gains[:, : longest - 1] >= max(threshold, 1e-12)).sum(1)
         return lengths
+
+    @property
+    def ordinary_ahead(self) -> int:
+        """Rounds to take at once, the one just chosen included, that are ordinary steps whatever happens."""
+        left = self._next_look - self.knowledge.round
+        if left <= 1 or not self.cost.ordinary_timings:
+            return 1
+        return max(1, min(left, int(_LONGEST_RUN_S / self.cost.latest_ordinary)))
 
     def _begun_lengths(self) -> list[int]:
         """Lengths that were tried and the next one: what is learned on short drafts pays for the first long ones."""
@@ -187,6 +219,12 @@ class DraftLengthPolicy:
         speeds = (count + np.cumsum(ordered)) / count * step_s / self.cost.round(longest, rows)
         best = int(speeds.argmax())
         return float(speeds[best]), longest, float(ordered[best])
+
+    def observe_ordinary(self, count: int, rounds: int, seconds: float) -> None:
+        """Learn from ordinary steps of ``count`` images, ``rounds`` of them in ``seconds``, chosen at once."""
+        self._elapsed += seconds
+        self.knowledge.round += rounds - 1
+        self.cost.observe(1, count, seconds / rounds, rounds)
 
     def observe(
         self, live: np.ndarray, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seconds: float

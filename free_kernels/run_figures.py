@@ -48,6 +48,11 @@ class RunFigures:
             self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
             self.stats.accepted_by_step[step : step + count - 1] += 1
 
+    def count_ordinary(self, images: list[int], steps: int) -> None:
+        """Count so many ordinary steps of every slot: its image."""
+        for image in images:
+            self.stats.rounds_per_image[image] += steps
+
     def gather(self, images: Tensor, steps: Tensor, gap_sq: Tensor, tested: Tensor, weights: Tensor | None) -> None:
         """Add up a round's deviations and biases; waits for nothing.
 

@@ -120,7 +120,6 @@ class Speculation:
         self.rounds = torch.zeros_like(self.images)
         self.network = PackedCall(self.chain)
         self.graphs = self._captured_rounds() if settings.cuda_graphs else None
-        self._ahead: tuple[list[int], Tensor] | None = None
         self.figures = RunFigures(images, num_steps, device)
 
     @property
@@ -150,18 +149,27 @@ class Speculation:
             while done < count:
                 began = time.perf_counter()
                 lengths = self._lengths(images, steps)
-                report = self._advance(lengths, images, steps)
+                ordinary = self._ordinary_steps_ahead(lengths, images, steps, 1 if callback else NOISE_CHUNK_ELEMENTS)
+                if ordinary:
+                    report = self._ordinary_steps(images, steps, ordinary)
+                else:
+                    report = self._checked_round(lengths, images, steps)
                 committed = report[:slots]
-                policy = self.settings.draft_length
-                if policy is not None:
-                    taken = time.perf_counter() - began
+                policy, taken = self.settings.draft_length, time.perf_counter() - began
+                if policy is not None and ordinary:
+                    policy.observe_ordinary(slots, ordinary, taken)
+                elif policy is not None:
                     policy.observe(np.asarray(images) >= 0, *map(np.asarray, (steps, lengths, committed)), taken)
-                rounds += 1
+                rounds += max(1, ordinary)
                 names = self.pool.images
                 now = [(row, step + c) for row, step, c in zip(images, steps, committed, strict=True) if row >= 0]
                 finished = [(names[row], self.pool.samples[row]) for row, step in now if step == num_steps]
                 done += len(finished)
-                self.figures.count([-1 if row < 0 else names[row] for row in images], steps, lengths, committed)
+                held = [-1 if row < 0 else names[row] for row in images]
+                if ordinary:
+                    self.figures.count_ordinary(held, ordinary)
+                else:
+                    self.figures.count(held, steps, lengths, committed)
                 bar.update(sum(committed))
                 if callback is not None:
                     callback(RoundInfo(rounds, [names[row] for row, _ in now], [s for _, s in now], done, count))
@@ -183,43 +191,44 @@ class Speculation:
             for image, step in zip(images, steps, strict=True)
         ]
 
-    def _advance(self, lengths: list[int], images: list[int], steps: list[int]) -> list[int]:
-        """A round, checked; returns committed steps, then images and steps of every slot after it."""
-        ends = min(images) < 0 or max(steps) == len(self.chain.timesteps) - 1
-        if self.settings.draft_length is not None and max(lengths) == 1 and self.graphs is None and not ends:
-            return self._ordinary_step(images, steps)
+    def _ordinary_steps_ahead(self, lengths: list[int], images: list[int], steps: list[int], most: int) -> int:
+        """Rounds from this one on that are ordinary steps of every slot, none of them the last; at most ``most``."""
+        policy = self.settings.draft_length
+        if policy is None or self.graphs is not None or max(lengths) > 1 or min(images) < 0:
+            return 0
+        fitting = max(1, NOISE_CHUNK_ELEMENTS // self.state.numel())
+        return min(policy.ordinary_ahead, len(self.chain.timesteps) - 1 - max(steps), fitting, most)
+
+    def _checked_round(self, lengths: list[int], images: list[int], steps: list[int]) -> list[int]:
+        """A round; returns committed steps, then images and steps of every slot after it."""
         outcome = self._round(lengths)
         *report, finite = outcome.report.tolist()
         if not finite:
             self._check_committed(outcome, lengths, report[: len(images)], steps, images)
         return report
 
-    def _ordinary_step(self, images: list[int], steps: list[int]) -> list[int]:
-        """One step of every slot, none of them the last, without drafts and packing."""
+    def _ordinary_steps(self, images: list[int], steps: list[int], count: int) -> list[int]:
+        """``count`` steps of every slot, none of them the last, without drafts and packing; returns as a round."""
         chain, slots = self.chain, len(images)
-        if self._ahead is None or self._ahead[0] != steps or not self._ahead[1].shape[1]:
-            count = min(16, max(1, NOISE_CHUNK_ELEMENTS // self.state.numel()), len(chain.timesteps) - max(steps))
-            ahead = torch.arange(count, device=self.state.device)
-            keys = self._keys().unsqueeze(1).repeat(1, count)
-            rounds = self.rounds.unsqueeze(1) + ahead if self.settings.block else None
-            self._ahead = steps, chain.draw(Purpose.STEP, keys, self.steps.unsqueeze(1) + ahead, rounds)
-        noise = self._ahead[1]
-        t, y = chain.doubled(chain.timesteps[self.steps]), chain.branched(self.labels)
-        features, output = self.network(chain.doubled(self.state), t, y)
-        mean, std = chain.transition(self.state, output, chain.table[self.steps])
-        chain.check_output(output, steps, [self.pool.images[row] for row in images])
-        # No graph holds on to these buffers here, so they change places instead of contents.
-        self.previous, self.state = self.state, torch.addcmul(mean, std, noise[:, 0])
+        ahead = torch.arange(count, device=self.state.device).unsqueeze(1)
+        at, keys = self.steps + ahead, self._keys().repeat(count, 1)
+        noise = chain.draw(Purpose.STEP, keys, at, self.rounds + ahead if self.settings.block else None)
+        t, columns, y = chain.timesteps[at], chain.table[at], chain.branched(self.labels)
+        for i in range(count):
+            now = chain.doubled(t[i])
+            features, output = self.network(chain.doubled(self.state), now, y)
+            mean, std = chain.transition(self.state, output, columns[i])
+            chain.check_output(output, [step + i for step in steps], [self.pool.images[row] for row in images])
+            # No graph holds on to these buffers here, so they change places instead of contents.
+            self.previous, self.state = self.state, torch.addcmul(mean, std, noise[i])
+            self.network.settle()
+            self.figures.called(slots)
         if self.parent is None:
             self.parent = features.new_empty(chain.branches, slots, *features.shape[1:])
-        self.network.settle()
         self.parent.copy_(features.view_as(self.parent))
-        self.steps += 1
-        self.rounds += 1
-        advanced = [step + 1 for step in steps]
-        self._ahead = advanced, noise[:, 1:]
-        self.figures.called(slots)
-        return [1] * slots + images + advanced
+        self.steps += count
+        self.rounds += count
+        return [count] * slots + images + [step + count for step in steps]
 
     def _round(self, lengths: list[int]) -> Round:
         """Draft, verify, couple and commit one round of ``lengths`` rows."""
