@@ -24,6 +24,7 @@ from free_dit.scale_measure import AcceptanceCounts
 from free_dit.scale_report import fill_page, render_batching
 from free_dit.wall_clock import machine
 from free_kernels import DDPMSchedule, PhiloxNoise, RoundInfo, SampleIterator, sample_iter
+from free_kernels.types import first_drafted_step
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -42,7 +43,7 @@ class Side:
 
     def __init__(self, images: int, size: int | None, slots: int, length: int, steps: int, seed: int) -> None:
         target, drafter = load_bundled("digits")
-        self.counts = AcceptanceCounts(steps, length)
+        self.counts = AcceptanceCounts(steps, length, first_drafted_step(drafter))
         self.samples = torch.empty(images, *target.latent_shape)
         self.rounds, self.calls, self.rows = np.zeros(images, np.int64), 0, 0
         self.seconds, self.costs = 0.0, []
@@ -114,7 +115,7 @@ def measure(images: int, slots: int, length: int, steps: int, seed: int, counts_
         drawing = [side for side in drawing if side.pull()]
     rounds = continuous.rounds
     slowest = sum(int(part.max()) for part in np.split(rounds, range(slots, images, slots)))
-    chain = CommitChain(acceptance_table(continuous.counts.table(), steps), length)
+    chain = CommitChain(acceptance_table(continuous.counts.table(), steps), length, continuous.counts.first == 0)
     full, left = divmod(images, slots)
     expected = full * chain.rounds_of_slowest(slots) + (chain.rounds_of_slowest(left) if left else 0.0)
     found: dict[str, Any] = {

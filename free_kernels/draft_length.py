@@ -156,10 +156,11 @@ class DraftLengthPolicy:
         num_steps: K.
         longest: largest draft length.
         knowledge: costs and acceptance so far; brought up to date.
+        first: first step that the drafter drafts.
     """
 
-    def __init__(self, num_steps: int, longest: int, knowledge: Knowledge) -> None:
-        self.num_steps = num_steps
+    def __init__(self, num_steps: int, longest: int, knowledge: Knowledge, first: int = 1) -> None:
+        self.num_steps, self._first = num_steps, first
         self.knowledge = knowledge
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
@@ -174,7 +175,7 @@ class DraftLengthPolicy:
         known.round += 1
         if known.round < self._next_look or not self._longest:
             return lengths
-        drafting = live & (steps > 0) & (steps < self.num_steps - 1)
+        drafting = live & (steps >= self._first) & (steps < self.num_steps - 1)
         if not drafting.any():
             return lengths
         if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= _OLDEST_TIMING:

@@ -20,7 +20,7 @@ from free_kernels.ordinary import run_ordinary
 from free_kernels.relaxation import Relaxation, as_relaxation
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.speculation import Settings, Speculation, packing_backend
-from free_kernels.types import Callback, Drafter, SampleResult, Schedule
+from free_kernels.types import Callback, Drafter, SampleResult, Schedule, first_drafted_step
 from free_kernels.validation import check_choice, check_int, fail
 
 
@@ -262,7 +262,8 @@ def _speculation(
         length = min(LONGEST[-1], num_steps)
         owner = getattr(target, "module", target)
         manner = (block, relaxed, chain.guidance_scale, chain.learned, str(chain.labels.device), backend, cuda_graphs)
-        policy = DraftLengthPolicy(num_steps, length, knowledge_of(owner, drafting, manner, num_steps, slots))
+        known = knowledge_of(owner, drafting, manner, num_steps, slots)
+        policy = DraftLengthPolicy(num_steps, length, known, first_drafted_step(drafting))
     elif isinstance(draft_length, str):
         fail(where, "draft_length", "an int or 'auto'", repr(draft_length))
     else:

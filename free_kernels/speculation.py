@@ -27,7 +27,7 @@ from free_kernels.policy import SlackPolicy
 from free_kernels.pool import ImagePool
 from free_kernels.relaxation import Relaxation, RelaxationPolicy
 from free_kernels.run_figures import RunFigures
-from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, new_memory
+from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, first_drafted_step, new_memory
 
 
 def packing_backend(backend: str) -> str:
@@ -100,6 +100,7 @@ class Speculation:
         )
         self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
         self.drafter_is_free = getattr(drafter, "is_free", False)
+        self.first_drafted = first_drafted_step(drafter)
         self.pool = ImagePool(chain, slots, settings.pool_rows)
         # Rows of the pool.
         self.images = torch.arange(slots, device=device)
@@ -148,6 +149,8 @@ class Speculation:
         with tqdm(total=count * num_steps, desc="sample", unit="step", disable=not progress) as bar:
             while done < count:
                 began = time.perf_counter()
+                if self.first_drafted == 0 and 0 in steps:
+                    self._set_first_parents()
                 lengths = self._lengths(images, steps)
                 ordinary = self._ordinary_steps_ahead(lengths, images, steps, 1 if callback else NOISE_CHUNK_ELEMENTS)
                 if ordinary:
@@ -181,13 +184,31 @@ class Speculation:
                     self.images.copy_(torch.tensor(moved))
         self.figures.finish()
 
+    def _set_first_parents(self) -> None:
+        """Give images at their first step what the drafter takes for a parent there."""
+        guess = self.drafter.initial_feature(self.state).expand(self.chain.branches, -1, -1, -1)  # type: ignore[attr-defined]
+        fresh = (self.steps == 0).view(-1, 1, 1)
+        if self.parent is None:
+            self.parent = guess.contiguous()
+        else:
+            self.parent.copy_(torch.where(fresh, guess, self.parent))
+        self.previous.copy_(torch.where(fresh.unsqueeze(-1), self.state, self.previous))
+
+    def _keep_parents_like(self, features: Tensor) -> Tensor:
+        """The parents' buffer ``[B, S, T, D]``, of the dtype of the target's features."""
+        if self.parent is None:
+            self.parent = features.new_zeros(self.chain.branches, len(self.images), *features.shape[1:])
+        elif self.parent.dtype != features.dtype:
+            self.parent = self.parent.to(features.dtype)
+        return self.parent
+
     def _lengths(self, images: list[int], steps: list[int]) -> list[int]:
         """Rows of every slot in the next round."""
         if self.settings.draft_length is not None:
             return self.settings.draft_length.choose(np.asarray(images) >= 0, np.asarray(steps)).tolist()
         length, num_steps = self.settings.length, len(self.chain.timesteps)
         return [
-            0 if image < 0 else (1 if step == 0 else min(length, num_steps - step))
+            0 if image < 0 else (1 if step < self.first_drafted else min(length, num_steps - step))
             for image, step in zip(images, steps, strict=True)
         ]
 
@@ -223,9 +244,8 @@ class Speculation:
             self.previous, self.state = self.state, torch.addcmul(mean, std, noise[i])
             self.network.settle()
             self.figures.called(slots)
-        if self.parent is None:
-            self.parent = features.new_empty(chain.branches, slots, *features.shape[1:])
-        self.parent.copy_(features.view_as(self.parent))
+        parent = self._keep_parents_like(features)
+        parent.copy_(features.view_as(parent))
         self.steps += count
         self.rounds += count
         return [count] * slots + images + [step + count for step in steps]
@@ -310,8 +330,7 @@ class Speculation:
         finite = output.isfinite().all() & outcome.next_states.isfinite().all()
         if longest > 1:
             self._learn(outcome, steps, weights)
-        if self.parent is None:
-            self.parent = features.new_zeros(chain.branches, len(self.images), *features.shape[1:])
+        parent = self._keep_parents_like(features)
         self.network.settle()
         commit_drafts(
             outcome.committed,
@@ -321,7 +340,7 @@ class Speculation:
             row_offsets,
             state=self.state,
             previous=self.previous,
-            parent=self.parent,
+            parent=parent,
             steps=self.steps,
             images=self.images,
             labels=self.labels,

@@ -86,7 +86,9 @@ class Drafter(Protocol):
     calls has seen the noise of discarded drafts, which is used again: the images would no longer have the target's law.
 
     A drafter may also define ``check_target(target)`` (raise if made for another one), ``hoisted`` as for targets,
-    ``is_free = True`` (it costs nothing, so its calls are not counted) and
+    ``is_free = True`` (it costs nothing, so its calls are not counted),
+    ``drafts_first_step = True`` with ``initial_feature(state) -> [R, T, D]``: an image's first step, which has no
+    parent feature, is drafted too, from this and with ``previous`` the state itself, and
     ``new_memory(slots, branches, drafts) -> DraftMemory | None``: an empty memory for ``branches * slots`` rows,
     conditional ones first, that survives the refusal of up to ``drafts`` calls. Where that is not None, calls take it
     as the argument ``memory``, with all of its rows, may look at the calls remembered there, and add themselves. The
@@ -224,6 +226,11 @@ def new_memory(drafter: Drafter, slots: int, branches: int, drafts: int) -> Draf
     """``drafter.new_memory(slots, branches, drafts)`` where the drafter offers it, else None."""
     offer = getattr(drafter, "new_memory", None)
     return offer(slots, branches, drafts) if callable(offer) else None
+
+
+def first_drafted_step(drafter: object) -> int:
+    """0 for a drafter that drafts an image's first step, which has no parent feature, else 1."""
+    return 0 if getattr(drafter, "drafts_first_step", False) else 1
 
 
 def null_label(target: Target) -> int:

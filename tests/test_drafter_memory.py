@@ -14,6 +14,7 @@ from torch import Tensor
 
 from free_dit import DiT, DiTConfig
 from free_dit.acceptance import acceptance_by_lookahead
+from free_dit.drafter_loss import _NetworkRows
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.trajectories import collect
@@ -186,7 +187,8 @@ def test_a_file_without_a_window_holds_a_drafter_without_memory(tmp_path):
 
 def test_gradients_reach_remembered_calls():
     drafter = random_drafter().requires_grad_(True)
-    parameters = list(drafter.parameters())
+    # The stand-in for a first parent has no part in a call.
+    parameters = [value for name, value in drafter.named_parameters() if not name.startswith("first_")]
     memory, past = drafter.new_memory(SLOTS, BRANCHES, DRAFTS), []
     results = []
     for run in (lambda given: drafter(*given, memory), lambda given: concatenated(drafter, past, given)):
@@ -227,23 +229,24 @@ def learner(target: DiTTarget, config: DrafterTrainConfig) -> FeatureDrafter:
 
 
 def test_a_training_window_remembers_the_steps_before_it(target):
-    """Rows that start at steps 1, 2, 3 and 7 remember 0, 1, 2 and 2 drafts from exact features."""
+    """Rows that start at steps 0, 1, 2 and 7 remember 0, 1, 2 and 2 drafts, from exact features but for step 0."""
     drafter = learner(target, TRAIN)
     loss = DrafterLoss(target, drafter, TRAIN)
     data = loss.data(0)
-    image, start = torch.arange(4), torch.tensor([1, 2, 3, 7])
+    image, start = torch.arange(4), torch.tensor([0, 1, 2, 7])
     y = torch.cat([data.labels[:4], torch.full((4,), 10)])
-    memory = loss._past(data, image, start, y)
+    rows = _NetworkRows(data.guidance[:4], True, torch.device("cpu"))
+    memory = loss._past(data, image, start, y, rows)
     assert memory._length.tolist() == [[0, 1, 2, 2] * 2]
-    exact = data.features[start - 1, :, image].transpose(0, 1).flatten(0, 1)
+    parents = loss._parents(data, start, image, rows)
     poison(memory)
-    got = loss._draft(exact, data, image, start, y, memory)
+    got = loss._draft(parents, data, image, start, y, memory, rows)
     for row in range(8):
         past, i = [], row % 4
-        for k in range(max(1, int(start[i]) - 2), int(start[i]) + 1):
+        for k in range(max(0, int(start[i]) - 2), int(start[i]) + 1):
             given = (
-                data.features[k - 1, row // 4, i][None],
-                data.states[k - 1, i][None],
+                data.features[k - 1, row // 4, i][None] if k else drafter.initial_feature(data.states[0, i][None]),
+                data.states[max(k - 1, 0), i][None],
                 data.states[k, i][None],
                 loss.schedule.timesteps[k][None],
                 y[row][None],

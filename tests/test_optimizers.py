@@ -24,7 +24,9 @@ def _train(drafter, optimizer, steps, begin=0):
         torch.manual_seed(step)
         feature, x = torch.randn(5, 16, 24), torch.randn(2, 5, 1, 8, 8)
         t, y = torch.randint(1000, (5,)), torch.randint(3, (5,))
-        loss = (drafter(feature, x[0], x[1], t, y) - feature.roll(1, 1)).square().mean()
+        # One row has no parent, so that every weight is used.
+        parent = torch.cat([drafter.initial_feature(x[0, :1]), feature[1:]])
+        loss = (drafter(parent, x[0], x[1], t, y) - feature.roll(1, 1)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

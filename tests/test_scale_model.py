@@ -30,6 +30,7 @@ from free_dit.scale_model import (
 )
 from free_dit.scale_report import build_report, fill_page, render, write_report
 from free_kernels import DDPMSchedule, sample
+from free_kernels.types import first_drafted_step
 
 CONFIGS = Path(free_dit.__file__).parent / "configs"
 # Two-sided, one false alarm in a million of each statistical check.
@@ -68,7 +69,7 @@ def simulated(chain: CommitChain, images: int, seed: int, fresh_ahead: bool = Tr
         step = 0
         while step < chain.num_steps:
             begun[image, step] = 1
-            rows = 1 if step == 0 else min(chain.length, chain.num_steps - step)
+            rows = 1 if step == 0 and not chain.first_step else min(chain.length, chain.num_steps - step)
             row = 0
             while row < rows - 1:
                 ahead = min(row, chain.acceptance.shape[1] - 1) if fresh_ahead else 0
@@ -80,10 +81,11 @@ def simulated(chain: CommitChain, images: int, seed: int, fresh_ahead: bool = Tr
     return begun
 
 
+@pytest.mark.parametrize("first_step", [False, True])
 @pytest.mark.parametrize(("length", "num_steps"), [(1, 9), (2, 20), (6, 31), (31, 31)])
-def test_rounds_agree_with_simulation(length, num_steps):
+def test_rounds_agree_with_simulation(length, num_steps, first_step):
     rng = np.random.default_rng(length)
-    chain = CommitChain(rng.uniform(0.5, 1.0, (num_steps, 4)) * [1, 0.95, 0.9, 0.85], length)
+    chain = CommitChain(rng.uniform(0.5, 1.0, (num_steps, 4)) * [1, 0.95, 0.9, 0.85], length, first_step)
     np.testing.assert_allclose(chain.transition.sum(1), 1.0)
     images = 4000
     rounds = simulated(chain, images, 1).sum(1)
@@ -235,7 +237,7 @@ def test_call_reduction_of_the_bundled_pair():
         settings = {"schedule": schedule, "drafter": drafter, "draft_length": length, "seed": seed}
         return sample(target, labels, callback=callback, **settings).stats
 
-    counts = AcceptanceCounts(num_steps, 8)
+    counts = AcceptanceCounts(num_steps, 8, first_drafted_step(drafter))
     calibrating = run(8, 11, counts)
     # The callback sees what the run counts.
     np.testing.assert_array_equal(counts.tested.sum(1), calibrating.tested_by_step)
@@ -245,11 +247,11 @@ def test_call_reduction_of_the_bundled_pair():
         rounds = stats.rounds_per_image
         errors = [r.std(ddof=1) / np.sqrt(images) / r.mean() for r in (rounds, calibrating.rounds_per_image)]
         tolerance = BOUND * np.hypot(*errors) + 0.01
-        predicted = CommitChain(table, length).call_reduction
+        predicted = CommitChain(table, length, counts.first == 0).call_reduction
         assert abs(predicted / stats.call_reduction - 1) <= tolerance
         assert tolerance < 0.15
         # A table that is too good is found out.
-        better = CommitChain(np.maximum(table, 0.97), length).call_reduction
+        better = CommitChain(np.maximum(table, 0.97), length, counts.first == 0).call_reduction
         assert abs(better / stats.call_reduction - 1) > tolerance
 
 

@@ -36,6 +36,7 @@ class DrafterConfig:
         inputs: what the tokens hold beside the parent feature, joined by "+": "state", "unit_change" (its change over
             the last step, scaled to unit size), "scaled_change" (the same over its typical size at that timestep).
         skip: whether the embedding also reaches the output past the blocks, through a gain that depends on (t, y).
+        first_step: whether an image's first step is drafted too, from a learned stand-in for the feature that it lacks.
         num_timesteps: T, training timesteps of the target.
         time_unit: ticks of the schedule's timesteps to one of these T: 1, but for flow models, whose time is finer.
     """
@@ -47,12 +48,13 @@ class DrafterConfig:
     window: int = 1
     inputs: str = "state+unit_change+scaled_change"
     skip: bool = True
+    first_step: bool = True
     num_timesteps: int = 1000
     time_unit: int = 1
 
 
 # What drafters were before these became choices.
-_BEFORE = {"window": 1, "inputs": "state+unit_change", "skip": False}
+_BEFORE = {"window": 1, "inputs": "state+unit_change", "skip": False, "first_step": False}
 INPUTS = ("state", "unit_change", "scaled_change")
 
 
@@ -215,6 +217,10 @@ class FeatureDrafter(nn.Module):
         self.blocks = nn.ModuleList([_Block(inner, config.mlp_ratio) for _ in range(config.depth)])
         self.modulation = nn.Linear(inner, self._modulation_rows * inner)
         self.to_feature = nn.Linear(inner, features)
+        if config.first_step:
+            self.first_feature = nn.Linear(channels * self.patch**2, features, bias=False)
+            self.first_bias = nn.Parameter(torch.zeros(tokens, features))
+            nn.init.zeros_(self.first_feature.weight)
         nn.init.normal_(self.label_table.weight, std=0.02)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
@@ -230,6 +236,30 @@ class FeatureDrafter(nn.Module):
         self.feature_mean.copy_(features.flatten(0, -2).mean(0))
         self.feature_std.copy_(features.flatten(0, -2).std(0).clamp(min=1e-4))
         self.change_std.copy_(changes.flatten(0, -2).square().mean(0).sqrt().clamp(min=1e-6))
+
+    def set_first_feature(self, states: Tensor, features: Tensor) -> None:
+        """Fit the stand-in of :meth:`initial_feature` to features ``[R, T, D]`` at first states ``[R, C, H, W]``."""
+        if self.drafts_first_step:
+            tiles = self._tiles(states)
+            mean, wanted = tiles.mean(0), features.mean(0)
+            centred = (tiles - mean).flatten(0, 1)
+            ridge = 1e-3 * len(centred) * centred.square().mean() * torch.eye(centred.shape[1], device=centred.device)
+            both = centred.T @ (features - wanted).flatten(0, 1)
+            weights = torch.linalg.solve(centred.T @ centred + ridge, both)
+            self.first_feature.weight.data.copy_(weights.T)
+            self.first_bias.data.copy_(wanted - mean @ weights)
+
+    @property
+    def drafts_first_step(self) -> bool:
+        """Whether :meth:`initial_feature` stands in for an image's parent feature at its first step."""
+        return self.config.first_step
+
+    def initial_feature(self, state: Tensor) -> Tensor:
+        """What takes the place of the parent feature at the first states ``[R, C, H, W]`` of images: ``[R, T, D]``.
+
+        Linear in a token's patch. It goes into a draft of the first step with the state itself as the one before.
+        """
+        return self.first_feature(self._tiles(state.to(self.first_bias.dtype))) + self.first_bias
 
     def set_change_scale(self, timesteps: Tensor, states: Tensor) -> None:
         """Take the size of a state's change at every timestep from chains ``states [K, ..., C, H, W]`` at ``[K]``.
@@ -389,9 +419,13 @@ class FeatureDrafter(nn.Module):
         if "scaled_change" in self.inputs:
             parts["scaled_change"] = change / self.change_rms.index_select(0, self._unit(t)).view(-1, 1, 1, 1)
         chosen = torch.cat([parts[name] for name in self.inputs], dim=1)
-        rows, channels, height, width = chosen.shape
+        return self._tiles(chosen)
+
+    def _tiles(self, images: Tensor) -> Tensor:
+        """Patches of images ``[R, C, H, W]``, ``[R, T, C p p]``."""
+        rows, channels, height, width = images.shape
         p = self.patch
-        tiles = chosen.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        tiles = images.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         return tiles.reshape(rows, self.feature_shape[0], channels * p * p)
 
     def _unit(self, t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from free_dit.trajectories import Trajectories, guided_transition
 from free_kernels.hoisting import hoisted
-from free_kernels.types import Drafter, Schedule, Target, guided_channels, new_memory, null_label
+from free_kernels.types import Drafter, Schedule, Target, first_drafted_step, guided_channels, new_memory, null_label
 
 
 @torch.no_grad()
@@ -17,8 +17,9 @@ def acceptance_by_lookahead(
     """Probability that a draft ``ahead`` steps past the last exact feature is accepted, ``[lookahead, K]``.
 
     Entry ``[a - 1, k]`` is the mean over images of ``2 Phi(-delta / 2)`` at step k when the parent feature is that of
-    step k - a; NaN where no such draft exists. States are the target's own (a chain whose earlier drafts were all
-    accepted has that law). With a learned variance, delta^2 is its mean over the shared slack at the best share.
+    step k - a (for k = a - 1 what the drafter takes for one before the first step); NaN where no such draft exists.
+    States are the target's own (a chain whose earlier drafts were all accepted has that law). With a learned variance,
+    delta^2 is its mean over the shared slack at the best share.
     A drafter with a memory has seen the steps up to k - a, each from the exact feature before it.
     """
     num_steps = schedule.num_steps
@@ -32,13 +33,16 @@ def acceptance_by_lookahead(
     memory = new_memory(draft, len(data.labels), 2, lookahead)
     remembered = {} if memory is None else {"memory": memory}
     result = torch.full((lookahead, num_steps), float("nan"))
-    for start in range(1, num_steps - 1):
-        feature = data.features[start - 1].flatten(0, 1)
+    for start in range(first_drafted_step(drafter), num_steps - 1):
+        if start == 0:
+            feature = drafter.initial_feature(data.states[0]).repeat(2, 1, 1)  # type: ignore[attr-defined]
+        else:
+            feature = data.features[start - 1].flatten(0, 1)
         drafts = min(lookahead, num_steps - 1 - start)
         for ahead in range(drafts):
             k = start + ahead
             t = timesteps[k].expand(len(y))
-            previous, state = data.states[k - 1], data.states[k]
+            previous, state = data.states[max(k - 1, 0)], data.states[k]
             feature = draft(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y, **remembered)
             mean, std = guided_transition(state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided)
             mean_sq = ((data.mean[k] - mean) / std).flatten(1).square().sum(1)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from free_kernels import Schedule, ancestral_sample, sample
 from free_kernels.ops.coupling import couple
 from free_kernels.schedule import TransitionColumn
-from free_kernels.types import Drafter, RoundInfo, SampleStats, Target
+from free_kernels.types import Drafter, RoundInfo, SampleStats, Target, first_drafted_step
 from free_kernels.validation import check_float, check_int, fail
 
 
@@ -370,16 +370,17 @@ def timeline(
     """Follow a lossless run of :func:`free_kernels.sample`, unguided, round by round.
 
     The callback tells the step of every image after every round, so the committed rows are differences. Drafted rows
-    follow from the sampler's rule for an integer draft length L: one row (no draft) at step 0, else ``min(L, K - k)``.
+    follow from the sampler's rule for an integer draft length L: ``min(L, K - k)``, but one row (no draft) at step 0
+    where the drafter does not draft that one.
     Fewer committed than drafted rows means that the last committed one replaced a refused draft.
     """
     images: list[list[TimelineRound]] = [[] for _ in labels]
-    at = [0] * len(labels)
+    at, drafted = [0] * len(labels), first_drafted_step(drafter)
 
     def see(info: RoundInfo) -> None:
         for image, step in zip(info.images, info.steps, strict=True):
             first = at[image]
-            rows = 1 if first == 0 else min(draft_length, schedule.num_steps - first)
+            rows = 1 if first < drafted else min(draft_length, schedule.num_steps - first)
             images[image].append(TimelineRound(info.round - 1, first, rows, step - first))
             at[image] = step
 

@@ -18,7 +18,7 @@ from free_dit.training import LoopConfig, iteration_seed, mixed_seed
 from free_dit.trajectories import Trajectories, collect, guided_transition, make_schedule, noised_chains
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
-from free_kernels.types import Target, guided_channels, null_label
+from free_kernels.types import Target, first_drafted_step, guided_channels, null_label
 from free_kernels.validation import check_choice, check_int
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,7 +50,9 @@ class DrafterTrainConfig:
         refresh_every: iterations between fresh trajectories.
         loss: "rejection", ``-log`` of the acceptance probability ``2 Phi(-delta / 2)``, which is what a chain of drafts
             multiplies; "log1p", ``log(1 + delta^2)``, which forgives large gaps; or "none", to regress features alone.
-        late: share of the windows that begin in the last fifth of the chain, beside those spread over all of it.
+        late: share of the windows that begin in the last fifth of the chain, beside those spread over all of it; the
+            logarithm of the number of steps left is uniform there, as acceptance falls with every halving.
+        first: share of the windows that begin at the first step, for a drafter that drafts it.
         max_guidance: guidance scales are drawn from [1, max_guidance] for half of the images and 1 for the rest.
         feature_weight: weight of the mean squared feature error, in units of the feature's change over a step.
         compile: train through torch.compile.
@@ -77,6 +79,7 @@ class DrafterTrainConfig:
     trajectories: int = 64
     refresh_every: int = 250
     late: float = 0.0
+    first: float = 0.02
     max_guidance: float = 4.0
     loss: str = "rejection"
     feature_weight: float = 0.0
@@ -148,6 +151,7 @@ class DrafterLoss:
         self._images: ImageData | None = None
         self._data: Trajectories | ShardWindow | None = None
         self._epoch = -1
+        self._first = first_drafted_step(drafter)
 
     def _settings(self) -> dict[str, object]:
         """All that decides what the shards hold, up to the rounding of calls of another ``max_rows``."""
@@ -202,38 +206,52 @@ class DrafterLoss:
         config, rows, unroll = self.config, self.config.batch_size, self.config.unroll
         data = self.data(iteration // config.refresh_every)
         image = torch.randint(len(data.labels), (rows,))
-        start = torch.randint(1, config.num_steps - unroll, (rows,))
+        last = config.num_steps - 2
+        start = torch.randint(1, last + 1, (rows,))
         if config.late:
-            # A short chain's last fifth may be shorter than a window.
-            first = min(config.num_steps * 4 // 5, config.num_steps - unroll - 1)
-            late = torch.randint(first, config.num_steps - unroll, (rows,))
-            start = torch.where(torch.rand(rows) < config.late, late, start)
+            left = torch.rand(rows).mul(math.log(max(2, config.num_steps // 5))).exp().long()
+            start = torch.where(torch.rand(rows) < config.late, (last + 1 - left).clamp(min=1), start)
+        if config.first and self._first == 0:
+            start = start.masked_fill(torch.rand(rows) < config.first, 0)
+        guidance = data.guidance[image]
+        network = _NetworkRows(guidance, self.drafter.config.window > 1, self.device)
         y = data.labels[image]
-        y = torch.cat([y, torch.full_like(y, null_label(self.target))]).to(self.device)
-        guidance = data.guidance[image].to(self.device)
-        memory = self._past(data, image, start, y)
-        feature = self._rows(data, "features", start - 1, image)
+        y = network.pick(torch.cat([y, torch.full_like(y, null_label(self.target))]).to(self.device))
+        guidance = guidance.to(self.device)
+        memory = self._past(data, image, start, y, network)
+        feature = self._parents(data, start, image, network)
         loss, figures = torch.zeros((), device=self.device), {}
         for ahead in range(unroll):
-            k = start + ahead
-            feature = self._draft(feature, data, image, k, y, memory)
+            # Windows end where the chain does, before its last step, which needs no draft.
+            k, inside = (start + ahead).clamp(max=last), (start + ahead <= last).to(self.device)
+            feature = self._draft(feature, data, image, k, y, memory, network)
             here = k.to(self.device)
-            output = self.target.head(feature, self.timesteps[here].repeat(2), y)
+            output = network.spread(self.target.head(feature, network.both(self.timesteps[here]), y))
             state, exact_mean, exact_std = (self._rows(data, name, k, image) for name in ("states", "mean", "std"))
             mean, std = guided_transition(state, output, self.table[here], guidance, self.guided)
             gap_sq = gap(mean, std, exact_mean, exact_std)
-            loss = loss + LOSSES[config.loss](gap_sq).mean() / unroll
+            loss = loss + torch.where(inside, LOSSES[config.loss](gap_sq), 0.0).mean() / unroll
             if config.feature_weight:
-                exact = self._rows(data, "features", k, image)
-                error = ((feature - exact) / self.drafter.change_std).square().mean()
+                exact = network.pick(self._rows(data, "features", k, image))
+                error = ((feature - exact) / self.drafter.change_std).square().flatten(1).mean(1)
+                error = torch.where(network.both(inside), error, 0.0).mean()
                 loss = loss + config.feature_weight * error / unroll
             accept = 2 * torch.special.ndtr(-gap_sq.detach().sqrt() / 2)
-            figures[f"accept_{ahead + 1}"] = accept.mean().item()
+            figures[f"accept_{ahead + 1}"] = accept[inside].mean().item()
         return loss, figures
 
     def _rows(self, data: Trajectories | ShardWindow, name: str, step: Tensor, image: Tensor) -> Tensor:
         """``data.at(name, step, image)`` in float32 on the drafter's device."""
         return data.at(name, step, image).to(self.device).float()
+
+    def _parents(self, data: Trajectories | ShardWindow, step: Tensor, image: Tensor, network: _NetworkRows) -> Tensor:
+        """Exact features ``[R, T, D]`` before ``step [B]``; at step 0 what the drafter takes for one."""
+        exact = network.pick(self._rows(data, "features", (step - 1).clamp(min=0), image))
+        if self._first:
+            return exact
+        # Also where no window begins there: every weight has a gradient in every iteration.
+        guess = network.both(self.drafter.initial_feature(self._rows(data, "states", step, image)))
+        return torch.where(network.both((step == 0).to(self.device)).view(-1, 1, 1), guess, exact)
 
     def _draft(
         self,
@@ -243,29 +261,64 @@ class DrafterLoss:
         step: Tensor,
         y: Tensor,
         memory: FeatureMemory | None,
+        network: _NetworkRows,
     ) -> Tensor:
-        """Feature ``[2 B, T, D]`` drafted at ``step [B]`` of ``image [B]`` from the one at the step before."""
-        previous, state = (self._rows(data, "states", k, image).repeat(2, 1, 1, 1) for k in (step - 1, step))
+        """Feature ``[R, T, D]`` drafted at ``step [B]`` of ``image [B]`` from the one at the step before."""
+        before = (step - 1).clamp(min=0)
+        previous, state = (network.both(self._rows(data, "states", k, image)) for k in (before, step))
         remembered = {} if memory is None else {"memory": memory}
-        t = self.timesteps[step.to(self.device)].repeat(2)
+        t = network.both(self.timesteps[step.to(self.device)])
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
             return self.network(feature, previous, state, t, y, **remembered).float()
 
-    def _past(self, data: Trajectories | ShardWindow, image: Tensor, start: Tensor, y: Tensor) -> FeatureMemory | None:
+    def _past(
+        self, data: Trajectories | ShardWindow, image: Tensor, start: Tensor, y: Tensor, network: _NetworkRows
+    ) -> FeatureMemory | None:
         """Memory of drafts from exact features at the W - 1 steps before ``start [B]``; None without a window.
 
-        The first step has no feature before it to draft from, so windows near it have a shorter past. In a drafter of
-        one block this is all that a draft of a long chain sees; deeper blocks' keys would go further back there.
+        Windows near the first drafted step have a shorter past. In a drafter of one block this is all that a draft of
+        a long chain sees; deeper blocks' keys would go further back there.
         """
         window = self.drafter.config.window
         # No call is refused here, so one slot besides those of the past is enough.
         memory = self.drafter.new_memory(len(image), 2, 1, self.dtype)
         for age in range(window - 1, 0, -1):
-            step = (start - age).clamp(min=1)
-            self._draft(self._rows(data, "features", step - 1, image), data, image, step, y, memory)
-            memory.rewind(torch.where(start > age, 0, window).to(self.device))
+            step = (start - age).clamp(min=self._first)
+            self._draft(self._parents(data, step, image, network), data, image, step, y, memory, network)
+            memory.rewind(torch.where(start - age >= self._first, 0, window).to(self.device))
         return memory
+
+
+class _NetworkRows:
+    """The network rows of a batch of B windows: the conditional ones, then the unconditional ones that matter.
+
+    Without guidance a window's unconditional branch has no part in its output.
+
+    Args:
+        guidance: float32 ``[B]``.
+        whole: keep both branches of all.
+        device: where rows are picked.
+    """
+
+    def __init__(self, guidance: Tensor, whole: bool, device: torch.device) -> None:
+        count = len(guidance)
+        guided = torch.arange(count) if whole else (guidance != 1.0).nonzero().view(-1)
+        self._rows = torch.cat([torch.arange(count), guided + count]).to(device)
+        branch = torch.arange(count).index_copy_(0, guided, count + torch.arange(len(guided)))
+        self._spread = torch.cat([torch.arange(count), branch]).to(device)
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """Those of rows ``[2 B, ...]`` of both branches."""
+        return rows.index_select(0, self._rows)
+
+    def both(self, rows: Tensor) -> Tensor:
+        """Rows ``[B, ...]`` for each branch."""
+        return rows.index_select(0, self._rows % len(rows))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """``[2 B, ...]``, with conditional rows in the place of those left out."""
+        return rows.index_select(0, self._spread)
 
 
 def gap(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:

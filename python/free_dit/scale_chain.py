@@ -1,6 +1,6 @@
 """Rounds of one trajectory as a Markov chain over steps, from the acceptance of drafts: exact expectations.
 
-A round that begins at step k has ``n = min(L, K - k)`` rows (one at step 0, which has no parent feature). It commits
+A round that begins at step k has ``n = min(L, K - k)`` rows (one at step 0, if that is not drafted). It commits
 more than j of them with probability ``a(k, 0) a(k + 1, 1) ... a(k + j - 1, j - 1)``, where ``a(s, i)`` is the
 acceptance of the draft of step s that lies i + 1 steps past the last exact feature, if those before it were accepted;
 the row behind the last draft is always committed. Rounds are taken to be independent given the step they begin at.
@@ -46,10 +46,12 @@ class CommitChain:
     Attributes:
         acceptance: ``[K, A]``, of a draft by step and look-ahead; the last column holds for longer look-aheads.
         length: L.
+        first_step: whether drafts begin at step 0 already.
     """
 
     acceptance: np.ndarray
     length: int
+    first_step: bool = False
 
     def __post_init__(self) -> None:
         check_int("CommitChain", "length", self.length, 1, len(self.acceptance))
@@ -63,7 +65,8 @@ class CommitChain:
     def rows(self) -> np.ndarray:
         """int64 ``[K]``, rows of a round that begins at each step."""
         rows = np.minimum(self.length, self.num_steps - np.arange(self.num_steps))
-        rows[0] = 1
+        if not self.first_step:
+            rows[0] = 1
         return rows
 
     @cached_property

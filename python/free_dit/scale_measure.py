@@ -24,7 +24,7 @@ from free_dit.wall_clock import machine
 from free_kernels import DDPMSchedule, DiTTarget, FrozenDrafter, RoundInfo, ancestral_sample, sample
 from free_kernels.drafters import as_drafter
 from free_kernels.hoisting import hoisted
-from free_kernels.types import Drafter, Target, new_memory
+from free_kernels.types import Drafter, Target, first_drafted_step, new_memory
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
@@ -158,10 +158,11 @@ class AcceptanceCounts:
     Args:
         num_steps: K.
         length: L.
+        first: first step that is drafted.
     """
 
-    def __init__(self, num_steps: int, length: int) -> None:
-        self.num_steps, self.length = num_steps, length
+    def __init__(self, num_steps: int, length: int, first: int = 1) -> None:
+        self.num_steps, self.length, self.first = num_steps, length, first
         self.tested, self.accepted = (np.zeros((num_steps, length - 1), np.int64) for _ in range(2))
         self._at: dict[int, int] = {}
 
@@ -170,7 +171,7 @@ class AcceptanceCounts:
         for image, step in zip(info.images, info.steps, strict=True):
             begin = self._at.get(image, 0)
             self._at[image] = step
-            drafts = 0 if begin == 0 else min(self.length, self.num_steps - begin) - 1
+            drafts = 0 if begin < self.first else min(self.length, self.num_steps - begin) - 1
             for ahead in range(min(step - begin, drafts)):
                 self.tested[begin + ahead, ahead] += 1
                 self.accepted[begin + ahead, ahead] += ahead < step - begin - 1
@@ -191,7 +192,7 @@ def measure_acceptance(
 ) -> np.ndarray:
     """Acceptance ``[bins, L - 1]`` by step and look-ahead in a run of its own."""
     length = min(length, num_steps)
-    counts = AcceptanceCounts(num_steps, length)
+    counts = AcceptanceCounts(num_steps, length, first_drafted_step(drafter))
     labels = torch.arange(images, device=getattr(target, "device", "cpu")) % target.num_classes
     settings = {"schedule": DDPMSchedule(num_steps), "guidance_scale": guidance, "seed": seed}
     sample(target, labels, drafter=drafter, draft_length=length, callback=counts, **settings)
@@ -265,6 +266,7 @@ def measure(
         link_bandwidth=link["link_bandwidth"],
         slowdown=link["slowdown"],
         acceptance=tuple(map(tuple, acceptance.round(5).tolist())),
+        first_step=first_drafted_step(drafter) == 0,
     )
     return inputs, {"machine": facts, "turns": turns, "images": images, "draft_length": length, "link": link}
 

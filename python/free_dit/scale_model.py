@@ -43,6 +43,7 @@ class Inputs:
         link_bandwidth: bytes per second between two GPUs.
         slowdown: factor on everything that runs while other GPUs (processes) of the same machine are busy.
         acceptance: ``[bins, A]`` by part of the chain and look-ahead.
+        first_step: whether drafts begin at the first step already; false where a file does not say.
     """
 
     origin: str
@@ -63,6 +64,7 @@ class Inputs:
     link_bandwidth: float
     slowdown: float
     acceptance: tuple[tuple[float, ...], ...]
+    first_step: bool = False
 
     def __post_init__(self) -> None:
         where = "scale_model"
@@ -81,10 +83,12 @@ class Inputs:
         if not self.link_bandwidth >= 0:
             fail(where, "link_bandwidth", "a number in [0, inf]", self.link_bandwidth)
         acceptance_table(np.asarray(self.acceptance), self.num_steps)
+        if not isinstance(self.first_step, bool):
+            fail(where, "first_step", "true or false", repr(self.first_step), TypeError)
 
     def chain(self, length: int) -> CommitChain:
         """Rounds of a trajectory under a draft length."""
-        return CommitChain(acceptance_table(np.asarray(self.acceptance), self.num_steps), length)
+        return CommitChain(acceptance_table(np.asarray(self.acceptance), self.num_steps), length, self.first_step)
 
 
 def read_inputs(path: Path) -> tuple[Inputs, dict[str, Any]]:
@@ -104,6 +108,8 @@ def read_inputs(path: Path) -> tuple[Inputs, dict[str, Any]]:
         raise ValueError(f"read_inputs: {path} must be JSON or TOML, got {error}") from error
     details = values.pop("details", {}) if isinstance(values, dict) else {}
     wanted = {field.name for field in fields(Inputs)}
+    if isinstance(values, dict):
+        values.setdefault("first_step", False)
     if not isinstance(values, dict) or values.keys() != wanted:
         found = sorted(values.keys() ^ wanted) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"read_inputs: {path} must have the keys {sorted(wanted)}, got a difference in {found}")

@@ -99,6 +99,9 @@ def train_drafter(
             first = loss.data(0)
             drafter.set_feature_scale(*first.scale_samples())
             drafter.set_change_scale(loss.schedule.timesteps, first.states)
+            begin = torch.arange(first.states.shape[1])
+            features = first.at("features", torch.zeros_like(begin), begin).float()
+            drafter.set_first_feature(first.states[0].float().repeat(2, 1, 1, 1), features)
         loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler)
         loop.run()
     if not place.is_first:
