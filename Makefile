@@ -32,6 +32,7 @@ bench: $(SETUP)
 	$(BIN)/python -m pytest $(BENCHES:%=benchmarks/bench_%.py) --benchmark-only --benchmark-columns=min,median,iqr,rounds \
 		--results benchmarks/results
 	$(BIN)/python benchmarks/bench_target.py --results benchmarks/results
+	$(BIN)/python benchmarks/bench_modes.py --results benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 lint: $(SETUP)

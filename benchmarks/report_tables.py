@@ -162,6 +162,31 @@ def target_table(entries: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def modes_table(entries: list[dict[str, Any]]) -> list[str]:
+    """Draft lengths, fixed and automatic, and relaxation side by side."""
+    entries = sorted(entries, key=lambda entry: (entry["batch"], -entry["steps"]))
+    rows = []
+    for name in entries[0]["samplers"]:
+        row = [name]
+        for entry in entries:
+            part = entry["samplers"][name]
+            low, high = part["quartiles"]
+            row += [f"{part['ratio']:.2f}x ({low:.2f} to {high:.2f})", f"{part['call_reduction']:.2f}"]
+        rows.append(row)
+    titles = [f"batch {entry['batch']}, {entry['steps']} steps" for entry in entries]
+    turns = ", ".join(f"{entry['turns']} ({title})" for entry, title in zip(entries, titles, strict=True))
+    return [
+        "",
+        "### Draft lengths, automatic and fixed, and relaxation",
+        "",
+        "The ordinary sampler's time over each sampler's, median and quartiles over turns in which all run once "
+        f"({turns}; threads: {entries[0]['threads']}); the ordinary one's own rows show the noise. Digits pair, no "
+        "guidance. The useless drafter costs what the good one does, and no draft of it is accepted.",
+        "",
+        *table(["sampler", *(text for title in titles for text in (title, "steps per call"))], rows),
+    ]
+
+
 def device_section(slug: str, files: dict[str, dict[str, Any]]) -> list[str]:
     """Everything about one device."""
     facts, roofs = next(iter(files.values()))["machine"], measured_roofs(files)
@@ -175,6 +200,8 @@ def device_section(slug: str, files: dict[str, dict[str, Any]]) -> list[str]:
         lines += target_table(list(files["target"]["benchmarks"].values()))
     if "sampler" in files:
         lines += sampler_table(list(files["sampler"]["benchmarks"].values()))
+    if "modes" in files:
+        lines += modes_table(list(files["modes"]["benchmarks"].values()))
     ops = ops_of(files)
     lines += op_tables(ops)
     if any(entry["flops"] for entry in ops):

@@ -45,7 +45,7 @@ class AcceptanceModel:
         decay: weight of the past after each round.
     """
 
-    _PRIOR_TESTS, _PRIOR_OF_RUNS = 4.0, 10.0
+    _PRIOR_TESTS, _PRIOR_OF_RUNS, _DECAY_OF_RUNS = 4.0, 10.0, 0.9
 
     def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
         calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
@@ -62,6 +62,8 @@ class AcceptanceModel:
 
     def begin(self) -> None:
         """Start a run: the calibration takes in the counts of those before."""
+        # Old runs fade: a drafter may be trained on, and labels differ.
+        self._counts *= self._DECAY_OF_RUNS
         accepted, tested, expected = self._counts
         # What the runs saw anywhere stands for the parts of the chain where they saw little.
         general = self._odds_factor(*self._counts.sum(1), self._PRIOR_OF_RUNS)
@@ -244,4 +246,9 @@ class DraftLengthPolicy:
             taken = min(max(seconds, taken), _SLOWEST * taken)
         self._loss += taken - float(committed.sum()) / count * self.cost.ordinary(count)
         drafted = lengths > 1
+        if (committed == lengths)[drafted].all():
+            # Better than promised, if nothing was: the next trial comes sooner.
+            known = self.knowledge
+            known.hold = max(_SHORTEST_HOLD, known.hold // 4)
+            known.next_trial = min(known.next_trial, known.round + known.hold)
         self.acceptance.update(steps[drafted], lengths[drafted], committed[drafted])

@@ -10,6 +10,7 @@ from analytic import FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter,
 from free_kernels import DDPMSchedule, ancestral_sample, sample
 from free_kernels.cost import RoundCost, _lower_quartile
 from free_kernels.draft_length import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
+from free_kernels.speculation import Speculation
 
 STEPS = 250
 
@@ -130,6 +131,63 @@ def test_survival_follows_what_is_seen():
     assert model.survival(np.array([STEPS - 2]))[0, 2] == 0.0
 
 
+def test_runs_agree_with_what_all_runs_before_saw():
+    """A flat calibration of 0.95 and drafts accepted with 0.3: every later run begins with the truth.
+
+    Counting what was expected under the corrected odds, as an earlier version did, drifts back to the calibration.
+    """
+    random, model = np.random.default_rng(0), AcceptanceModel(np.full((100, 4), 0.95))
+    begins = []
+    for _ in range(12):
+        for step in range(1, 90):
+            committed = 1 + int(np.argmin(np.append(random.random(4) < 0.3, False)))
+            model.update(np.array([step]), np.array([5]), np.array([committed]))
+        model.begin()
+        begins.append(model.survival(np.arange(1, 90))[:, 0].mean())
+    assert begins[0] == pytest.approx(0.3, abs=0.12)
+    assert begins[-1] == pytest.approx(0.3, abs=0.04)
+
+
+def test_what_is_seen_somewhere_is_expected_everywhere():
+    """Refusals in the first tenth of the chain lower what is expected of the rest, as far as they tell."""
+    model = AcceptanceModel(np.full((100, 4), 0.95))
+    for _ in range(40):
+        model.update(np.array([3]), np.array([2]), np.array([1]))
+    model.begin()
+    untested = model.survival(np.array([80]))[0, 0]
+    assert untested < 0.5
+    # Its own acceptance counts more where there is any.
+    for _ in range(60):
+        model.update(np.array([80]), np.array([2]), np.array([2]))
+    model.begin()
+    assert model.survival(np.array([80]))[0, 0] > 0.7 > 0.3 > model.survival(np.array([3]))[0, 0]
+
+
+def test_trials_of_a_useless_drafter_become_rare():
+    """Counted over runs of 250 steps: the knowledge outlives them."""
+    world, trials = World(1, 0.0, 0.5, 0.2), []
+    knowledge = Knowledge(RoundCost(1), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.95)))
+    for _ in range(12):
+        policy, count = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge), [0]
+
+        def choose(live, steps, policy=policy, count=count):
+            lengths = policy.choose(live, steps)
+            count[0] += lengths.max() > 1
+            return lengths
+
+        world.run(choose, policy.observe)
+        trials.append(count[0])
+    assert sum(trials[:2]) >= 2
+    assert max(trials[6:]) <= 2
+    # A drafter that has become good is found out all the same.
+    world.acceptance[:] = 0.98
+    seconds = []
+    for _ in range(12):
+        policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
+        seconds.append(world.run(policy.choose, policy.observe))
+    assert np.mean(seconds[-6:]) < 0.9 * STEPS
+
+
 def test_costs_are_fitted_and_hiccups_ignored():
     cost = RoundCost()
     for longest, rows in ((1, 4), (2, 8), (4, 16), (6, 24)):
@@ -201,6 +259,40 @@ def test_a_perfect_drafter_returns_the_ordinary_images(paying):
         )
         torch.testing.assert_close(got.samples, want.samples, rtol=1e-5, atol=1e-5)
         assert got.stats.call_reduction > 1.5
+
+
+def test_ordinary_steps_are_taken_at_once(monkeypatch):
+    """As many as the policy will not look in between: images, stats and callbacks are those of single steps."""
+    target, labels, schedule = GaussianTarget(), torch.arange(3), DDPMSchedule(60)
+    expected = ancestral_sample(target, labels, schedule=schedule, seed=3)
+    runs: list[int] = []
+    original = Speculation._ordinary_steps
+
+    def noted(self, images, steps, count):
+        runs.append(count)
+        return original(self, images, steps, count)
+
+    monkeypatch.setattr(Speculation, "_ordinary_steps", noted)
+    for verification in ("token", "block"):
+        for watched in (False, True):
+            runs.clear()
+            seen: list[int] = []
+            result = sample(
+                target,
+                labels,
+                schedule=schedule,
+                seed=3,
+                drafter=BiasedDrafter(target, eps_bias=50.0),
+                draft_length="auto",
+                verification=verification,
+                callback=(lambda info, seen=seen: seen.append(info.round)) if watched else None,
+            )
+            stats = result.stats
+            assert stats.target_calls == stats.rounds_per_image.max() == 60
+            assert (max(runs) > 1) is not watched
+            assert seen == (list(range(1, 61)) if watched else [])
+            if not stats.tested_by_step.sum() and verification == "token":
+                torch.testing.assert_close(result.samples, expected.samples, rtol=1e-5, atol=1e-5)
 
 
 def test_ordinary_steps_alone_return_the_ordinary_images(monkeypatch):

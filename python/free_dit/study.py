@@ -36,6 +36,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "unit change only": ("drafter.inputs=state+unit_change",),
     "no change": ("drafter.inputs=state",),
     "no late windows": ("late=0.0",),
+    "no first step": ("drafter.first_step=false",),
     "unroll 1": ("unroll=1",),
     "unroll 2": ("unroll=2",),
     "unroll 4": ("unroll=4",),
@@ -43,6 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "AdamW": ("loop.optimizer=adamw",),
     "log1p loss": ("loss=log1p",),
     "forward-noised data": ("forward_dataset=digits",),
+    "mixed loss": ("feature_weight=1.0",),
     "feature regression": ("loss=none", "feature_weight=1.0"),
 }
 LOOKAHEAD, LENGTHS = 5, (6, 12)

@@ -88,7 +88,8 @@ class SweepSettings:
 
 
 def full_cells() -> list[Cell]:
-    """A full line over L at 250 steps without guidance; relaxation at L 12 and auto; steps and guidance one by one.
+    """A full line over L at 250 steps without guidance; relaxation at L 12 and auto; steps and guidance one by one;
+    relaxation at few steps.
 
     Quality is measured where the law may differ (ordinary samplers, relaxation) and of some lossless cells, which all
     have the ordinary sampler's law.
@@ -109,6 +110,11 @@ def full_cells() -> list[Cell]:
     for steps, scale in chains[1:]:
         for verification, length in (("token", 6), ("block", 6), ("token", "auto")):
             cells.append(Cell("learned", verification, length, num_steps=steps, guidance=scale))
+    # Few steps are where relaxation has most to give.
+    for steps in (50, 100):
+        cells.append(Cell("learned", draft_length=12, num_steps=steps, quality=True))
+        for strength in STRENGTHS[1:]:
+            cells.append(Cell("learned", "token", 12, strength, num_steps=steps, quality=True))
     return cells
 
 
