@@ -28,6 +28,7 @@ from free_kernels.pool import ImagePool
 from free_kernels.relaxation import Relaxation, RelaxationPolicy
 from free_kernels.run_figures import RunFigures
 from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats, first_drafted_step, new_memory
+from free_kernels.validation import fail
 
 
 def packing_backend(backend: str) -> str:
@@ -109,7 +110,7 @@ class Speculation:
         self.lengths = torch.zeros_like(self.images)
         self.state = self.pool.samples[:slots].clone()
         self.previous = torch.zeros_like(self.state)
-        # Allocated once the first features tell their dtype; step 0 has no parent.
+        # Allocated with the first parents or the first features; step 0 has no exact one.
         self.parent: Tensor | None = None
         self.slack = SlackPolicy(slots, device) if chain.learned else None
         relaxation = settings.relaxation
@@ -186,7 +187,11 @@ class Speculation:
 
     def _set_first_parents(self) -> None:
         """Give images at their first step what the drafter takes for a parent there."""
-        guess = self.drafter.initial_feature(self.state).expand(self.chain.branches, -1, -1, -1)  # type: ignore[attr-defined]
+        guess = self.drafter.initial_feature(self.state)  # type: ignore[attr-defined]
+        shape = len(self.state), *self.chain.target.feature_shape
+        if not isinstance(guess, Tensor) or guess.shape != shape:
+            fail(self.chain.where, "drafter.initial_feature", f"[R, T, D] = {list(shape)}", guess)
+        guess = guess.expand(self.chain.branches, -1, -1, -1)
         fresh = (self.steps == 0).view(-1, 1, 1)
         if self.parent is None:
             self.parent = guess.contiguous()

@@ -117,6 +117,27 @@ def test_automatic_lengths_draft_it_once_an_ordinary_step_is_timed(target):
     assert stats.tested_by_step[0] == 0
 
 
+@pytest.mark.parametrize("shape", [(9, 16), (8, 16, 2), (9, 16, 3), None])
+def test_a_stand_in_of_another_shape_is_refused(shape):
+    drafter = FromTheFirst(PerfectDrafter(GaussianTarget()))
+    drafter.initial_feature = lambda state: None if shape is None else torch.zeros(shape)
+    with pytest.raises(
+        (ValueError, TypeError), match=r"^sample: drafter.initial_feature must be \[R, T, D\] = \[9, 16, 2\]"
+    ):
+        sample(GaussianTarget(), LABELS, schedule=STEPS, drafter=drafter)
+
+
+def test_a_spoiled_stand_in_is_named():
+    drafter = FromTheFirst(BiasedDrafter(GaussianTarget()))
+    drafter.drafter = lambda feature, previous, state, t, y: feature
+    drafter.drafter.target = None
+    drafter.initial_feature = lambda state: torch.full((9, 16, 2), torch.nan)
+    with pytest.raises(
+        FloatingPointError, match="^sample: the output drafted by drafter and head must be finite.*step 0"
+    ):
+        sample(GaussianTarget(), LABELS, schedule=STEPS, drafter=drafter)
+
+
 class TestFeatureDrafter:
     SHAPES = ((2, 8, 8), (16, 12), 5)
 
