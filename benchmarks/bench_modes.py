@@ -25,7 +25,7 @@ from free_kernels.hoisting import hoisted
 from free_kernels.types import Drafter
 
 LENGTHS = (2, 4, 6, 8, 10, 12)
-STRENGTHS = (4.0, 64.0)
+STRENGTHS = (16.0, 64.0)
 WARM_UP = 3
 # Batch, steps and counted turns.
 CASES = ((1, 250, 30), (64, 250, 4), (1, 100, 30), (1, 50, 30))

@@ -50,10 +50,10 @@ def test_call_reduction(digits):
     target, drafter = digits
     rounds = {}
     for verification, draft_length, guidance, floor in (
-        ("token", 6, 1.0, 5.25),
-        ("token", 6, 2.0, 5.0),
-        ("token", 12, 1.0, 8.7),
-        ("block", 12, 1.0, 9.2),
+        ("token", 6, 1.0, 5.35),
+        ("token", 6, 2.0, 5.2),
+        ("token", 12, 1.0, 8.9),
+        ("block", 12, 1.0, 9.6),
     ):
         stats = sample(
             target,
