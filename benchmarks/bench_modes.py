@@ -24,11 +24,10 @@ from free_kernels import DDPMSchedule, SampleStats, ancestral_sample, sample
 from free_kernels.hoisting import hoisted
 from free_kernels.types import Drafter
 
-LENGTHS = (2, 4, 6, 8, 10, 12)
 STRENGTHS = (16.0, 64.0)
-WARM_UP = 3
-# Batch, steps and counted turns.
-CASES = ((1, 250, 30), (64, 250, 4), (1, 100, 30), (1, 50, 30))
+LENGTHS = (2, 4, 6, 8, 10, 12)
+# Batch, steps, turns to warm up and counted, fixed draft lengths.
+CASES = ((1, 250, 3, 20, LENGTHS), (64, 250, 1, 3, LENGTHS[:3]), (1, 100, 3, 20, LENGTHS), (1, 50, 3, 20, LENGTHS))
 
 
 class UselessDrafter:
@@ -51,7 +50,7 @@ class UselessDrafter:
         return UselessDrafter(hoisted(self._drafter, timesteps, labels))  # type: ignore[arg-type]
 
 
-def samplers(batch: int, steps: int) -> dict[str, Callable[[int], SampleStats]]:
+def samplers(batch: int, steps: int, lengths: tuple[int, ...]) -> dict[str, Callable[[int], SampleStats]]:
     """Every sampler by name, as a function of the seed; the ordinary one twice."""
     target, drafter = load_bundled("digits")
     labels, schedule = torch.arange(batch) % target.num_classes, DDPMSchedule(steps)
@@ -64,19 +63,21 @@ def samplers(batch: int, steps: int) -> dict[str, Callable[[int], SampleStats]]:
         return lambda seed: sample(target, labels, seed=seed, **settings).stats
 
     found = {"ordinary": ordinary, "ordinary again": ordinary}
-    found |= {f"L = {length}": speculative(length) for length in LENGTHS}
-    found["L = 12, block"] = speculative(12, verification="block")
-    found |= {f"L = 12, relaxed {value:g}": speculative(12, relaxation=value) for value in STRENGTHS}
+    found |= {f"L = {length}": speculative(length) for length in lengths}
+    longest = lengths[-1]
+    found[f"L = {longest}, block"] = speculative(longest, verification="block")
+    if longest == LENGTHS[-1]:
+        found |= {f"L = {longest}, relaxed {value:g}": speculative(longest, relaxation=value) for value in STRENGTHS}
     found["auto"] = speculative("auto")
     return found | {"auto, useless drafter": speculative("auto", UselessDrafter(drafter))}
 
 
-def measure(batch: int, steps: int, turns: int) -> dict[str, Any]:
+def measure(batch: int, steps: int, warm_up: int, turns: int, lengths: tuple[int, ...]) -> dict[str, Any]:
     """Figures of every sampler at a batch and a number of steps."""
-    runs, order = samplers(batch, steps), random.Random(0)
+    runs, order = samplers(batch, steps, lengths), random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     reductions: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in tqdm(range(turns + WARM_UP), desc=f"batch {batch}, {steps} steps", unit="turn"):
+    for turn in tqdm(range(turns + warm_up), desc=f"batch {batch}, {steps} steps", unit="turn"):
         for name in order.sample(sorted(runs), len(runs)):
             stats = runs[name](turn)
             seconds[name].append(stats.elapsed_s)
@@ -85,19 +86,19 @@ def measure(batch: int, steps: int, turns: int) -> dict[str, Any]:
     figures = {}
     for name in runs:
         ratios = ordinary / np.array(seconds[name])
-        low, middle, high = np.quantile(ratios[WARM_UP:], [0.25, 0.5, 0.75])
+        low, middle, high = np.quantile(ratios[warm_up:], [0.25, 0.5, 0.75])
         figures[name] = {
             "ratio": float(middle),
             "quartiles": [float(low), float(high)],
             "first_call": float(ratios[0]),
-            "call_reduction": float(np.mean(reductions[name][WARM_UP:])),
+            "call_reduction": float(np.mean(reductions[name][warm_up:])),
         }
     return {
         "batch": batch,
         "steps": steps,
         "turns": turns,
         "threads": torch.get_num_threads(),
-        "ordinary_s": float(np.median(ordinary[WARM_UP:])),
+        "ordinary_s": float(np.median(ordinary[warm_up:])),
         "samplers": figures,
     }
 
@@ -109,8 +110,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="*", default=list(range(len(CASES))), help=f"numbers in {CASES}")
     parser.add_argument("--turns", type=int, help="counted turns, instead of the case's own")
     arguments = parser.parse_args()
-    for batch, steps, turns in (CASES[number] for number in arguments.cases):
-        entry = measure(batch, steps, arguments.turns or turns)
+    for batch, steps, warm_up, turns, lengths in (CASES[number] for number in arguments.cases):
+        entry = measure(batch, steps, warm_up, arguments.turns or turns, lengths)
         store.Keeper(arguments.results, "modes", f"batch {batch}, {steps} steps").keep("cpu", entry)
         for name, figures in entry["samplers"].items():
             print(f"batch {batch}, {steps} steps, {name}: {store.rounded(figures)}", flush=True)

@@ -166,10 +166,14 @@ def modes_table(entries: list[dict[str, Any]]) -> list[str]:
     """Draft lengths, fixed and automatic, and relaxation side by side."""
     entries = sorted(entries, key=lambda entry: (entry["batch"], -entry["steps"]))
     rows = []
-    for name in entries[0]["samplers"]:
+    names = dict.fromkeys(name for entry in entries for name in entry["samplers"])
+    for name in names:
         row = [name]
         for entry in entries:
-            part = entry["samplers"][name]
+            part = entry["samplers"].get(name)
+            if part is None:
+                row += ["", ""]
+                continue
             low, high = part["quartiles"]
             row += [f"{part['ratio']:.2f}x ({low:.2f} to {high:.2f})", f"{part['call_reduction']:.2f}"]
         rows.append(row)
