@@ -71,9 +71,8 @@ def joint_training(out: Path, ranks: tuple[int, ...]) -> dict[str, torch.Tensor]
     with iteration_seed(config.loop.seed, -1):
         drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
     losses = [DrafterLoss(target, drafter, config, Place(rank, len(ranks)), out / "trajectories") for rank in ranks]
-    first, batches = losses[0].data(0), config.loop.accumulate
-    drafter.set_feature_scale(*first.scale_samples())
-    drafter.set_change_scale(losses[0].schedule.timesteps, first.states)
+    losses[0].fit_scales()
+    batches = config.loop.accumulate
 
     def loss(step: int):
         parts = []

@@ -201,6 +201,15 @@ class DrafterLoss:
             self._epoch = epoch
         return self._data
 
+    def fit_scales(self) -> None:
+        """Give the drafter its scales, and its stand-in for a first parent, from the first trajectories."""
+        first = self.data(0)
+        self.drafter.set_feature_scale(*first.scale_samples())
+        self.drafter.set_change_scale(self.schedule.timesteps, first.states)
+        begin = torch.arange(first.states.shape[1])
+        features = first.at("features", torch.zeros_like(begin), begin).float()
+        self.drafter.set_first_feature(first.states[0].float().repeat(2, 1, 1, 1), features)
+
     def __call__(self, iteration: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of one batch of windows."""
         config, rows, unroll = self.config, self.config.batch_size, self.config.unroll

@@ -96,12 +96,7 @@ def train_drafter(
         loss = DrafterLoss(target, drafter, config, place, out / "trajectories")
         # Scales are part of the checkpoint; with several processes the first one's are given to all.
         if not (out / CHECKPOINT).exists():
-            first = loss.data(0)
-            drafter.set_feature_scale(*first.scale_samples())
-            drafter.set_change_scale(loss.schedule.timesteps, first.states)
-            begin = torch.arange(first.states.shape[1])
-            features = first.at("features", torch.zeros_like(begin), begin).float()
-            drafter.set_first_feature(first.states[0].float().repeat(2, 1, 1, 1), features)
+            loss.fit_scales()
         loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler)
         loop.run()
     if not place.is_first:
