@@ -66,9 +66,10 @@ class AcceptanceModel:
         self._counts *= self._DECAY_OF_RUNS
         accepted, tested, expected = self._counts
         # What the runs saw anywhere stands for the parts of the chain where they saw little.
-        general = self._odds_factor(*self._counts.sum(1), self._PRIOR_OF_RUNS)
+        whole = self._counts.sum(1)
+        general = self._odds_factor(*whole[:2], self._share(whole[2], whole[1]), self._PRIOR_OF_RUNS)
         mean = 1 / (1 + general * (1 / self._share(expected, tested) - 1))
-        local = self._odds_factor(accepted, tested, mean * tested, self._PRIOR_OF_RUNS, mean)
+        local = self._odds_factor(accepted, tested, mean, self._PRIOR_OF_RUNS)
         self._odds = self._calibrated * (general * local)[self._parts(np.arange(len(self._calibrated)))]
         self._recent = np.zeros(3)
 
@@ -82,23 +83,17 @@ class AcceptanceModel:
         share = np.divide(accepted, tested, out=np.full_like(accepted, _UNKNOWN_ACCEPTANCE), where=tested > 0)
         return np.clip(share, 1e-3, 1 - 1e-3)
 
-    @classmethod
-    def _odds_factor(
-        cls,
-        accepted: np.ndarray,
-        tested: np.ndarray,
-        expected: np.ndarray,
-        prior: float,
-        mean: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Odds of refusal seen, over those expected (``mean``, where nothing was tested)."""
-        mean = cls._share(expected, tested) if mean is None else np.clip(mean, 1e-3, 1 - 1e-3)
+    @staticmethod
+    def _odds_factor(accepted: np.ndarray, tested: np.ndarray, mean: np.ndarray, prior: float) -> np.ndarray:
+        """Odds of refusal seen, over those where a share ``mean`` is accepted; that share where nothing was tested."""
+        mean = np.clip(mean, 1e-3, 1 - 1e-3)
         seen = np.clip((accepted + prior * mean) / (tested + prior), 1e-3, 1 - 1e-3)
         return (1 / seen - 1) / (1 / mean - 1)
 
     def survival(self, steps: np.ndarray) -> np.ndarray:
         """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted."""
-        factor = self._odds_factor(*self._recent, self._PRIOR_TESTS)
+        accepted, tested, expected = self._recent
+        factor = self._odds_factor(accepted, tested, self._share(expected, tested), self._PRIOR_TESTS)
         return np.cumprod(1 / (1 + factor * self._odds[steps]), axis=1)
 
     def update(self, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray) -> None:

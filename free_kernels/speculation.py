@@ -153,7 +153,7 @@ class Speculation:
                 if self.first_drafted == 0 and 0 in steps:
                     self._set_first_parents()
                 lengths = self._lengths(images, steps)
-                ordinary = self._ordinary_steps_ahead(lengths, images, steps, 1 if callback else NOISE_CHUNK_ELEMENTS)
+                ordinary = self._ordinary_steps_ahead(lengths, images, steps, singly=callback is not None)
                 if ordinary:
                     report = self._ordinary_steps(images, steps, ordinary)
                 else:
@@ -217,13 +217,13 @@ class Speculation:
             for image, step in zip(images, steps, strict=True)
         ]
 
-    def _ordinary_steps_ahead(self, lengths: list[int], images: list[int], steps: list[int], most: int) -> int:
-        """Rounds from this one on that are ordinary steps of every slot, none of them the last; at most ``most``."""
+    def _ordinary_steps_ahead(self, lengths: list[int], images: list[int], steps: list[int], singly: bool) -> int:
+        """Rounds from here on that are ordinary steps of every slot, none of them the last; ``singly``: one at most."""
         policy = self.settings.draft_length
         if policy is None or self.graphs is not None or max(lengths) > 1 or min(images) < 0:
             return 0
         fitting = max(1, NOISE_CHUNK_ELEMENTS // self.state.numel())
-        return min(policy.ordinary_ahead, len(self.chain.timesteps) - 1 - max(steps), fitting, most)
+        return min(policy.ordinary_ahead, len(self.chain.timesteps) - 1 - max(steps), 1 if singly else fitting)
 
     def _checked_round(self, lengths: list[int], images: list[int], steps: list[int]) -> list[int]:
         """A round; returns committed steps, then images and steps of every slot after it."""
@@ -240,11 +240,12 @@ class Speculation:
         at, keys = self.steps + ahead, self._keys().repeat(count, 1)
         noise = chain.draw(Purpose.STEP, keys, at, self.rounds + ahead if self.settings.block else None)
         t, columns, y = chain.timesteps[at], chain.table[at], chain.branched(self.labels)
+        names = [self.pool.images[row] for row in images]
         for i in range(count):
             now = chain.doubled(t[i])
             features, output = self.network(chain.doubled(self.state), now, y)
             mean, std = chain.transition(self.state, output, columns[i])
-            chain.check_output(output, [step + i for step in steps], [self.pool.images[row] for row in images])
+            chain.check_output(output, [step + i for step in steps], names)
             # No graph holds on to these buffers here, so they change places instead of contents.
             self.previous, self.state = self.state, torch.addcmul(mean, std, noise[i])
             self.network.settle()

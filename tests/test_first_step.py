@@ -146,7 +146,7 @@ class TestFeatureDrafter:
         return FeatureDrafter(*self.SHAPES, DrafterConfig(width=32, **config))
 
     def test_the_stand_in_is_fitted_by_least_squares(self):
-        """Features linear in the patch are found again; of others the residual is as numpy's with the same ridge."""
+        """Features linear in the patch are found again, up to the ridge; of other patches they are others."""
         drafter = self.make()
         states = torch.randn(64, 2, 8, 8)
         tiles = drafter._tiles(states)
