@@ -44,7 +44,7 @@ def options_of(latent: tuple[int, ...], guided: bool) -> dict[str, Any]:
 def make(
     slots: int, length: int, latent: tuple[int, ...], guided: bool, dtype: torch.dtype, device: str
 ) -> tuple[Arguments, Arguments, Arguments, Tensor]:
-    """Drafts, random numbers, the rest and the slack of a round with learned variance.
+    """Drafts, random numbers and the rest of a round with learned variance.
 
     Drafts are near the target's, so that rounds end at various rows.
     """
@@ -66,8 +66,7 @@ def make(
     mean += 0.7 / math.sqrt(numel) * std * normal(*mean.shape)
     uniform = 1 - torch.rand(slots, length, generator=g, device=device)
     offsets = torch.arange(slots + 1, device=device) * length
-    slack = torch.full((slots, length), 0.9, device=device)
-    return (states, mean, std), (noise, slack_noise, uniform), (output, offsets, columns), slack
+    return (states, mean, std), (noise, slack_noise, uniform), (output, offsets, columns)
 
 
 def guided_share(latent: tuple[int, ...], guided: bool) -> float:
@@ -105,10 +104,10 @@ def describe(slots: int, length: int, latent: tuple[int, ...]) -> dict[str, Any]
 def test_couple_on_cpu(
     measure: Callable[..., None], slots: int, length: int, latent: tuple[int, ...], guided: bool
 ) -> None:
-    drafts, drawn, rest, slack = make(slots, length, latent, guided, torch.float32, "cpu")
+    drafts, drawn, rest = make(slots, length, latent, guided, torch.float32, "cpu")
     options = options_of(latent, guided)
     measure(
-        lambda: couple(*drafts, *drawn, *rest, slack=slack, **options),
+        lambda: couple(*drafts, *drawn, *rest, **options),
         device="cpu",
         op="couple",
         case=f"{slots} x {length} rows of {math.prod(latent)}, {'guided' if guided else 'plain'}, float32 output",
@@ -126,7 +125,7 @@ def test_couple_on_cpu(
 def test_couple_on_gpu(
     measure: Callable[..., None], slots: int, length: int, latent: tuple[int, ...], dtype: torch.dtype, rival: str
 ) -> None:
-    drafts, drawn, rest, slack = make(slots, length, latent, True, dtype, "cuda")
+    drafts, drawn, rest = make(slots, length, latent, True, dtype, "cuda")
     options = options_of(latent, True)
     images = torch.arange(slots, device="cuda")
     steps = torch.arange(length, device="cuda").repeat(slots, 1)
@@ -134,12 +133,10 @@ def test_couple_on_gpu(
     torch.compiler.reset()
     compiled = torch.compile(reference.couple, fullgraph=True, dynamic=False)
     calls: dict[str, Callable[[], object]] = {
-        "triton": lambda: couple(*drafts, *drawn, *rest, slack=slack, backend="triton", **options),
-        "triton-philox": lambda: couple_philox(
-            *drafts, 1, images, steps, *rest, slack=slack, backend="triton", **options
-        ),
-        "eager": lambda: reference.couple(*drafts, *drawn, *rest, slack, None, **options),
-        "compiled": lambda: compiled(*drafts, *drawn, *rest, slack, None, **options),
+        "triton": lambda: couple(*drafts, *drawn, *rest, backend="triton", **options),
+        "triton-philox": lambda: couple_philox(*drafts, 1, images, steps, *rest, backend="triton", **options),
+        "eager": lambda: reference.couple(*drafts, *drawn, *rest, None, **options),
+        "compiled": lambda: compiled(*drafts, *drawn, *rest, None, **options),
     }
     measure(
         calls[rival],

@@ -62,8 +62,7 @@ def round_of_drafts(pick: random.Random) -> tuple[dict[str, Any], dict[str, Any]
     arguments |= {"slack_noise": slack_noise if learned else None, "uniform": uniform}
     arguments |= {"output": dense.unflatten(0, (branches, -1))[:, used].flatten(0, 1)}
     arguments |= {"row_offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), "columns": columns}
-    slack = torch.full((slots, length), pick.uniform(0.3, 0.95)) if learned else None
-    return arguments, options | {"slack": slack}, (seed, images, steps)
+    return arguments, options, (seed, images, steps)
 
 
 def check_couple(device: str, pick: random.Random) -> Iterator[tuple[str, Found]]:

@@ -23,7 +23,6 @@ from free_kernels.ops.coupling import Coupling, couple, couple_philox
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.packed_call import PackedCall
-from free_kernels.policy import SlackPolicy
 from free_kernels.pool import ImagePool
 from free_kernels.relaxation import Relaxation, RelaxationPolicy
 from free_kernels.run_figures import RunFigures
@@ -112,7 +111,6 @@ class Speculation:
         self.previous = torch.zeros_like(self.state)
         # Allocated with the first parents or the first features; step 0 has no exact one.
         self.parent: Tensor | None = None
-        self.slack = SlackPolicy(slots, device) if chain.learned else None
         relaxation = settings.relaxation
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, slots, device)
         drafts = settings.length - 1
@@ -284,7 +282,6 @@ class Speculation:
         keys = self._keys().unsqueeze(1).repeat(1, longest)
         rounds = self.rounds.unsqueeze(1).repeat(1, longest) if self.settings.block else None
         noise = None if self.makes_noise else chain.draw(Purpose.STEP, keys, steps, rounds)
-        slack = self.slack.share(longest) if self.slack is not None and longest > 1 else None
 
         drawn = self._step_noise if noise is None else lambda steps, j: noise[:, j]
         drafts = draft_states(
@@ -315,7 +312,6 @@ class Speculation:
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
         options: dict[str, Any] = {
-            "slack": slack,
             "guidance_scale": chain.guidance_scale,
             "guidance_channels": chain.guidance_channels,
             "clip": chain.clip,
@@ -325,7 +321,7 @@ class Speculation:
             keyed = (chain.noise.seed, images, steps, output, row_offsets, columns)
             outcome = couple_philox(*drafts, *keyed, relaxation=weights, backend=self.settings.backend, **options)
         else:
-            slack_noise = None if slack is None else chain.draw(Purpose.SLACK, keys, steps, rounds)
+            slack_noise = chain.draw(Purpose.SLACK, keys, steps, rounds) if chain.learned and longest > 1 else None
             flat = None if rounds is None else rounds.view(-1)
             uniform = chain.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT, flat).view_as(steps)
             given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns)
@@ -358,9 +354,8 @@ class Speculation:
         )
         fresh = self.steps == 0
         self.rounds.add_(1).masked_fill_(fresh, 0)
-        for policy in (self.slack, self.relaxation):
-            if policy is not None:
-                policy.reset(fresh)
+        if self.relaxation is not None:
+            self.relaxation.reset(fresh)
         if self.memory is not None:
             # Call j saw the state of row j, which holds if that row was committed; a new image has no past at all.
             kept = torch.minimum(outcome.committed, self.lengths - 1).clamp_(min=0).masked_fill_(fresh, -num_steps)
@@ -373,8 +368,6 @@ class Speculation:
         drafts = outcome.gap_sq.shape[1]
         count = torch.minimum(outcome.committed, self.lengths - 1)
         tested = torch.arange(drafts, device=count.device) < count.unsqueeze(1)
-        if self.slack is not None:
-            self.slack.update(outcome, tested)
         if weights is not None:
             self.relaxation.update(outcome, tested)
             weights = weights[:, :drafts]
@@ -390,8 +383,9 @@ class Speculation:
 
     def _captured_rounds(self) -> CapturedCalls[Round]:
         """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""
-        policies = [policy for policy in (self.slack, self.relaxation) if policy is not None]
-        preserved = [self.lengths, self.rounds, *(policy.running for policy in policies)]
+        preserved = [self.lengths, self.rounds]
+        if self.relaxation is not None:
+            preserved.append(self.relaxation.running)
         return CapturedCalls(lambda key: self._play(*key), preserved, self.lengths.zero_, self.state.device)
 
     def _check_committed(

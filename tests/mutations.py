@@ -1,4 +1,7 @@
-"""Wrong couplings that look right: each replaces ``free_kernels.speculation.couple`` and has to be found by a test."""
+"""Wrong couplings that look right: each replaces ``free_kernels.speculation.couple`` and has to be found by a test.
+
+Those of shared slack are in ``slack_by_matrices``.
+"""
 
 from __future__ import annotations
 
@@ -65,69 +68,15 @@ def draft_kept_on_some_rejections(*args, **kwargs):
 
 
 def target_variance_on_both_sides(*args, **kwargs):
-    """Reflects with the target's deviation as if the draft had been drawn with it. For learned variances."""
+    """Compares and reflects as if drafts had been drawn with the target's deviation. For learned variances."""
+    states, mean, std, noise, *rest = args
+    drafts = mean.shape[1]
+    if drafts == 0:
+        return couple(*args, **kwargs)
     _, std_q = _target_rows(args, kwargs)
-    drafts = args[1].shape[1]
-    changed = (*args[:2], std_q[:, :drafts], args[3], None, *args[5:])
-    outcome = couple(*changed, **{**kwargs, "slack": None})
-    return outcome._replace(variance_figures=torch.zeros(3, *outcome.gap_sq.shape))
-
-
-def _changed_slack(args: tuple, kwargs: dict, change) -> object:
-    """The outcome with the reflected states of refused rows replaced by what ``change`` makes of their parts."""
-    outcome = couple(*args, **kwargs)
-    if args[1].shape[1] == 0:
-        return outcome
-    refused, row = _refused(args, outcome)
-    slots, draft_row = torch.arange(len(row)), row.clamp(max=args[1].shape[1] - 1)
-    mean_q, std_q = (part[slots, row].flatten(1) for part in _target_rows(args, kwargs))
-    mean_p, std_p = (part[slots, draft_row].flatten(1) for part in args[1:3])
-    z, other_z = (part[slots, row].flatten(1) for part in args[3:5])
-    share = kwargs["slack"][slots, row, None]
-    own, other = share.sqrt(), (1 - share).sqrt()
-    z1, z2 = own * z + other * other_z, other * z - own * other_z
-    excess = (std_q / std_p).square() - share
-    reflected_rows = refused & (excess >= 0).all(1)
-    shared_p = mean_p + other * std_p * z2
-    value = change(mean_q, std_p, excess.clamp(min=0).sqrt(), other, own, z1, z2, shared_p)
-    return _replace(outcome, reflected_rows, value.view_as(outcome.next_states))
-
-
-def _reflect(start_q, start_p, root, z1):
-    gap = (start_q - start_p) / root
-    along = (z1 * gap).sum(1, keepdim=True) / gap.square().sum(1, keepdim=True)
-    return start_q + root * (z1 - 2 * along * gap)
-
-
-def slack_of_the_draft(*args, **kwargs):
-    """Gives the target the draft's share of z2, not what its own variance leaves over."""
-    return _changed_slack(
-        args,
-        kwargs,
-        lambda mean_q, std_p, left, other, own, z1, z2, start_p: _reflect(
-            mean_q + other * std_p * z2, start_p, own * std_p, z1
-        ),
-    )
-
-
-def slack_sign_flipped(*args, **kwargs):
-    """Shares -z2 where the draft used z2."""
-    return _changed_slack(
-        args,
-        kwargs,
-        lambda mean_q, std_p, left, other, own, z1, z2, start_p: _reflect(
-            mean_q - left * std_p * z2, start_p, own * std_p, z1
-        ),
-    )
-
-
-def slack_dropped_from_the_reflection(*args, **kwargs):
-    """Reflects around the target's mean without the shared noise: the committed variance is lambda's share only."""
-    return _changed_slack(
-        args,
-        kwargs,
-        lambda mean_q, std_p, left, other, own, z1, z2, start_p: _reflect(mean_q, start_p, own * std_p, z1),
-    )
+    drafted = torch.arange(drafts) < args[7].diff()[:, None] - 1
+    rescaled = noise[:, :drafts] * torch.where(drafted.view(*drafted.shape, 1, 1, 1), std / std_q[:, :drafts], 1.0)
+    return couple(states, mean, std_q[:, :drafts], torch.cat([rescaled, noise[:, drafts:]], 1), *rest, **kwargs)
 
 
 def always_accept(*args, **kwargs):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from free_kernels.ops import Coupling, couple, couple_block
 from free_kernels.reference import block as reference
-from free_kernels.reference.coupling import guide, whiten
+from free_kernels.reference import coupling
+from free_kernels.reference.coupling import compare, compare_variances, guide
 
 COUNT, ELEMENTS = 40_000, 4
 SHAPE = (1, 2, 2)
@@ -53,11 +54,10 @@ class Round(NamedTuple):
 
     chain: Chain
     inputs: tuple
-    slack: float | None
     outcome: Coupling
 
 
-def verify(chain: Chain, length: int, slack: float | None = None, seed: int = 0, verifier=couple_block) -> Round:
+def verify(chain: Chain, length: int, seed: int = 0, verifier=couple_block) -> Round:
     generator = torch.Generator().manual_seed(seed)
     noise, slack_noise = torch.randn(2, COUNT, length, ELEMENTS, generator=generator)
     uniform = 1 - torch.rand(COUNT, length, generator=generator)
@@ -68,11 +68,10 @@ def verify(chain: Chain, length: int, slack: float | None = None, seed: int = 0,
     x, mean = torch.stack(states, 1), torch.stack(means, 1)
     output = torch.stack([chain.mean(x.flatten(0, 1)), chain.std(x.flatten(0, 1)).log()], 1).view(-1, 2, *SHAPE[1:])
     shaped = [part.view(COUNT, -1, *SHAPE) for part in (x, mean, torch.ones_like(mean), noise, slack_noise)]
-    if slack is None:
+    if chain.spread == 0:
         shaped[4], output = None, output[:, :1]
     inputs = (*shaped, uniform, output, torch.arange(COUNT + 1) * length, columns_for(1.0, COUNT, length))
-    share = None if slack is None else torch.full((COUNT, length), slack)
-    return Round(chain, inputs, slack, verifier(*inputs, slack=share))
+    return Round(chain, inputs, verifier(*inputs))
 
 
 def path_p_value(done: Round, next_states: Tensor | None = None, reuse: bool = False) -> float:
@@ -109,17 +108,24 @@ def path_p_value(done: Round, next_states: Tensor | None = None, reuse: bool = F
     return min(1.0, len(values) * min(values))
 
 
-STEERED, OFTEN_REFUSED = (Chain(), None), (Chain(1.6, steer=0.5), None)
-SHARED, SOME_INFEASIBLE = (Chain(1.6, spread=0.3), 0.5), (Chain(spread=0.25), 0.65)
+STEERED, OFTEN_REFUSED = Chain(), Chain(1.6, steer=0.5)
+SHARED, SOME_INFEASIBLE = Chain(1.6, spread=0.3), Chain(spread=0.4)
 
 
-@pytest.mark.parametrize(("chain", "slack"), [STEERED, OFTEN_REFUSED, SHARED, SOME_INFEASIBLE])
-def test_law_of_a_block(chain, slack):
+@pytest.mark.parametrize("chain", [STEERED, OFTEN_REFUSED, SHARED, SOME_INFEASIBLE])
+def test_law_of_a_block(chain, monkeypatch):
     """Equal variances; different ones that share slack; and some that share none."""
-    done = verify(chain, 5, slack)
-    if slack is not None:
-        infeasible = (done.outcome.variance_figures[2] > 1 - slack).float().mean()
-        assert (0.1 < infeasible < 0.9) if (chain, slack) == SOME_INFEASIBLE else infeasible == 0
+    infeasible = []
+
+    def recorded(*args):
+        infeasible.append(compare_variances(*args).infeasible.float().mean())
+        return compare_variances(*args)
+
+    monkeypatch.setattr(coupling, "compare_variances", recorded)
+    done = verify(chain, 5)
+    for share in infeasible:
+        assert (0.1 < share < 0.9) if chain == SOME_INFEASIBLE else share == 0
+    assert len(infeasible) == (chain.spread > 0)
     assert path_p_value(done) > FALSE_ALARM
 
 
@@ -173,12 +179,12 @@ def gap_of_the_row_before(monkeypatch):
 
 
 def new_slack_in_the_residual(monkeypatch):
-    def changed(mean_q, std_q, draft_mean, draft_std, noise, slack_noise, slack):
+    def changed(mean_q, std_q, draft_mean, draft_std, noise, slack_noise):
         rows = [mean_q, std_q, draft_mean, draft_std]
-        other = whiten(*rows, torch.randn_like(noise), torch.randn_like(noise), slack)
-        return whiten(*rows, noise, slack_noise, slack)._replace(start=other.start)
+        other = compare(*rows, torch.randn_like(noise), torch.randn_like(noise))
+        return compare(*rows, noise, slack_noise)._replace(lead=other.lead)
 
-    monkeypatch.setattr(reference, "whiten", changed)
+    monkeypatch.setattr(reference, "compare", changed)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +201,12 @@ def new_slack_in_the_residual(monkeypatch):
 def test_wrong_blocks_are_found(mutation, setting, monkeypatch):
     torch.manual_seed(1)
     mutation(monkeypatch)
-    assert path_p_value(verify(setting[0], 5, setting[1])) < DETECTED
+    assert path_p_value(verify(setting, 5)) < DETECTED
 
 
 def test_a_reflected_draft_is_not_the_residual():
     """Token verification's replacement, which uses all of the refused noise again, is wrong once P is below 1."""
-    done = verify(OFTEN_REFUSED[0], 5)
+    done = verify(OFTEN_REFUSED, 5)
     states, means, _, noise = (part.flatten(2) for part in done.inputs[:4])
     slots, drafts = torch.arange(COUNT), means.shape[1]
     row = (done.outcome.committed - 1).clamp(max=drafts - 1)
@@ -218,9 +224,9 @@ def test_discarded_noise_must_not_be_met_again():
     assert path_p_value(verify(Chain(), 5, verifier=couple), reuse=True) > FALSE_ALARM
 
 
-@pytest.mark.parametrize(("chain", "slack"), [STEERED, OFTEN_REFUSED, SHARED])
-def test_more_steps_than_row_by_row(chain, slack):
-    block, token = (verify(chain, 7, slack, verifier=verifier) for verifier in (couple_block, couple))
+@pytest.mark.parametrize("chain", [STEERED, OFTEN_REFUSED, SHARED])
+def test_more_steps_than_row_by_row(chain):
+    block, token = (verify(chain, 7, verifier=verifier) for verifier in (couple_block, couple))
     gain = (block.outcome.committed - token.outcome.committed).double()
     assert float(gain.mean() / gain.std() * math.sqrt(COUNT)) > scipy.stats.norm.isf(DETECTED)
 
@@ -324,14 +330,13 @@ def test_one_row_is_the_ordinary_step():
     assert outcome.committed.tolist() == [1, 1]
 
 
-def test_guidance_and_figures_are_those_of_couple():
+def test_guidance_and_gaps_are_those_of_couple():
     states, *rest = op_arguments(True)
-    guided = couple_block(states, *rest[:8], slack=rest[8], guidance_scale=2.0)
+    guided = couple_block(states, *rest[:8], guidance_scale=2.0)
     mixed = [*rest[:5], guide(rest[5], 2.0, 1), *rest[6:8]]
-    assert torch.equal(couple_block(states, *mixed, slack=rest[8]).next_states, guided.next_states)
-    token = couple(states, *rest[:8], slack=rest[8], guidance_scale=2.0)
+    assert torch.equal(couple_block(states, *mixed).next_states, guided.next_states)
+    token = couple(states, *rest[:8], guidance_scale=2.0)
     assert torch.equal(guided.gap_sq, token.gap_sq)
-    assert torch.equal(guided.variance_figures, token.variance_figures)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +344,7 @@ def test_guidance_and_figures_are_those_of_couple():
     [
         (5, torch.ones(3, 2), "uniform must be"),
         (7, torch.zeros(3, dtype=torch.int32), "row_offsets must be int64"),
-        (4, torch.zeros(2, 3, *LATENT), "slack_noise must be given exactly when slack is"),
+        (4, torch.zeros(2, 3, *LATENT), "slack_noise must be given exactly where output has 2 C channels"),
     ],
 )
 def test_wrong_arguments_are_named(position, value, message):
@@ -352,16 +357,16 @@ def test_wrong_arguments_are_named(position, value, message):
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_op_passes_opcheck(learned):
     arguments = op_arguments(learned)
-    torch.library.opcheck(torch.ops.free_kernels.couple_block.default, (*arguments[:10], *arguments[11:]))
+    torch.library.opcheck(torch.ops.free_kernels.couple_block.default, (*arguments[:9], *arguments[10:]))
 
 
 def test_it_compiles_without_a_graph_break():
     arguments = op_arguments(True)
 
     def step(*tensors):
-        outcome = couple_block(*tensors[:9], slack=tensors[9], guidance_scale=2.0)
+        outcome = couple_block(*tensors[:9], guidance_scale=2.0)
         return outcome.next_states, outcome.committed
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*arguments[:10]), step(*arguments[:10]), strict=True):
+    for got, expected in zip(compiled(*arguments[:9]), step(*arguments[:9]), strict=True):
         torch.testing.assert_close(got, expected)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import mutations
 import pytest
+import slack_by_matrices
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, law_p_value
 
 import free_kernels.speculation
 from free_kernels import DDPMSchedule, PhiloxNoise, ancestral_sample, sample
 from free_kernels.ops.coupling import couple
+from free_kernels.reference import coupling as reference
 
 IMAGES = 3000
 LABEL = 1
@@ -69,45 +71,37 @@ def test_wrong_couplings_are_found(variance, mutation, monkeypatch):
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED
 
 
-SLACK_MUTATIONS = [
-    None,
-    mutations.slack_of_the_draft,
-    mutations.slack_sign_flipped,
-    mutations.slack_dropped_from_the_reflection,
-    mutations.target_variance_on_both_sides,
-    mutations.fresh_sample_on_rejection,
-]
+@pytest.mark.parametrize("bug", [None, "", *slack_by_matrices.BUGS[:3]])
+def test_law_of_shared_slack(bug, monkeypatch):
+    """The law holds by our formulas and by matrices, where many drafts are reflected; bugs in them are found.
 
-
-@pytest.mark.parametrize("mutation", SLACK_MUTATIONS, ids=lambda value: value.__name__ if value else "none")
-def test_half_of_the_noise_shared(mutation, monkeypatch):
-    """With lambda pinned at 1/2 the shared noise matters most: the law holds, and every bug in it is found."""
+    The last one only shows where variances differ unequally, which ``test_coupling`` looks at.
+    """
     target, schedule, drafter = setting("learned_range")
-    torch.manual_seed(0)
-    monkeypatch.setattr(
-        free_kernels.speculation.SlackPolicy,
-        "share",
-        lambda policy, length: torch.full((policy.running.shape[1], length), 0.5),
-    )
-    reflected = []
+    compare, reflected, infeasible = reference.compare_variances, [], []
+
+    def recorded(*args):
+        found = compare(*args) if bug is None else slack_by_matrices.dense(*args, bug)
+        infeasible.append(found.infeasible)
+        return found
 
     def counted(*args, **kwargs):
         outcome = couple(*args, **kwargs)
-        if outcome.variance_figures is not None:
+        if outcome.gap_sq.shape[1]:
             refused, row = mutations._refused(args, outcome)
-            feasible = 0.5 - outcome.variance_figures[2] >= 0
-            row = row.clamp(max=feasible.shape[1] - 1)
-            reflected.append(int((refused & feasible[torch.arange(len(row)), row]).sum()))
+            row = row.clamp(max=outcome.gap_sq.shape[1] - 1)
+            reflected.append(int((refused & ~infeasible[-1][torch.arange(len(row)), row]).sum()))
         return outcome
 
-    monkeypatch.setattr(free_kernels.speculation, "couple", mutation or counted)
+    monkeypatch.setattr(reference, "compare_variances", recorded)
+    monkeypatch.setattr(free_kernels.speculation, "couple", counted)
     result = run(target, schedule, drafter)
     p_value = law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction)
-    if mutation is None:
+    if bug:
+        assert p_value < DETECTED
+    else:
         assert sum(reflected) > IMAGES, "reflections, not direct draws, have to be exercised"
         assert p_value > FALSE_ALARM
-    else:
-        assert p_value < DETECTED
 
 
 class RememberingDrafter(BiasedDrafter):
@@ -202,8 +196,6 @@ def test_figures_behind_the_first_refusal_steer_nothing(monkeypatch):
         outcome = couple(*args, **kwargs)
         behind = torch.arange(outcome.gap_sq.shape[1]) >= outcome.committed[:, None]
         outcome.gap_sq[behind] = 1e3
-        if outcome.variance_figures is not None:
-            outcome.variance_figures[:, behind] = torch.rand(3, int(behind.sum())) * 10
         return outcome
 
     monkeypatch.setattr(free_kernels.speculation, "couple", poisoned)

@@ -118,8 +118,6 @@ def on_meta(speculation: Speculation) -> Speculation:
     move(speculation.pool, ["samples", "labels", "indices", "queue"])
     move(speculation.chain, ["labels", "timesteps", "table"])
     move(speculation.chain.target, ["means", "stds", "tilt", "alphas"])
-    if speculation.slack is not None:
-        move(speculation.slack, ["running"])
     return speculation
 
 

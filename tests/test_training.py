@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from free_dit import DiTConfig
-from free_dit.acceptance import acceptance_by_lookahead, best_share_gap_sq, by_fifth
+from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.configuration import load_config
 from free_dit.data import load_digits, load_photographs
 from free_dit.train import TrainConfig, load_model, train
@@ -199,13 +199,6 @@ def test_trajectories_are_the_ordinary_samplers(tiny_target):
         data = collect(tiny_target, schedule, labels, torch.full((6,), scale), seed=5)
         expected = ancestral_sample(tiny_target, labels, schedule=schedule, guidance_scale=scale, seed=5).samples
         torch.testing.assert_close(data.mean[-1], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_best_share_is_the_minimum_over_shares():
-    mean_sq, variance_sq = torch.rand(2, 100)
-    share = torch.linspace(0.001, 0.999, 4001)[:, None]
-    grid = (mean_sq / share + variance_sq / (4 * share * (1 - share))).amin(0)
-    torch.testing.assert_close(best_share_gap_sq(mean_sq, variance_sq), grid, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

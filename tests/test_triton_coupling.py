@@ -61,7 +61,7 @@ def test_cases_cover_every_outcome():
         committed = worker.reference.couple(*arguments.tensors, **arguments.options).committed
         for length, count in zip(case.lengths, committed.tolist(), strict=True):
             kind = "idle" if length == 0 else "single" if length == 1 else "all" if count == length else "refused"
-            outcomes.add((kind, case.slack is not None, count > 1 and kind == "refused"))
+            outcomes.add((kind, case.learned, count > 1 and kind == "refused"))
     for learned in (False, True):
         assert {("idle", learned, False), ("single", learned, False), ("all", learned, False)} <= outcomes
         assert {("refused", learned, False), ("refused", learned, True)} <= outcomes
@@ -98,10 +98,9 @@ LARGE = [
         lengths=(6, 3, 0, 1, 6),
         latent=(4, side, side),
         learned=True,
-        slack=0.8,
         guidance=(4.0, 3),
         gap=0.5,
-        # The variance error adds D r^2 / (4 lambda (1 - lambda)) to the squared gap.
+        # The variance error adds about D r^2 to the squared gap.
         spread=0.2 / math.sqrt(numel),
         output=dtype,
         seed=numel,

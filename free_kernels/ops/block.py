@@ -8,20 +8,19 @@ import torch
 from torch import Tensor
 
 from free_kernels.ops import coupling_dispatch as dispatch
-from free_kernels.ops.coupling import as_coupling, check_round
+from free_kernels.ops.coupling import check_round
 from free_kernels.reference import block as reference
 from free_kernels.reference.coupling import Coupling
 
 _SCHEMA = (
     "couple_block(Tensor draft_states, Tensor draft_mean, Tensor draft_std, Tensor noise, Tensor? slack_noise, "
-    "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, Tensor? slack, "
-    "float guidance_scale, int guidance_channels, float clip) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, "
+    "float guidance_scale, int guidance_channels, float clip) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _couple_block_reference(*arguments: object) -> dispatch.Outcome:
-    settings = dispatch.settings_of(*arguments[-3:])
-    return dispatch.as_outcome(reference.couple_block(*arguments[:-3], **settings))
+    return tuple(reference.couple_block(*arguments[:-3], **dispatch.settings_of(*arguments[-3:])))
 
 
 _LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
@@ -42,7 +41,6 @@ def couple_block(
     row_offsets: Tensor,
     columns: Tensor,
     *,
-    slack: Tensor | None = None,
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
     clip: float = math.inf,
@@ -64,12 +62,12 @@ def couple_block(
         draft_mean: float32 ``[S, L - 1, C, H, W]``.
         draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
         noise: float32 ``[S, L, C, H, W]``, z.
-        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; needed with ``slack`` only.
+        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None exactly where ``output`` has C
+            channels, or where L = 1.
         uniform: float32 ``[S, L]`` in (0, 1]; entry 0 draws the residual, entry i > 0 tests draft i.
         output: target output of the packed rows, ``[B R, C or 2C, H, W]``, conditional rows first.
         row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.
         columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
-        slack: float32 ``[S, L]``, lambda in (0, 1) of each row; None only where draft and target share their variance.
         guidance_scale: as in :func:`gaussian_transition`.
         guidance_channels: as in :func:`gaussian_transition`.
         clip: as in :func:`gaussian_transition`.
@@ -92,7 +90,6 @@ def couple_block(
         uniform=uniform,
         row_offsets=row_offsets,
         columns=columns,
-        slack=slack,
     )
     outcome = torch.ops.free_kernels.couple_block(
         draft_states,
@@ -104,9 +101,8 @@ def couple_block(
         output,
         row_offsets,
         columns,
-        slack,
         guidance_scale,
         draft_states.shape[2] if guidance_channels is None else guidance_channels,
         clip,
     )
-    return as_coupling(outcome, slack is not None)
+    return Coupling(*outcome)

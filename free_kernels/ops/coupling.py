@@ -17,14 +17,14 @@ from free_kernels.validation import check_choice, check_int, fail
 
 BACKENDS = ("auto", "reference", "triton")
 NUM_COLUMNS = 8
-_OPTIONAL = ("slack_noise", "slack", "relaxation", "rounds")
+_OPTIONAL = ("slack_noise", "relaxation", "rounds")
 _INTEGERS = ("images", "steps", "rounds", "row_offsets")
 
 
 def check_round(op: str, draft_states: Tensor, output: Tensor, guidance_scale: float, **others: Tensor | None) -> None:
     """Shapes, integer dtypes and devices of everything beside ``draft_states [S, L, C, H, W]``."""
     slots, length, channels, height, width = draft_states.shape
-    shapes = {name: [slots, length] for name in ("uniform", "steps", "slack", "relaxation")}
+    shapes = {name: [slots, length] for name in ("uniform", "steps", "relaxation")}
     shapes |= {name: [slots, length, channels, height, width] for name in ("noise", "slack_noise")}
     shapes |= {name: [slots, length - 1, channels, height, width] for name in ("draft_mean", "draft_std")}
     shapes |= {
@@ -45,11 +45,13 @@ def check_round(op: str, draft_states: Tensor, output: Tensor, guidance_scale: f
             fail(op, name, f"{kind} {shapes[name]}", tensor)
         if tensor.device != draft_states.device:
             fail(op, name, f"on {draft_states.device} like draft_states", f"a tensor on {tensor.device}")
-    if "slack_noise" in others and (others["slack"] is None) != (others["slack_noise"] is None):
-        fail(op, "slack_noise", "given exactly when slack is", "one without the other")
     rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if guidance_scale == 1.0 else 2) == 0
     if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
         fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
+    learned = output.shape[1] == 2 * channels
+    if "slack_noise" in others and (others["slack_noise"] is not None) != learned and (length > 1 or not learned):
+        given = "none" if learned else others["slack_noise"]
+        fail(op, "slack_noise", "given exactly where output has 2 C channels, so that variances are learned", given)
 
 
 def gaussian_transition(
@@ -108,7 +110,6 @@ def couple(
     row_offsets: Tensor,
     columns: Tensor,
     *,
-    slack: Tensor | None = None,
     relaxation: Tensor | None = None,
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
@@ -120,21 +121,27 @@ def couple(
     Row j of slot s is the state ``draft_states[s, j]``; its draft is ``draft_states[s, j + 1] = draft_mean[s, j] +
     draft_std[s, j] noise[s, j]``. A draft is accepted iff ``log u <= <z1, Delta> - |Delta|^2 / 2``; the first refused
     one is replaced by its reflection, whose law is exactly the target's. A slot's last row has no draft and is drawn
-    from the target with ``noise``. Source: reflection maximal coupling (arXiv 2501.05370), and DESIGN's shared-slack
-    reflection for unequal diagonal covariances: with share lambda, ``z1 = sqrt(lambda) z + sqrt(1 - lambda) z'`` is
-    reflected and ``z2 = sqrt(1 - lambda) z - sqrt(lambda) z'`` is shared with the target.
+    from the target with ``noise``.
+
+    Where variances are learned they differ, and reflection wants equal ones. Then z is split by z', another noise, into
+    z1, which is compared and reflected, and z2, which the target shares: half and half, except that along the gap of
+    the means z1 gets as much as the target's variance allows, so that this gap, most of what there is to accept or
+    refuse, is not stretched (``free_kernels.reference.coupling.compare_variances`` derives it).
+
+    Source: reflection maximal coupling (arXiv 2501.05370); DESIGN 3.3 for the shared slack, whose split by direction is
+    our own.
 
     Args:
         draft_states: float32 ``[S, L, C, H, W]``.
         draft_mean: float32 ``[S, L - 1, C, H, W]``.
         draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
         noise: float32 ``[S, L, C, H, W]``, z.
-        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; needed with ``slack`` only.
+        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None exactly where ``output`` has C
+            channels, or where L = 1.
         uniform: float32 ``[S, L]`` in (0, 1].
         output: target output of the packed rows, ``[B R, C or 2C, H, W]``, conditional rows first.
         row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.
         columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
-        slack: float32 ``[S, L]``, lambda in (0, 1) of each row; None only where draft and target share their variance.
         relaxation: float32 ``[S, L]``, w in [0, 1) of each row (lossy), or None.
         guidance_scale: as in :func:`gaussian_transition`.
         guidance_channels: as in :func:`gaussian_transition`.
@@ -161,7 +168,6 @@ def couple(
         uniform=uniform,
         row_offsets=row_offsets,
         columns=columns,
-        slack=slack,
         relaxation=relaxation,
     )
     run = dispatch.couple_reference
@@ -170,9 +176,7 @@ def couple(
         run = dispatch.couple_triton if draft_states.is_cpu else torch.ops.free_kernels.couple
     drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return as_coupling(
-        run(*drawn, output, row_offsets, columns, slack, relaxation, guidance_scale, guided, clip), slack is not None
-    )
+    return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, guidance_scale, guided, clip))
 
 
 def couple_philox(
@@ -186,7 +190,6 @@ def couple_philox(
     row_offsets: Tensor,
     columns: Tensor,
     *,
-    slack: Tensor | None = None,
     relaxation: Tensor | None = None,
     rounds: Tensor | None = None,
     guidance_scale: float = 1.0,
@@ -212,7 +215,6 @@ def couple_philox(
         output: as in :func:`couple`.
         row_offsets: as in :func:`couple`.
         columns: as in :func:`couple`.
-        slack: as in :func:`couple`.
         relaxation: as in :func:`couple`.
         rounds: int64 ``[S]`` in ``[0, 2**24)``, for a verification that draws fresh numbers every round; None is round
             0 for all.
@@ -241,7 +243,6 @@ def couple_philox(
         steps=steps,
         row_offsets=row_offsets,
         columns=columns,
-        slack=slack,
         relaxation=relaxation,
         rounds=rounds,
     )
@@ -250,13 +251,4 @@ def couple_philox(
         run = dispatch.couple_philox_triton if draft_states.is_cpu else torch.ops.free_kernels.couple_philox
     drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return as_coupling(
-        run(*drawn, output, row_offsets, columns, slack, relaxation, rounds, guidance_scale, guided, clip),
-        slack is not None,
-    )
-
-
-def as_coupling(outcome: dispatch.Outcome, learned: bool) -> Coupling:
-    """What an op returned, as callers see it."""
-    next_states, committed, gap_sq, figures = outcome
-    return Coupling(next_states, committed, gap_sq, figures if learned and gap_sq.shape[1] > 0 else None)
+    return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, rounds, guidance_scale, guided, clip))

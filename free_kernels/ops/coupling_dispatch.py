@@ -14,17 +14,11 @@ from free_kernels.reference.random import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE
 
 _SCHEMA = (
     "{name}(Tensor draft_states, Tensor draft_mean, Tensor draft_std, {draws}, Tensor output, Tensor row_offsets, "
-    "Tensor columns, Tensor? slack, Tensor? relaxation, {keys}float guidance_scale, int guidance_channels, float clip) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor columns, Tensor? relaxation, {keys}float guidance_scale, int guidance_channels, float clip) "
+    "-> (Tensor, Tensor, Tensor)"
 )
-# An op cannot return None: figures that do not exist have no element.
-Outcome = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def as_outcome(found: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Outcome:
-    """What an implementation found, as an op may return it."""
-    next_states, committed, gap_sq, figures = found
-    return next_states, committed, gap_sq, gap_sq.new_empty(0) if figures is None else figures
+# Fields of a Coupling.
+Outcome = tuple[Tensor, Tensor, Tensor]
 
 
 def settings_of(guidance_scale: float, guidance_channels: int, clip: float) -> dict[str, float | int]:
@@ -34,13 +28,13 @@ def settings_of(guidance_scale: float, guidance_channels: int, clip: float) -> d
 
 def couple_reference(*arguments: object) -> Outcome:
     """``couple`` in plain PyTorch; positional as in the schema, as all below."""
-    return as_outcome(reference.couple(*arguments[:-3], **settings_of(*arguments[-3:])))
+    return tuple(reference.couple(*arguments[:-3], **settings_of(*arguments[-3:])))
 
 
 def couple_triton(*arguments: object) -> Outcome:
     """``couple`` in Triton."""
     kernels = importlib.import_module("free_kernels.triton.coupling")
-    return as_outcome(kernels.couple(*arguments[:-3], **settings_of(*arguments[-3:])))
+    return kernels.couple(*arguments[:-3], **settings_of(*arguments[-3:]))
 
 
 def couple_philox_reference(
@@ -53,7 +47,6 @@ def couple_philox_reference(
     output: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    slack: Tensor | None,
     relaxation: Tensor | None,
     rounds: Tensor | None,
     *settings: float,
@@ -72,26 +65,25 @@ def couple_philox_reference(
         flat = philox_normal(*keys[:3], purpose, math.prod(latent), keys[3], backend)
         return flat.view(slots, length, *latent)
 
-    noise, slack_noise = normal(PURPOSE_STEP), None if slack is None else normal(PURPOSE_SLACK)
+    learned = output.shape[1] == 2 * latent[0]
+    noise, slack_noise = normal(PURPOSE_STEP), normal(PURPOSE_SLACK) if learned else None
     uniform = philox_uniform(*keys[:3], PURPOSE_ACCEPT, 1, keys[3], backend).view(slots, length)
     drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
-    return couple_reference(*drawn, output, row_offsets, columns, slack, relaxation, *settings)
+    return couple_reference(*drawn, output, row_offsets, columns, relaxation, *settings)
 
 
 def couple_philox_triton(*arguments: object) -> Outcome:
     """``couple_philox`` in Triton."""
     kernels = importlib.import_module("free_kernels.triton.coupling")
-    return as_outcome(kernels.couple_philox(*arguments[:-3], **settings_of(*arguments[-3:])))
+    return kernels.couple_philox(*arguments[:-3], **settings_of(*arguments[-3:]))
 
 
 def fake_outcome(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> Outcome:
-    """Of all coupling ops: three arguments say where the numbers come from, then all is alike up to ``slack``."""
+    """Of all coupling ops, whose outcomes have the same shapes."""
     slots, length = draft_states.shape[:2]
-    slack = arguments[7]
-    figures = draft_states.new_empty((3, slots, length - 1) if slack is not None and length > 1 else (0,))
     committed = draft_states.new_empty(slots, dtype=torch.int64)
     next_states = draft_states.new_empty(slots, *draft_states.shape[2:])
-    return next_states, committed, figures.new_empty(slots, length - 1), figures
+    return next_states, committed, draft_states.new_empty(slots, length - 1)
 
 
 _LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")

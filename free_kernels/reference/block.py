@@ -29,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from free_kernels.reference.coupling import Coupling, couple, target_rows, whiten
+from free_kernels.reference.coupling import Coupling, compare, couple, target_rows
 
 # Where the logarithm of P counts as that of zero, and the smallest gap: both keep float64 arithmetic finite.
 LOWEST_LOG_WEIGHT, SMALLEST_GAP = -1e4, 1e-30
@@ -89,7 +89,6 @@ def couple_block(
     output: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    slack: Tensor | None,
     *,
     guidance_scale: float,
     guidance_channels: int,
@@ -100,9 +99,9 @@ def couple_block(
     slots, length = draft_states.shape[:2]
     if length == 1:
         inputs = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform, output, row_offsets, columns)
-        return couple(*inputs, slack, None, **settings)
+        return couple(*inputs, None, **settings)
     mean_q, std_q = target_rows(draft_states, output, row_offsets, columns, **settings)
-    drafted = whiten(mean_q, std_q, draft_mean, draft_std, noise, slack_noise, slack)
+    drafted = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
 
     lengths, drafts = row_offsets.diff(), length - 1
     position = torch.arange(length, device=noise.device)
@@ -124,10 +123,9 @@ def couple_block(
     at_delta = delta[rows, draft_row]
     # Row 0 is never tested: its uniform is free for the draw.
     drawn = draw_residual(bounded[rows, draft_row], at_delta, uniform[:, 0].double())
-    shift = (drawn - along[rows, draft_row] / at_delta) / at_delta
-    picked = drafted.gap[rows, draft_row]
-    moved = torch.addcmul(drafted.z1[rows, draft_row], shift.float()[:, None], picked)
-    residual = torch.addcmul(drafted.start[rows, draft_row], drafted.root[rows, draft_row], moved)
+    moved = 1 + (drawn - along[rows, draft_row] / at_delta) / at_delta
+    drafts_of = draft_states.flatten(2)[rows, draft_row + 1]
+    residual = torch.addcmul(drafts_of, moved.float()[:, None], drafted.lead[rows, draft_row])
     fresh = torch.addcmul(mean_q[rows, tau], std_q[rows, tau], noise.flatten(2)[rows, tau])
     next_states = torch.where(direct[rows, tau, None], fresh, residual).view(slots, *draft_states.shape[2:])
-    return Coupling(next_states, (tau + 1) * (lengths > 0), drafted.gap_sq, drafted.figures)
+    return Coupling(next_states, (tau + 1) * (lengths > 0), drafted.gap_sq)

@@ -16,6 +16,11 @@ X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = 4, 5, 6,
 
 # A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
 MAX_GAP_SQ = 1e30
+# Across the gap of the means half of the draft's variance is compared and half is shared with the target, which costs
+# least where variances differ; along it at least LEAST_SHARED is shared, since roots of less would magnify rounding.
+# A draft is refused outright where the target's variance leaves less than LEAST_LEFT of the draft's to share, and means
+# closer than SMALLEST_MEAN_GAP_SQ give no direction.
+ACROSS, LEAST_LEFT, LEAST_SHARED, SMALLEST_MEAN_GAP_SQ = 0.5, 1 / 64, 1 / 1024, 1e-24
 
 
 class Coupling(NamedTuple):
@@ -26,16 +31,13 @@ class Coupling(NamedTuple):
     Attributes:
         next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
         committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
-        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack).
-        variance_figures: ``[3, S, L - 1]`` where the variance is learned: squared whitened gap of the means, sum of
-            squared relative variance errors, largest relative shrinkage of the variance; else None. Not finite where
-            a draft was far off.
+        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack). Not finite where a
+            draft was far off.
     """
 
     next_states: Tensor
     committed: Tensor
     gap_sq: Tensor
-    variance_figures: Tensor | None
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:
@@ -103,72 +105,94 @@ def target_rows(
     return mean.view(slots, length, -1), std.reshape(slots, length, -1)
 
 
-class Whitened(NamedTuple):
-    """The drafted rows of a round in units in which, given the shared slack, draft and target have unit covariance.
+class Compared(NamedTuple):
+    """Drafts against the target's laws of the same steps, which given the shared slack are unit Gaussians delta apart.
 
     Attributes:
-        start: ``[S, L - 1, D]``, the target's mean given the shared slack.
-        root: ``[S, L - 1, D]``, the deviation of both given the shared slack.
-        z1: ``[S, L - 1, D]``, the draft's own noise; the draft is ``start + root (z1 - gap)``.
-        gap: ``[S, L - 1, D]``, Delta.
-        gap_sq: ``[S, L - 1]``, delta^2.
-        along: ``[S, L - 1]``, ``<z1, Delta>``.
+        lead: ``[S, L - 1, D]``, the target's centre less the draft's, both given the shared slack, in units of states:
+            along it drafts are moved.
+        gap_sq: ``[S, L - 1]``, delta^2, the squared length of the whitened lead.
+        along: ``[S, L - 1]``, the draft's own noise times the whitened lead.
         infeasible: bool ``[S, L - 1]``, rows without shared slack: their draft is refused, their step drawn directly.
-        figures: as ``Coupling.variance_figures``.
     """
 
-    start: Tensor
-    root: Tensor
-    z1: Tensor
-    gap: Tensor
+    lead: Tensor
     gap_sq: Tensor
     along: Tensor
     infeasible: Tensor
-    figures: Tensor | None
 
 
-def whiten(
-    mean_q: Tensor,
-    std_q: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    noise: Tensor,
-    slack_noise: Tensor | None,
-    slack: Tensor | None,
-) -> Whitened:
-    """Split the drafts' noise into what is shared with the target and what is decided on; ``mean_q [S, L, D]``."""
+def compare(
+    mean_q: Tensor, std_q: Tensor, draft_mean: Tensor, draft_std: Tensor, noise: Tensor, slack_noise: Tensor | None
+) -> Compared:
+    """Compare drafts with the target's transitions ``mean_q, std_q [S, L, D]``; without slack variances are equal."""
     drafts = draft_mean.shape[1]
-    std_p = draft_std.flatten(2)
-    gap_mean = mean_q[:, :drafts] - draft_mean.flatten(2)
-    z = noise.flatten(2)[:, :drafts]
-    if slack is None:
-        root, start, z1 = std_p, mean_q[:, :drafts], z
-        gap = gap_mean / root
-        figures = None
-    else:
-        share = slack[:, :drafts, None]
-        own, other = share.sqrt(), (1 - share).sqrt()
-        z_slack = slack_noise.flatten(2)[:, :drafts]
-        z1 = own * z + other * z_slack
-        z2 = other * z - own * z_slack
-        ratio = (std_q[:, :drafts] / std_p).square_()
-        excess = ratio - share
-        # In units of the draft's deviation: the target keeps the same z2 with what its variance leaves over.
-        shift = (excess.clamp(min=0).sqrt_() - other) * z2
-        whitened = gap_mean / std_p
-        root = own * std_p
-        gap = (whitened + shift) / own
-        start = torch.addcmul(mean_q[:, :drafts], std_p, shift + other * z2)
-        smallest = excess.amin(-1)
-        mean_gap_sq, error_sq = whitened.square_().sum(-1), (ratio - 1).square_().sum(-1)
-        # Also refused: drafts so far off that the arithmetic would overflow. The rule must not look at z2.
-        infeasible = ~((smallest >= 0) & (mean_gap_sq + error_sq < MAX_GAP_SQ))
-        figures = torch.stack([mean_gap_sq, error_sq, 1 - share.squeeze(-1) - smallest])
+    mean_p, std_p = draft_mean.flatten(2), draft_std.flatten(2)
+    lead = mean_q[:, :drafts] - mean_p
+    whitened, z = lead / std_p, noise.flatten(2)[:, :drafts]
+    if slack_noise is None:
+        gap_sq = whitened.square().sum(-1)
+        return Compared(lead, gap_sq, (z * whitened).sum(-1), ~(gap_sq < MAX_GAP_SQ))
+    ratio = (std_q[:, :drafts] / std_p).square_()
+    lead, gap_sq, along, infeasible = compare_variances(whitened, ratio, z, slack_noise.flatten(2)[:, :drafts])
+    return Compared(std_p * lead, gap_sq, along, infeasible)
 
-    gap_sq = gap.square().sum(-1)
-    if slack is None:
-        infeasible = ~(gap_sq < MAX_GAP_SQ)
-    return Whitened(start, root, z1, gap, gap_sq, (z1 * gap).sum(-1), infeasible, figures)
+
+def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) -> Compared:
+    """Compare ``N(0, I)``, from which z came, with ``N(gap, diag(ratio))``; all arguments ``[..., D]``.
+
+    Reflection wants equal covariances. So z is split, by independent noise z' and any matrix Lambda below both:
+
+        ``z1 = Lambda^(1/2) z + (I - Lambda)^(1/2) z'``,  ``z2 = (I - Lambda)^(1/2) z - Lambda^(1/2) z'``.
+
+    These are independent standard normals and ``z = Lambda^(1/2) z1 + (I - Lambda)^(1/2) z2``. The target shares z2:
+    with ``B B^T = diag(ratio) - Lambda`` the draft is N(A_p, Lambda) given z2, the target N(A_q, Lambda),
+
+        ``lead = A_q - A_p = gap + B z2 - (I - Lambda)^(1/2) z2``,  ``Delta = Lambda^(-1/2) lead``.
+
+    Exact for every Lambda that looks at the two laws and not at z. Small Lambda stretches the gap of the means, large
+    Lambda what the variances differ by. The means differ along one direction u and the variances in all of them, hence
+
+        ``Lambda = (I - u u^T) / 2 + h u u^T``,
+
+    h near 1. In closed form, with ``c = diag(ratio) - 1/2``, ``w = c^(-1/2) u``, ``kappa = |w|^2``:
+
+        ``B = c^(1/2) (I - (1 - q) w w^T / kappa)``,  ``q^2 = 1 - (h - 1/2) kappa``.
+
+    B exists for h up to ``room = 1/2 + 1/kappa``, what the target's covariance leaves along u; the h below weighs the
+    stretched gap against the error ``room - 1`` of the variance along u as if nothing else were there.
+    """
+    mean_sq = gap.square().sum(-1, keepdim=True)
+    directed = mean_sq > SMALLEST_MEAN_GAP_SQ
+    u = torch.where(directed, gap * mean_sq.rsqrt(), 0.0)
+    left = ratio - ACROSS
+    # Also refused: drafts so far off that the arithmetic would overflow. The rule must not look at noise.
+    far = ~(mean_sq.squeeze(-1) + (ratio - 1).square().sum(-1) < MAX_GAP_SQ)
+    infeasible = far | ~(left.amin(-1) >= LEAST_LEFT)
+    left.clamp_(min=LEAST_LEFT)
+    root, across = left.sqrt(), math.sqrt(ACROSS)
+
+    kappa = torch.where(directed, (u.square() / left).sum(-1, keepdim=True), 1 / (1 - ACROSS))
+    error = 1 / kappa - (1 - ACROSS)
+    longest = (error.square() + 4 * mean_sq).sqrt()
+    # 1 - h, of the draft, and q^2 / kappa, of the target: the variance along u that is shared.
+    shared_p = torch.maximum(error.abs() / (error.abs() + longest), -error) + LEAST_SHARED
+    shared_p = torch.where(directed, shared_p, 1 - ACROSS)
+    own = 1 - shared_p
+    kept_p, kept_q = shared_p.sqrt(), (kappa * (error + shared_p)).sqrt()
+
+    z_u, z_slack_u = (u * z).sum(-1, keepdim=True), (u * z_slack).sum(-1, keepdim=True)
+    z2_u = kept_p * z_u - own.sqrt() * z_slack_u
+    z2 = across * (z - z_slack)
+    z2 = z2 + u * (z2_u - across * (z_u - z_slack_u))
+    w_z2 = (u / root * z2).sum(-1, keepdim=True)
+    moved = (1 - kept_q) * w_z2 / kappa + (kept_p - across) * z2_u
+    lead = gap + (ratio - 1) / (root + across) * z2 - moved * u
+
+    lead_u = (u * lead).sum(-1, keepdim=True)
+    gap_sq = lead.square().sum(-1, keepdim=True) / ACROSS + (1 / own - 1 / ACROSS) * lead_u.square()
+    along = ((z + z_slack) * lead).sum(-1, keepdim=True) + ((shared_p / own).sqrt() - 1) * z_slack_u * lead_u
+    return Compared(lead, gap_sq.squeeze(-1), along.squeeze(-1), infeasible)
 
 
 def couple(
@@ -181,7 +205,6 @@ def couple(
     output: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    slack: Tensor | None,
     relaxation: Tensor | None,
     *,
     guidance_scale: float,
@@ -203,12 +226,10 @@ def couple(
     )
     direct = torch.addcmul(mean_q, std_q, noise.flatten(2))
     if length == 1:
-        return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), direct.new_zeros(slots, 0), None)
+        return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), direct.new_zeros(slots, 0))
 
     drafts, last = length - 1, lengths - 1
-    start, root, z1, gap, gap_sq, along, infeasible, figures = whiten(
-        mean_q, std_q, draft_mean, draft_std, noise, slack_noise, slack
-    )
+    lead, gap_sq, along, infeasible = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
     if relaxation is None:
         score = along - gap_sq / 2
     else:
@@ -223,11 +244,10 @@ def couple(
     # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
     rows = torch.arange(slots, device=direct.device)
     draft_row = first.clamp(max=drafts - 1)
-    coefficient = 2 * along[rows, draft_row] / gap_sq[rows, draft_row]
-    picked = gap[rows, draft_row]
-    mirrored = torch.addcmul(z1[rows, draft_row], coefficient[:, None], picked, value=-1)
-    reflected = torch.addcmul(start[rows, draft_row], root[rows, draft_row], mirrored)
+    # start + root (z1 - coefficient gap), where the draft is start + root (z1 - gap).
+    moved = 1 - 2 * along[rows, draft_row] / gap_sq[rows, draft_row]
+    reflected = torch.addcmul(draft_states.flatten(2)[rows, draft_row + 1], moved[:, None], lead[rows, draft_row])
     is_direct = (first >= last) | infeasible[rows, draft_row]
     next_states = torch.where(is_direct[:, None], direct[rows, first], reflected)
     committed = (first + 1) * (lengths > 0)
-    return Coupling(next_states.view(slots, *latent), committed, gap_sq, figures)
+    return Coupling(next_states.view(slots, *latent), committed, gap_sq)

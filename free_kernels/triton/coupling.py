@@ -12,7 +12,12 @@ import triton
 from torch import Tensor
 
 from free_kernels.triton.aot import POINTERS, AotConfiguration
-from free_kernels.triton.coupling_kernels import coupling_commit_kernel, coupling_rows_kernel
+from free_kernels.triton.coupling_kernels import (
+    FIXED_FIGURES,
+    LEARNED_FIGURES,
+    coupling_commit_kernel,
+    coupling_rows_kernel,
+)
 from free_kernels.triton.philox import seed_words
 
 # Enough programs to give every multiprocessor of a large GPU two.
@@ -87,25 +92,24 @@ def couple(
     output: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    slack: Tensor | None,
     relaxation: Tensor | None,
     *,
     guidance_scale: float,
     guidance_channels: int,
     clip: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Contract of :func:`free_kernels.ops.couple`; arguments have been checked.
 
     Returns:
-        ``(next_states, committed, gap_sq, variance_figures)``: the fields of a ``Coupling``. Figures of rows without a
-        draft are 0, and so is the state of an idle slot.
+        ``(next_states, committed, gap_sq)``: the fields of a ``Coupling``. The gap of a row without a draft is 0,
+        and so is the state of an idle slot.
     """
     drawn = _Noise(
         noise=noise.contiguous(),
         slack_noise=None if slack_noise is None else slack_noise.contiguous(),
         uniform=uniform,
     )
-    rest = (output, row_offsets, columns, slack, relaxation)
+    rest = (output, row_offsets, columns, relaxation)
     return _launch((draft_states, draft_mean, draft_std), drawn, rest, guidance_scale, guidance_channels, clip)
 
 
@@ -119,14 +123,13 @@ def couple_philox(
     output: Tensor,
     row_offsets: Tensor,
     columns: Tensor,
-    slack: Tensor | None,
     relaxation: Tensor | None,
     rounds: Tensor | None = None,
     *,
     guidance_scale: float,
     guidance_channels: int,
     clip: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`couple` with noise, slack noise and uniforms made where they are used, never in memory.
 
     Contract of :func:`free_kernels.ops.coupling.couple_philox`; arguments have been checked, and ``seed`` may also be
@@ -141,7 +144,7 @@ def couple_philox(
         rounds=None if rounds is None else rounds.contiguous(),
         seed=seed,
     )
-    rest = (output, row_offsets, columns, slack, relaxation)
+    rest = (output, row_offsets, columns, relaxation)
     return _launch((draft_states, draft_mean, draft_std), drawn, rest, guidance_scale, guidance_channels, clip)
 
 
@@ -152,13 +155,13 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
 def _launch(
     drafts: tuple[Tensor, Tensor, Tensor],
     drawn: _Noise,
-    rest: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    rest: tuple[Tensor, Tensor, Tensor, Tensor | None],
     guidance_scale: float,
     guidance_channels: int,
     clip: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     states, mean, std = (tensor.contiguous() for tensor in drafts)
-    output, row_offsets, columns, slack, relaxation = rest
+    output, row_offsets, columns, relaxation = rest
     columns, row_offsets = columns.contiguous(), row_offsets.contiguous()
     slots, length, *latent = states.shape
     numel = math.prod(latent)
@@ -166,36 +169,33 @@ def _launch(
     if not output[0].is_contiguous():
         output = output.contiguous()
     branches = 1 if guidance_scale == 1.0 else 2
-    slack = slack if length > 1 else None
+    learned = output.shape[1] == 2 * latent[0]
     rows = slots * (length - 1)
 
     shape = launch_shape(slots, length, numel)
     new = states.new_empty
     next_states, gap_sq = new(slots, *latent), new(slots, length - 1)
     committed = torch.empty(slots, dtype=torch.int64, device=states.device)
-    figures = None if slack is None else new(3, slots, length - 1)
-    partials = new(2 if slack is None else 5, rows, shape.num_splits)
+    partials = new(LEARNED_FIGURES if learned else FIXED_FIGURES, rows, shape.num_splits)
 
     pointers = (
         states,
         mean,
         std,
         drawn.noise,
-        drawn.slack_noise if slack is not None else None,
+        drawn.slack_noise,
         drawn.images,
         drawn.steps,
         drawn.rounds,
         output,
         row_offsets,
         columns,
-        slack,
         partials,
     )
     guided = guidance_channels * numel // latent[0]
-    sizes = (slots, length, numel, guided, output.shape[0] // branches, output.stride(0), *_strides(slack))
+    sizes = (slots, length, numel, guided, output.shape[0] // branches, output.stride(0))
     flags = {
-        "LEARNED": output.shape[1] == 2 * latent[0],
-        "SLACK": slack is not None,
+        "LEARNED": learned,
         "GUIDED": branches == 2,
         "CLIPPED": not math.isinf(clip),
         "PHILOX": drawn.images is not None,
@@ -203,7 +203,7 @@ def _launch(
         "NUM_SPLITS": shape.num_splits,
     }
     common = (*pointers, *seed_words(drawn.seed), *sizes, float(guidance_scale), float(clip))
-    written = (drawn.uniform, relaxation, next_states, committed, gap_sq, figures)
+    written = (drawn.uniform, relaxation, next_states, committed, gap_sq)
     num_blocks = triton.cdiv(numel, shape.commit_block)
     with torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext():
         if rows > 0:
@@ -224,7 +224,7 @@ def _launch(
                 PADDED_LENGTH=triton.next_power_of_2(length),
                 num_warps=warps_for(shape.commit_block),
             )
-    return next_states, committed, gap_sq, figures
+    return next_states, committed, gap_sq
 
 
 def aot_configurations() -> list[AotConfiguration]:
@@ -247,16 +247,15 @@ def _aot_pair(
 ) -> list[AotConfiguration]:
     length = 6
     shape = launch_shape(slots, length, numel)
-    types = {f"p_{name}": "*fp32" for name in ("states", "draft_mean", "draft_std", "columns", "slack", "partials")}
+    types = {f"p_{name}": "*fp32" for name in ("states", "draft_mean", "draft_std", "columns", "partials", "gap_sq")}
     types |= {f"p_{name}": "*fp32" for name in ("noise", "slack_noise", "uniform", "relaxation", "next_states")}
-    types |= {f"p_{name}": "*fp32" for name in ("gap_sq", "figures")}
     types |= {f"p_{name}": "*i64" for name in ("images", "steps", "rounds", "row_offsets", "committed")}
     types |= {"p_output": POINTERS[dtype], "guidance_scale": "fp32", "clip": "fp32"}
-    flags = {"LEARNED": learned, "SLACK": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare}
+    flags = {"LEARNED": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare}
     flags |= {"PHILOX": philox, "ROUNDS": philox and rare}
     absent = {"p_noise", "p_slack_noise", "p_uniform"} if philox else {"p_images", "p_steps"}
     absent |= set() if flags["ROUNDS"] else {"p_rounds"}
-    absent |= set() if learned else {"p_slack", "p_slack_noise", "p_figures"}
+    absent |= set() if learned else {"p_slack_noise"}
     absent |= set() if rare else {"p_relaxation"}
     sizes = {
         "NUM_SPLITS": shape.num_splits,

@@ -9,17 +9,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from free_kernels.triton.coupling_math import NUM_COLUMNS, noise_block, slack_gap, target_mean, target_std
+from free_kernels.triton.coupling_math import (
+    ACROSS,
+    LEAST_LEFT,
+    NUM_COLUMNS,
+    compare_elements,
+    compare_rows,
+    noise_block,
+    target_mean,
+    target_std,
+)
 from free_kernels.triton.philox import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP, uniform_first
 
 # A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
 MAX_GAP_SQ = tl.constexpr(1e30)
-# Partial figures, in this order; the last three only with slack.
-GAP_SQ, ALONG, MEAN_GAP_SQ, ERROR_SQ, SMALLEST = (tl.constexpr(i) for i in range(5))
+# Partial figures: the squared gap of the means and the noise along it, then, where variances are learned, the other
+# sums of ``compare_rows``, the squared error of the variances and the smallest ratio of them.
+ERROR_SQ, SMALLEST = tl.constexpr(13), tl.constexpr(14)
+FIXED_FIGURES, LEARNED_FIGURES = 2, 15
 
 # Sizes that change from call to call must not compile a kernel anew.
 _UNSPECIALIZED = ["slots", "length", "output_rows", "seed_low", "seed_high"] + [
-    f"{name}_stride_{axis}" for name in ("slack", "relaxation", "uniform") for axis in ("s", "l")
+    f"{name}_stride_{axis}" for name in ("relaxation", "uniform") for axis in ("s", "l")
 ]
 
 
@@ -36,7 +47,6 @@ def coupling_rows_kernel(
     p_output,
     p_row_offsets,
     p_columns,
-    p_slack,
     p_partials,
     seed_low,
     seed_high,
@@ -46,12 +56,9 @@ def coupling_rows_kernel(
     guided_numel,
     output_rows,
     output_stride,
-    slack_stride_s,
-    slack_stride_l,
     guidance_scale,
     clip,
     LEARNED: tl.constexpr,
-    SLACK: tl.constexpr,
     GUIDED: tl.constexpr,
     CLIPPED: tl.constexpr,
     PHILOX: tl.constexpr,
@@ -82,14 +89,23 @@ def coupling_rows_kernel(
     if ROUNDS:
         draw_round = tl.load(p_rounds + i_slot)
     key = (seed_low, seed_high, image, step, draw_round)
-    if SLACK:
-        share = tl.load(p_slack + i_slot.to(tl.int64) * slack_stride_s + i_l * slack_stride_l)
 
-    b_gap_sq = tl.zeros([BLOCK], tl.float32)
-    b_along = tl.zeros([BLOCK], tl.float32)
-    b_mean_gap_sq = tl.zeros([BLOCK], tl.float32)
-    b_error_sq = tl.zeros([BLOCK], tl.float32)
-    b_smallest = tl.full([BLOCK], float("inf"), tl.float32)
+    b_0 = tl.zeros([BLOCK], tl.float32)
+    b_1 = tl.zeros([BLOCK], tl.float32)
+    if LEARNED:
+        b_2 = tl.zeros([BLOCK], tl.float32)
+        b_3 = tl.zeros([BLOCK], tl.float32)
+        b_4 = tl.zeros([BLOCK], tl.float32)
+        b_5 = tl.zeros([BLOCK], tl.float32)
+        b_6 = tl.zeros([BLOCK], tl.float32)
+        b_7 = tl.zeros([BLOCK], tl.float32)
+        b_8 = tl.zeros([BLOCK], tl.float32)
+        b_9 = tl.zeros([BLOCK], tl.float32)
+        b_10 = tl.zeros([BLOCK], tl.float32)
+        b_11 = tl.zeros([BLOCK], tl.float32)
+        b_12 = tl.zeros([BLOCK], tl.float32)
+        b_error_sq = tl.zeros([BLOCK], tl.float32)
+        b_smallest = tl.full([BLOCK], float("inf"), tl.float32)
     for i_chunk in range(CHUNKS):
         i_first = (i_split * CHUNKS + i_chunk) * BLOCK
         o = i_first + tl.arange(0, BLOCK)
@@ -110,28 +126,49 @@ def coupling_rows_kernel(
             GUIDED,
             CLIPPED,
         )
-        if SLACK:
+        if LEARNED:
             b_z_slack = noise_block(p_slack_noise, row_start, key, o, mask, i_first, PURPOSE_SLACK, BLOCK, PHILOX)
             b_std_q = target_std(p_output_row, p_columns_row, o, mask, numel, LEARNED)
-            b_z1, b_gap, b_whitened, b_ratio, b_excess, _ = slack_gap(
-                b_mean_q - b_mean_p, b_std_p, b_std_q, b_z, b_z_slack, share
+            b_gap, b_ratio, b_root, b_error, b_shared = compare_elements(
+                b_mean_q - b_mean_p, b_std_p, b_std_q, b_z, b_z_slack, mask
             )
-            b_mean_gap_sq += tl.where(mask, b_whitened * b_whitened, 0.0)
-            b_error_sq += tl.where(mask, (b_ratio - 1.0) * (b_ratio - 1.0), 0.0)
+            b_m_root, b_both = tl.div_rn(b_gap, b_root), b_z + b_z_slack
+            b_m_error, b_v_error = b_gap * b_error, b_shared * b_error
+            b_2 += b_gap * b_z_slack
+            b_3 += b_m_root * b_m_root
+            b_4 += b_gap * b_m_root
+            b_5 += b_m_root * b_shared
+            b_6 += b_v_error * b_v_error
+            b_7 += b_m_error * b_v_error
+            b_8 += b_m_error * b_m_error
+            b_9 += b_gap * b_v_error
+            b_10 += b_gap * b_m_error
+            b_11 += b_both * b_v_error
+            b_12 += b_both * b_m_error
+            b_error_sq += (b_ratio - 1.0) * (b_ratio - 1.0)
             # A NaN may get lost here; the sum of squares above keeps it.
-            b_smallest = tl.minimum(b_smallest, tl.where(mask, b_excess, float("inf")))
+            b_smallest = tl.minimum(b_smallest, b_ratio)
         else:
-            b_z1 = b_z
-            b_gap = tl.div_rn(b_mean_q - b_mean_p, b_std_p)
-        b_gap_sq += tl.where(mask, b_gap * b_gap, 0.0)
-        b_along += tl.where(mask, b_z1 * b_gap, 0.0)
+            b_gap = tl.where(mask, tl.div_rn(b_mean_q - b_mean_p, b_std_p), 0.0)
+        b_0 += b_gap * b_gap
+        b_1 += b_gap * b_z
 
     p_own = p_partials + draft_row * NUM_SPLITS + i_split
     plane = slots.to(tl.int64) * drafts * NUM_SPLITS
-    tl.store(p_own + plane * GAP_SQ, tl.sum(b_gap_sq, 0))
-    tl.store(p_own + plane * ALONG, tl.sum(b_along, 0))
-    if SLACK:
-        tl.store(p_own + plane * MEAN_GAP_SQ, tl.sum(b_mean_gap_sq, 0))
+    tl.store(p_own, tl.sum(b_0, 0))
+    tl.store(p_own + plane, tl.sum(b_1, 0))
+    if LEARNED:
+        tl.store(p_own + plane * 2, tl.sum(b_2, 0))
+        tl.store(p_own + plane * 3, tl.sum(b_3, 0))
+        tl.store(p_own + plane * 4, tl.sum(b_4, 0))
+        tl.store(p_own + plane * 5, tl.sum(b_5, 0))
+        tl.store(p_own + plane * 6, tl.sum(b_6, 0))
+        tl.store(p_own + plane * 7, tl.sum(b_7, 0))
+        tl.store(p_own + plane * 8, tl.sum(b_8, 0))
+        tl.store(p_own + plane * 9, tl.sum(b_9, 0))
+        tl.store(p_own + plane * 10, tl.sum(b_10, 0))
+        tl.store(p_own + plane * 11, tl.sum(b_11, 0))
+        tl.store(p_own + plane * 12, tl.sum(b_12, 0))
         tl.store(p_own + plane * ERROR_SQ, tl.sum(b_error_sq, 0))
         tl.store(p_own + plane * SMALLEST, tl.min(b_smallest, 0))
 
@@ -142,6 +179,12 @@ def _figure(p_figure, o_rows, valid, NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl
     o_splits = tl.arange(0, PADDED_SPLITS)
     mask = valid[:, None] & (o_splits < NUM_SPLITS)[None, :]
     return tl.load(p_figure + o_rows[:, None] * NUM_SPLITS + o_splits[None, :], mask=mask, other=padding)
+
+
+@triton.jit
+def _sum(p_partials, plane, i_figure, o_rows, valid, NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr):
+    """``[rows]`` sums of one figure's partials."""
+    return tl.sum(_figure(p_partials + plane * i_figure, o_rows, valid, NUM_SPLITS, PADDED_SPLITS, 0.0), 1)
 
 
 @triton.jit
@@ -163,7 +206,6 @@ def coupling_commit_kernel(
     p_output,
     p_row_offsets,
     p_columns,
-    p_slack,
     p_partials,
     seed_low,
     seed_high,
@@ -173,8 +215,6 @@ def coupling_commit_kernel(
     guided_numel,
     output_rows,
     output_stride,
-    slack_stride_s,
-    slack_stride_l,
     guidance_scale,
     clip,
     p_uniform,
@@ -182,13 +222,11 @@ def coupling_commit_kernel(
     p_next_states,
     p_committed,
     p_gap_sq,
-    p_figures,
     relaxation_stride_s,
     relaxation_stride_l,
     uniform_stride_s,
     uniform_stride_l,
     LEARNED: tl.constexpr,
-    SLACK: tl.constexpr,
     GUIDED: tl.constexpr,
     CLIPPED: tl.constexpr,
     RELAXED: tl.constexpr,
@@ -213,22 +251,31 @@ def coupling_commit_kernel(
     drafted = (o_l < count - 1) & (o_l < drafts)
     draft_rows = wide_slot * drafts + o_l
     plane = slots.to(tl.int64) * drafts * NUM_SPLITS
-    b_gap_sq = tl.sum(_figure(p_partials + plane * GAP_SQ, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, 0.0), 1)
-    b_along = tl.sum(_figure(p_partials + plane * ALONG, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, 0.0), 1)
-    if SLACK:
-        p_slack_slot = p_slack + wide_slot * slack_stride_s
-        b_mean_gap_sq = tl.sum(
-            _figure(p_partials + plane * MEAN_GAP_SQ, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, 0.0), 1
+    b_0 = _sum(p_partials, plane, 0, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
+    b_1 = _sum(p_partials, plane, 1, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
+    if LEARNED:
+        b_gap_sq, b_along, b_weight_gap, b_weight_error = compare_rows(
+            b_0,
+            b_1,
+            _sum(p_partials, plane, 2, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 3, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 4, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 5, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 6, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 7, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 8, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 9, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 10, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 11, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            _sum(p_partials, plane, 12, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
         )
-        b_error_sq = tl.sum(
-            _figure(p_partials + plane * ERROR_SQ, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, 0.0), 1
-        )
+        b_error_sq = _sum(p_partials, plane, ERROR_SQ, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
         # Padding splits must not be the smallest.
-        b_smallest = tl.min(
-            _figure(p_partials + plane * SMALLEST, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, float("inf")), 1
-        )
-        feasible = (b_smallest >= 0.0) & (b_mean_gap_sq + b_error_sq < MAX_GAP_SQ)
+        p_smallest = p_partials + plane * SMALLEST
+        b_smallest = tl.min(_figure(p_smallest, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, float("inf")), 1)
+        feasible = (b_smallest - ACROSS >= LEAST_LEFT) & (b_0 + b_error_sq < MAX_GAP_SQ)
     else:
+        b_gap_sq, b_along = b_0, b_1
         feasible = b_gap_sq < MAX_GAP_SQ
 
     if RELAXED:
@@ -254,19 +301,13 @@ def coupling_commit_kernel(
     chosen = o_l == first
     reflects = (tl.sum((chosen & drafted & feasible).to(tl.int32), 0) > 0) & (count > 0)
     gap_sq = _at(b_gap_sq, chosen)
-    coefficient = 2.0 * tl.div_rn(_at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
+    # Of the lead from the draft's law to the target's; the draft lies at start + root (z1 - gap).
+    moved = 1.0 - 2.0 * tl.div_rn(_at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
 
     if i_block == 0:
         tl.store(p_committed + i_slot, tl.where(count > 0, first + 1, 0).to(tl.int64))
         within = o_l < drafts
         tl.store(p_gap_sq + draft_rows, b_gap_sq, mask=within)
-        if SLACK:
-            figure_plane = slots.to(tl.int64) * drafts
-            b_share = tl.load(p_slack_slot + o_l * slack_stride_l, mask=drafted, other=1.0)
-            b_shrinkage = tl.where(drafted, 1.0 - b_share - b_smallest, 0.0)
-            tl.store(p_figures + draft_rows, b_mean_gap_sq, mask=within)
-            tl.store(p_figures + figure_plane + draft_rows, b_error_sq, mask=within)
-            tl.store(p_figures + 2 * figure_plane + draft_rows, b_shrinkage, mask=within)
 
     # An idle slot reads nothing, for its rows may lie past the end, and its state is zero.
     i_first = i_block * BLOCK
@@ -300,14 +341,12 @@ def coupling_commit_kernel(
         p_draft = (wide_slot * drafts + first) * numel + o
         b_mean_p = tl.load(p_draft_mean + p_draft, mask=mask, other=0.0)
         b_std_p = tl.load(p_draft_std + p_draft, mask=mask, other=1.0)
-        if SLACK:
-            share = tl.load(p_slack_slot + first * slack_stride_l)
+        b_lead = b_mean_q - b_mean_p
+        if LEARNED:
             b_z_slack = noise_block(p_slack_noise, row_start, key, o, mask, i_first, PURPOSE_SLACK, BLOCK, PHILOX)
-            b_z1, b_gap, _, _, _, b_shared = slack_gap(b_mean_q - b_mean_p, b_std_p, b_std_q, b_z, b_z_slack, share)
-            b_from = b_mean_q + b_std_p * b_shared
-            b_root = tl.sqrt_rn(share) * b_std_p
-        else:
-            b_z1, b_from, b_root = b_z, b_mean_q, b_std_p
-            b_gap = tl.div_rn(b_mean_q - b_mean_p, b_std_p)
-        b_next = b_from + b_root * (b_z1 - coefficient * b_gap)
+            b_gap, _, _, b_error, b_shared = compare_elements(b_lead, b_std_p, b_std_q, b_z, b_z_slack, mask)
+            of_gap, of_error = _at(b_weight_gap, chosen), _at(b_weight_error, chosen)
+            b_lead = b_std_p * (of_gap * b_gap + b_error * (b_shared + of_error * b_gap))
+        b_draft = tl.load(p_states + row_start + numel + o, mask=mask, other=0.0)
+        b_next = b_draft + moved * b_lead
     tl.store(p_next_states + wide_slot * numel + o, tl.where(count > 0, b_next, 0.0), mask=o < numel)

@@ -1,4 +1,4 @@
-"""What both kernels of ``couple`` compute of a block of elements: transition, noise, shared-slack gap."""
+"""What both kernels of ``couple`` compute: transition and noise of a block of elements, gap of a drafted row."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ LOG_STD, LOG_STD_SLOPE = tl.constexpr(2), tl.constexpr(3)
 X0_FROM_STATE, X0_FROM_OUTPUT = tl.constexpr(4), tl.constexpr(5)
 MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = tl.constexpr(6), tl.constexpr(7)
 NUM_COLUMNS = tl.constexpr(8)
+# As in free_kernels.reference.coupling.
+ACROSS, ROOT_ACROSS = tl.constexpr(0.5), tl.constexpr(0.5**0.5)
+LEAST_LEFT, LEAST_SHARED = tl.constexpr(1 / 64), tl.constexpr(1 / 1024)
+SMALLEST_MEAN_GAP_SQ = tl.constexpr(1e-24)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(0.693359375)
 _LN2_LOW = tl.constexpr(-2.12194440e-4)
@@ -70,21 +74,58 @@ def target_std(p_output, p_columns, o, mask, numel, LEARNED: tl.constexpr):
 
 
 @triton.jit
-def slack_gap(b_gap_mean, b_std_p, b_std_q, b_z, b_z_slack, share):
-    """Shared-slack gap: z1, whitened gap, gap of the means, ratio of the variances, shift and the shared z2's part.
+def compare_elements(b_gap_mean, b_std_p, b_std_q, b_z, b_z_slack, mask):
+    """Of elements: gap of the means, ratio of the variances, root of what the target shares, its error, shared noise.
 
-    In units of the draft's deviation: the target keeps the same z2 with what its variance leaves over.
+    In units of the draft's deviation; 0 where masked out, but for ratio and root.
     """
-    own, other = tl.sqrt_rn(share), tl.sqrt_rn(1.0 - share)
-    b_z1 = own * b_z + other * b_z_slack
-    b_z2 = other * b_z - own * b_z_slack
-    b_ratio = tl.div_rn(b_std_q, b_std_p)
+    b_gap = tl.where(mask, tl.div_rn(b_gap_mean, b_std_p), 0.0)
+    b_ratio = tl.where(mask, tl.div_rn(b_std_q, b_std_p), 1.0)
     b_ratio = b_ratio * b_ratio
-    b_excess = b_ratio - share
-    b_shift = (tl.sqrt_rn(tl.where(b_excess < 0.0, 0.0, b_excess)) - other) * b_z2
-    b_whitened = tl.div_rn(b_gap_mean, b_std_p)
-    b_gap = tl.div_rn(b_whitened + b_shift, own)
-    return b_z1, b_gap, b_whitened, b_ratio, b_excess, b_shift + other * b_z2
+    b_left = b_ratio - ACROSS
+    b_root = tl.sqrt_rn(tl.where(b_left < LEAST_LEFT, LEAST_LEFT, b_left))
+    b_error = tl.div_rn(b_ratio - 1.0, b_root + ROOT_ACROSS)
+    b_shared = ROOT_ACROSS * (b_z - b_z_slack)
+    return b_gap, b_ratio, b_root, b_error, b_shared
+
+
+@triton.jit
+def compare_rows(
+    mean_sq, z, slack, over_left, over_root, shared, e_shared_sq, e_sq_shared, e_sq, e_m_shared, e_m_sq, e_shared_z, e_z
+):
+    """delta^2, ``<z1, Delta>`` and two weights of rows from sums over their elements.
+
+    With m the gap of the means, e the error of the shared root, v the noise ``sqrt(1/2) (z - z')``, in this order: sums
+    of m m, m z, m z', m m / root^2, m m / root, m v / root, (e v)^2, (e m) (e v), (e m)^2, m (e v), m (e m),
+    (z + z') (e v), (z + z') (e m). The lead is ``a m + e (v + b m)`` with the weights a, b: as
+    ``free_kernels.reference.coupling.compare_variances`` has it, which says why, multiplied out for one pass.
+    """
+    directed = mean_sq > SMALLEST_MEAN_GAP_SQ
+    inverse = tl.where(directed, tl.div_rn(1.0, tl.sqrt_rn(tl.where(directed, mean_sq, 1.0))), 0.0)
+    kappa = tl.where(directed, over_left * inverse * inverse, 1.0 / (1.0 - ACROSS))
+    error = tl.div_rn(1.0, kappa) - (1.0 - ACROSS)
+    longest = tl.sqrt_rn(error * error + 4.0 * mean_sq)
+    size = tl.abs(error)
+    shared_p = tl.div_rn(size, tl.where(directed, size + longest, 1.0))
+    shared_p = tl.where(shared_p < -error, -error, shared_p) + LEAST_SHARED
+    shared_p = tl.where(directed, shared_p, 1.0 - ACROSS)
+    own = 1.0 - shared_p
+    kept_p, kept_q = tl.sqrt_rn(shared_p), tl.sqrt_rn(kappa * (error + shared_p))
+
+    z_u, slack_u = inverse * z, inverse * slack
+    z2_u = kept_p * z_u - tl.sqrt_rn(own) * slack_u
+    turned = z2_u - ROOT_ACROSS * (z_u - slack_u)
+    w_z2 = inverse * shared + turned * inverse * inverse * over_root
+    moved = tl.div_rn((1.0 - kept_q) * w_z2, kappa) + (kept_p - ROOT_ACROSS) * z2_u
+    a, b = 1.0 - moved * inverse, turned * inverse
+
+    lead_u = inverse * (a * mean_sq + e_m_shared + b * e_m_sq)
+    lead_sq = a * a * mean_sq + e_shared_sq + b * b * e_sq
+    lead_sq += 2.0 * (a * e_m_shared + b * (a * e_m_sq + e_sq_shared))
+    gap_sq = lead_sq / ACROSS + (tl.div_rn(1.0, own) - 1.0 / ACROSS) * lead_u * lead_u
+    along = a * (z + slack) + e_shared_z + b * e_z + (tl.sqrt_rn(tl.div_rn(shared_p, own)) - 1.0) * slack_u * lead_u
+    # Rounding may leave a little less than nothing; a NaN stays.
+    return tl.where(gap_sq < 0.0, 0.0, gap_sq), along, a, b
 
 
 @triton.jit

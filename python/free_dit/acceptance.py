@@ -19,7 +19,7 @@ def acceptance_by_lookahead(
     Entry ``[a - 1, k]`` is the mean over images of ``2 Phi(-delta / 2)`` at step k when the parent feature is that of
     step k - a (for k = a - 1 what the drafter takes for one before the first step); NaN where no such draft exists.
     States are the target's own (a chain whose earlier drafts were all accepted has that law). With a learned variance,
-    delta^2 is its mean over the shared slack at the best share.
+    delta^2 is its mean over the shared slack, to first order in the error of the variance.
     A drafter with a memory has seen the steps up to k - a, each from the exact feature before it.
     """
     num_steps = schedule.num_steps
@@ -47,18 +47,12 @@ def acceptance_by_lookahead(
             mean, std = guided_transition(state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided)
             mean_sq = ((data.mean[k] - mean) / std).flatten(1).square().sum(1)
             variance_sq = ((data.std[k] / std).square() - 1).flatten(1).square().sum(1)
-            delta = best_share_gap_sq(mean_sq, variance_sq).sqrt()
+            delta = (mean_sq + variance_sq).sqrt()
             result[ahead, k] = (2 * torch.special.ndtr(-delta / 2)).mean()
         if memory is not None:
             # The first draft, from an exact feature, is the past of the next start.
             memory.rewind(torch.full_like(data.labels, drafts - 1))
     return result
-
-
-def best_share_gap_sq(mean_gap_sq: Tensor, variance_gap_sq: Tensor) -> Tensor:
-    """``min over lambda of m^2 / lambda + v^2 / (4 lambda (1 - lambda))``, which is ``(sqrt(m^2 + v^2/4) + v/2)^2``."""
-    quarter = variance_gap_sq / 4
-    return ((mean_gap_sq + quarter).sqrt() + quarter.sqrt()).square()
 
 
 def by_fifth(acceptance: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class DrafterLoss:
     """Loss on delta, the gap that decides acceptance, over windows of fresh trajectories.
 
     A drafter with a window first remembers drafts from exact features at the steps before; gradients reach them too.
-    For a learned variance delta^2 adds the squared log-variance error, the cost of sharing slack at lambda = 1/2.
+    For a learned variance delta^2 adds the squared log-variance error, the cost of comparing half of the variance.
 
     Args:
         target: the frozen network.
