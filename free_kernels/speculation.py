@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from free_kernels.chain import NOISE_CHUNK_ELEMENTS, Chain
 from free_kernels.draft_length import LONGEST, DraftLengthPolicy
-from free_kernels.drafting import Drafts, draft_states
+from free_kernels.drafting import Drafts, RefusedDrafts, draft_states
 from free_kernels.graphs import CapturedCalls, row_bucket
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
@@ -115,6 +115,8 @@ class Speculation:
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, slots, device)
         drafts = settings.length - 1
         self.memory = new_memory(self.drafter, slots, chain.branches, drafts) if drafts else None
+        # A memory holds one call a step.
+        self.refused = RefusedDrafts(self.state, chain.branches) if drafts and self.memory is None else None
         self.dense = settings.dense or settings.cuda_graphs or self.memory is not None
         # Rounds of the image in each slot so far: part of the noise keys where a decision looks at all drafts.
         self.rounds = torch.zeros_like(self.images)
@@ -227,8 +229,11 @@ class Speculation:
         """A round; returns committed steps, then images and steps of every slot after it."""
         outcome = self._round(lengths)
         *report, finite = outcome.report.tolist()
+        committed = report[: len(images)]
         if not finite:
-            self._check_committed(outcome, lengths, report[: len(images)], steps, images)
+            self._check_committed(outcome, lengths, committed, steps, images)
+        if self.refused is not None:
+            self.refused.slots = [i for i, (c, length) in enumerate(zip(committed, lengths, strict=True)) if c < length]
         return report
 
     def _ordinary_steps(self, images: list[int], steps: list[int], count: int) -> list[int]:
@@ -250,6 +255,8 @@ class Speculation:
             self.figures.called(slots)
         parent = self._keep_parents_like(features)
         parent.copy_(features.view_as(parent))
+        if self.refused is not None:
+            self.refused.slots = []
         self.steps += count
         self.rounds += count
         return [count] * slots + images + [step + count for step in steps]
@@ -296,6 +303,7 @@ class Speculation:
             lengths,
             drawn,
             self.memory,
+            self.refused,
         )
         x, t, y, row_offsets = pack_drafts(
             drafts.states,
@@ -334,6 +342,9 @@ class Speculation:
             self._learn(outcome, steps, weights)
         parent = self._keep_parents_like(features)
         self.network.settle()
+        if self.refused is not None:
+            kept = (drafts.states, features, row_offsets, outcome.committed, self.lengths, outcome.next_states)
+            self.refused.keep(*kept)
         commit_drafts(
             outcome.committed,
             outcome.next_states,

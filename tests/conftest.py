@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from render_reliability import write_log
 
+from free_kernels.drafting import RefusedDrafts
+
 LOGS = pytest.StashKey[dict[str, dict]]()
 PASSED = pytest.StashKey[bool]()
 
@@ -65,3 +67,9 @@ def pytest_runtest_makereport(item: pytest.Item):
         if path is not None:
             write_log(path, logs)
     return report
+
+
+@pytest.fixture
+def uncorrected(monkeypatch):
+    """Drafts after a refusal are the drafter's own: for drafters whose very errors are looked at."""
+    monkeypatch.setattr(RefusedDrafts, "first_drafts", lambda self, drafter, inputs, *_: drafter(*inputs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from free_kernels.reference.coupling import ACROSS, LEAST_LEFT, LEAST_SHARED, Compared
+from free_kernels.reference.coupling import ACROSS, LEAST_LEFT, LEAST_SHARED, SMALLEST_MEAN_GAP_SQ, Compared
 
 
 def share_along(mean_sq: Tensor, room: Tensor) -> Tensor:
@@ -22,10 +22,11 @@ def dense(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor, bug: str = "")
     infeasible = (ratio - ACROSS).amin((-2, -1)) < LEAST_LEFT
     left = (ratio - ACROSS).clamp(min=LEAST_LEFT)
     mean_sq = gap.square().sum(-2, keepdim=True)
-    u = gap / mean_sq.sqrt()
+    directed = mean_sq > SMALLEST_MEAN_GAP_SQ
+    u = torch.where(directed, gap / mean_sq.sqrt(), 0.0)
     w = u / left.sqrt()
-    kappa = w.square().sum(-2, keepdim=True)
-    h = share_along(mean_sq, ACROSS + 1 / kappa)
+    kappa = torch.where(directed, w.square().sum(-2, keepdim=True), 1.0)
+    h = torch.where(directed, share_along(mean_sq, ACROSS + 1 / kappa), ACROSS)
 
     def power(across: float, along: Tensor) -> Tensor:
         return across**0.5 * eye + (along.sqrt() - across**0.5) * u * u.mT
@@ -42,14 +43,16 @@ def dense(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor, bug: str = "")
     elif bug == "draft's split for the target":
         kept_q = left.sqrt() * (eye - (1 - (2 * (1 - h)).sqrt()) * u * u.mT)
     z1 = own @ z + kept_p @ z_slack
-    lead = gap + kept_q @ z2 - kept_p @ z2
+    shift = kept_q @ z2 - kept_p @ z2
+    lead = gap + shift
     delta = torch.linalg.solve(own, lead)
     gap_sq, along = delta.square().sum((-2, -1)), (z1 * delta).sum((-2, -1))
     if not bug:
         left_over = kept_q @ kept_q.mT - (torch.diag_embed(ratio.squeeze(-1)) - own @ own)
         compared = ~infeasible & (left_over.isfinite().all((-2, -1)))
         assert float((left_over / ratio)[compared].abs().sum()) < 1e-6
-    return Compared(lead.squeeze(-1).to(kind), gap_sq.to(kind), along.to(kind), infeasible)
+    start = kept_q @ z2 + own @ z1
+    return Compared(start.squeeze(-1).to(kind), lead.squeeze(-1).to(kind), gap_sq.to(kind), along.to(kind), infeasible)
 
 
 BUGS = ("slack of the draft", "slack dropped", "z2 without direction", "draft's split for the target")

@@ -115,6 +115,7 @@ def on_meta(speculation: Speculation) -> Speculation:
 
     move(speculation, list(vars(speculation)))
     move(speculation.figures, ["deviation", "bias"])
+    move(speculation.refused, ["known", "_state", "_feature"])
     move(speculation.pool, ["samples", "labels", "indices", "queue"])
     move(speculation.chain, ["labels", "timesteps", "table"])
     move(speculation.chain.target, ["means", "stds", "tilt", "alphas"])

@@ -138,8 +138,8 @@ def test_lasting_faults_are_named(mode, guidance, steady_clock, fault_log):
 def test_passing_faults_are_named_or_without_consequence(mode, guidance, learned, steady_clock, fault_log):
     """One row of one call is spoilt. Where that row was discarded, all images are those of a sound run, bit for bit.
 
-    A block is decided with all of its rows: without the spoilt one it is another block, of the same law, and the image
-    may be another draw.
+    Two kinds of rows steer the image though they were discarded: a block is decided with all of its rows, and the row
+    behind a refusal improves the next draft. Without the spoilt one the image may be another draw, of the same law.
     """
     target = Faulty(learns_variance=learned)
     want = sample(target, LABELS, **settings(target, mode, guidance))
@@ -163,15 +163,14 @@ def test_passing_faults_are_named_or_without_consequence(mode, guidance, learned
         same = (got.samples == want.samples).flatten(1).all(1)
         assert got.samples.isfinite().all()
         assert same[torch.arange(N) != image].all()
-        assert same[image] or mode == "block", (step, image, only)
         ended["unchanged" if same[image] else "redrawn"] += 1
     fault = f"NaN or infinity in one row of one call, {mode}"
     fault_log(fault, "named with step and image", ended["named"])
     fault_log(fault, "row was discarded: images unchanged, bit for bit", ended["unchanged"])
     if ended["redrawn"]:
-        fault_log(fault, "row was left out of its block: another draw of the same law", ended["redrawn"])
+        fault_log(fault, "row was left out: another draw of the same law", ended["redrawn"])
     assert ended["named"] > 0
-    assert ended["unchanged"] > 0
+    assert ended["unchanged"] > (0 if mode == "block" else ended["redrawn"])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

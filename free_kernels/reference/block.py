@@ -123,9 +123,9 @@ def couple_block(
     at_delta = delta[rows, draft_row]
     # Row 0 is never tested: its uniform is free for the draw.
     drawn = draw_residual(bounded[rows, draft_row], at_delta, uniform[:, 0].double())
-    moved = 1 + (drawn - along[rows, draft_row] / at_delta) / at_delta
-    drafts_of = draft_states.flatten(2)[rows, draft_row + 1]
-    residual = torch.addcmul(drafts_of, moved.float()[:, None], drafted.lead[rows, draft_row])
+    moved = (drawn - along[rows, draft_row] / at_delta) / at_delta
+    start, lead = drafted.start[rows, draft_row], drafted.lead[rows, draft_row]
+    residual = torch.addcmul(start, moved.float()[:, None], lead)
     fresh = torch.addcmul(mean_q[rows, tau], std_q[rows, tau], noise.flatten(2)[rows, tau])
     next_states = torch.where(direct[rows, tau, None], fresh, residual).view(slots, *draft_states.shape[2:])
     return Coupling(next_states, (tau + 1) * (lengths > 0), drafted.gap_sq)

@@ -109,13 +109,14 @@ class Compared(NamedTuple):
     """Drafts against the target's laws of the same steps, which given the shared slack are unit Gaussians delta apart.
 
     Attributes:
-        lead: ``[S, L - 1, D]``, the target's centre less the draft's, both given the shared slack, in units of states:
-            along it drafts are moved.
+        start: ``[S, L - 1, D]``, what the target draws with the draft's noise, given the shared slack.
+        lead: ``[S, L - 1, D]``, by how much that is ahead of the draft: the two centres' difference.
         gap_sq: ``[S, L - 1]``, delta^2, the squared length of the whitened lead.
         along: ``[S, L - 1]``, the draft's own noise times the whitened lead.
         infeasible: bool ``[S, L - 1]``, rows without shared slack: their draft is refused, their step drawn directly.
     """
 
+    start: Tensor
     lead: Tensor
     gap_sq: Tensor
     along: Tensor
@@ -127,19 +128,22 @@ def compare(
 ) -> Compared:
     """Compare drafts with the target's transitions ``mean_q, std_q [S, L, D]``; without slack variances are equal."""
     drafts = draft_mean.shape[1]
-    mean_p, std_p = draft_mean.flatten(2), draft_std.flatten(2)
-    lead = mean_q[:, :drafts] - mean_p
-    whitened, z = lead / std_p, noise.flatten(2)[:, :drafts]
+    mean_q, mean_p, std_p = mean_q[:, :drafts], draft_mean.flatten(2), draft_std.flatten(2)
+    lead, z = mean_q - mean_p, noise.flatten(2)[:, :drafts]
+    gap = lead / std_p
     if slack_noise is None:
-        gap_sq = whitened.square().sum(-1)
-        return Compared(lead, gap_sq, (z * whitened).sum(-1), ~(gap_sq < MAX_GAP_SQ))
+        gap_sq = gap.square().sum(-1)
+        start = torch.addcmul(mean_q, std_p, z)
+        return Compared(start, lead, gap_sq, (z * gap).sum(-1), ~(gap_sq < MAX_GAP_SQ))
     ratio = (std_q[:, :drafts] / std_p).square_()
-    lead, gap_sq, along, infeasible = compare_variances(whitened, ratio, z, slack_noise.flatten(2)[:, :drafts])
-    return Compared(std_p * lead, gap_sq, along, infeasible)
+    start, lead, *rest = compare_variances(gap, ratio, z, slack_noise.flatten(2)[:, :drafts])
+    return Compared(torch.addcmul(mean_q, std_p, start), std_p * lead, *rest)
 
 
 def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) -> Compared:
     """Compare ``N(0, I)``, from which z came, with ``N(gap, diag(ratio))``; all arguments ``[..., D]``.
+
+    ``start`` is relative to the target's mean.
 
     Reflection wants equal covariances. So z is split, by independent noise z' and any matrix Lambda below both:
 
@@ -187,12 +191,14 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
     z2 = z2 + u * (z2_u - across * (z_u - z_slack_u))
     w_z2 = (u / root * z2).sum(-1, keepdim=True)
     moved = (1 - kept_q) * w_z2 / kappa + (kept_p - across) * z2_u
-    lead = gap + (ratio - 1) / (root + across) * z2 - moved * u
+    # Kept apart from the gap, which may be too large to add anything to.
+    shift = (ratio - 1) / (root + across) * z2 - moved * u
+    lead = gap + shift
 
     lead_u = (u * lead).sum(-1, keepdim=True)
     gap_sq = lead.square().sum(-1, keepdim=True) / ACROSS + (1 / own - 1 / ACROSS) * lead_u.square()
     along = ((z + z_slack) * lead).sum(-1, keepdim=True) + ((shared_p / own).sqrt() - 1) * z_slack_u * lead_u
-    return Compared(lead, gap_sq.squeeze(-1), along.squeeze(-1), infeasible)
+    return Compared(z + shift, lead, gap_sq.squeeze(-1), along.squeeze(-1), infeasible)
 
 
 def couple(
@@ -229,7 +235,7 @@ def couple(
         return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), direct.new_zeros(slots, 0))
 
     drafts, last = length - 1, lengths - 1
-    lead, gap_sq, along, infeasible = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
+    start, lead, gap_sq, along, infeasible = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
     if relaxation is None:
         score = along - gap_sq / 2
     else:
@@ -244,9 +250,8 @@ def couple(
     # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
     rows = torch.arange(slots, device=direct.device)
     draft_row = first.clamp(max=drafts - 1)
-    # start + root (z1 - coefficient gap), where the draft is start + root (z1 - gap).
-    moved = 1 - 2 * along[rows, draft_row] / gap_sq[rows, draft_row]
-    reflected = torch.addcmul(draft_states.flatten(2)[rows, draft_row + 1], moved[:, None], lead[rows, draft_row])
+    coefficient = 2 * along[rows, draft_row] / gap_sq[rows, draft_row]
+    reflected = torch.addcmul(start[rows, draft_row], coefficient[:, None], lead[rows, draft_row], value=-1)
     is_direct = (first >= last) | infeasible[rows, draft_row]
     next_states = torch.where(is_direct[:, None], direct[rows, first], reflected)
     committed = (first + 1) * (lengths > 0)

@@ -301,8 +301,7 @@ def coupling_commit_kernel(
     chosen = o_l == first
     reflects = (tl.sum((chosen & drafted & feasible).to(tl.int32), 0) > 0) & (count > 0)
     gap_sq = _at(b_gap_sq, chosen)
-    # Of the lead from the draft's law to the target's; the draft lies at start + root (z1 - gap).
-    moved = 1.0 - 2.0 * tl.div_rn(_at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
+    coefficient = 2.0 * tl.div_rn(_at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
 
     if i_block == 0:
         tl.store(p_committed + i_slot, tl.where(count > 0, first + 1, 0).to(tl.int64))
@@ -346,7 +345,8 @@ def coupling_commit_kernel(
             b_z_slack = noise_block(p_slack_noise, row_start, key, o, mask, i_first, PURPOSE_SLACK, BLOCK, PHILOX)
             b_gap, _, _, b_error, b_shared = compare_elements(b_lead, b_std_p, b_std_q, b_z, b_z_slack, mask)
             of_gap, of_error = _at(b_weight_gap, chosen), _at(b_weight_error, chosen)
-            b_lead = b_std_p * (of_gap * b_gap + b_error * (b_shared + of_error * b_gap))
-        b_draft = tl.load(p_states + row_start + numel + o, mask=mask, other=0.0)
-        b_next = b_draft + moved * b_lead
+            # Kept apart from the gap, which may be too large to add anything to.
+            b_shift = b_error * (b_shared + of_error * b_gap) - of_gap * b_gap
+            b_z, b_lead = b_z + b_shift, b_std_p * (b_gap + b_shift)
+        b_next = b_mean_q + b_std_p * b_z - coefficient * b_lead
     tl.store(p_next_states + wide_slot * numel + o, tl.where(count > 0, b_next, 0.0), mask=o < numel)

@@ -97,7 +97,7 @@ def compare_rows(
 
     With m the gap of the means, e the error of the shared root, v the noise ``sqrt(1/2) (z - z')``, in this order: sums
     of m m, m z, m z', m m / root^2, m m / root, m v / root, (e v)^2, (e m) (e v), (e m)^2, m (e v), m (e m),
-    (z + z') (e v), (z + z') (e m). The lead is ``a m + e (v + b m)`` with the weights a, b: as
+    (z + z') (e v), (z + z') (e m). The lead is ``m + e (v + b m) - a m`` with the weights a, b: as
     ``free_kernels.reference.coupling.compare_variances`` has it, which says why, multiplied out for one pass.
     """
     directed = mean_sq > SMALLEST_MEAN_GAP_SQ
@@ -117,13 +117,14 @@ def compare_rows(
     turned = z2_u - ROOT_ACROSS * (z_u - slack_u)
     w_z2 = inverse * shared + turned * inverse * inverse * over_root
     moved = tl.div_rn((1.0 - kept_q) * w_z2, kappa) + (kept_p - ROOT_ACROSS) * z2_u
-    a, b = 1.0 - moved * inverse, turned * inverse
+    a, b = moved * inverse, turned * inverse
 
-    lead_u = inverse * (a * mean_sq + e_m_shared + b * e_m_sq)
-    lead_sq = a * a * mean_sq + e_shared_sq + b * b * e_sq
-    lead_sq += 2.0 * (a * e_m_shared + b * (a * e_m_sq + e_sq_shared))
+    kept = 1.0 - a
+    lead_u = inverse * (kept * mean_sq + e_m_shared + b * e_m_sq)
+    lead_sq = kept * kept * mean_sq + e_shared_sq + b * b * e_sq
+    lead_sq += 2.0 * (kept * e_m_shared + b * (kept * e_m_sq + e_sq_shared))
     gap_sq = lead_sq / ACROSS + (tl.div_rn(1.0, own) - 1.0 / ACROSS) * lead_u * lead_u
-    along = a * (z + slack) + e_shared_z + b * e_z + (tl.sqrt_rn(tl.div_rn(shared_p, own)) - 1.0) * slack_u * lead_u
+    along = kept * (z + slack) + e_shared_z + b * e_z + (tl.sqrt_rn(tl.div_rn(shared_p, own)) - 1.0) * slack_u * lead_u
     # Rounding may leave a little less than nothing; a NaN stays.
     return tl.where(gap_sq < 0.0, 0.0, gap_sq), along, a, b
 
