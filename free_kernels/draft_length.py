@@ -29,6 +29,8 @@ _LOOK_EVERY = 32
 _LONGEST_RUN_S = 0.25
 # Ordinary steps between two trials of drafts that promise nothing, at first and at most.
 _SHORTEST_HOLD, _LONGEST_HOLD = 2, 256
+# What a round commits over what it promised, from which on trials are too rare.
+_SURPRISE = 1.25
 # A round counts with its own time where it is the first of its length, which is slow, up to so many typical ones.
 _SLOWEST = 2.0
 
@@ -56,14 +58,16 @@ class AcceptanceModel:
         self._calibrated = np.full((length + 1, ahead), np.inf)
         for a in range(min(ahead, length)):
             self._calibrated[: length - a, a] = 1 / calibration[a:, a] - 1
-        # Accepted, tested and, as calibrated, expected to be accepted, by part of the chain; of all runs.
-        self._counts = np.zeros((3, _BINS))
+        # Accepted, tested and, as calibrated, expected to be accepted, by part of the chain; of all runs, and how many
+        # were tested since a run last began.
+        self._counts, self._new_tests = np.zeros((3, _BINS)), 0
         self.begin()
 
     def begin(self) -> None:
         """Start a run: the calibration takes in the counts of those before."""
-        # Old runs fade: a drafter may be trained on, and labels differ.
-        self._counts *= self._DECAY_OF_RUNS
+        # Old runs fade as new ones bring tests: a drafter may be trained on, and labels differ.
+        self._counts *= self._DECAY_OF_RUNS ** min(1.0, self._new_tests / self._PRIOR_OF_RUNS)
+        self._new_tests = 0
         accepted, tested, expected = self._counts
         # What the runs saw anywhere stands for the parts of the chain where they saw little.
         whole = self._counts.sum(1)
@@ -102,6 +106,7 @@ class AcceptanceModel:
         tested = ahead < np.minimum(committed, lengths - 1)[:, None]
         accepted = tested & (ahead < (committed - 1)[:, None])
         expected, calibrated = (np.where(tested, 1 / (1 + odds[steps]), 0.0) for odds in (self._odds, self._calibrated))
+        self._new_tests += int(tested.sum())
         self._recent = self._decay * self._recent + np.array([accepted.sum(), tested.sum(), expected.sum()])
         for row, part in zip(self._counts, (accepted, tested, calibrated), strict=True):
             np.add.at(row, self._parts(steps), part)
@@ -162,7 +167,7 @@ class DraftLengthPolicy:
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
         self._longest = [length for length in LONGEST if length <= longest]
-        self._loss = self._elapsed = 0.0
+        self._loss = self._elapsed = self._promised = 0.0
         self._next_look = 0
 
     def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -194,7 +199,9 @@ class DraftLengthPolicy:
                 return lengths
             known.next_trial = known.round + known.hold
             known.hold = min(2 * known.hold, _LONGEST_HOLD)
-        lengths[drafting] += (gains[:, : longest - 1] >= max(threshold, 1e-12)).sum(1)
+        taken = gains[:, : longest - 1] >= max(threshold, 1e-12)
+        self._promised = count + float(gains[:, : longest - 1][taken].sum())
+        lengths[drafting] += taken.sum(1)
         return lengths
 
     @property
@@ -241,8 +248,8 @@ class DraftLengthPolicy:
             taken = min(max(seconds, taken), _SLOWEST * taken)
         self._loss += taken - float(committed.sum()) / count * self.cost.ordinary(count)
         drafted = lengths > 1
-        if (committed == lengths)[drafted].all():
-            # Better than promised, if nothing was: the next trial comes sooner.
+        if float(committed.sum()) > _SURPRISE * self._promised:
+            # The next trial comes sooner.
             known = self.knowledge
             known.hold = max(_SHORTEST_HOLD, known.hold // 4)
             known.next_trial = min(known.next_trial, known.round + known.hold)

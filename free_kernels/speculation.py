@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class Speculation:
             and type(chain.noise) is PhiloxNoise
             and use_triton("couple", "coupling", device, settings.backend)
         )
-        self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
+        self._drafter = drafter
         self.drafter_is_free = getattr(drafter, "is_free", False)
         self.first_drafted = first_drafted_step(drafter)
         self.pool = ImagePool(chain, slots, settings.pool_rows)
@@ -114,7 +115,7 @@ class Speculation:
         relaxation = settings.relaxation
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, slots, device)
         drafts = settings.length - 1
-        self.memory = new_memory(self.drafter, slots, chain.branches, drafts) if drafts else None
+        self.memory = new_memory(drafter, slots, chain.branches, drafts) if drafts else None
         # A memory holds one call a step.
         self.refused = RefusedDrafts(self.state, chain.branches) if drafts and self.memory is None else None
         self.dense = settings.dense or settings.cuda_graphs or self.memory is not None
@@ -123,6 +124,11 @@ class Speculation:
         self.network = PackedCall(self.chain)
         self.graphs = self._captured_rounds() if settings.cuda_graphs else None
         self.figures = RunFigures(images, num_steps, device)
+
+    @functools.cached_property
+    def drafter(self) -> Drafter:
+        """The drafter with its (t, y)-only work done, once it drafts."""
+        return hoisted(self._drafter, self.chain.timesteps, self.chain.used_labels)  # type: ignore[return-value]
 
     @property
     def stats(self) -> SampleStats:
@@ -150,9 +156,9 @@ class Speculation:
         with tqdm(total=count * num_steps, desc="sample", unit="step", disable=not progress) as bar:
             while done < count:
                 began = time.perf_counter()
-                if self.first_drafted == 0 and 0 in steps:
-                    self._set_first_parents()
                 lengths = self._lengths(images, steps)
+                if self.first_drafted == 0 and 0 in steps and max(lengths) > 1:
+                    self._set_first_parents()
                 ordinary = self._ordinary_steps_ahead(lengths, images, steps, singly=callback is not None)
                 if ordinary:
                     report = self._ordinary_steps(images, steps, ordinary)
