@@ -43,7 +43,7 @@ def options_of(latent: tuple[int, ...], guided: bool) -> dict[str, Any]:
 
 def make(
     slots: int, length: int, latent: tuple[int, ...], guided: bool, dtype: torch.dtype, device: str
-) -> tuple[Arguments, Arguments, Arguments, Tensor]:
+) -> tuple[Arguments, Arguments, Arguments]:
     """Drafts, random numbers and the rest of a round with learned variance.
 
     Drafts are near the target's, so that rounds end at various rows.
@@ -87,12 +87,13 @@ def needed_bytes(slots: int, length: int, latent: tuple[int, ...], guided: bool,
 def needed_flops(slots: int, length: int, latent: tuple[int, ...], guided: bool) -> int:
     """Each addition, product, quotient, root, exponential and comparison counted as one; noise is not counted.
 
-    Of an element of a drafted row, with learned variance: mean 3, deviation 3, the two noises 6, ratio of the variances
-    and its excess 3, shift 4, whitened gaps 4, the five reductions 10. Of an element of a slot's last row, drawn
-    directly: mean 3, deviation 3, draw 2. Guidance adds 3 in its channels.
+    Of an element of a drafted row, with learned variance: mean 3, deviation 3, whitened gap 2, ratio of the variances
+    2, root of what is shared and its error 6, shared noise 2, products of these 4, thirteen sums of products 26, error
+    and extreme of the ratios 4. Of an element of a slot's last row, drawn directly: mean 3, deviation 3, draw 2.
+    Guidance adds 3 in its channels.
     """
     guidance = 3 * guided_share(latent, guided)
-    return round(math.prod(latent) * slots * ((length - 1) * (33 + guidance) + 8 + guidance))
+    return round(math.prod(latent) * slots * ((length - 1) * (52 + guidance) + 8 + guidance))
 
 
 def describe(slots: int, length: int, latent: tuple[int, ...]) -> dict[str, Any]:

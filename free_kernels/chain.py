@@ -69,7 +69,7 @@ class Chain:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether a step that can be drafted, neither the first nor the last, adds no noise."""
+        """Whether a step between the first and the last adds no noise, so that no draft of it is ever accepted."""
         return bool(self.table[1:-1, TransitionColumn.LOG_STD].isneginf().any())
 
     def hoisted(self) -> Chain:

@@ -253,4 +253,5 @@ class DraftLengthPolicy:
             known = self.knowledge
             known.hold = max(_SHORTEST_HOLD, known.hold // 4)
             known.next_trial = min(known.next_trial, known.round + known.hold)
+            self._next_look = min(self._next_look, known.next_trial)
         self.acceptance.update(steps[drafted], lengths[drafted], committed[drafted])

@@ -16,9 +16,10 @@ from free_kernels.validation import fail
 class RefusedDrafts:
     """The refused draft of each slot's last round, and the exact feature that the target has there.
 
-    The round that refused a draft had already asked the target about it. It lies a reflection away from the state that
-    took its place, at the same step, where the parent lies a step away: so the next round's first draft is this feature
-    plus the drafter's own difference between the two states, and what the drafter gets wrong at both cancels.
+    The round that refused a draft had already asked the target about it. It mostly lies a reflection away from the
+    state that took its place, at the same step, where the parent lies a step away: so the next round's first draft is
+    this feature plus the drafter's own difference between the two states, and what the drafter gets wrong at both
+    cancels.
 
     It serves where it is nearer than the parent's state; a drafter that is far off could otherwise lead itself further
     and further astray.
@@ -73,6 +74,11 @@ class RefusedDrafts:
         self._feature.copy_(torch.where(refused.view(-1, 1, 1), exact, self._feature))
         self.known.copy_(torch.where(lengths > 0, refused & nearer, self.known))
 
+    def forget(self) -> None:
+        """Steps were taken without drafts: what was kept is of an earlier one."""
+        self.slots = []
+        self.known.zero_()
+
     def first_drafts(
         self, drafter: Drafter, inputs: tuple[Tensor, ...], lengths: list[int] | None, active: Tensor | None
     ) -> Tensor:
@@ -96,7 +102,7 @@ class RefusedDrafts:
         there = self._state[slots].repeat(self._branches, 1, 1, 1)
         further = (feature[rows], previous[rows], there, t[rows], y[rows])
         drafted = drafter(*(torch.cat(pair) for pair in zip(inputs, further, strict=True)))
-        if len(drafted) != len(feature) + len(rows):
+        if drafted.shape != (len(feature) + len(rows), *feature.shape[1:]):
             return drafted
         # A row behind a refusal may hold anything; it must not spoil a draft.
         correction = (self._feature[:, slots].flatten(0, 1) - drafted[len(feature) :]).nan_to_num(0.0, 0.0, 0.0)

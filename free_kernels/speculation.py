@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ class Speculation:
             and type(chain.noise) is PhiloxNoise
             and use_triton("couple", "coupling", device, settings.backend)
         )
-        self._drafter = drafter
+        self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
         self.drafter_is_free = getattr(drafter, "is_free", False)
         self.first_drafted = first_drafted_step(drafter)
         self.pool = ImagePool(chain, slots, settings.pool_rows)
@@ -115,7 +114,7 @@ class Speculation:
         relaxation = settings.relaxation
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, slots, device)
         drafts = settings.length - 1
-        self.memory = new_memory(drafter, slots, chain.branches, drafts) if drafts else None
+        self.memory = new_memory(self.drafter, slots, chain.branches, drafts) if drafts else None
         # A memory holds one call a step.
         self.refused = RefusedDrafts(self.state, chain.branches) if drafts and self.memory is None else None
         self.dense = settings.dense or settings.cuda_graphs or self.memory is not None
@@ -124,11 +123,6 @@ class Speculation:
         self.network = PackedCall(self.chain)
         self.graphs = self._captured_rounds() if settings.cuda_graphs else None
         self.figures = RunFigures(images, num_steps, device)
-
-    @functools.cached_property
-    def drafter(self) -> Drafter:
-        """The drafter with its (t, y)-only work done, once it drafts."""
-        return hoisted(self._drafter, self.chain.timesteps, self.chain.used_labels)  # type: ignore[return-value]
 
     @property
     def stats(self) -> SampleStats:
@@ -262,7 +256,7 @@ class Speculation:
         parent = self._keep_parents_like(features)
         parent.copy_(features.view_as(parent))
         if self.refused is not None:
-            self.refused.slots = []
+            self.refused.forget()
         self.steps += count
         self.rounds += count
         return [count] * slots + images + [step + count for step in steps]

@@ -82,7 +82,8 @@ class Target(Protocol):
 class Drafter(Protocol):
     """Predicts the target's next top-block feature.
 
-    Its output may depend on its arguments only, which it must not modify. A drafter that remembers states of earlier
+    A row of its output may depend on that row of its arguments only, which it must not modify: how many rows a call has
+    changes from round to round, up to two of each slot and guidance branch. A drafter that remembers states of earlier
     calls has seen the noise of discarded drafts, which is used again: the images would no longer have the target's law.
 
     A drafter may also define ``check_target(target)`` (raise if made for another one), ``hoisted`` as for targets,

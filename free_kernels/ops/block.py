@@ -62,8 +62,8 @@ def couple_block(
         draft_mean: float32 ``[S, L - 1, C, H, W]``.
         draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
         noise: float32 ``[S, L, C, H, W]``, z.
-        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None exactly where ``output`` has C
-            channels, or where L = 1.
+        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None where ``output`` has C channels;
+            may be None where L = 1.
         uniform: float32 ``[S, L]`` in (0, 1]; entry 0 draws the residual, entry i > 0 tests draft i.
         output: target output of the packed rows, ``[B R, C or 2C, H, W]``, conditional rows first.
         row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.

@@ -125,8 +125,8 @@ def couple(
 
     Where variances are learned they differ, and reflection wants equal ones. Then z is split by z', another noise, into
     z1, which is compared and reflected, and z2, which the target shares: half and half, except that along the gap of
-    the means z1 gets as much as the target's variance allows, so that this gap, most of what there is to accept or
-    refuse, is not stretched (``free_kernels.reference.coupling.compare_variances`` derives it).
+    the means z1 gets nearly all, less where the variance along it differs much, so that this gap, most of what there is
+    to accept or refuse, is not stretched (``free_kernels.reference.coupling.compare_variances`` derives it).
 
     Source: reflection maximal coupling (arXiv 2501.05370); DESIGN 3.3 for the shared slack, whose split by direction is
     our own.
@@ -136,8 +136,8 @@ def couple(
         draft_mean: float32 ``[S, L - 1, C, H, W]``.
         draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
         noise: float32 ``[S, L, C, H, W]``, z.
-        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None exactly where ``output`` has C
-            channels, or where L = 1.
+        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None where ``output`` has C channels;
+            may be None where L = 1.
         uniform: float32 ``[S, L]`` in (0, 1].
         output: target output of the packed rows, ``[B R, C or 2C, H, W]``, conditional rows first.
         row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.

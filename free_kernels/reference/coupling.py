@@ -143,7 +143,7 @@ def compare(
 def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) -> Compared:
     """Compare ``N(0, I)``, from which z came, with ``N(gap, diag(ratio))``; all arguments ``[..., D]``.
 
-    ``start`` is relative to the target's mean.
+    ``start`` and ``lead`` are in units of the draft's deviation, ``start`` relative to the target's mean.
 
     Reflection wants equal covariances. So z is split, by independent noise z' and any matrix Lambda below both:
 
@@ -159,7 +159,8 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
 
         ``Lambda = (I - u u^T) / 2 + h u u^T``,
 
-    h near 1. In closed form, with ``c = diag(ratio) - 1/2``, ``w = c^(-1/2) u``, ``kappa = |w|^2``:
+    h near 1 unless the variance along u differs more than the means. In closed form, with ``c = diag(ratio) - 1/2``,
+    ``w = c^(-1/2) u``, ``kappa = |w|^2``:
 
         ``B = c^(1/2) (I - (1 - q) w w^T / kappa)``,  ``q^2 = 1 - (h - 1/2) kappa``.
 

@@ -19,7 +19,8 @@ def acceptance_by_lookahead(
     Entry ``[a - 1, k]`` is the mean over images of ``2 Phi(-delta / 2)`` at step k when the parent feature is that of
     step k - a (for k = a - 1 what the drafter takes for one before the first step); NaN where no such draft exists.
     States are the target's own (a chain whose earlier drafts were all accepted has that law). With a learned variance,
-    delta^2 is its mean over the shared slack, to first order in the error of the variance.
+    delta^2 is its mean over the shared slack, to leading order in the error of the variance. Corrections that
+    ``sample`` makes after a refusal are not in it.
     A drafter with a memory has seen the steps up to k - a, each from the exact feature before it.
     """
     num_steps = schedule.num_steps

@@ -3,7 +3,8 @@
 A round that begins at step k has ``n = min(L, K - k)`` rows (one at step 0, if that is not drafted). It commits
 more than j of them with probability ``a(k, 0) a(k + 1, 1) ... a(k + j - 1, j - 1)``, where ``a(s, i)`` is the
 acceptance of the draft of step s that lies i + 1 steps past the last exact feature, if those before it were accepted;
-the row behind the last draft is always committed. Rounds are taken to be independent given the step they begin at.
+the row behind the last draft is always committed. Rounds are taken to be independent given the step they begin at, so
+the better first draft after a refusal is left out.
 """
 
 from __future__ import annotations
