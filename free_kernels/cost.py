@@ -11,6 +11,8 @@ import numpy as np
 _KEPT = 7
 # Rounds after which a timing no longer counts: the machine may have become free since.
 _EXPIRY = 120
+# Timings between two fits, which only say something of kinds that were not timed themselves.
+_REFIT_EVERY = 8
 # Weight of the first guess of each coefficient against a kind of round that was timed.
 _GUESS_WEIGHT = 0.01
 
@@ -40,6 +42,9 @@ class RoundCost:
     _begun: set[int] = field(default_factory=set)
     _round: int = 0
     _coefficients: np.ndarray | None = None
+    _unfitted: int = 0  # timings since the last fit
+    # Typical time of a kind, and until which round it stands if no timing is added.
+    _typicals: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
 
     @property
     def ordinary_timings(self) -> int:
@@ -66,13 +71,16 @@ class RoundCost:
     def observe(self, longest: int, rows: int, seconds: float, rounds: int = 1) -> None:
         """Take in the time of a round, or the mean of several."""
         self._round += rounds
-        self._coefficients = None
+        self._unfitted += 1
         if longest not in self._begun:
             self._begun.add(longest)
             return
         if longest > 1:
             rows = max(1, round(rows / self.grain)) * self.grain
+        if (longest, rows) not in self._timings or self._unfitted >= _REFIT_EVERY:
+            self._coefficients = None
         self._timings.setdefault((longest, rows), deque(maxlen=_KEPT)).append((self._round, seconds))
+        self._typicals.pop((longest, rows), None)
 
     def ordinary(self, rows: int) -> float:
         """Seconds of an ordinary step of ``rows`` images; needs one to have been timed."""
@@ -81,14 +89,15 @@ class RoundCost:
         fresh = self._timings[kind][-1][0] > self._round - _EXPIRY
         return self._typical(kind, expire=fresh)
 
-    def round(self, longest: int, rows: np.ndarray) -> np.ndarray:
-        """Seconds of rounds whose longest draft is ``longest >= 2``, for each of the row counts."""
-        base, row, draft = self._fit()
-        seconds = base + row * rows + draft * (longest - 1)
+    def round(self, longest: int | np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``, which is broadcast to them."""
         rounded = np.maximum(1, np.round(rows / self.grain)) * self.grain
-        for kind, count in self._lately():
-            if kind == longest:
-                seconds = np.where(rounded == count, self._typical((kind, count)), seconds)
+        if rounded.size == 1 and (int(np.max(longest)), int(rounded.item())) in self._lately():
+            return np.full(rounded.shape, self._typical((int(np.max(longest)), int(rounded.item()))))
+        base, row, draft = self._fit()
+        seconds = base + row * rows + draft * (np.asarray(longest) - 1)
+        for kind in self._lately():
+            seconds[(rounded == kind[1]) & (longest == kind[0])] = self._typical(kind)
         return seconds
 
     def _lately(self) -> list[tuple[int, int]]:
@@ -96,11 +105,18 @@ class RoundCost:
         return [kind for kind, times in self._timings.items() if kind[0] > 1 and times[-1][0] > self._round - _EXPIRY]
 
     def _typical(self, kind: tuple[int, int], expire: bool = True) -> float:
-        oldest = self._round - _EXPIRY if expire else -1
-        return _lower_quartile([seconds for when, seconds in self._timings[kind] if when > oldest])
+        value, until = self._typicals.get(kind, (0.0, -1)) if expire else (0.0, -1)
+        if until < self._round:
+            oldest = self._round - _EXPIRY if expire else -1
+            kept = [(when, seconds) for when, seconds in self._timings[kind] if when > oldest]
+            value = _lower_quartile([seconds for _, seconds in kept])
+            if expire:
+                self._typicals[kind] = value, kept[0][0] + _EXPIRY - 1
+        return value
 
     def _fit(self) -> np.ndarray:
         if self._coefficients is None:
+            self._unfitted = 0
             count = max(rows for longest, rows in self._timings if longest == 1)
             step = self.ordinary(count)
             # Before anything is known: rows beyond the first cost half of it, a draft a fifth.

@@ -186,7 +186,7 @@ class DraftLengthPolicy:
         step_s = self.cost.ordinary(count)
         gains = self.acceptance.survival(steps[drafting])
         gains[np.arange(gains.shape[1]) >= (self.num_steps - 1 - steps[drafting])[:, None]] = 0.0
-        plans = [self._plan(longest, gains, count, step_s) for longest in self._begun_lengths()]
+        plans = self._plans(gains, count, step_s)
         speed, longest, threshold = max(plans)
         allowed = _LOSS_AT_START * self.num_steps * step_s + _LOSS_ON_THE_WAY * self._elapsed
         if speed >= _WANTED_SPEED and self._loss <= allowed:
@@ -217,13 +217,17 @@ class DraftLengthPolicy:
         begun = sum(self.cost.has_begun(length) for length in self._longest)
         return self._longest[: begun + 1]
 
-    def _plan(self, longest: int, gains: np.ndarray, count: int, step_s: float) -> tuple[float, int, float]:
-        """Best speed over ordinary steps with drafts up to ``longest``, and the least gain of a row that it takes."""
-        ordered = -np.sort(-gains[:, : longest - 1], axis=None)
-        rows = count + np.arange(1, len(ordered) + 1)
-        speeds = (count + np.cumsum(ordered)) / count * step_s / self.cost.round(longest, rows)
-        best = int(speeds.argmax())
-        return float(speeds[best]), longest, float(ordered[best])
+    def _plans(self, gains: np.ndarray, count: int, step_s: float) -> list[tuple[float, int, float]]:
+        """For each longest draft the best speed over ordinary steps, that length, and the least gain of a row taken."""
+        order = np.argsort(-gains, axis=None, kind="stable")
+        ordered, ahead = gains.ravel()[order], order % gains.shape[1]
+        longest = np.array(self._begun_lengths())[:, None]
+        taken = ahead < longest - 1
+        committed = count + np.cumsum(np.where(taken, ordered, 0.0), axis=1)
+        seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1))
+        speeds = np.where(taken, committed / count * step_s / seconds, 0.0)
+        best = speeds.argmax(1)
+        return [(float(speeds[i, at]), int(longest[i, 0]), float(ordered[at])) for i, at in enumerate(best)]
 
     def observe_ordinary(self, count: int, rounds: int, seconds: float) -> None:
         """Learn from ordinary steps of ``count`` images, ``rounds`` of them in ``seconds``, chosen at once."""
