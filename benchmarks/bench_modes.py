@@ -31,7 +31,7 @@ CASES = ((1, 250, 3, 20, LENGTHS), (64, 250, 1, 3, LENGTHS[:3]), (1, 100, 3, 20,
 
 
 class UselessDrafter:
-    """The bundled drafter's work, thrown away: its features are random, and nearly every draft is refused.
+    """The bundled drafter's work, thrown away: its features are random.
 
     Args:
         drafter: whose calls are made.

@@ -185,7 +185,7 @@ def modes_table(entries: list[dict[str, Any]]) -> list[str]:
         "",
         "The ordinary sampler's time over each sampler's, median and quartiles over turns in which all run once "
         f"({turns}; threads: {entries[0]['threads']}); the ordinary one's own rows show the noise. Digits pair, no "
-        "guidance. The useless drafter costs what the good one does, and hardly a draft of it is accepted.",
+        "guidance. The useless drafter costs what the good one does, and its features are random.",
         "",
         *table(["sampler", *(text for title in titles for text in (title, "steps per call"))], rows),
     ]

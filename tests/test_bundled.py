@@ -50,10 +50,11 @@ def test_call_reduction(digits):
     target, drafter = digits
     rounds = {}
     for verification, draft_length, guidance, floor in (
-        ("token", 6, 1.0, 5.35),
-        ("token", 6, 2.0, 5.2),
-        ("token", 12, 1.0, 8.9),
-        ("block", 12, 1.0, 9.6),
+        ("token", 6, 1.0, 5.45),
+        ("token", 6, 2.0, 5.35),
+        ("token", 12, 1.0, 9.5),
+        ("block", 6, 1.0, 5.55),
+        ("block", 12, 1.0, 9.9),
     ):
         stats = sample(
             target,
