@@ -92,12 +92,13 @@ class RoundCost:
     def round(self, longest: int | np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``, which is broadcast to them."""
         rounded = np.maximum(1, np.round(rows / self.grain)) * self.grain
-        if rounded.size == 1 and (int(np.max(longest)), int(rounded.item())) in self._lately():
-            return np.full(rounded.shape, self._typical((int(np.max(longest)), int(rounded.item()))))
-        base, row, draft = self._fit()
-        seconds = base + row * rows + draft * (np.asarray(longest) - 1)
+        seconds = np.full(np.broadcast_shapes(np.shape(longest), rounded.shape), np.nan)
         for kind in self._lately():
             seconds[(rounded == kind[1]) & (longest == kind[0])] = self._typical(kind)
+        untimed = np.isnan(seconds)
+        if untimed.any():
+            base, row, draft = self._fit()
+            seconds = np.where(untimed, base + row * rows + draft * (longest - 1), seconds)
         return seconds
 
     def _lately(self) -> list[tuple[int, int]]:
