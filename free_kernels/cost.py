@@ -11,10 +11,13 @@ import numpy as np
 _KEPT = 7
 # Rounds after which a timing no longer counts: the machine may have become free since.
 _EXPIRY = 120
-# Timings between two fits, which only say something of kinds that were not timed themselves.
+# Timings between two fits.
 _REFIT_EVERY = 8
 # Weight of the first guess of each coefficient against a kind of round that was timed.
 _GUESS_WEIGHT = 0.01
+
+# Latest timings of a kind of round: when, counted in rounds, and seconds.
+Timings = deque[tuple[int, float]]
 
 
 def _lower_quartile(values: list[float]) -> float:
@@ -34,22 +37,27 @@ class RoundCost:
     pack, are kept apart. The first round of each length is not counted: it makes what later ones reuse.
 
     Attributes:
-        grain: row counts of drafting rounds are rounded to multiples of this, so that kinds are few.
+        slots: S. With many, row counts of drafting rounds are rounded to multiples of ``grain``: kinds are few.
+        longest: largest draft length.
     """
 
-    grain: int = 1
-    _timings: dict[tuple[int, int], deque[tuple[int, float]]] = field(default_factory=dict)
+    slots: int = 1
+    longest: int = 16
+    _ordinary: dict[int, Timings] = field(default_factory=dict)  # by images
+    _timings: dict[tuple[int, int], Timings] = field(default_factory=dict)  # by longest draft and rows / grain
     _begun: set[int] = field(default_factory=set)
     _round: int = 0
-    _coefficients: np.ndarray | None = None
     _unfitted: int = 0  # timings since the last fit
-    # Typical time of a kind, and until which round it stands if no timing is added.
-    _typicals: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
+    # Predictions by longest draft and rows / grain, once they were needed.
+    _predicted: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.grain = max(1, self.slots // 8)
 
     @property
     def ordinary_timings(self) -> int:
         """How many ordinary steps are timed, of those that are kept."""
-        return sum(len(times) for (longest, _), times in self._timings.items() if longest == 1)
+        return sum(map(len, self._ordinary.values()))
 
     @property
     def ordinary_age(self) -> int:
@@ -62,7 +70,7 @@ class RoundCost:
         return self._latest_ordinary()[1]
 
     def _latest_ordinary(self) -> tuple[int, float]:
-        return max((times[-1] for (longest, _), times in self._timings.items() if longest == 1), default=(0, 0.0))
+        return max((times[-1] for times in self._ordinary.values()), default=(0, 0.0))
 
     def has_begun(self, longest: int) -> bool:
         """Whether a round of this length was observed before."""
@@ -74,59 +82,57 @@ class RoundCost:
         self._unfitted += 1
         if longest not in self._begun:
             self._begun.add(longest)
-            return
-        if longest > 1:
-            rows = max(1, round(rows / self.grain)) * self.grain
-        if (longest, rows) not in self._timings or self._unfitted >= _REFIT_EVERY:
-            self._coefficients = None
-        self._timings.setdefault((longest, rows), deque(maxlen=_KEPT)).append((self._round, seconds))
-        self._typicals.pop((longest, rows), None)
+        elif longest == 1:
+            self._ordinary.setdefault(rows, deque(maxlen=_KEPT)).append((self._round, seconds))
+        else:
+            kind = longest, self._grains(rows)
+            times = self._timings.setdefault(kind, deque(maxlen=_KEPT))
+            times.append((self._round, seconds))
+            if len(times) == 1 or self._unfitted >= _REFIT_EVERY:
+                self._predicted = None
+            elif self._predicted is not None:
+                self._predicted[kind] = self._typical(times)
+
+    def _grains(self, rows: int | np.ndarray) -> int | np.ndarray:
+        return (rows + self.grain // 2) // self.grain
 
     def ordinary(self, rows: int) -> float:
         """Seconds of an ordinary step of ``rows`` images; needs one to have been timed."""
-        known = [count for longest, count in self._timings if longest == 1]
-        kind = 1, min(known, key=lambda count: abs(count - rows))
-        fresh = self._timings[kind][-1][0] > self._round - _EXPIRY
-        return self._typical(kind, expire=fresh)
+        return self._typical(self._ordinary[min(self._ordinary, key=lambda count: abs(count - rows))])
 
-    def round(self, longest: int | np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``, which is broadcast to them."""
-        rounded = np.maximum(1, np.round(rows / self.grain)) * self.grain
-        seconds = np.full(np.broadcast_shapes(np.shape(longest), rounded.shape), np.nan)
-        for kind in self._lately():
-            seconds[(rounded == kind[1]) & (longest == kind[0])] = self._typical(kind)
-        untimed = np.isnan(seconds)
-        if untimed.any():
-            base, row, draft = self._fit()
-            seconds = np.where(untimed, base + row * rows + draft * (longest - 1), seconds)
-        return seconds
+    def round(self, longest: int | np.ndarray, rows: int | np.ndarray) -> float | np.ndarray:
+        """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``; the two are broadcast."""
+        if self._predicted is None:
+            self._predicted = self._predict()
+        return self._predicted[longest, self._grains(rows)]
 
-    def _lately(self) -> list[tuple[int, int]]:
-        """Kinds of drafting rounds with a timing that still counts."""
-        return [kind for kind, times in self._timings.items() if kind[0] > 1 and times[-1][0] > self._round - _EXPIRY]
+    def _predict(self) -> np.ndarray:
+        """Predict all rounds anew."""
+        self._unfitted = 0
+        oldest = self._round - _EXPIRY
+        lately = {kind: self._typical(times) for kind, times in self._timings.items() if times[-1][0] > oldest}
+        base, row, draft = self._fit(lately)
+        rows = self.grain * np.arange(self._grains(self.slots * self.longest) + 1)
+        predicted = base + row * rows + draft * np.arange(-1, self.longest)[:, None]
+        # Drafts do not make a round cheaper than an ordinary step.
+        predicted = np.maximum(predicted, self.ordinary(max(self._ordinary)))
+        for kind, seconds in lately.items():
+            predicted[kind] = seconds
+        return predicted
 
-    def _typical(self, kind: tuple[int, int], expire: bool = True) -> float:
-        value, until = self._typicals.get(kind, (0.0, -1)) if expire else (0.0, -1)
-        if until < self._round:
-            oldest = self._round - _EXPIRY if expire else -1
-            kept = [(when, seconds) for when, seconds in self._timings[kind] if when > oldest]
-            value = _lower_quartile([seconds for _, seconds in kept])
-            if expire:
-                self._typicals[kind] = value, kept[0][0] + _EXPIRY - 1
-        return value
+    def _typical(self, times: Timings) -> float:
+        """Of the timings that have not expired, or of all where none is left."""
+        kept = [seconds for when, seconds in times if when > self._round - _EXPIRY]
+        return _lower_quartile(kept or [seconds for _, seconds in times])
 
-    def _fit(self) -> np.ndarray:
-        if self._coefficients is None:
-            self._unfitted = 0
-            count = max(rows for longest, rows in self._timings if longest == 1)
-            step = self.ordinary(count)
-            # Before anything is known: rows beyond the first cost half of it, a draft a fifth.
-            guess = np.array([0.5 * step, 0.5 * step / count, 0.2 * step])
-            kinds = self._lately()
-            features = np.array([[1.0, rows, longest - 1] for longest, rows in kinds]).reshape(-1, 3)
-            typical = np.array([self._typical(kind) for kind in kinds])
-            # In units of the guess, so that one weight fits all three.
-            scaled = features * guess / np.maximum(typical, 1e-12)[:, None]
-            left = scaled.T @ scaled + _GUESS_WEIGHT * np.eye(3)
-            self._coefficients = np.maximum(np.linalg.solve(left, scaled.sum(0) + _GUESS_WEIGHT), 0.0) * guess
-        return self._coefficients
+    def _fit(self, lately: dict[tuple[int, int], float]) -> np.ndarray:
+        """The three coefficients, given typical seconds of some kinds of round."""
+        count = max(self._ordinary)
+        step = self.ordinary(count)
+        # Before anything is known: rows beyond the first cost half of it, a draft a fifth.
+        guess = np.array([0.5 * step, 0.5 * step / count, 0.2 * step])
+        features = np.array([[1.0, kind * self.grain, longest - 1] for longest, kind in lately]).reshape(-1, 3)
+        # In units of the guess, so that one weight fits all three.
+        scaled = features * guess / np.maximum(list(lately.values()), 1e-12).reshape(-1, 1)
+        left = scaled.T @ scaled + _GUESS_WEIGHT * np.eye(3)
+        return np.maximum(np.linalg.solve(left, scaled.sum(0) + _GUESS_WEIGHT), 0.0) * guess

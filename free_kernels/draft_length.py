@@ -5,6 +5,7 @@ A length depends on tested rows only (never on those behind a refusal) and on ti
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import dataclass
 
@@ -19,8 +20,9 @@ _FEWEST_TIMINGS = 3
 _OLDEST_TIMING = 40
 # Rounds are speculative where they promise this much more than ordinary steps.
 _WANTED_SPEED = 1.02
-# Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent.
-_LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.006
+# Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent, and of
+# what the runs before have saved.
+_LOSS_AT_START, _LOSS_ON_THE_WAY, _RISKED = 0.008, 0.006, 0.75
 _BINS = 25
 _UNKNOWN_ACCEPTANCE = 0.85
 # Ordinary steps between two looks at whether drafts promise to pay, which costs a little arithmetic.
@@ -47,69 +49,116 @@ class AcceptanceModel:
         decay: weight of the past after each round.
     """
 
-    _PRIOR_TESTS, _PRIOR_OF_RUNS, _DECAY_OF_RUNS = 4.0, 10.0, 0.9
+    # Refusals that the calibration counts for; tests after which a run's counts count in full; their weight a run later.
+    _PRIOR_REFUSALS, _FULL_TESTS, _DECAY_OF_RUNS = 0.5, 10.0, 0.9
+    # Share of runs that are unlike those before.
+    _UNLIKE = 0.1
+    # Rounds that are counted at once: nobody asks for the counts before the next run.
+    _COUNTED_AT_ONCE = 64
 
     def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
         calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
         self._decay = decay
         length, ahead = calibration.shape
-        self._bin = np.arange(length) * _BINS // length
-        # Odds of refusal as calibrated; entry [k, a]: the draft of step k + a in a round that begins at step k.
-        self._calibrated = np.full((length + 1, ahead), np.inf)
-        for a in range(min(ahead, length)):
-            self._calibrated[: length - a, a] = 1 / calibration[a:, a] - 1
+        # Acceptance as calibrated; entry [k, a]: the draft of step k + a in a round that begins at step k. The chain's
+        # last step is never drafted.
+        self._calibrated = np.zeros((length + 1, ahead))
+        for a in range(min(ahead, length - 1)):
+            self._calibrated[: length - 1 - a, a] = calibration[a:-1, a]
+        # Part of the chain that each of those drafts belongs to.
+        steps = np.arange(length + 1)[:, None] + np.arange(ahead)
+        self._parts = np.minimum(steps, length - 1) * _BINS // length
         # Accepted, tested and, as calibrated, expected to be accepted, by part of the chain; of all runs, and how many
         # were tested since a run last began.
         self._counts, self._new_tests = np.zeros((3, _BINS)), 0
+        # Steps, rows tested and rows accepted of the rounds that are not counted yet.
+        self._uncounted: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.begin()
 
     def begin(self) -> None:
         """Start a run: the calibration takes in the counts of those before."""
+        self._count()
         # Old runs fade as new ones bring tests: a drafter may be trained on, and labels differ.
-        self._counts *= self._DECAY_OF_RUNS ** min(1.0, self._new_tests / self._PRIOR_OF_RUNS)
+        self._counts *= self._DECAY_OF_RUNS ** min(1.0, self._new_tests / self._FULL_TESTS)
         self._new_tests = 0
         accepted, tested, expected = self._counts
         # What the runs saw anywhere stands for the parts of the chain where they saw little.
-        whole = self._counts.sum(1)
-        general = self._odds_factor(*whole[:2], self._share(whole[2], whole[1]), self._PRIOR_OF_RUNS)
-        mean = 1 / (1 + general * (1 / self._share(expected, tested) - 1))
-        local = self._odds_factor(accepted, tested, mean, self._PRIOR_OF_RUNS)
-        self._odds = self._calibrated * (general * local)[self._parts(np.arange(len(self._calibrated)))]
-        self._recent = np.zeros(3)
+        whole = self._counts.sum(1).tolist()
+        general = self._odds_factor(*whole)
+        known = np.divide(expected, tested, out=np.full_like(tested, _UNKNOWN_ACCEPTANCE), where=tested > 0)
+        corrected = known / (known + general * (1 - known))
+        local = [self._odds_factor(a, n, n * mean) for a, n, mean in zip(accepted, tested, corrected, strict=True)]
+        with np.errstate(divide="ignore"):
+            self._odds = (1 / self._calibrated - 1) * (general * np.array(local))[self._parts]
+        # Drafts of a round that are expected to be accepted if so many are tested.
+        self._expected = np.zeros((len(self._odds), self._odds.shape[1] + 1))
+        np.cumsum(1 / (1 + self._odds), axis=1, out=self._expected[:, 1:])
+        self._recent = 0.0, 0.0, 0.0
 
-    def _parts(self, steps: np.ndarray) -> np.ndarray:
-        """``[S, A]``: part of the chain of each draft of a round that begins at each step."""
-        return self._bin[np.minimum(steps[:, None] + np.arange(self._calibrated.shape[1]), len(self._bin) - 1)]
+    def _count(self) -> None:
+        """Bring the counts up to date."""
+        if not self._uncounted:
+            return
+        steps, tested, accepted = map(np.concatenate, zip(*self._uncounted, strict=True))
+        self._uncounted.clear()
+        ahead = np.arange(self._calibrated.shape[1])
+        for row, until, weight in zip(
+            self._counts, (accepted, tested, tested), (1.0, 1.0, self._calibrated[steps]), strict=True
+        ):
+            part = np.where(ahead < until[:, None], weight, 0.0)
+            row += np.bincount(self._parts[steps].ravel(), part.ravel(), _BINS)
+
+    @classmethod
+    def _odds_factor(cls, accepted: float, tested: float, expected: float) -> float:
+        """Odds of refusal of earlier runs, over those where ``expected`` are accepted; 1 where nothing was tested.
+
+        What was expected counts for the tests in which it refuses a fixed number: so one refusal never says much, and
+        many acceptances are needed to say that drafts are better than almost always accepted.
+        """
+        mean = cls._share(expected, tested)
+        prior = cls._PRIOR_REFUSALS / (1 - mean)
+        return cls._odds_over(mean, (accepted + prior * mean) / (tested + prior))
 
     @staticmethod
-    def _share(accepted: np.ndarray, tested: np.ndarray) -> np.ndarray:
+    def _share(accepted: float, tested: float) -> float:
         """Accepted drafts of those tested; ours to guess where none was."""
-        share = np.divide(accepted, tested, out=np.full_like(accepted, _UNKNOWN_ACCEPTANCE), where=tested > 0)
-        return np.clip(share, 1e-3, 1 - 1e-3)
+        return min(max(accepted / tested if tested else _UNKNOWN_ACCEPTANCE, 1e-3), 1 - 1e-3)
 
     @staticmethod
-    def _odds_factor(accepted: np.ndarray, tested: np.ndarray, mean: np.ndarray, prior: float) -> np.ndarray:
-        """Odds of refusal seen, over those where a share ``mean`` is accepted; that share where nothing was tested."""
-        mean = np.clip(mean, 1e-3, 1 - 1e-3)
-        seen = np.clip((accepted + prior * mean) / (tested + prior), 1e-3, 1 - 1e-3)
-        return (1 / seen - 1) / (1 / mean - 1)
+    def _odds_over(mean: float, seen: float) -> float:
+        """Odds of refusal where a share ``seen`` is accepted, over those where ``mean`` is."""
+        seen = min(max(seen, 1e-3), 1 - 1e-3)
+        return (1 - seen) / seen * mean / (1 - mean)
+
+    def _recent_factor(self) -> float:
+        """Odds of refusal of this run's latest rounds, over those expected.
+
+        Either all is as expected, or this run is unlike those before, and what was expected counts for one test: one
+        refusal among many acceptances is forgotten soon, and a few in a row leave no doubt.
+        """
+        accepted, tested, expected = self._recent
+        refused, mean = tested - accepted, self._share(expected, tested)
+        usual = accepted * math.log(mean) + refused * math.log(1 - mean)
+        other = sum(
+            math.lgamma(count + share) - math.lgamma(share) for count, share in ((accepted, mean), (refused, 1 - mean))
+        ) - math.lgamma(tested + 1)
+        trust = 1 / (1 + self._UNLIKE / (1 - self._UNLIKE) * math.exp(min(other - usual, 700.0)))
+        return self._odds_over(mean, trust * mean + (1 - trust) * (accepted + mean) / (tested + 1))
 
     def survival(self, steps: np.ndarray) -> np.ndarray:
         """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted."""
-        accepted, tested, expected = self._recent
-        factor = self._odds_factor(accepted, tested, self._share(expected, tested), self._PRIOR_TESTS)
-        return np.cumprod(1 / (1 + factor * self._odds[steps]), axis=1)
+        return np.cumprod(1 / (1 + self._recent_factor() * self._odds[steps]), axis=1)
 
     def update(self, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray) -> None:
         """Take in a round of slots that drafted: rows tested are those up to and including the first refused one."""
-        ahead = np.arange(self._odds.shape[1])
-        tested = ahead < np.minimum(committed, lengths - 1)[:, None]
-        accepted = tested & (ahead < (committed - 1)[:, None])
-        expected, calibrated = (np.where(tested, 1 / (1 + odds[steps]), 0.0) for odds in (self._odds, self._calibrated))
-        self._new_tests += int(tested.sum())
-        self._recent = self._decay * self._recent + np.array([accepted.sum(), tested.sum(), expected.sum()])
-        for row, part in zip(self._counts, (accepted, tested, calibrated), strict=True):
-            np.add.at(row, self._parts(steps), part)
+        tested, accepted = np.minimum(committed, lengths - 1), committed - 1
+        count = int(tested.sum())
+        self._new_tests += count
+        seen = float(accepted.sum()), float(count), float(self._expected[steps, tested].sum())
+        self._recent = tuple(self._decay * past + now for past, now in zip(self._recent, seen, strict=True))
+        self._uncounted.append((steps, tested, accepted))
+        if len(self._uncounted) == self._COUNTED_AT_ONCE:
+            self._count()
 
 
 @dataclass
@@ -120,6 +169,7 @@ class Knowledge:
     acceptance: AcceptanceModel
     drafter: object = None  # kept alive, so that no other drafter gets its identity
     round: int = 0  # rounds of all runs
+    saved: float = 0.0  # seconds against the ordinary chain; what runs long ago saved counts less
     hold: int = _SHORTEST_HOLD  # rounds between two trials of drafts that promise nothing
     next_trial: int = 0  # round of the next one
 
@@ -143,7 +193,7 @@ def knowledge_of(owner: object, drafter: object, settings: tuple[object, ...], n
         table = np.full((1, 1), _UNKNOWN_ACCEPTANCE) if table is None else np.asarray(table, np.float64)
         table = table[np.arange(num_steps) * len(table) // num_steps]
         ahead = np.minimum(np.arange(LONGEST[-1] - 1), table.shape[1] - 1)
-        kept[key] = Knowledge(RoundCost(max(1, slots // 8)), AcceptanceModel(table[:, ahead]), drafter)
+        kept[key] = Knowledge(RoundCost(slots, LONGEST[-1]), AcceptanceModel(table[:, ahead]), drafter)
     return kept[key]
 
 
@@ -167,8 +217,11 @@ class DraftLengthPolicy:
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
         self._longest = [length for length in LONGEST if length <= longest]
-        self._loss = self._elapsed = self._promised = 0.0
+        self._lengths = np.array(self._longest, np.int64)[:, None]
+        self._elapsed = self._promised = 0.0
         self._next_look = 0
+        # What runs just before have saved may be risked, so that no single refusal turns a run into ordinary steps.
+        knowledge.saved = _RISKED * max(0.0, knowledge.saved)
 
     def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
@@ -177,31 +230,34 @@ class DraftLengthPolicy:
         known.round += 1
         if known.round < self._next_look or not self._longest:
             return lengths
-        drafting = live & (steps >= self._first) & (steps < self.num_steps - 1)
-        if not drafting.any():
-            return lengths
         if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= _OLDEST_TIMING:
             return lengths
-        count = int(live.sum())
+        drafting = np.flatnonzero(live & (steps >= self._first) & (steps < self.num_steps - 1))
+        if not len(drafting):
+            return lengths
+        count = int(lengths.sum())
         step_s = self.cost.ordinary(count)
         gains = self.acceptance.survival(steps[drafting])
-        gains[np.arange(gains.shape[1]) >= (self.num_steps - 1 - steps[drafting])[:, None]] = 0.0
-        plans = self._plans(gains, count, step_s)
-        speed, longest, threshold = max(plans)
-        allowed = _LOSS_AT_START * self.num_steps * step_s + _LOSS_ON_THE_WAY * self._elapsed
-        if speed >= _WANTED_SPEED and self._loss <= allowed:
+        ahead = gains.shape[1]
+        gains = gains.ravel()
+        order = (-gains).argsort(kind="stable")
+        plans = self._plans(gains[order], order % ahead, count, step_s)
+        speed, longest, last = max(plans)
+        allowed = known.saved + _LOSS_AT_START * self.num_steps * step_s + _LOSS_ON_THE_WAY * self._elapsed
+        if speed >= _WANTED_SPEED and allowed >= 0:
             known.hold = _SHORTEST_HOLD
         else:
             self._next_look = known.round + min(_LOOK_EVERY, known.hold)
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
-            speed, longest, threshold = plans[0]
-            if known.round < known.next_trial or self._loss + step_s * (1 / max(speed, 1e-3) - 1) > allowed:
+            speed, longest, last = plans[0]
+            if known.round < known.next_trial or step_s * (1 / max(speed, 1e-3) - 1) > allowed:
                 return lengths
             known.next_trial = known.round + known.hold
             known.hold = min(2 * known.hold, _LONGEST_HOLD)
-        taken = gains[:, : longest - 1] >= max(threshold, 1e-12)
-        self._promised = count + float(gains[:, : longest - 1][taken].sum())
-        lengths[drafting] += taken.sum(1)
+        taken = order[: last + 1]
+        taken = taken[taken % ahead < longest - 1]
+        self._promised = count + float(gains[taken].sum())
+        lengths[drafting] += np.bincount(taken // ahead, minlength=len(drafting))
         return lengths
 
     @property
@@ -212,22 +268,23 @@ class DraftLengthPolicy:
             return 1
         return max(1, min(left, int(_LONGEST_RUN_S / self.cost.latest_ordinary)))
 
-    def _begun_lengths(self) -> list[int]:
-        """Lengths that were tried and the next one: what is learned on short drafts pays for the first long ones."""
-        begun = sum(self.cost.has_begun(length) for length in self._longest)
-        return self._longest[: begun + 1]
+    def _begun_lengths(self) -> np.ndarray:
+        """Lengths ``[P, 1]`` that were tried and the next one: what short drafts teach pays for the first long ones."""
+        begun = sum(map(self.cost.has_begun, self._longest))
+        return self._lengths[: begun + 1]
 
-    def _plans(self, gains: np.ndarray, count: int, step_s: float) -> list[tuple[float, int, float]]:
-        """For each longest draft the best speed over ordinary steps, that length, and the least gain of a row taken."""
-        order = np.argsort(-gains, axis=None, kind="stable")
-        ordered, ahead = gains.ravel()[order], order % gains.shape[1]
-        longest = np.array(self._begun_lengths())[:, None]
-        taken = ahead < longest - 1
-        committed = count + np.cumsum(np.where(taken, ordered, 0.0), axis=1)
+    def _plans(self, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float) -> list[tuple[float, int, int]]:
+        """For each longest draft the best speed over ordinary steps, that length, and the last of the rows to take.
+
+        Of rows in descending order of their gains, the probabilities of being reached and accepted.
+        """
+        longest = self._begun_lengths()
+        taken = (ahead < longest - 1) & (gains > 0)
+        committed = count + np.cumsum(taken * gains, axis=1)
         seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1))
-        speeds = np.where(taken, committed / count * step_s / seconds, 0.0)
+        speeds = taken * committed / seconds * (step_s / count)
         best = speeds.argmax(1)
-        return [(float(speeds[i, at]), int(longest[i, 0]), float(ordered[at])) for i, at in enumerate(best)]
+        return list(zip(speeds[np.arange(len(best)), best].tolist(), longest[:, 0].tolist(), best.tolist(), strict=True))
 
     def observe_ordinary(self, count: int, rounds: int, seconds: float) -> None:
         """Learn from ordinary steps of ``count`` images, ``rounds`` of them in ``seconds``, chosen at once."""
@@ -239,20 +296,20 @@ class DraftLengthPolicy:
         self, live: np.ndarray, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seconds: float
     ) -> None:
         """Learn from a round: its time and what it committed."""
-        count, longest = int(live.sum()), int(lengths.max())
+        rows, longest, count = int(lengths.sum()), int(lengths.max()), int(live.sum())
         self._elapsed += seconds
-        rows = int(lengths.sum())
         first = not self.cost.has_begun(longest)
         self.cost.observe(longest, rows, seconds)
         if longest == 1:
             return
         # Typical times, not this round's: one hiccup would forbid speculation for long.
-        taken = float(self.cost.round(longest, np.array([rows]))[0])
+        taken = float(self.cost.round(longest, rows))
         if first:
             taken = min(max(seconds, taken), _SLOWEST * taken)
-        self._loss += taken - float(committed.sum()) / count * self.cost.ordinary(count)
+        total = int(committed.sum())
+        self.knowledge.saved += total / count * self.cost.ordinary(count) - taken
         drafted = lengths > 1
-        if float(committed.sum()) > _SURPRISE * self._promised:
+        if total > _SURPRISE * self._promised:
             # The next trial comes sooner.
             known = self.knowledge
             known.hold = max(_SHORTEST_HOLD, known.hold // 4)

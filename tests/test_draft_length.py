@@ -7,7 +7,7 @@ import pytest
 import torch
 from analytic import FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
-from free_kernels import DDPMSchedule, ancestral_sample, sample
+from free_kernels import DDPMSchedule, ancestral_sample, draft_length, sample
 from free_kernels.cost import RoundCost, _lower_quartile
 from free_kernels.draft_length import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
 from free_kernels.speculation import Speculation
@@ -58,14 +58,9 @@ class World:
 
     def auto(self, calls: int = 1) -> float:
         """Seconds of the last of so many calls that share their knowledge."""
-        knowledge = Knowledge(
-            RoundCost(max(1, self.slots // 8)), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.85))
-        )
         self.begun.clear()
-        for _ in range(calls):
-            policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
-            seconds = self.run(policy.choose, policy.observe)
-        return seconds
+        runs = Runs(self)
+        return [runs.run() for _ in range(calls)][-1]
 
 
 @pytest.mark.parametrize("slots", [1, 8])
@@ -113,6 +108,61 @@ def test_a_changing_world_is_noticed():
     world.acceptance[100:] = 0.0
     assert world.auto() < world.fixed(1)
     assert world.auto(3) < 0.95 * world.fixed(1)
+
+
+class Runs:
+    """Runs in one world that share their knowledge."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.knowledge = Knowledge(RoundCost(world.slots), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.85)))
+
+    def run(self) -> float:
+        policy = DraftLengthPolicy(STEPS, LONGEST[-1], self.knowledge)
+        return self.world.run(policy.choose, policy.observe)
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_a_refusal_at_the_start_does_not_end_a_run(slots):
+    """What earlier runs saved may be risked. An earlier version took nothing but ordinary steps after one refusal."""
+
+    def worst() -> float:
+        ratios = []
+        for seed in range(6):
+            world = World(slots, 0.98, 0.1, 0.1)
+            world.random, runs = np.random.default_rng(seed), Runs(world)
+            usual = [runs.run() for _ in range(4)][-1]
+            world.acceptance[:3] = 0.0
+            ratios.append(runs.run() / usual)
+        return float(np.median(ratios))
+
+    assert worst() < 1.3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_length, "_RISKED", 0.0)
+        assert worst() > 1.5
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_a_drafter_that_becomes_useless_loses_little(slots):
+    """Whatever it saved in runs before: acceptance is known after a few refusals."""
+    losses = []
+    for seed in range(6):
+        world = World(slots, 0.98, 0.1, 0.1)
+        world.random, runs = np.random.default_rng(seed), Runs(world)
+        assert min(runs.run() for _ in range(4)) < 0.5 * world.fixed(1)
+        world.acceptance[:] = 0.0
+        losses.append([runs.run() / world.fixed(1) for _ in range(3)])
+    assert np.max(losses) < 1.06
+    assert np.mean(losses) < 1.04
+
+
+def test_drafts_are_not_thought_cheaper_than_none():
+    """Rounds of one drafted row that were never timed, of slots that are all alike, and drafts that are all refused."""
+    world = World(8, 0.0, 0.1, 0.1)
+    runs = Runs(world)
+    for _ in range(3):
+        runs.run()
+    assert runs.knowledge.cost.round(2, 9) >= runs.knowledge.cost.ordinary(8)
 
 
 def test_survival_follows_what_is_seen():
@@ -189,7 +239,7 @@ def test_trials_of_a_useless_drafter_become_rare():
 
 
 def test_costs_are_fitted_and_hiccups_ignored():
-    cost = RoundCost()
+    cost = RoundCost(4)
     for longest, rows in ((1, 4), (2, 8), (4, 16), (6, 24)):
         for repeat in range(8):
             seconds = 1.0 if longest == 1 else 0.5 + 0.1 * rows + 0.2 * (longest - 1)
