@@ -218,12 +218,12 @@ class Speculation:
         ]
 
     def _ordinary_steps_ahead(self, lengths: list[int], images: list[int], steps: list[int], singly: bool) -> int:
-        """Rounds from here on that are ordinary steps of every slot, none of them the last; ``singly``: one at most."""
+        """Rounds from here on that are ordinary steps of every slot; ``singly``: one at most."""
         policy = self.settings.draft_length
         if policy is None or self.graphs is not None or max(lengths) > 1 or min(images) < 0:
             return 0
         fitting = max(1, NOISE_CHUNK_ELEMENTS // self.state.numel())
-        return min(policy.ordinary_ahead, len(self.chain.timesteps) - 1 - max(steps), 1 if singly else fitting)
+        return min(policy.ordinary_ahead, len(self.chain.timesteps) - max(steps), 1 if singly else fitting)
 
     def _checked_round(self, lengths: list[int], images: list[int], steps: list[int]) -> list[int]:
         """A round; returns committed steps, then images and steps of every slot after it."""
@@ -237,7 +237,7 @@ class Speculation:
         return report
 
     def _ordinary_steps(self, images: list[int], steps: list[int], count: int) -> list[int]:
-        """``count`` steps of every slot, none of them the last, without drafts and packing; returns as a round."""
+        """``count`` steps of every slot, up to its last, without drafts and packing; returns as a round."""
         chain, slots = self.chain, len(images)
         ahead = torch.arange(count, device=self.state.device).unsqueeze(1)
         at, keys = self.steps + ahead, self._keys().repeat(count, 1)
@@ -249,17 +249,19 @@ class Speculation:
             features, output = self.network(chain.doubled(self.state), now, y)
             mean, std = chain.transition(self.state, output, columns[i])
             chain.check_output(output, [step + i for step in steps], names)
-            # No graph holds on to these buffers here, so they change places instead of contents.
-            self.previous, self.state = self.state, torch.addcmul(mean, std, noise[i])
+            after = torch.addcmul(mean, std, noise[i])
             self.network.settle()
             self.figures.called(slots)
-        parent = self._keep_parents_like(features)
-        parent.copy_(features.view_as(parent))
+            if i < count - 1:
+                # No graph holds on to these buffers here, so they change places instead of contents.
+                self.previous, self.state = self.state, after
         if self.refused is not None:
             self.refused.forget()
-        self.steps += count
-        self.rounds += count
-        return [count] * slots + images + [step + count for step in steps]
+        self.steps += count - 1
+        self.rounds += count - 1
+        rows = torch.arange(slots + 1, device=self.state.device)
+        self._commit(torch.ones_like(self.steps), after, self.state.unsqueeze(1), features, rows)
+        return [count] * slots + torch.cat([self.images, self.steps]).tolist()
 
     def _round(self, lengths: list[int]) -> Round:
         """Draft, verify, couple and commit one round of ``lengths`` rows."""
@@ -340,20 +342,26 @@ class Speculation:
         finite = output.isfinite().all() & outcome.next_states.isfinite().all()
         if longest > 1:
             self._learn(outcome, steps, weights)
-        parent = self._keep_parents_like(features)
         self.network.settle()
         if self.refused is not None:
             kept = (drafts.states, features, row_offsets, outcome.committed, self.lengths, outcome.next_states)
             self.refused.keep(*kept)
+        self._commit(outcome.committed, outcome.next_states, drafts.states, features, row_offsets)
+        report = torch.cat([outcome.committed, self.images, self.steps, finite.to(torch.int64).view(1)])
+        return Round(drafts, output, outcome, report)
+
+    def _commit(self, committed: Tensor, after: Tensor, states: Tensor, features: Tensor, row_offsets: Tensor) -> None:
+        """Make steps final, as :func:`commit_drafts` does, and begin the images that move in."""
+        num_steps = len(self.chain.timesteps)
         commit_drafts(
-            outcome.committed,
-            outcome.next_states,
-            drafts.states,
+            committed,
+            after,
+            states,
             features,
             row_offsets,
             state=self.state,
             previous=self.previous,
-            parent=parent,
+            parent=self._keep_parents_like(features),
             steps=self.steps,
             images=self.images,
             labels=self.labels,
@@ -369,10 +377,9 @@ class Speculation:
             self.relaxation.reset(fresh)
         if self.memory is not None:
             # Call j saw the state of row j, which holds if that row was committed; a new image has no past at all.
-            kept = torch.minimum(outcome.committed, self.lengths - 1).clamp_(min=0).masked_fill_(fresh, -num_steps)
-            self.memory.rewind(longest - 1 - kept)
-        report = torch.cat([outcome.committed, self.images, self.steps, finite.to(torch.int64).view(1)])
-        return Round(drafts, output, outcome, report)
+            calls = states.shape[1] - 1
+            kept = torch.minimum(committed, self.lengths - 1).clamp_(0, calls).masked_fill_(fresh, -num_steps)
+            self.memory.rewind(calls - kept)
 
     def _learn(self, outcome: Coupling, steps: Tensor, weights: Tensor | None) -> None:
         """Whatever is learned from tested rows: those up to and including a slot's first refused one."""
