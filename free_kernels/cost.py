@@ -9,15 +9,16 @@ import numpy as np
 
 # Recent timings of a kind of round, of which the lower quartile counts: other work on the machine only adds time.
 _KEPT = 7
-# Rounds after which a timing no longer counts: the machine may have become free since.
+# Rounds after which a timing no longer speaks for its kind, and in the fit counts half, a quarter, ...: it may have been
+# an unlucky one.
 _EXPIRY = 120
 # Timings between two fits.
 _REFIT_EVERY = 8
 # Weight of the first guess of each coefficient against a kind of round that was timed.
 _GUESS_WEIGHT = 0.01
 
-# Latest timings of a kind of round: when, counted in rounds, and seconds.
-Timings = deque[tuple[int, float]]
+# Latest timings of a kind of round: when, counted in rounds; seconds; seconds of an ordinary step at that time.
+Timings = deque[tuple[int, float, float]]
 
 
 def _lower_quartile(values: list[float]) -> float:
@@ -34,7 +35,8 @@ class RoundCost:
 
     A kind of round that was timed lately is predicted by the lower quartile of its latest timings; any other by a fit
     to those (relative errors), drawn to a first guess where they say nothing. Ordinary steps, which neither draft nor
-    pack, are kept apart. The first round of each length is not counted: it makes what later ones reuse.
+    pack, are kept apart, and are the unit of whatever is not recent: the machine may become faster or slower. The first
+    round of each length is not counted: it makes what later ones reuse.
 
     Attributes:
         slots: S. With many, row counts of drafting rounds are rounded to multiples of ``grain``: kinds are few.
@@ -69,8 +71,8 @@ class RoundCost:
         """Seconds of the latest ordinary step; 0 before any."""
         return self._latest_ordinary()[1]
 
-    def _latest_ordinary(self) -> tuple[int, float]:
-        return max((times[-1] for times in self._ordinary.values()), default=(0, 0.0))
+    def _latest_ordinary(self) -> tuple[int, float, float]:
+        return max((times[-1] for times in self._ordinary.values()), default=(0, 0.0, 0.0))
 
     def has_begun(self, longest: int) -> bool:
         """Whether a round of this length was observed before."""
@@ -83,15 +85,19 @@ class RoundCost:
         if longest not in self._begun:
             self._begun.add(longest)
         elif longest == 1:
-            self._ordinary.setdefault(rows, deque(maxlen=_KEPT)).append((self._round, seconds))
-        else:
-            kind = longest, self._grains(rows)
+            self._ordinary.setdefault(rows, deque(maxlen=_KEPT)).append((self._round, seconds, seconds))
+        elif self._ordinary:
+            kind = longest, max(1, self._grains(rows))
             times = self._timings.setdefault(kind, deque(maxlen=_KEPT))
-            times.append((self._round, seconds))
-            if len(times) == 1 or self._unfitted >= _REFIT_EVERY:
+            times.append((self._round, seconds, self._step()))
+            if len(times) == 1:
                 self._predicted = None
             elif self._predicted is not None:
                 self._predicted[kind] = self._typical(times)
+
+    def _step(self) -> float:
+        """Seconds of an ordinary step of as many images as ever."""
+        return self.ordinary(max(self._ordinary))
 
     def _grains(self, rows: int | np.ndarray) -> int | np.ndarray:
         return (rows + self.grain // 2) // self.grain
@@ -102,37 +108,51 @@ class RoundCost:
 
     def round(self, longest: int | np.ndarray, rows: int | np.ndarray) -> float | np.ndarray:
         """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``; the two are broadcast."""
-        if self._predicted is None:
+        if self._predicted is None or self._unfitted >= _REFIT_EVERY:
             self._predicted = self._predict()
         return self._predicted[longest, self._grains(rows)]
 
     def _predict(self) -> np.ndarray:
         """Predict all rounds anew."""
         self._unfitted = 0
-        oldest = self._round - _EXPIRY
-        lately = {kind: self._typical(times) for kind, times in self._timings.items() if times[-1][0] > oldest}
-        base, row, draft = self._fit(lately)
+        step = self._step()
+        base, row, draft = step * self._fit(step)
         rows = self.grain * np.arange(self._grains(self.slots * self.longest) + 1)
         predicted = base + row * rows + draft * np.arange(-1, self.longest)[:, None]
         # Drafts do not make a round cheaper than an ordinary step.
-        predicted = np.maximum(predicted, self.ordinary(max(self._ordinary)))
-        for kind, seconds in lately.items():
-            predicted[kind] = seconds
+        predicted = np.maximum(predicted, step)
+        for kind, times in self._timings.items():
+            if self._is_recent(times):
+                predicted[kind] = self._typical(times)
         return predicted
 
-    def _typical(self, times: Timings) -> float:
-        """Of the timings that have not expired, or of all where none is left."""
-        kept = [seconds for when, seconds in times if when > self._round - _EXPIRY]
-        return _lower_quartile(kept or [seconds for _, seconds in times])
+    def _is_recent(self, times: Timings) -> bool:
+        return times[-1][0] > self._round - _EXPIRY
 
-    def _fit(self, lately: dict[tuple[int, int], float]) -> np.ndarray:
-        """The three coefficients, given typical seconds of some kinds of round."""
-        count = max(self._ordinary)
-        step = self.ordinary(count)
-        # Before anything is known: rows beyond the first cost half of it, a draft a fifth.
-        guess = np.array([0.5 * step, 0.5 * step / count, 0.2 * step])
-        features = np.array([[1.0, kind * self.grain, longest - 1] for longest, kind in lately]).reshape(-1, 3)
+    def _typical(self, times: Timings) -> float:
+        """Seconds, of the timings that have not expired, or of all where none is left."""
+        kept = [seconds for when, seconds, _ in times if when > self._round - _EXPIRY]
+        return _lower_quartile(kept or [seconds for _, seconds, _ in times])
+
+    def _in_steps(self, times: Timings, step: float) -> float:
+        """In ordinary steps: of now, which are known best, or of then, if that is long ago."""
+        if self._is_recent(times):
+            return self._typical(times) / step
+        return _lower_quartile([seconds / then for _, seconds, then in times])
+
+    def _fit(self, step: float) -> np.ndarray:
+        """The three coefficients in ordinary steps, which take ``step`` seconds."""
+        images = max(self._ordinary)
+        # Before anything is known: rows beyond the first cost half of a step, a draft a fifth.
+        guess = np.array([0.5, 0.5 / images, 0.2])
+        # A round without drafts would be an ordinary step, more or less: it tells rows from drafts.
+        kinds = [[1.0, rows * self.grain, longest - 1] for longest, rows in self._timings]
+        features = np.array([[1.0, images, 0], *kinds])
+        typical = [1.0, *(self._in_steps(times, step) for times in self._timings.values())]
+        # Halved for every expiry since.
+        weights = [1.0, *(0.5 ** ((self._round - times[-1][0]) // _EXPIRY) for times in self._timings.values())]
         # In units of the guess, so that one weight fits all three.
-        scaled = features * guess / np.maximum(list(lately.values()), 1e-12).reshape(-1, 1)
-        left = scaled.T @ scaled + _GUESS_WEIGHT * np.eye(3)
-        return np.maximum(np.linalg.solve(left, scaled.sum(0) + _GUESS_WEIGHT), 0.0) * guess
+        scaled = features * guess / np.maximum(typical, 1e-12)[:, None]
+        weighted = scaled.T * weights
+        left = weighted @ scaled + _GUESS_WEIGHT * np.eye(3)
+        return np.maximum(np.linalg.solve(left, weighted.sum(1) + _GUESS_WEIGHT), 0.0) * guess

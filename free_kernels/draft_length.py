@@ -247,7 +247,7 @@ class DraftLengthPolicy:
         if speed >= _WANTED_SPEED and allowed >= 0:
             known.hold = _SHORTEST_HOLD
         else:
-            self._next_look = known.round + min(_LOOK_EVERY, known.hold)
+            self._next_look = known.round + (min(_LOOK_EVERY, known.hold) if allowed >= 0 else _LOOK_EVERY)
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
             speed, longest, last = plans[0]
             if known.round < known.next_trial or step_s * (1 / max(speed, 1e-3) - 1) > allowed:

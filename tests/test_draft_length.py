@@ -273,7 +273,21 @@ def test_old_timings_expire():
     for _ in range(150):
         cost.observe(1, 1, 1.0)
     cost.observe(2, 2, 1.2)
+    assert cost.round(6, np.array([6]))[0] < 10.0
+    for _ in range(1200):
+        cost.observe(1, 1, 1.0)
     assert cost.round(6, np.array([6]))[0] < 5.0
+
+
+def test_costs_follow_the_machine():
+    """Rounds timed while everything took four times as long say what they cost in ordinary steps."""
+    cost = RoundCost()
+    for seconds, counts in ((4.0, 10), (1.0, 130)):
+        for _ in range(counts):
+            cost.observe(1, 1, seconds)
+            if seconds > 1.0:
+                cost.observe(6, 6, 3.0 * seconds)
+        assert cost.round(6, 6) == pytest.approx(3.0 * seconds, rel=0.05)
 
 
 @pytest.fixture
