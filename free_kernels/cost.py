@@ -9,8 +9,8 @@ import numpy as np
 
 # Recent timings of a kind of round, of which the lower quartile counts: other work on the machine only adds time.
 _KEPT = 7
-# Rounds after which a timing no longer speaks for its kind, and in the fit counts half, a quarter, ...: it may have been
-# an unlucky one.
+# Rounds after which a timing no longer speaks for its kind, and after every so many its weight in the fit is halved: it
+# may have been an unlucky one.
 _EXPIRY = 120
 # Timings between two fits.
 _REFIT_EVERY = 8

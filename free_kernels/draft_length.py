@@ -49,7 +49,7 @@ class AcceptanceModel:
         decay: weight of the past after each round.
     """
 
-    # Refusals that the calibration counts for; tests after which a run's counts count in full; their weight a run later.
+    # Refusals that the calibration counts for; tests after which earlier runs fade in full; their weight a run later.
     _PRIOR_REFUSALS, _FULL_TESTS, _DECAY_OF_RUNS = 0.5, 10.0, 0.9
     # Share of runs that are unlike those before.
     _UNLIKE = 0.1
@@ -284,7 +284,8 @@ class DraftLengthPolicy:
         seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1))
         speeds = taken * committed / seconds * (step_s / count)
         best = speeds.argmax(1)
-        return list(zip(speeds[np.arange(len(best)), best].tolist(), longest[:, 0].tolist(), best.tolist(), strict=True))
+        columns = speeds[np.arange(len(best)), best], longest[:, 0], best
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def observe_ordinary(self, count: int, rounds: int, seconds: float) -> None:
         """Learn from ordinary steps of ``count`` images, ``rounds`` of them in ``seconds``, chosen at once."""
