@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.trajectories import collect
 from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter, sample
 from free_kernels.checkpoint import CheckpointError
+from free_kernels.draft_length import DraftLengthPolicy
 from free_kernels.drafters.memory import FeatureMemory
 from free_kernels.types import Drafter, DraftMemory, new_memory
 
@@ -329,15 +331,19 @@ def test_acceptance_by_lookahead_remembers_exact_steps_and_its_own_drafts(target
     assert next(outputs, None) is None
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_windowed_drafter_in_the_sampler(guidance):
-    """Slots that are refilled start without a past, and refused calls leave none: images keep to themselves."""
+def windowed_pair() -> tuple[DiTTarget, FeatureDrafter]:
     torch.manual_seed(1)
     target = DiTTarget(DiT(DiTConfig(8, 2, 4, 24, 2, 2, 5)).eval().requires_grad_(False))
     drafter = FeatureDrafter(target.latent_shape, target.feature_shape, 5, DrafterConfig(width=32, window=3))
     for parameter in (*target.module.parameters(), *drafter.parameters()):
         torch.nn.init.normal_(parameter, std=0.05)
-    drafter.eval().requires_grad_(False)
+    return target, drafter.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_windowed_drafter_in_the_sampler(guidance):
+    """Slots that are refilled start without a past, and refused calls leave none: images keep to themselves."""
+    target, drafter = windowed_pair()
     labels, settings = torch.arange(5), {"schedule": DDPMSchedule(20), "drafter": drafter, "guidance_scale": guidance}
     whole = sample(target, labels, **settings)
     assert 0.0 < whole.stats.acceptance < 1.0
@@ -345,3 +351,29 @@ def test_a_windowed_drafter_in_the_sampler(guidance):
         few = sample(target, labels, max_slots=slots, **settings)
         torch.testing.assert_close(few.samples, whole.samples, rtol=1e-4, atol=1e-4)
         assert (few.stats.rounds_per_image == whole.stats.rounds_per_image).all()
+
+
+def test_an_image_that_enters_after_ordinary_steps_has_no_past(monkeypatch):
+    """Several ordinary steps at once, the last of an image among them, hand the slot on as a round does."""
+    target, drafter = windowed_pair()
+    num_steps, ordinary_from = 20, 12
+
+    def choose(self, live, steps):
+        self.steps = steps
+        return np.where(live, np.where((steps == 0) | (steps >= ordinary_from), 1, 3), 0)
+
+    monkeypatch.setattr(DraftLengthPolicy, "choose", choose)
+    monkeypatch.setattr(DraftLengthPolicy, "observe", lambda *figures: None)
+    ahead = property(lambda self: num_steps if self.steps.min() >= ordinary_from else 1)
+    monkeypatch.setattr(DraftLengthPolicy, "ordinary_ahead", ahead)
+    settings = {"schedule": DDPMSchedule(num_steps), "drafter": drafter, "draft_length": "auto"}
+    whole = sample(target, torch.arange(3), **settings)
+    assert 0.0 < whole.stats.acceptance < 1.0
+
+    def alone():
+        return sample(target, torch.arange(3), max_slots=1, **settings)
+
+    torch.testing.assert_close(alone().samples, whole.samples, rtol=1e-4, atol=1e-4)
+    rewind = FeatureMemory.rewind
+    monkeypatch.setattr(FeatureMemory, "rewind", lambda self, count: rewind(self, count.clamp(max=2)))
+    assert (alone().samples[1:] - whole.samples[1:]).abs().max() > 0.01
