@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# Recent timings of a kind of round, of which the lower quartile counts: other work on the machine only adds time.
-_KEPT = 7
+# Recent timings of a kind of round, and the quantile of them that counts: other work on the machine only adds time.
+_KEPT, _SHARE = 7, 0.25
 # Rounds after which a timing no longer speaks for its kind, and after every so many its weight in the fit is halved: it
-# may have been an unlucky one.
-_EXPIRY = 120
+# may have been an unlucky one. With enough kinds that were timed lately, others are left out.
+_EXPIRY, _ENOUGH_KINDS = 120, 3
 # Timings between two fits.
 _REFIT_EVERY = 8
 # Timings for which the fit counts, beside a kind's own.
@@ -23,9 +23,9 @@ _GUESS_WEIGHT = 0.01
 Timings = deque[tuple[int, float, float]]
 
 
-def _lower_quartile(values: list[float]) -> float:
-    """As ``np.quantile(values, 0.25)``, which takes longer than all else here: this stands in every round's way."""
-    ordered, place = sorted(values), (len(values) - 1) / 4
+def _quantile(values: list[float], share: float) -> float:
+    """As ``np.quantile``, which takes longer than all else here: this stands in every round's way."""
+    ordered, place = sorted(values), (len(values) - 1) * share
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
@@ -35,10 +35,10 @@ def _lower_quartile(values: list[float]) -> float:
 class RoundCost:
     """Seconds of a round of S slots: ``base + row * rows + draft * (longest - 1)``; an ordinary step: ``longest`` 1.
 
-    A kind of round that was timed lately is predicted by the lower quartile of its latest timings; any other by a fit
-    to those (relative errors), drawn to a first guess where they say nothing. Ordinary steps, which neither draft nor
-    pack, are kept apart, and are the unit of whatever is not recent: the machine may become faster or slower. The first
-    round of each length is not counted: it makes what later ones reuse.
+    A fit (relative errors) to the lower quartiles of the latest timings of each kind of round, drawn to a first guess
+    where they say nothing; a kind that was timed lately is predicted by its own quartile, the more timings the more.
+    Ordinary steps, which neither draft nor pack, are kept apart, and are the unit of whatever is not recent: the
+    machine may become faster or slower. The first round of each length is not counted: it makes what later ones reuse.
 
     Attributes:
         slots: S. With many, row counts of drafting rounds are rounded to multiples of ``grain``: kinds are few.
@@ -90,7 +90,7 @@ class RoundCost:
         elif longest == 1:
             self._ordinary.setdefault(rows, deque(maxlen=_KEPT)).append((self._round, seconds, seconds))
         elif self._ordinary:
-            kind = longest, max(1, self._grains(rows))
+            kind = longest, int(self._grains(rows))
             times = self._timings.setdefault(kind, deque(maxlen=_KEPT))
             times.append((self._round, seconds, self._step()))
             if len(times) == 1:
@@ -103,11 +103,11 @@ class RoundCost:
         return self.ordinary(max(self._ordinary))
 
     def _grains(self, rows: int | np.ndarray) -> int | np.ndarray:
-        return (rows + self.grain // 2) // self.grain
+        return np.maximum((rows + self.grain // 2) // self.grain, 1)
 
-    def ordinary(self, rows: int) -> float:
-        """Seconds of an ordinary step of ``rows`` images; needs one to have been timed."""
-        return self._typical(self._ordinary[min(self._ordinary, key=lambda count: abs(count - rows))])
+    def ordinary(self, rows: int, share: float = _SHARE) -> float:
+        """Seconds of an ordinary step of ``rows`` images, at a quantile; needs one to have been timed."""
+        return self._typical(self._ordinary[min(self._ordinary, key=lambda count: abs(count - rows))], share)
 
     def round(self, longest: int | np.ndarray, rows: int | np.ndarray) -> float | np.ndarray:
         """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``; the two are broadcast."""
@@ -122,8 +122,8 @@ class RoundCost:
         base, row, draft = step * self._fit(step)
         rows = self.grain * np.arange(self._grains(self.slots * self.longest) + 1)
         fitted = base + row * rows + draft * np.arange(-1, self.longest)[:, None]
-        # Drafts do not make a round cheaper than an ordinary step.
-        self._fitted = np.maximum(fitted, step)
+        # Drafts do not make a round cheaper than an ordinary step, nor than its rows' share of one where few are left.
+        self._fitted = np.maximum(fitted, step * np.minimum(rows / max(self._ordinary), 1.0))
         self._predicted = self._fitted.copy()
         for kind, times in self._timings.items():
             if self._is_recent(times):
@@ -139,28 +139,29 @@ class RoundCost:
     def _is_recent(self, times: Timings) -> bool:
         return times[-1][0] > self._round - _EXPIRY
 
-    def _typical(self, times: Timings) -> float:
+    def _typical(self, times: Timings, share: float = _SHARE) -> float:
         """Seconds, of the timings that have not expired, or of all where none is left."""
         kept = [seconds for when, seconds, _ in times if when > self._round - _EXPIRY]
-        return _lower_quartile(kept or [seconds for _, seconds, _ in times])
+        return _quantile(kept or [seconds for _, seconds, _ in times], share)
 
     def _in_steps(self, times: Timings, step: float) -> float:
         """In ordinary steps: of now, which are known best, or of then, if that is long ago."""
         if self._is_recent(times):
             return self._typical(times) / step
-        return _lower_quartile([seconds / then for _, seconds, then in times])
+        return _quantile([seconds / then for _, seconds, then in times], _SHARE)
 
     def _fit(self, step: float) -> np.ndarray:
         """The three coefficients in ordinary steps, which take ``step`` seconds."""
-        images = max(self._ordinary)
         # Before anything is known: rows beyond the first cost half of a step, a draft a fifth.
-        guess = np.array([0.5, 0.5 / images, 0.2])
+        guess = np.array([0.5, 0.5 / max(self._ordinary), 0.2])
         # A round without drafts would be an ordinary step, more or less: it tells rows from drafts.
-        kinds = [[1.0, rows * self.grain, longest - 1] for longest, rows in self._timings]
-        features = np.array([[1.0, images, 0], *kinds])
-        typical = [1.0, *(self._in_steps(times, step) for times in self._timings.values())]
-        # Halved for every expiry since.
-        weights = [1.0, *(0.5 ** ((self._round - times[-1][0]) // _EXPIRY) for times in self._timings.values())]
+        known = [([1.0, count, 0.0], self._typical(times) / step, 1.0) for count, times in self._ordinary.items()]
+        recent = sum(map(self._is_recent, self._timings.values()))
+        for (longest, grains), times in self._timings.items():
+            expired = (self._round - times[-1][0]) // _EXPIRY
+            if not expired or recent < _ENOUGH_KINDS:
+                known.append(([1.0, grains * self.grain, longest - 1.0], self._in_steps(times, step), 0.5**expired))
+        features, typical, weights = map(np.array, zip(*known, strict=True))
         # In units of the guess, so that one weight fits all three.
         scaled = features * guess / np.maximum(typical, 1e-12)[:, None]
         weighted = scaled.T * weights

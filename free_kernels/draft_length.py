@@ -1,6 +1,8 @@
 """Draft lengths that pay: what acceptance and costs promise, checked against what the ordinary chain would have taken.
 
-A length depends on tested rows only (never on those behind a refusal) and on times, so the images keep their law.
+A length depends on tested rows only (never on those behind a refusal) and on times, so the images keep their law. What
+runs leave for later ones hangs on the noise of their own seed: a run that repeats a seed has that law only if it starts
+without, in another process or with another target or drafter object.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ _FEWEST_TIMINGS = 3
 _OLDEST_TIMING = 40
 # Rounds are speculative where they promise this much more than ordinary steps.
 _WANTED_SPEED = 1.02
-# Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent, and of
-# what the runs before have saved.
-_LOSS_AT_START, _LOSS_ON_THE_WAY, _RISKED = 0.008, 0.006, 0.75
+# Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent.
+_LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.006
+# Share of what the runs before have saved that may be lost too, at most so many ordinary steps and that share of a run.
+_RISKED, _RISKED_STEPS, _RISKED_OF_RUN = 0.75, 5.0, 0.02
 _BINS = 25
 _UNKNOWN_ACCEPTANCE = 0.85
-# Ordinary steps between two looks at whether drafts promise to pay, which costs a little arithmetic.
+# Ordinary steps between two looks at whether drafts promise to pay, at most; a look costs a little arithmetic.
 _LOOK_EVERY = 32
 # Seconds of ordinary steps taken at once at most: what waits for them, a progress bar or an image, waits no longer.
 _LONGEST_RUN_S = 0.25
@@ -33,15 +36,15 @@ _LONGEST_RUN_S = 0.25
 _SHORTEST_HOLD, _LONGEST_HOLD = 2, 256
 # What a round commits over what it promised, from which on trials are too rare.
 _SURPRISE = 1.25
-# A round counts with its own time where it is the first of its length, which is slow, up to so many typical ones.
-_SLOWEST = 2.0
+# A round counts with its own time up to so many typical ones.
+_SLOWEST = 4.0
 
 
 class AcceptanceModel:
     """Acceptance probability of a draft by step and look-ahead: a calibration, corrected by what the run sees.
 
-    The odds of refusal are the calibration's times one factor, which makes the calibration agree with the running
-    share of accepted drafts; the counts by step that a run leaves correct the calibration of later runs.
+    The odds of refusal are the calibration's times factors: of the counts by part of the chain that earlier runs left,
+    and of what this run's latest rounds saw.
 
     Args:
         calibration: acceptance probabilities ``[K, A]``, of a draft of step k that lies a + 1 steps past the last exact
@@ -112,8 +115,8 @@ class AcceptanceModel:
     def _odds_factor(cls, accepted: float, tested: float, expected: float) -> float:
         """Odds of refusal of earlier runs, over those where ``expected`` are accepted; 1 where nothing was tested.
 
-        What was expected counts for the tests in which it refuses a fixed number: so one refusal never says much, and
-        many acceptances are needed to say that drafts are better than almost always accepted.
+        What was expected is a Beta prior with the weight of so many tests as make half a refusal: one refusal never
+        says much, and to say that almost none happens takes many acceptances.
         """
         mean = cls._share(expected, tested)
         prior = cls._PRIOR_REFUSALS / (1 - mean)
@@ -133,8 +136,8 @@ class AcceptanceModel:
     def _recent_factor(self) -> float:
         """Odds of refusal of this run's latest rounds, over those expected.
 
-        Either all is as expected, or this run is unlike those before, and what was expected counts for one test: one
-        refusal among many acceptances is forgotten soon, and a few in a row leave no doubt.
+        Either all is as expected, or this run is unlike those before, and what was expected is a Beta prior with the
+        weight of one test: a refusal among many acceptances is forgotten soon, and a few in a row leave no doubt.
         """
         accepted, tested, expected = self._recent
         refused, mean = tested - accepted, self._share(expected, tested)
@@ -163,13 +166,13 @@ class AcceptanceModel:
 
 @dataclass
 class Knowledge:
-    """What runs of the same target, drafter, schedule and number of slots leave for the next one."""
+    """What runs of the same target, drafter, number of steps and slots, and settings leave for the next one."""
 
     cost: RoundCost
     acceptance: AcceptanceModel
     drafter: object = None  # kept alive, so that no other drafter gets its identity
     round: int = 0  # rounds of all runs
-    saved: float = 0.0  # seconds against the ordinary chain; what runs long ago saved counts less
+    saved: float = 0.0  # ordinary steps, against the ordinary chain; of runs before what may be risked
     hold: int = _SHORTEST_HOLD  # rounds between two trials of drafts that promise nothing
     next_trial: int = 0  # round of the next one
 
@@ -221,7 +224,8 @@ class DraftLengthPolicy:
         self._elapsed = self._promised = 0.0
         self._next_look = 0
         # What runs just before have saved may be risked, so that no single refusal turns a run into ordinary steps.
-        knowledge.saved = _RISKED * max(0.0, knowledge.saved)
+        risked = min(_RISKED * knowledge.saved, _RISKED_STEPS + _RISKED_OF_RUN * num_steps)
+        knowledge.saved = max(0.0, risked)
 
     def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
@@ -243,14 +247,15 @@ class DraftLengthPolicy:
         order = (-gains).argsort(kind="stable")
         plans = self._plans(gains[order], order % ahead, count, step_s)
         speed, longest, last = max(plans)
-        allowed = known.saved + _LOSS_AT_START * self.num_steps * step_s + _LOSS_ON_THE_WAY * self._elapsed
+        allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
         if speed >= _WANTED_SPEED and allowed >= 0:
             known.hold = _SHORTEST_HOLD
         else:
-            self._next_look = known.round + (min(_LOOK_EVERY, known.hold) if allowed >= 0 else _LOOK_EVERY)
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
             speed, longest, last = plans[0]
-            if known.round < known.next_trial or step_s * (1 / max(speed, 1e-3) - 1) > allowed:
+            affordable = allowed >= max(0.0, 1 / max(speed, 1e-3) - 1)
+            self._next_look = known.round + (min(_LOOK_EVERY, known.hold) if affordable else _LOOK_EVERY)
+            if known.round < known.next_trial or not affordable:
                 return lengths
             known.next_trial = known.round + known.hold
             known.hold = min(2 * known.hold, _LONGEST_HOLD)
@@ -299,16 +304,13 @@ class DraftLengthPolicy:
         """Learn from a round: its time and what it committed."""
         rows, longest, count = int(lengths.sum()), int(lengths.max()), int(live.sum())
         self._elapsed += seconds
-        first = not self.cost.has_begun(longest)
         self.cost.observe(longest, rows, seconds)
         if longest == 1:
             return
-        # Typical times, not this round's: one hiccup would forbid speculation for long.
-        taken = float(self.cost.round(longest, rows))
-        if first:
-            taken = min(max(seconds, taken), _SLOWEST * taken)
+        # Its own time, so that no wrong prediction hides a loss; but one hiccup must not forbid speculation for long.
+        taken = min(seconds, _SLOWEST * float(self.cost.round(longest, rows)))
         total = int(committed.sum())
-        self.knowledge.saved += total / count * self.cost.ordinary(count) - taken
+        self.knowledge.saved += total / count - taken / self.cost.ordinary(count, 0.5)
         drafted = lengths > 1
         if total > _SURPRISE * self._promised:
             # The next trial comes sooner.

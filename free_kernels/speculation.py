@@ -237,7 +237,7 @@ class Speculation:
         return report
 
     def _ordinary_steps(self, images: list[int], steps: list[int], count: int) -> list[int]:
-        """``count`` steps of every slot, up to its last, without drafts and packing; returns as a round."""
+        """``count`` steps of every slot, perhaps including its last, without drafts and packing; returns as a round."""
         chain, slots = self.chain, len(images)
         ahead = torch.arange(count, device=self.state.device).unsqueeze(1)
         at, keys = self.steps + ahead, self._keys().repeat(count, 1)

@@ -8,7 +8,7 @@ import torch
 from analytic import FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
 from free_kernels import DDPMSchedule, ancestral_sample, draft_length, sample
-from free_kernels.cost import RoundCost, _lower_quartile
+from free_kernels.cost import RoundCost, _quantile
 from free_kernels.draft_length import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
 from free_kernels.speculation import Speculation
 
@@ -156,13 +156,53 @@ def test_a_drafter_that_becomes_useless_loses_little(slots):
     assert np.mean(losses) < 1.04
 
 
+@pytest.mark.parametrize("slots", [1, 8])
+def test_rows_that_become_dear_are_found_out(slots):
+    """Predictions of the time when rows were cheap do not hide what rounds cost now: real times count."""
+    losses = []
+    for seed in range(6):
+        world = World(slots, 0.9, 0.1, 0.05)
+        world.random, runs = np.random.default_rng(seed), Runs(world)
+        for _ in range(6):
+            runs.run()
+        world.row, world.draft = 1.0, 0.1
+        losses.append([runs.run() / world.fixed(1) for _ in range(3)])
+    first, *later = np.mean(losses, axis=0)
+    assert first < 1.6
+    assert max(later) < 1.1
+
+
+def test_hiccups_of_drafting_rounds_alone_are_a_loss():
+    """A third of them takes eight times as long, which their lower quartile does not show."""
+    world = World(1, 0.9, 0.1, 0.1)
+    runs, seconds = Runs(world), world.seconds
+
+    def uneven(longest, rows):
+        return seconds(longest, rows) * (8.0 if longest > 1 and world.random.random() < 0.3 else 1.0)
+
+    world.seconds = uneven
+    assert np.mean([runs.run() for _ in range(8)]) < 1.3 * STEPS
+
+
 def test_drafts_are_not_thought_cheaper_than_none():
-    """Rounds of one drafted row that were never timed, of slots that are all alike, and drafts that are all refused."""
-    world = World(8, 0.0, 0.1, 0.1)
-    runs = Runs(world)
-    for _ in range(3):
-        runs.run()
-    assert runs.knowledge.cost.round(2, 9) >= runs.knowledge.cost.ordinary(8)
+    """Of slots that are all busy, whatever a fit to a few cheap rounds would say."""
+    cost = RoundCost(8)
+    for _ in range(4):
+        cost.observe(1, 8, 1.0)
+        cost.observe(2, 16, 0.8)
+        cost.observe(16, 128, 2.0)
+    assert cost._fit(1.0) @ [1.0, 9.0, 1.0] < 0.95
+    assert cost.round(2, 9) >= 1.0
+
+
+def test_few_rows_of_many_slots_are_timed_too():
+    """At the end of a batch of 64 one image is left, whose rounds hold fewer rows than the grain of the table."""
+    cost = RoundCost(64)
+    for _ in range(20):
+        cost.observe(1, 64, 1.0)
+        cost.observe(1, 1, 0.1)
+        cost.observe(2, 2, 0.15)
+    assert cost.round(2, 2) == pytest.approx(0.15, rel=0.1)
 
 
 def test_survival_follows_what_is_seen():
@@ -255,11 +295,12 @@ def test_short_chains_have_short_odds():
     assert (model.survival(np.array([1]))[0, 4:] == 0).all()
 
 
-def test_lower_quartile_is_numpys():
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_quantiles_are_numpys(share):
     random = np.random.default_rng(0)
     for count in range(1, 9):
         values = random.random(count).tolist()
-        assert _lower_quartile(values) == pytest.approx(np.quantile(values, 0.25), rel=1e-12)
+        assert _quantile(values, share) == pytest.approx(np.quantile(values, share), rel=1e-12)
 
 
 def test_old_timings_expire():
@@ -354,6 +395,8 @@ def test_ordinary_steps_are_taken_at_once(monkeypatch):
             stats = result.stats
             assert stats.target_calls == stats.rounds_per_image.max() == 60
             assert (max(runs) > 1) is not watched
+            if not stats.tested_by_step.sum():
+                assert sum(runs) == 60
             assert seen == (list(range(1, 61)) if watched else [])
             if not stats.tested_by_step.sum() and verification == "token":
                 torch.testing.assert_close(result.samples, expected.samples, rtol=1e-5, atol=1e-5)
@@ -361,7 +404,7 @@ def test_ordinary_steps_are_taken_at_once(monkeypatch):
 
 def test_ordinary_steps_alone_return_the_ordinary_images(monkeypatch):
     """Where speculation never pays, nothing but the ordinary chain is left."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: np.full(len(rows), 1e9))
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: np.full(np.shape(rows), 1e9))
     target, labels = GaussianTarget(), torch.arange(9) % 3
     schedule = DDPMSchedule(30)
     want = ancestral_sample(target, labels, schedule=schedule, seed=4)
