@@ -36,8 +36,8 @@ _LONGEST_RUN_S = 0.25
 _SHORTEST_HOLD, _LONGEST_HOLD = 2, 256
 # What a round commits over what it promised, from which on trials are too rare.
 _SURPRISE = 1.25
-# A round counts with its own time up to so many typical ones.
-_SLOWEST = 4.0
+# Weight of a round's time over what was predicted, up to so much, against that of the rounds before.
+_NEW_EXCESS, _SLOWEST = 0.1, 4.0
 
 
 class AcceptanceModel:
@@ -172,6 +172,7 @@ class Knowledge:
     acceptance: AcceptanceModel
     drafter: object = None  # kept alive, so that no other drafter gets its identity
     round: int = 0  # rounds of all runs
+    excess: float = 1.0  # what rounds lately took over what was predicted
     saved: float = 0.0  # ordinary steps, against the ordinary chain; of runs before what may be risked
     hold: int = _SHORTEST_HOLD  # rounds between two trials of drafts that promise nothing
     next_trial: int = 0  # round of the next one
@@ -240,7 +241,8 @@ class DraftLengthPolicy:
         if not len(drafting):
             return lengths
         count = int(lengths.sum())
-        step_s = self.cost.ordinary(count)
+        # Whatever rounds lately took over what is predicted counts; so do an ordinary step's usual delays.
+        step_s = self.cost.ordinary(count, 0.5) / known.excess
         gains = self.acceptance.survival(steps[drafting])
         ahead = gains.shape[1]
         gains = gains.ravel()
@@ -253,7 +255,7 @@ class DraftLengthPolicy:
         else:
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
             speed, longest, last = plans[0]
-            affordable = allowed >= max(0.0, 1 / max(speed, 1e-3) - 1)
+            affordable = 1 / max(speed, 1e-3) - 1 <= max(0.0, allowed)
             self._next_look = known.round + (min(_LOOK_EVERY, known.hold) if affordable else _LOOK_EVERY)
             if known.round < known.next_trial or not affordable:
                 return lengths
@@ -304,17 +306,20 @@ class DraftLengthPolicy:
         """Learn from a round: its time and what it committed."""
         rows, longest, count = int(lengths.sum()), int(lengths.max()), int(live.sum())
         self._elapsed += seconds
-        self.cost.observe(longest, rows, seconds)
         if longest == 1:
+            self.cost.observe(longest, rows, seconds)
             return
-        # Its own time, so that no wrong prediction hides a loss; but one hiccup must not forbid speculation for long.
-        taken = min(seconds, _SLOWEST * float(self.cost.round(longest, rows)))
+        known, predicted = self.knowledge, float(self.cost.round(longest, rows))
+        self.cost.observe(longest, rows, seconds)
+        # What rounds really take, so that wrong predictions hide no loss; but one hiccup, or the first round of its
+        # length, must not forbid speculation for long.
+        known.excess += _NEW_EXCESS * (min(seconds / predicted, _SLOWEST) - known.excess)
+        taken = known.excess * predicted
         total = int(committed.sum())
-        self.knowledge.saved += total / count - taken / self.cost.ordinary(count, 0.5)
+        known.saved += total / count - taken / self.cost.ordinary(count, 0.5)
         drafted = lengths > 1
         if total > _SURPRISE * self._promised:
             # The next trial comes sooner.
-            known = self.knowledge
             known.hold = max(_SHORTEST_HOLD, known.hold // 4)
             known.next_trial = min(known.next_trial, known.round + known.hold)
             self._next_look = min(self._next_look, known.next_trial)

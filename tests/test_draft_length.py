@@ -137,9 +137,11 @@ def test_a_refusal_at_the_start_does_not_end_a_run(slots):
         return float(np.median(ratios))
 
     assert worst() < 1.3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draft_length, "_RISKED", 0.0)
-        assert worst() > 1.5
+    if slots > 1:
+        # Without that; one slot finds back by the trials that follow.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(draft_length, "_RISKED", 0.0)
+            assert worst() > 1.5
 
 
 @pytest.mark.parametrize("slots", [1, 8])
