@@ -37,7 +37,7 @@ _SHORTEST_HOLD, _LONGEST_HOLD = 2, 256
 # What a round commits over what it promised, from which on trials are too rare.
 _SURPRISE = 1.25
 # Weight of a round's time over what was predicted, up to so much, against that of the rounds before.
-_NEW_EXCESS, _SLOWEST = 0.1, 4.0
+_NEW_EXCESS, _SLOWEST = 0.1, 8.0
 
 
 class AcceptanceModel:
@@ -227,6 +227,8 @@ class DraftLengthPolicy:
         # What runs just before have saved may be risked, so that no single refusal turns a run into ordinary steps.
         risked = min(_RISKED * knowledge.saved, _RISKED_STEPS + _RISKED_OF_RUN * num_steps)
         knowledge.saved = max(0.0, risked)
+        # Where rounds have become too dear to be taken, nothing else would find out that they no longer are.
+        knowledge.excess = 1.0 + 0.5 * (knowledge.excess - 1.0)
 
     def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
@@ -310,10 +312,11 @@ class DraftLengthPolicy:
             self.cost.observe(longest, rows, seconds)
             return
         known, predicted = self.knowledge, float(self.cost.round(longest, rows))
+        if self.cost.has_begun(longest):
+            # What rounds really take, so that wrong predictions hide no loss; but one hiccup must not forbid
+            # speculation for long, and the first round of a length is slow only once.
+            known.excess += _NEW_EXCESS * (min(seconds / predicted, _SLOWEST) - known.excess)
         self.cost.observe(longest, rows, seconds)
-        # What rounds really take, so that wrong predictions hide no loss; but one hiccup, or the first round of its
-        # length, must not forbid speculation for long.
-        known.excess += _NEW_EXCESS * (min(seconds / predicted, _SLOWEST) - known.excess)
         taken = known.excess * predicted
         total = int(committed.sum())
         known.saved += total / count - taken / self.cost.ordinary(count, 0.5)

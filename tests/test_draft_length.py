@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -172,6 +174,16 @@ def test_rows_that_become_dear_are_found_out(slots):
     first, *later = np.mean(losses, axis=0)
     assert first < 1.6
     assert max(later) < 1.1
+
+
+@pytest.mark.parametrize("steps", [50, STEPS])
+def test_slow_first_rounds_do_not_end_speculation(steps, monkeypatch):
+    """Every length's first round takes fifty times as long, as where it is captured as a graph."""
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", steps)
+    world = World(1, 0.98, 0.1, 0.1)
+    runs, seconds = Runs(world), world.seconds
+    world.seconds = lambda longest, rows: seconds(longest, rows) * (1.0 if longest in world.begun else 50.0)
+    assert min(runs.run() for _ in range(8)) < 0.6 * steps
 
 
 def test_hiccups_of_drafting_rounds_alone_are_a_loss():
