@@ -1,4 +1,4 @@
-"""Cost of ``couple``: eager PyTorch on the CPU; Triton against eager and compiled PyTorch on a GPU.
+"""Cost of ``couple``, ``couple_block``: eager PyTorch on the CPU; Triton against eager and compiled PyTorch on a GPU.
 
 Bytes: what the row pass needs of every draft and the commit pass of every slot, read once, and the new states. FLOPs:
 see :func:`needed_flops`. Run with ``pytest benchmarks/bench_coupling.py --benchmark-only``.
@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from free_kernels.ops.block import couple_block, couple_block_philox
 from free_kernels.ops.coupling import couple, couple_philox, gaussian_transition
+from free_kernels.reference import block
 from free_kernels.reference import coupling as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,17 +102,23 @@ def describe(slots: int, length: int, latent: tuple[int, ...]) -> dict[str, Any]
     return {"slots": slots, "length": length, "latent": latent}
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize(("slots", "length", "latent"), CPU_SIZES)
-def test_couple_on_cpu(
-    measure: Callable[..., None], slots: int, length: int, latent: tuple[int, ...], guided: bool
-) -> None:
+Measure = Callable[..., None]
+guidance = pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+cpu_sizes = pytest.mark.parametrize(("slots", "length", "latent"), CPU_SIZES)
+rivals = pytest.mark.parametrize("rival", ["triton", "triton-philox", "eager", "compiled"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+gpu_sizes = pytest.mark.parametrize(("slots", "length", "latent"), GPU_SIZES)
+
+
+def on_cpu(measure: Measure, name: str, slots: int, length: int, latent: tuple[int, ...], guided: bool) -> None:
+    """Measure one of the two ops."""
     drafts, drawn, rest = make(slots, length, latent, guided, torch.float32, "cpu")
     options = options_of(latent, guided)
+    op = {"couple": couple, "couple_block": couple_block}[name]
     measure(
-        lambda: couple(*drafts, *drawn, *rest, **options),
+        lambda: op(*drafts, *drawn, *rest, **options),
         device="cpu",
-        op="couple",
+        op=name,
         case=f"{slots} x {length} rows of {math.prod(latent)}, {'guided' if guided else 'plain'}, float32 output",
         backend="eager",
         ours=True,
@@ -120,29 +128,50 @@ def test_couple_on_cpu(
     )
 
 
-@pytest.mark.parametrize("rival", ["triton", "triton-philox", "eager", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize(("slots", "length", "latent"), GPU_SIZES)
-def test_couple_on_gpu(
-    measure: Callable[..., None], slots: int, length: int, latent: tuple[int, ...], dtype: torch.dtype, rival: str
+@guidance
+@cpu_sizes
+def test_couple_on_cpu(measure: Measure, slots: int, length: int, latent: tuple[int, ...], guided: bool) -> None:
+    on_cpu(measure, "couple", slots, length, latent, guided)
+
+
+@guidance
+@cpu_sizes
+def test_couple_block_on_cpu(measure: Measure, slots: int, length: int, latent: tuple[int, ...], guided: bool) -> None:
+    on_cpu(measure, "couple_block", slots, length, latent, guided)
+
+
+def on_gpu(
+    measure: Measure, name: str, slots: int, length: int, latent: tuple[int, ...], dtype: torch.dtype, rival: str
 ) -> None:
+    """Measure one of the two ops or one of its rivals."""
     drafts, drawn, rest = make(slots, length, latent, True, dtype, "cuda")
     options = options_of(latent, True)
     images = torch.arange(slots, device="cuda")
     steps = torch.arange(length, device="cuda").repeat(slots, 1)
     # Dynamo gives up on a function after a few shapes; each of ours is compiled afresh.
     torch.compiler.reset()
-    compiled = torch.compile(reference.couple, fullgraph=True, dynamic=False)
-    calls: dict[str, Callable[[], object]] = {
-        "triton": lambda: couple(*drafts, *drawn, *rest, backend="triton", **options),
-        "triton-philox": lambda: couple_philox(*drafts, 1, images, steps, *rest, backend="triton", **options),
-        "eager": lambda: reference.couple(*drafts, *drawn, *rest, None, **options),
-        "compiled": lambda: compiled(*drafts, *drawn, *rest, None, **options),
-    }
+    tensors, keys = (*drafts, *drawn, *rest), (*drafts, 1, images, steps, *rest)
+    triton = {"backend": "triton", **options}
+    if name == "couple":
+        compiled = torch.compile(reference.couple, fullgraph=True, dynamic=False)
+        calls: dict[str, Callable[[], object]] = {
+            "triton": lambda: couple(*tensors, **triton),
+            "triton-philox": lambda: couple_philox(*keys, **triton),
+            "eager": lambda: reference.couple(*tensors, None, **options),
+            "compiled": lambda: compiled(*tensors, None, **options),
+        }
+    else:
+        compiled = torch.compile(block.couple_block, fullgraph=True, dynamic=False)
+        calls = {
+            "triton": lambda: couple_block(*tensors, **triton),
+            "triton-philox": lambda: couple_block_philox(*keys, rounds=images, **triton),
+            "eager": lambda: block.couple_block(*tensors, **options),
+            "compiled": lambda: compiled(*tensors, **options),
+        }
     measure(
         calls[rival],
         device="cuda",
-        op="couple",
+        op=name,
         case=f"{slots} x {length} rows of {math.prod(latent)}, guided, {str(dtype).removeprefix('torch.')} output",
         backend=rival,
         ours=rival == "triton",
@@ -150,3 +179,21 @@ def test_couple_on_gpu(
         flops=needed_flops(slots, length, latent, True),
         params=describe(slots, length, latent),
     )
+
+
+@rivals
+@dtypes
+@gpu_sizes
+def test_couple_on_gpu(
+    measure: Measure, slots: int, length: int, latent: tuple[int, ...], dtype: torch.dtype, rival: str
+) -> None:
+    on_gpu(measure, "couple", slots, length, latent, dtype, rival)
+
+
+@rivals
+@dtypes
+@gpu_sizes
+def test_couple_block_on_gpu(
+    measure: Measure, slots: int, length: int, latent: tuple[int, ...], dtype: torch.dtype, rival: str
+) -> None:
+    on_gpu(measure, "couple_block", slots, length, latent, dtype, rival)

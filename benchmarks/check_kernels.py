@@ -19,6 +19,7 @@ from torch import Tensor
 
 from free_kernels import extension
 from free_kernels.ops.attention import feature_attention
+from free_kernels.ops.block import couple_block, couple_block_philox
 from free_kernels.ops.coupling import couple, couple_philox, gaussian_transition
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.random import philox_normal, philox_uniform
@@ -67,17 +68,24 @@ def round_of_drafts(pick: random.Random) -> tuple[dict[str, Any], dict[str, Any]
 
 def check_couple(device: str, pick: random.Random) -> Iterator[tuple[str, Found]]:
     """Decisions and states; a decision may differ where the test is a near-tie, in one slot of a hundred at most."""
-    wrong = {"couple": 0, "couple_philox": 0}
+    wrong = dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), 0)
     worst, slots = dict.fromkeys(wrong, 0.0), 0
     for _ in range(20):
         arguments, options, (seed, images, steps) = round_of_drafts(pick)
-        want = couple(**arguments, **options, backend="reference")
         here, there = ({n: moved(v, device) for n, v in x.items()} for x in (arguments, options))
         keyed = {n: v for n, v in here.items() if n not in ("noise", "slack_noise", "uniform")}
-        keys = {"seed": seed, "images": images.to(device), "steps": steps.to(device)}
-        got = {"couple": couple(**here, **there), "couple_philox": couple_philox(**keyed, **keys, **there)}
+        keyed |= {"seed": seed, "images": images.to(device), "steps": steps.to(device), **there}
+        rounds = torch.zeros(len(images), dtype=torch.int64, device=device)
+        got = {
+            "couple": couple(**here, **there),
+            "couple_philox": couple_philox(**keyed),
+            "couple_block": couple_block(**here, **there),
+            "couple_block_philox": couple_block_philox(**keyed, rounds=rounds),
+        }
         slots += len(images)
         for name, outcome in got.items():
+            op = couple_block if "block" in name else couple
+            want = op(**arguments, **options, backend="reference")
             same = outcome.committed.cpu() == want.committed
             wrong[name] += int((~same).sum())
             gap = (outcome.next_states.cpu() - want.next_states)[same].abs()

@@ -18,7 +18,7 @@ from free_kernels.drafting import Drafts, RefusedDrafts, draft_states
 from free_kernels.graphs import CapturedCalls, row_bucket
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
-from free_kernels.ops.block import couple_block
+from free_kernels.ops.block import couple_block, couple_block_philox
 from free_kernels.ops.coupling import Coupling, couple, couple_philox
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
@@ -93,11 +93,8 @@ class Speculation:
         self.packing_backend = packing_backend(settings.backend)
         device, images, num_steps = chain.labels.device, len(chain.labels), len(chain.timesteps)
         # A kernel that makes its noise itself spares two tensors of the size of all drafts.
-        self.makes_noise = (
-            not settings.block
-            and type(chain.noise) is PhiloxNoise
-            and use_triton("couple", "coupling", device, settings.backend)
-        )
+        in_triton = use_triton("couple", "coupling", device, settings.backend)
+        self.makes_noise = type(chain.noise) is PhiloxNoise and in_triton
         self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
         self.drafter_is_free = getattr(drafter, "is_free", False)
         self.first_drafted = first_drafted_step(drafter)
@@ -325,11 +322,15 @@ class Speculation:
             "guidance_scale": chain.guidance_scale,
             "guidance_channels": chain.guidance_channels,
             "clip": chain.clip,
+            "backend": self.settings.backend,
         }
         if noise is None:
             images = self._keys() + chain.noise.first_image
-            keyed = (chain.noise.seed, images, steps, output, row_offsets, columns)
-            outcome = couple_philox(*drafts, *keyed, relaxation=weights, backend=self.settings.backend, **options)
+            keyed = (*drafts, chain.noise.seed, images, steps, output, row_offsets, columns)
+            if self.settings.block:
+                outcome = couple_block_philox(*keyed, rounds=self.rounds, **options)
+            else:
+                outcome = couple_philox(*keyed, relaxation=weights, **options)
         else:
             slack_noise = chain.draw(Purpose.SLACK, keys, steps, rounds) if chain.learned and longest > 1 else None
             flat = None if rounds is None else rounds.view(-1)
@@ -338,7 +339,7 @@ class Speculation:
             if self.settings.block:
                 outcome = couple_block(*given, **options)
             else:
-                outcome = couple(*given, relaxation=weights, backend=self.settings.backend, **options)
+                outcome = couple(*given, relaxation=weights, **options)
         finite = output.isfinite().all() & outcome.next_states.isfinite().all()
         if longest > 1:
             self._learn(outcome, steps, weights)
@@ -397,7 +398,9 @@ class Speculation:
 
     def _step_noise(self, steps: Tensor, j: int) -> Tensor:
         """Noise ``[S, C, H, W]`` of draft ``j`` of every slot, whose rows are at ``steps [S, L]``."""
-        return self.chain.draw(Purpose.STEP, self._keys().unsqueeze(1), steps[:, j : j + 1].contiguous()).squeeze(1)
+        rounds = self.rounds.unsqueeze(1) if self.settings.block else None
+        keys = self._keys().unsqueeze(1), steps[:, j : j + 1].contiguous()
+        return self.chain.draw(Purpose.STEP, *keys, rounds).squeeze(1)
 
     def _captured_rounds(self) -> CapturedCalls[Round]:
         """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import scipy.integrate
@@ -11,9 +11,11 @@ import scipy.stats
 import torch
 from analytic import DETECTED, FALSE_ALARM
 from test_coupling import LATENT, columns_for, op_arguments
+from test_coupling_philox import arguments as philox_arguments
+from test_coupling_philox import with_tensors
 from torch import Tensor
 
-from free_kernels.ops import Coupling, couple, couple_block
+from free_kernels.ops import Coupling, couple, couple_block, couple_block_philox
 from free_kernels.reference import block as reference
 from free_kernels.reference import coupling
 from free_kernels.reference.coupling import compare, compare_variances, guide
@@ -358,6 +360,47 @@ def test_wrong_arguments_are_named(position, value, message):
 def test_the_op_passes_opcheck(learned):
     arguments = op_arguments(learned)
     torch.library.opcheck(torch.ops.free_kernels.couple_block.default, (*arguments[:9], *arguments[10:]))
+
+
+def keyed(learned: bool) -> dict[str, Any]:
+    """Arguments of ``couple_block_philox``."""
+    return {name: value for name, value in philox_arguments(learned, True).items() if name != "relaxation"}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_numbers_by_their_keys(learned, backend):
+    """The same as with numbers of the source that the sampler uses; each key counts."""
+    given = keyed(learned)
+    outcome, want = couple_block_philox(**given, backend=backend), with_tensors(given, op=couple_block)
+    assert torch.equal(outcome.committed, want.committed)
+    live = outcome.committed > 0
+    torch.testing.assert_close(outcome.next_states[live], want.next_states[live])
+    for change in ({"seed": given["seed"] + 1}, {"images": given["images"] + 1}, {"rounds": given["rounds"] + 1}):
+        other = couple_block_philox(**{**given, **change}, backend=backend)
+        assert not torch.allclose(other.next_states[live], outcome.next_states[live])
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_op_with_keys_passes_opcheck(learned):
+    given = keyed(learned) | {"seed": -5}
+    scale = given.pop("guidance_scale")
+    torch.library.opcheck(torch.ops.free_kernels.couple_block_philox.default, (*given.values(), scale, 1, math.inf))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rounds": None}, TypeError, r"rounds must be int64 \[S\], since noise must be fresh in each round, got None"),
+        ({"rounds": torch.zeros(4)}, TypeError, r"rounds must be int64 \[4\]"),
+        ({"seed": 2**64}, ValueError, "seed must be an int in"),
+        ({"backend": "extension"}, ValueError, "backend must be one of 'auto', 'reference', 'triton'"),
+        ({"backend": "triton"}, RuntimeError, "backend 'triton' cannot be used: (it needs|importing Triton)"),
+    ],
+)
+def test_wrong_keys_are_named(change, error, message):
+    with pytest.raises(error, match=f"^couple_block_philox: {message}"):
+        couple_block_philox(**{**keyed(True), **change})
 
 
 def test_it_compiles_without_a_graph_break():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,8 +41,8 @@ def arguments(learned: bool, with_rounds: bool) -> dict[str, Any]:
     }
 
 
-def with_tensors(given: dict[str, Any], first_image: int = 0) -> Any:
-    """The same round by ``couple``, its numbers drawn by the noise source that the sampler uses."""
+def with_tensors(given: dict[str, Any], first_image: int = 0, op: Callable[..., Any] = couple) -> Any:
+    """The same round by ``couple`` or another op, its numbers drawn by the noise source that the sampler uses."""
     rest = {name: value for name, value in given.items() if name not in ("seed", "images", "steps", "rounds")}
     source, shape = PhiloxNoise(given["seed"], first_image), given["steps"].shape
     images, rounds = (
@@ -54,7 +55,7 @@ def with_tensors(given: dict[str, Any], first_image: int = 0) -> Any:
     )
     uniform = source.uniform(*keys, Purpose.ACCEPT, rounds).view(shape)
     learned = given["output"].shape[1] == 2 * LATENT[0]
-    return couple(**rest, noise=noise, slack_noise=slack_noise if learned else None, uniform=uniform)
+    return op(**rest, noise=noise, slack_noise=slack_noise if learned else None, uniform=uniform)
 
 
 def assert_same(one: Any, other: Any) -> None:

@@ -1,4 +1,4 @@
-"""``couple`` in Triton against the reference: in the interpreter here, and on a GPU where there is one."""
+"""``couple``, ``couple_block`` in Triton against the reference: in the interpreter, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -49,16 +49,17 @@ def test_interpreted_normals_are_those_of_the_random_ops(interpreted):
 
 
 def test_the_comparison_finds_planted_faults(interpreted):
-    assert set(interpreted["controls"]) == {"guidance_channels", "seed", "rounds", "rounding"}
-    assert all(interpreted["controls"].values())
+    assert len(interpreted["controls"]) == 7
+    for name, found in interpreted["controls"].items():
+        assert found, name
 
 
-def test_cases_cover_every_outcome():
+@pytest.mark.parametrize("variant", ["tensors", "block"])
+def test_cases_cover_every_outcome(variant):
     """Else the comparison says little: acceptance, refusal, last rows and infeasible rows must all occur."""
     outcomes = set()
     for case in worker.CASES:
-        arguments = worker.make(case)
-        committed = worker.reference.couple(*arguments.tensors, **arguments.options).committed
+        committed = worker.oracle(worker.make(case), variant).committed
         for length, count in zip(case.lengths, committed.tolist(), strict=True):
             kind = "idle" if length == 0 else "single" if length == 1 else "all" if count == length else "refused"
             outcomes.add((kind, case.learned, count > 1 and kind == "refused"))
@@ -127,10 +128,10 @@ class TestOnGpu:
     def test_normals_are_those_of_the_random_ops(self):
         assert worker.check_normals("cuda") == []
 
-    @pytest.mark.parametrize("run", [worker.run_couple, worker.run_philox], ids=["tensors", "philox"])
-    def test_graph_capture_follows_its_inputs(self, run):
+    @pytest.mark.parametrize("variant", worker.RUNS)
+    def test_graph_capture_follows_its_inputs(self, variant):
         """A replay sees new data and new lengths, which only the device knows."""
-        case = LARGE[1]
+        case, run = LARGE[1], worker.RUNS[variant]
         held = worker.make(case).to("cuda")
         run(held)
         graph = torch.cuda.CUDAGraph()
@@ -142,17 +143,17 @@ class TestOnGpu:
             if old is not None and old.stride().count(0) == 0:
                 old.copy_(new)
         graph.replay()
-        assert worker.compare(captured, fresh) == []
+        assert worker.compare(captured, fresh, variant) == []
 
-    @pytest.mark.parametrize("philox", [False, True])
+    @pytest.mark.parametrize("variant", worker.VARIANTS)
     @pytest.mark.parametrize("case", worker.PRECISION, ids=lambda case: case.name)
-    def test_error_is_at_most_twice_eagers(self, case, philox):
-        quotients = worker.precision(case, philox, "cuda")
+    def test_error_is_at_most_twice_eagers(self, case, variant):
+        quotients = worker.precision(case, variant, "cuda")
         assert all(mean <= 2 for mean, _ in quotients.values()), quotients
 
-    @pytest.mark.parametrize("run", [worker.run_couple, worker.run_philox], ids=["tensors", "philox"])
-    def test_nothing_waits_for_the_device(self, run):
-        arguments = worker.make(LARGE[0]).to("cuda")
+    @pytest.mark.parametrize("variant", worker.RUNS)
+    def test_nothing_waits_for_the_device(self, variant):
+        arguments, run = worker.make(LARGE[0]).to("cuda"), worker.RUNS[variant]
         run(arguments)
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,4 +1,4 @@
-"""Cases of ``couple`` for its Triton kernels, and their run in the interpreter.
+"""Cases of ``couple`` and ``couple_block`` for their Triton kernels, and their run in the interpreter.
 
 ``TRITON_INTERPRET=1 python triton_worker_coupling.py`` prints one line of JSON: by case a list of what is wrong (empty
 where all is well). The variable is read while Triton is imported, hence a process of its own.
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from free_kernels.noise import Purpose
+from free_kernels.ops.block import couple_block, couple_block_philox
 from free_kernels.ops.coupling import couple, couple_philox
 from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.reference import block
 from free_kernels.reference import coupling as reference
 from free_kernels.reference.coupling import Coupling
 
@@ -102,7 +104,13 @@ PRECISION = [
 ]
 # The noise knows nothing of the output's dtype.
 PRECISION_PHILOX = PRECISION[::3]
-PRECISION_NAMES = [case.name for case in PRECISION] + [f"{case.name}-philox" for case in PRECISION_PHILOX]
+VARIANTS = {
+    "tensors": PRECISION,
+    "philox": PRECISION_PHILOX,
+    "block": PRECISION,
+    "block-philox": PRECISION_PHILOX,
+}
+PRECISION_NAMES = [f"{case.name}-{variant}" for variant, cases in VARIANTS.items() for case in cases]
 
 
 @dataclass
@@ -193,19 +201,26 @@ def make(case: Case) -> Round:
     return replace(made, tensors=tensors, options=options)
 
 
-def in_float64(arguments: Round, philox: bool = False) -> Coupling:
+def oracle(arguments: Round, variant: str) -> Coupling:
+    """The reference, in the dtype of the arguments."""
+    if variant.startswith("block"):
+        return block.couple_block(*arguments.tensors[:-1], **arguments.options)
+    return reference.couple(*arguments.tensors, **arguments.options)
+
+
+def in_float64(arguments: Round, variant: str) -> Coupling:
     """The reference in float64 throughout: it raises to float32 by ``float()``, which here means double.
 
-    With ``philox`` the normals too are float64 functions of their uniforms.
+    Where a variant makes its noise, the normals too are float64 functions of their uniforms.
     """
     tensors = [x.double() if x is not None and x.is_floating_point() else x for x in arguments.tensors]
-    if philox:
+    if variant.endswith("philox"):
         for i, purpose in ((3, Purpose.STEP), (4, Purpose.SLACK)):
             if tensors[i] is not None:
                 numel = tensors[i][0, 0].numel()
                 tensors[i] = exact_normals(arguments, purpose, numel).view_as(tensors[i])
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        return reference.couple(*tensors, **arguments.options)
+        return oracle(replace(arguments, tensors=tuple(tensors)), variant)
 
 
 def relevant(outcome: tuple[Tensor | None, ...], lengths: Tensor) -> dict[str, Tensor]:
@@ -222,10 +237,9 @@ def distance(got: Tensor, exact: Tensor) -> float:
     return float(difference.norm() / exact[known].norm().clamp(min=1e-300)) if known.any() else 0.0
 
 
-def compare(got: Coupling, arguments: Round) -> list[str]:
+def compare(got: Coupling, arguments: Round, variant: str = "tensors") -> list[str]:
     """What is wrong with an outcome; numbers are held to a tolerance here and to eager's by ``precision``."""
-    eager = reference.couple(*arguments.tensors, **arguments.options)
-    exact = in_float64(arguments)
+    eager, exact = oracle(arguments, variant), in_float64(arguments, variant.removesuffix("-philox"))
     wrong = []
     for name, a, b in zip(eager._fields, got, eager, strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
@@ -250,7 +264,7 @@ def compare(got: Coupling, arguments: Round) -> list[str]:
     return wrong
 
 
-def precision(case: Case, philox: bool, device: str = "cpu", planted: float = 0.0) -> dict[str, tuple[float, float]]:
+def precision(case: Case, variant: str, device: str = "cpu", planted: float = 0.0) -> dict[str, tuple[float, float]]:
     """Errors against float64 over eager's, of every output: root mean square over the rows, and largest.
 
     A row's error is relative to the row, since gaps differ in size.
@@ -259,9 +273,7 @@ def precision(case: Case, philox: bool, device: str = "cpu", planted: float = 0.
     arguments = make(case).to(device)
     states, mean, std, *others = arguments.tensors
     given = replace(arguments, tensors=(states, mean, std * (1 + planted), *others))
-    got = (run_philox if philox else run_couple)(given)
-    eager = reference.couple(*arguments.tensors, **arguments.options)
-    exact = in_float64(arguments, philox)
+    got, eager, exact = RUNS[variant](given), oracle(arguments, variant), in_float64(arguments, variant)
     assert torch.equal(got.committed, eager.committed)
     assert torch.equal(eager.committed, exact.committed)
     parts = [relevant(outcome, arguments.lengths) for outcome in (got, eager, exact)]
@@ -296,17 +308,33 @@ def run_philox(arguments: Round) -> Coupling:
     return couple_philox(states, mean, std, arguments.seed, images, steps, *rest, **options)
 
 
+def run_block(arguments: Round) -> Coupling:
+    return couple_block(*arguments.tensors[:-1], **arguments.options, backend="triton")
+
+
+def run_block_philox(arguments: Round) -> Coupling:
+    states, mean, std, _, _, _, *rest, _ = arguments.tensors
+    images, steps, rounds = arguments.keys
+    options = {"rounds": torch.zeros_like(images) if rounds is None else rounds, "backend": "triton"}
+    return couple_block_philox(states, mean, std, arguments.seed, images, steps, *rest, **options, **arguments.options)
+
+
+RUNS = {"tensors": run_couple, "philox": run_philox, "block": run_block, "block-philox": run_block_philox}
+
+
 def check(case: Case, kernels: Any, device: str = "cpu") -> list[str]:
-    """Everything about one case: both variants against the oracle, and the same bits twice."""
-    arguments = make(case).to(device)
+    """Everything about one case: every variant against the oracle, and the same bits twice."""
+    arguments, wrong = make(case).to(device), []
     with divided(case, kernels):
-        first, second = run_couple(arguments), run_couple(arguments)
-        wrong = compare(first, arguments)
-        for a, b in zip(first, second, strict=True):
-            if a.numpy(force=True).tobytes() != b.numpy(force=True).tobytes():
-                wrong.append("two runs differ")
-        made = compare(run_philox(arguments), arguments)
-    return wrong + [f"philox: {text}" for text in made]
+        for variant, run in RUNS.items():
+            first = run(arguments)
+            wrong += [f"{variant}: {text}" for text in compare(first, arguments, variant)]
+            if variant.endswith("philox"):
+                continue
+            for a, b in zip(first, run(arguments), strict=True):
+                if a.numpy(force=True).tobytes() != b.numpy(force=True).tobytes():
+                    wrong.append(f"{variant}: two runs differ")
+    return wrong
 
 
 def controls() -> dict[str, list[str]]:
@@ -315,11 +343,17 @@ def controls() -> dict[str, list[str]]:
     wrong_channels = replace(arguments, options={**arguments.options, "guidance_channels": 3})
     with_rounds = make(BY_NAME["fixed-guided"])
     without = replace(with_rounds, keys=(*with_rounds.keys[:2], None))
-    rounding = precision(PRECISION[-1], philox=False, planted=2.0**-21)
+    rounding = precision(PRECISION[-1], "tensors", planted=2.0**-21)
+    uniform_first = make(BY_NAME["digits"])
+    changed = [x.clone() if i == 5 else x for i, x in enumerate(uniform_first.tensors)]
+    changed[5][:, 0] = 1 - 0.5 * changed[5][:, 0]
     return {
         "guidance_channels": compare(run_couple(wrong_channels), arguments),
         "seed": compare(run_philox(replace(arguments, seed=12345)), arguments),
         "rounds": compare(run_philox(without), with_rounds),
+        "block_rounds": compare(run_block_philox(without), with_rounds, "block-philox"),
+        "block_is_not_token": compare(run_couple(uniform_first), uniform_first, "block"),
+        "block_draw": compare(run_block(replace(uniform_first, tensors=tuple(changed))), uniform_first, "block"),
         "rounding": [f"{name} is {mean:.1f} times off" for name, (mean, _) in rounding.items() if mean > 2],
     }
 
@@ -353,8 +387,9 @@ def main() -> None:
     from free_kernels.triton import coupling as kernels
 
     found = {case.name: check(case, kernels) for case in CASES}
-    rounding = {case.name: precision(case, philox=False) for case in PRECISION}
-    rounding |= {f"{case.name}-philox": precision(case, philox=True) for case in PRECISION_PHILOX}
+    rounding = {
+        f"{case.name}-{variant}": precision(case, variant) for variant, cases in VARIANTS.items() for case in cases
+    }
     print(json.dumps({"cases": found, "precision": rounding, "normals": check_normals(), "controls": controls()}))
 
 

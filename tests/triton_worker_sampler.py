@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from analytic import BiasedDrafter, GaussianTarget
 
@@ -10,15 +12,15 @@ from free_kernels import DDPMSchedule, sample
 LABELS = torch.tensor([0, 1, 2])
 
 
-def worst_difference(learned: bool, guidance: float) -> float:
+def worst_difference(learned: bool, guidance: float, verification: str) -> float:
     target = GaussianTarget(learns_variance=learned)
     drafter = BiasedDrafter(target, variance_bias=0.1 if learned else 0.0)
     settings = {"schedule": DDPMSchedule(8), "drafter": drafter, "guidance_scale": guidance, "draft_length": 3}
-    settings |= {"max_slots": 2, "seed": 5}
+    settings |= {"max_slots": 2, "seed": 5, "verification": verification}
     runs = [sample(target, LABELS, backend=backend, **settings) for backend in ("reference", "triton")]
     if (runs[0].stats.rounds_per_image != runs[1].stats.rounds_per_image).any():
         return float("inf")
     return float((runs[0].samples - runs[1].samples).abs().max())
 
 
-print(max(worst_difference(learned, guidance) for learned in (False, True) for guidance in (1.0, 2.0)))
+print(max(worst_difference(*setting) for setting in itertools.product((False, True), (1.0, 2.0), ("token", "block"))))

@@ -1,7 +1,7 @@
 """The public ops."""
 
 from free_kernels.ops.attention import append_features, feature_attention, rewind_features
-from free_kernels.ops.block import couple_block
+from free_kernels.ops.block import couple_block, couple_block_philox
 from free_kernels.ops.coupling import Coupling, couple, couple_philox, gaussian_transition
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.random import philox_normal, philox_uniform
@@ -12,6 +12,7 @@ __all__ = [
     "commit_drafts",
     "couple",
     "couple_block",
+    "couple_block_philox",
     "couple_philox",
     "feature_attention",
     "gaussian_transition",

@@ -1,33 +1,19 @@
-"""Public op of block verification: a round's drafts are decided together and not one by one."""
+"""Public ops of block verification: a round's drafts are decided together and not one by one."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from free_kernels.ops import coupling_dispatch as dispatch
-from free_kernels.ops.coupling import check_round
-from free_kernels.reference import block as reference
+from free_kernels.ops.coupling import BACKENDS, check_round
+from free_kernels.ops.random import signed_seed
+from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.reference.coupling import Coupling
-
-_SCHEMA = (
-    "couple_block(Tensor draft_states, Tensor draft_mean, Tensor draft_std, Tensor noise, Tensor? slack_noise, "
-    "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, "
-    "float guidance_scale, int guidance_channels, float clip) -> (Tensor, Tensor, Tensor)"
-)
-
-
-def _couple_block_reference(*arguments: object) -> dispatch.Outcome:
-    return tuple(reference.couple_block(*arguments[:-3], **dispatch.settings_of(*arguments[-3:])))
-
-
-_LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
-_LIBRARY.define(_SCHEMA)
-_LIBRARY.impl("couple_block", _couple_block_reference, "CPU")
-_LIBRARY.impl("couple_block", _couple_block_reference, "CUDA")
-torch.library.register_fake("free_kernels::couple_block", dispatch.fake_outcome, lib=_LIBRARY)
+from free_kernels.validation import check_choice, check_int, fail
 
 
 def couple_block(
@@ -44,6 +30,7 @@ def couple_block(
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
     clip: float = math.inf,
+    backend: str = "auto",
 ) -> Coupling:
     """Decide one round of drafts as a block: the same law as :func:`couple`, and on average at least its commits.
 
@@ -71,13 +58,16 @@ def couple_block(
         guidance_scale: as in :func:`gaussian_transition`.
         guidance_channels: as in :func:`gaussian_transition`.
         clip: as in :func:`gaussian_transition`.
+        backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
 
     Returns:
         A :class:`Coupling`.
 
     Raises:
-        ValueError, TypeError: a shape or dtype does not fit.
+        ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
+    check_choice("couple_block", "backend", backend, BACKENDS)
     check_round(
         "couple_block",
         draft_states,
@@ -91,18 +81,82 @@ def couple_block(
         row_offsets=row_offsets,
         columns=columns,
     )
-    outcome = torch.ops.free_kernels.couple_block(
+    run = dispatch.couple_block_reference
+    if use_triton("couple_block", "coupling", draft_states.device, backend):
+        # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
+        run = dispatch.couple_block_triton if draft_states.is_cpu else torch.ops.free_kernels.couple_block
+    drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
+    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
+    return Coupling(*run(*drawn, output, row_offsets, columns, guidance_scale, guided, clip))
+
+
+def couple_block_philox(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    rounds: Tensor,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip: float = math.inf,
+    backend: str = "auto",
+) -> Coupling:
+    """:func:`couple_block` with numbers made from their keys: in Triton where they are used, never in memory.
+
+    Equivalent to :func:`couple_block` with numbers of :mod:`free_kernels.ops.random`, as :func:`couple_philox` has
+    them; the drafts must have been made with the same noise. Source: as :func:`couple_block`; Salmon et al. 2011.
+
+    Args:
+        draft_states: float32 ``[S, L, C, H, W]``.
+        draft_mean: float32 ``[S, L - 1, C, H, W]``.
+        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
+        seed: in ``[0, 2**64)``.
+        images: int64 ``[S]``, image index of each slot, to which the caller has added the ``first_image`` of a
+            :class:`~free_kernels.noise.PhiloxNoise`; that of an idle slot is of no matter.
+        steps: int64 ``[S, L]``, step of each row.
+        output: as in :func:`couple_block`.
+        row_offsets: as in :func:`couple_block`.
+        columns: as in :func:`couple_block`.
+        rounds: int64 ``[S]`` in ``[0, 2**24)``; a number that an image has not had before.
+        guidance_scale: as in :func:`gaussian_transition`.
+        guidance_channels: as in :func:`gaussian_transition`.
+        clip: as in :func:`gaussian_transition`.
+        backend: as in :func:`couple_block`; ``"reference"`` draws with the reference too.
+
+    Returns:
+        A :class:`Coupling`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+    """
+    check_choice("couple_block_philox", "backend", backend, BACKENDS)
+    check_int("couple_block_philox", "seed", seed, 0, 2**64 - 1)
+    if rounds is None:
+        fail("couple_block_philox", "rounds", "int64 [S], since noise must be fresh in each round", rounds, TypeError)
+    check_round(
+        "couple_block_philox",
         draft_states,
-        draft_mean,
-        draft_std,
-        noise,
-        slack_noise,
-        uniform,
         output,
-        row_offsets,
-        columns,
         guidance_scale,
-        draft_states.shape[2] if guidance_channels is None else guidance_channels,
-        clip,
+        draft_mean=draft_mean,
+        draft_std=draft_std,
+        images=images,
+        steps=steps,
+        row_offsets=row_offsets,
+        columns=columns,
+        rounds=rounds,
     )
-    return Coupling(*outcome)
+    run = functools.partial(dispatch.couple_block_philox_reference, backend=backend)
+    if use_triton("couple_block_philox", "coupling", draft_states.device, backend):
+        on_cpu = draft_states.is_cpu
+        run = dispatch.couple_block_philox_triton if on_cpu else torch.ops.free_kernels.couple_block_philox
+    drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
+    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
+    return Coupling(*run(*drawn, output, row_offsets, columns, rounds, guidance_scale, guided, clip))

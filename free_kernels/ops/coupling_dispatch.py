@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.reference import block
 from free_kernels.reference import coupling as reference
 from free_kernels.reference.random import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP
 
 _SCHEMA = (
     "{name}(Tensor draft_states, Tensor draft_mean, Tensor draft_std, {draws}, Tensor output, Tensor row_offsets, "
-    "Tensor columns, Tensor? relaxation, {keys}float guidance_scale, int guidance_channels, float clip) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor columns, {more}float guidance_scale, int guidance_channels, float clip) -> (Tensor, Tensor, Tensor)"
 )
 # Fields of a Coupling.
 Outcome = tuple[Tensor, Tensor, Tensor]
@@ -31,10 +31,48 @@ def couple_reference(*arguments: object) -> Outcome:
     return tuple(reference.couple(*arguments[:-3], **settings_of(*arguments[-3:])))
 
 
+def couple_block_reference(*arguments: object) -> Outcome:
+    """``couple_block`` in plain PyTorch."""
+    return tuple(block.couple_block(*arguments[:-3], **settings_of(*arguments[-3:])))
+
+
 def couple_triton(*arguments: object) -> Outcome:
     """``couple`` in Triton."""
     kernels = importlib.import_module("free_kernels.triton.coupling")
     return kernels.couple(*arguments[:-3], **settings_of(*arguments[-3:]))
+
+
+def couple_block_triton(*arguments: object) -> Outcome:
+    """``couple_block`` in Triton."""
+    kernels = importlib.import_module("free_kernels.triton.coupling")
+    return kernels.couple(*arguments[:-3], None, **settings_of(*arguments[-3:]), joint=True)
+
+
+def draw_by_keys(
+    draft_states: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    rounds: Tensor | None,
+    learned: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Noise, slack noise and uniforms of a round by the random ops."""
+    slots, length, *latent = draft_states.shape
+    keys = (
+        seed % 2**64,
+        images.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
+        steps.contiguous().view(-1),
+        None if rounds is None else rounds.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
+    )
+
+    def normal(purpose: int) -> Tensor:
+        flat = philox_normal(*keys[:3], purpose, math.prod(latent), keys[3], backend)
+        return flat.view(slots, length, *latent)
+
+    noise, slack_noise = normal(PURPOSE_STEP), normal(PURPOSE_SLACK) if learned else None
+    uniform = philox_uniform(*keys[:3], PURPOSE_ACCEPT, 1, keys[3], backend).view(slots, length)
+    return noise, slack_noise, uniform
 
 
 def couple_philox_reference(
@@ -53,29 +91,43 @@ def couple_philox_reference(
     backend: str = "auto",
 ) -> Outcome:
     """``couple_philox``: numbers by the random ops (with their ``backend``), then the reference's ``couple``."""
-    slots, length, *latent = draft_states.shape
-    keys = (
-        seed % 2**64,
-        images.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
-        steps.contiguous().view(-1),
-        None if rounds is None else rounds.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
-    )
+    learned = output.shape[1] == 2 * draft_states.shape[2]
+    drawn = draw_by_keys(draft_states, seed, images, steps, rounds, learned, backend)
+    drafts = (draft_states, draft_mean, draft_std)
+    return couple_reference(*drafts, *drawn, output, row_offsets, columns, relaxation, *settings)
 
-    def normal(purpose: int) -> Tensor:
-        flat = philox_normal(*keys[:3], purpose, math.prod(latent), keys[3], backend)
-        return flat.view(slots, length, *latent)
 
-    learned = output.shape[1] == 2 * latent[0]
-    noise, slack_noise = normal(PURPOSE_STEP), normal(PURPOSE_SLACK) if learned else None
-    uniform = philox_uniform(*keys[:3], PURPOSE_ACCEPT, 1, keys[3], backend).view(slots, length)
-    drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
-    return couple_reference(*drawn, output, row_offsets, columns, relaxation, *settings)
+def couple_block_philox_reference(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    rounds: Tensor,
+    *settings: float,
+    backend: str = "auto",
+) -> Outcome:
+    """``couple_block_philox``: likewise."""
+    learned = output.shape[1] == 2 * draft_states.shape[2]
+    drawn = draw_by_keys(draft_states, seed, images, steps, rounds, learned, backend)
+    return couple_block_reference(draft_states, draft_mean, draft_std, *drawn, output, row_offsets, columns, *settings)
 
 
 def couple_philox_triton(*arguments: object) -> Outcome:
     """``couple_philox`` in Triton."""
     kernels = importlib.import_module("free_kernels.triton.coupling")
     return kernels.couple_philox(*arguments[:-3], **settings_of(*arguments[-3:]))
+
+
+def couple_block_philox_triton(*arguments: object) -> Outcome:
+    """``couple_block_philox`` in Triton."""
+    kernels = importlib.import_module("free_kernels.triton.coupling")
+    *first, rounds = arguments[:-3]
+    return kernels.couple_philox(*first, None, rounds, **settings_of(*arguments[-3:]), joint=True)
 
 
 def fake_outcome(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> Outcome:
@@ -87,17 +139,20 @@ def fake_outcome(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -
 
 
 _LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
-for _name, _draws, _keys, _on_cpu, _on_cuda in (
-    ("couple", "Tensor noise, Tensor? slack_noise, Tensor uniform", "", couple_reference, couple_triton),
+_FROM_MEMORY, _BY_KEYS = "Tensor noise, Tensor? slack_noise, Tensor uniform", "int seed, Tensor images, Tensor steps"
+for _name, _draws, _more, _on_cpu, _on_cuda in (
+    ("couple", _FROM_MEMORY, "Tensor? relaxation, ", couple_reference, couple_triton),
     (
         "couple_philox",
-        "int seed, Tensor images, Tensor steps",
-        "Tensor? rounds, ",
+        _BY_KEYS,
+        "Tensor? relaxation, Tensor? rounds, ",
         couple_philox_reference,
         couple_philox_triton,
     ),
+    ("couple_block", _FROM_MEMORY, "", couple_block_reference, couple_block_triton),
+    ("couple_block_philox", _BY_KEYS, "Tensor rounds, ", couple_block_philox_reference, couple_block_philox_triton),
 ):
-    _LIBRARY.define(_SCHEMA.format(name=_name, draws=_draws, keys=_keys))
+    _LIBRARY.define(_SCHEMA.format(name=_name, draws=_draws, more=_more))
     _LIBRARY.impl(_name, _on_cpu, "CPU")
     _LIBRARY.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"free_kernels::{_name}", fake_outcome, lib=_LIBRARY)

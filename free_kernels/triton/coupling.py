@@ -1,4 +1,4 @@
-"""``couple`` in two Triton launches: a pass over the drafted rows, and a pass that decides and commits."""
+"""``couple``, ``couple_block`` in two Triton launches: a pass over the drafted rows, and one to decide and commit."""
 
 from __future__ import annotations
 
@@ -97,8 +97,9 @@ def couple(
     guidance_scale: float,
     guidance_channels: int,
     clip: float,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract of :func:`free_kernels.ops.couple`; arguments have been checked.
+    """Contract of :func:`free_kernels.ops.couple`, or of ``couple_block`` if ``joint``; arguments have been checked.
 
     Returns:
         ``(next_states, committed, gap_sq)``: the fields of a ``Coupling``. The gap of a row without a draft is 0,
@@ -110,7 +111,7 @@ def couple(
         uniform=uniform,
     )
     rest = (output, row_offsets, columns, relaxation)
-    return _launch((draft_states, draft_mean, draft_std), drawn, rest, guidance_scale, guidance_channels, clip)
+    return _launch((draft_states, draft_mean, draft_std), drawn, rest, joint, guidance_scale, guidance_channels, clip)
 
 
 def couple_philox(
@@ -129,11 +130,12 @@ def couple_philox(
     guidance_scale: float,
     guidance_channels: int,
     clip: float,
+    joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`couple` with noise, slack noise and uniforms made where they are used, never in memory.
 
-    Contract of :func:`free_kernels.ops.coupling.couple_philox`; arguments have been checked, and ``seed`` may also be
-    the int64 of the same bits.
+    Contract of :func:`free_kernels.ops.couple_philox`, or of ``couple_block_philox`` if ``joint``; arguments have been
+    checked, and ``seed`` may also be the int64 of the same bits.
 
     Returns:
         As :func:`couple`.
@@ -145,7 +147,7 @@ def couple_philox(
         seed=seed,
     )
     rest = (output, row_offsets, columns, relaxation)
-    return _launch((draft_states, draft_mean, draft_std), drawn, rest, guidance_scale, guidance_channels, clip)
+    return _launch((draft_states, draft_mean, draft_std), drawn, rest, joint, guidance_scale, guidance_channels, clip)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -156,6 +158,7 @@ def _launch(
     drafts: tuple[Tensor, Tensor, Tensor],
     drawn: _Noise,
     rest: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    joint: bool,
     guidance_scale: float,
     guidance_channels: int,
     clip: float,
@@ -218,6 +221,7 @@ def _launch(
                 *_strides(drawn.uniform),
                 **flags,
                 RELAXED=relaxation is not None,
+                JOINT=joint,
                 BLOCK=shape.commit_block,
                 NUM_BLOCKS=num_blocks,
                 PADDED_SPLITS=triton.next_power_of_2(shape.num_splits),
@@ -228,12 +232,17 @@ def _launch(
 
 
 def aot_configurations() -> list[AotConfiguration]:
-    """Both kernels for rounds of 6 rows: every output dtype and usual flag, then sizes and rarer flags."""
+    """Both kernels for rounds of 6 rows: every output dtype and usual flag, joint decisions, sizes and rarer flags."""
     found = []
     for dtype, guided, learned, philox in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (False, True)
     ):
         found += _aot_pair(1, 4096, dtype, guided=guided, learned=learned, philox=philox)
+    # Joint decisions concern the commit pass alone, and the output's dtype is none of theirs.
+    for guided, learned, philox in itertools.product((False, True), repeat=3):
+        flags = {"guided": guided, "learned": learned, "philox": philox, "joint": True}
+        found += _aot_pair(1, 4096, torch.bfloat16, **flags)[1:]
+    found += _aot_pair(1, 4096, torch.bfloat16, guided=True, learned=True, philox=True, joint=True, length=16)[1:]
     for philox in (False, True):
         found += _aot_pair(86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
     # Rare switches together, a latent of odd size, and one beyond the number of splits.
@@ -243,20 +252,28 @@ def aot_configurations() -> list[AotConfiguration]:
 
 
 def _aot_pair(
-    slots: int, numel: int, dtype: torch.dtype, *, guided: bool, learned: bool, philox: bool, rare: bool = False
+    slots: int,
+    numel: int,
+    dtype: torch.dtype,
+    *,
+    guided: bool,
+    learned: bool,
+    philox: bool,
+    rare: bool = False,
+    joint: bool = False,
+    length: int = 6,
 ) -> list[AotConfiguration]:
-    length = 6
     shape = launch_shape(slots, length, numel)
     types = {f"p_{name}": "*fp32" for name in ("states", "draft_mean", "draft_std", "columns", "partials", "gap_sq")}
     types |= {f"p_{name}": "*fp32" for name in ("noise", "slack_noise", "uniform", "relaxation", "next_states")}
     types |= {f"p_{name}": "*i64" for name in ("images", "steps", "rounds", "row_offsets", "committed")}
     types |= {"p_output": POINTERS[dtype], "guidance_scale": "fp32", "clip": "fp32"}
-    flags = {"LEARNED": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare}
-    flags |= {"PHILOX": philox, "ROUNDS": philox and rare}
+    flags = {"LEARNED": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare and not joint}
+    flags |= {"JOINT": joint, "PHILOX": philox, "ROUNDS": philox and (rare or joint)}
     absent = {"p_noise", "p_slack_noise", "p_uniform"} if philox else {"p_images", "p_steps"}
     absent |= set() if flags["ROUNDS"] else {"p_rounds"}
     absent |= set() if learned else {"p_slack_noise"}
-    absent |= set() if rare else {"p_relaxation"}
+    absent |= set() if flags["RELAXED"] else {"p_relaxation"}
     sizes = {
         "NUM_SPLITS": shape.num_splits,
         "CHUNKS": shape.chunks,

@@ -1,4 +1,4 @@
-"""The two kernels of ``couple``: reductions of every drafted row, then decision and commit of every slot.
+"""The two kernels of ``couple``, ``couple_block``: sums over every drafted row, then decision and commit of every slot.
 
 Between them travel the row pass's partial sums, ``[figures, S (L - 1), NUM_SPLITS]``: no atomics, so that every run
 gives the same bits, and every program of a slot comes to the same decision.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from free_kernels.triton.block_math import decide_jointly
 from free_kernels.triton.coupling_math import (
     ACROSS,
     LEAST_LEFT,
@@ -230,6 +231,7 @@ def coupling_commit_kernel(
     GUIDED: tl.constexpr,
     CLIPPED: tl.constexpr,
     RELAXED: tl.constexpr,
+    JOINT: tl.constexpr,
     PHILOX: tl.constexpr,
     ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -238,7 +240,10 @@ def coupling_commit_kernel(
     PADDED_SPLITS: tl.constexpr,
     PADDED_LENGTH: tl.constexpr,
 ):
-    """Decision of one slot, which each of its programs comes to by itself, and ``BLOCK`` elements of its new state."""
+    """Decision of one slot, which each of its programs comes to by itself, and ``BLOCK`` elements of its new state.
+
+    ``JOINT``: drafts are decided together and not one by one.
+    """
     i_block = tl.program_id(0) % NUM_BLOCKS
     i_slot = tl.program_id(0) // NUM_BLOCKS
     first_row = tl.load(p_row_offsets + i_slot)
@@ -278,30 +283,38 @@ def coupling_commit_kernel(
         b_gap_sq, b_along = b_0, b_1
         feasible = b_gap_sq < MAX_GAP_SQ
 
-    if RELAXED:
-        p_weights = p_relaxation + wide_slot * relaxation_stride_s + o_l * relaxation_stride_l
-        keep = 1.0 - tl.load(p_weights, mask=drafted, other=0.0)
-        b_score = keep * b_along - keep * keep * b_gap_sq / 2.0
-    else:
-        b_score = b_along - b_gap_sq / 2.0
     image, draw_round = 0, 0
     if ROUNDS:
         draw_round = tl.load(p_rounds + i_slot)
+    # Joint decisions test a slot's last row too.
+    live = (o_l < count) & (o_l < length)
     if PHILOX:
         image = tl.load(p_images + i_slot)
-        b_steps = tl.load(p_steps + wide_slot * length + o_l, mask=drafted, other=0)
+        b_steps = tl.load(p_steps + wide_slot * length + o_l, mask=live, other=0)
         key = (seed_low, seed_high, image, b_steps, draw_round)
         b_uniform = uniform_first((o_l * 0).to(tl.uint32), key, PURPOSE_ACCEPT)
     else:
         p_draws = p_uniform + wide_slot * uniform_stride_s + o_l * uniform_stride_l
-        b_uniform = tl.load(p_draws, mask=drafted, other=1.0)
-    accepted = drafted & feasible & (tl.log(b_uniform) <= b_score)
-    # The first row that stops: a refused draft, or the last row.
-    first = tl.min(tl.where(accepted, PADDED_LENGTH, o_l), 0)
-    chosen = o_l == first
-    reflects = (tl.sum((chosen & drafted & feasible).to(tl.int32), 0) > 0) & (count > 0)
-    gap_sq = _at(b_gap_sq, chosen)
-    coefficient = 2.0 * tl.div_rn(_at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
+        b_uniform = tl.load(p_draws, mask=live, other=1.0)
+    if JOINT:
+        first, replaced, ahead = decide_jointly(b_gap_sq, b_along, b_uniform, drafted & feasible, o_l, PADDED_LENGTH)
+        chosen = o_l == first
+        coefficient = -ahead
+    else:
+        if RELAXED:
+            p_weights = p_relaxation + wide_slot * relaxation_stride_s + o_l * relaxation_stride_l
+            keep = 1.0 - tl.load(p_weights, mask=drafted, other=0.0)
+            b_score = keep * b_along - keep * keep * b_gap_sq / 2.0
+        else:
+            b_score = b_along - b_gap_sq / 2.0
+        accepted = drafted & feasible & (tl.log(b_uniform) <= b_score)
+        # The first row that stops: a refused draft, or the last row.
+        first = tl.min(tl.where(accepted, PADDED_LENGTH, o_l), 0)
+        chosen = o_l == first
+        replaced = tl.sum((chosen & drafted & feasible).to(tl.int32), 0) > 0
+        gap_sq = _at(b_gap_sq, chosen)
+        coefficient = 2.0 * tl.div_rn(_at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
+    replaced &= count > 0
 
     if i_block == 0:
         tl.store(p_committed + i_slot, tl.where(count > 0, first + 1, 0).to(tl.int64))
@@ -336,7 +349,7 @@ def coupling_commit_kernel(
     )
     b_std_q = target_std(p_output_row, p_columns_row, o, mask, numel, LEARNED)
     b_next = b_mean_q + b_std_q * b_z
-    if reflects:
+    if replaced:
         p_draft = (wide_slot * drafts + first) * numel + o
         b_mean_p = tl.load(p_draft_mean + p_draft, mask=mask, other=0.0)
         b_std_p = tl.load(p_draft_std + p_draft, mask=mask, other=1.0)

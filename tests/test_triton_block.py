@@ -1,0 +1,60 @@
+"""How ``couple_block`` decides in Triton: its parts alone; whole rounds are in test_triton_coupling.py."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+WORKER = Path(__file__).with_name("triton_worker_block.py")
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    """In a process of its own, since the interpreter is chosen while Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, str(WORKER)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def check_tail(errors: dict[str, float]) -> None:
+    assert errors["above"] < 1e-15, "the error of exp(-t^2 / 2) alone is 1.1e-16 t^2 / 2"
+    assert errors["below"] < 2e-16
+
+
+def check_decisions(found: dict[str, float]) -> None:
+    assert found["residuals"] > 100
+    assert found["direct"] > 100
+    assert found["otherwise"] == 0
+    assert found["off"] < 2e-6
+
+
+def test_the_tail_keeps_its_digits(interpreted):
+    check_tail(interpreted["tail"])
+
+
+def test_slots_are_decided_as_by_the_reference(interpreted):
+    check_decisions(interpreted["decisions"])
+
+
+def test_another_gap_is_found(interpreted):
+    control = interpreted["control"]
+    assert control["otherwise"] > 0 or control["off"] > 2e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="TRITON_INTERPRET keeps kernels off it")
+def test_on_a_gpu():
+    worker = importlib.import_module("triton_worker_block")
+    check_tail(worker.tail_errors("cuda"))
+    check_decisions(worker.decision_errors("cuda"))
