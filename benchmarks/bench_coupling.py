@@ -78,7 +78,7 @@ def guided_share(latent: tuple[int, ...], guided: bool) -> float:
 def needed_bytes(slots: int, length: int, latent: tuple[int, ...], guided: bool, dtype: torch.dtype, made: bool) -> int:
     """Each input once per pass, noise unless it is ``made`` in place; every slot counted as ending on a direct draw.
 
-    A slot that ends on a reflection reads the draft's mean, deviation and slack noise of that row as well.
+    A slot that ends on a reflection or a residual also reads the draft's mean, deviation and slack noise of that row.
     """
     noise, output = 0 if made else 4, dtype.itemsize * (2 + guided_share(latent, guided))
     per_draft = 3 * 4 + 2 * noise + output
@@ -88,6 +88,8 @@ def needed_bytes(slots: int, length: int, latent: tuple[int, ...], guided: bool,
 
 def needed_flops(slots: int, length: int, latent: tuple[int, ...], guided: bool) -> int:
     """Each addition, product, quotient, root, exponential and comparison counted as one; noise is not counted.
+
+    Nor is what a slot's rows cost, not their elements: the decision.
 
     Of an element of a drafted row, with learned variance: mean 3, deviation 3, whitened gap 2, ratio of the variances
     2, root of what is shared and its error 6, shared noise 2, products of these 4, thirteen sums of products 26, error

@@ -24,7 +24,7 @@ from free_kernels import DDPMSchedule, SampleStats, ancestral_sample, sample
 from free_kernels.hoisting import hoisted
 from free_kernels.types import Drafter
 
-STRENGTHS = (16.0, 64.0)
+STRENGTHS = (4.0, 16.0, 64.0)
 LENGTHS = (2, 4, 6, 8, 10, 12)
 # Batch, steps, turns to warm up and counted, fixed draft lengths.
 CASES = ((1, 250, 3, 20, LENGTHS), (64, 250, 1, 3, LENGTHS[:3]), (1, 100, 3, 20, LENGTHS), (1, 50, 3, 20, LENGTHS))
@@ -69,6 +69,7 @@ def samplers(batch: int, steps: int, lengths: tuple[int, ...]) -> dict[str, Call
     if longest == LENGTHS[-1]:
         found |= {f"L = {longest}, relaxed {value:g}": speculative(longest, relaxation=value) for value in STRENGTHS}
     found["auto"] = speculative("auto")
+    found["auto, block"] = speculative("auto", verification="block")
     return found | {"auto, useless drafter": speculative("auto", UselessDrafter(drafter))}
 
 

@@ -33,17 +33,19 @@ def moved(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def round_of_drafts(pick: random.Random) -> tuple[dict[str, Any], dict[str, Any], tuple[int, Tensor, Tensor]]:
-    """Arguments of ``couple`` with ragged rounds and noise by its keys; options; seed, images and steps of the keys."""
+def round_of_drafts(pick: random.Random) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Arguments of ``couple`` with ragged rounds and noise by its keys; options; the keys."""
     slots, length = pick.randint(1, 70), pick.randint(2, 8)
     latent = pick.choice([(1, 8, 8), (4, 32, 32), (3, 7, 9), (4, 64, 64)])
     guided, learned = pick.random() < 0.5, pick.random() < 0.5
     branches, channels, numel = 2 if guided else 1, latent[0], math.prod(latent)
     seed, images = pick.getrandbits(64), torch.randint(0, 2**31, (slots,))
     steps = torch.randint(0, 200, (slots, 1)) + torch.arange(length)
+    rounds = torch.randint(0, 2**24, (slots,))
     keys = (seed, images.repeat_interleave(length), steps.flatten())
-    noise, slack_noise = (philox_normal(*keys, x, numel).view(slots, length, *latent) for x in (1, 2))
-    uniform = philox_uniform(*keys, 3, 1).view(slots, length)
+    wide = rounds.repeat_interleave(length)
+    noise, slack_noise = (philox_normal(*keys, x, numel, wide).view(slots, length, *latent) for x in (1, 2))
+    uniform = philox_uniform(*keys, 3, 1, wide).view(slots, length)
     columns = torch.zeros(slots, length, 8)
     columns[..., 0], columns[..., 1], columns[..., 2], columns[..., 3] = 1.0, -0.1, -3.0, 0.1 * learned
     states = torch.randn(slots, length, *latent)
@@ -63,7 +65,7 @@ def round_of_drafts(pick: random.Random) -> tuple[dict[str, Any], dict[str, Any]
     arguments |= {"slack_noise": slack_noise if learned else None, "uniform": uniform}
     arguments |= {"output": dense.unflatten(0, (branches, -1))[:, used].flatten(0, 1)}
     arguments |= {"row_offsets": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)), "columns": columns}
-    return arguments, options, (seed, images, steps)
+    return arguments, options, {"seed": seed, "images": images, "steps": steps, "rounds": rounds}
 
 
 def check_couple(device: str, pick: random.Random) -> Iterator[tuple[str, Found]]:
@@ -71,18 +73,16 @@ def check_couple(device: str, pick: random.Random) -> Iterator[tuple[str, Found]
     wrong = dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), 0)
     worst, slots = dict.fromkeys(wrong, 0.0), 0
     for _ in range(20):
-        arguments, options, (seed, images, steps) = round_of_drafts(pick)
-        here, there = ({n: moved(v, device) for n, v in x.items()} for x in (arguments, options))
-        keyed = {n: v for n, v in here.items() if n not in ("noise", "slack_noise", "uniform")}
-        keyed |= {"seed": seed, "images": images.to(device), "steps": steps.to(device), **there}
-        rounds = torch.zeros(len(images), dtype=torch.int64, device=device)
+        arguments, options, keys = round_of_drafts(pick)
+        here, there = ({n: moved(v, device) for n, v in x.items()} for x in (arguments, keys))
+        keyed = {n: v for n, v in here.items() if n not in ("noise", "slack_noise", "uniform")} | there | options
         got = {
-            "couple": couple(**here, **there),
+            "couple": couple(**here, **options),
             "couple_philox": couple_philox(**keyed),
-            "couple_block": couple_block(**here, **there),
-            "couple_block_philox": couple_block_philox(**keyed, rounds=rounds),
+            "couple_block": couple_block(**here, **options),
+            "couple_block_philox": couple_block_philox(**keyed),
         }
-        slots += len(images)
+        slots += len(keys["images"])
         for name, outcome in got.items():
             op = couple_block if "block" in name else couple
             want = op(**arguments, **options, backend="reference")

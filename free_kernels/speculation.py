@@ -93,7 +93,8 @@ class Speculation:
         self.packing_backend = packing_backend(settings.backend)
         device, images, num_steps = chain.labels.device, len(chain.labels), len(chain.timesteps)
         # A kernel that makes its noise itself spares two tensors of the size of all drafts.
-        in_triton = use_triton("couple", "coupling", device, settings.backend)
+        op = "couple_block" if settings.block else "couple"
+        in_triton = use_triton(op, "coupling", device, settings.backend)
         self.makes_noise = type(chain.noise) is PhiloxNoise and in_triton
         self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
         self.drafter_is_free = getattr(drafter, "is_free", False)

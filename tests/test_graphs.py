@@ -58,14 +58,15 @@ def run(target, guidance, slots=None, drafter=None, **options):
     return speculation
 
 
+@pytest.mark.parametrize("block", [False, True])
 @pytest.mark.parametrize("slots", [1, 3, 7])
 @pytest.mark.parametrize(("guidance", "learned"), SETTINGS)
-def test_dense_and_captured_rounds_give_the_ragged_rounds_images(monkeypatch, guidance, learned, slots):
+def test_dense_and_captured_rounds_give_the_ragged_rounds_images(monkeypatch, guidance, learned, slots, block):
     monkeypatch.setattr(speculation, "CapturedCalls", PlayedCalls)
     target = GaussianTarget(learns_variance=learned)
-    ragged = run(target, guidance, slots)
+    ragged = run(target, guidance, slots, block=block)
     for options in ({"dense": True}, {"cuda_graphs": True}):
-        fixed = run(target, guidance, slots, **options)
+        fixed = run(target, guidance, slots, block=block, **options)
         torch.testing.assert_close(fixed.samples, ragged.samples, rtol=1e-5, atol=1e-5)
         for figure in ("rounds_per_image", "tested_by_step", "accepted_by_step", "target_calls", "target_rows"):
             np.testing.assert_array_equal(getattr(fixed.stats, figure), getattr(ragged.stats, figure))

@@ -26,6 +26,8 @@ The decision looks at all rows of the block, so a step that is drafted again nee
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,8 @@ from free_kernels.reference.coupling import Coupling, compare, couple, target_ro
 # Where the logarithm of P counts as that of zero, and the smallest gap: both keep float64 arithmetic finite.
 LOWEST_LOG_WEIGHT, SMALLEST_GAP = -1e4, 1e-30
 # The residual is looked for within 2 RADIUS of max(its lower end, q's mean - RADIUS); more has a chance below 1e-30.
-# Each section step narrows this SECTIONS-fold, in the end to 1e-8: less than float32 noise resolves.
-RADIUS, SECTIONS, SECTION_STEPS = 12.0, 16, 8
+# Each section step narrows this SECTIONS-fold, in the end to 2e-8: less than float32 noise resolves.
+RADIUS, SECTIONS, SECTION_STEPS = 12.0, 64, 5
 
 
 def log_weights(score: Tensor) -> Tensor:
@@ -44,14 +46,14 @@ def log_weights(score: Tensor) -> Tensor:
     return walk - walk.cummax(1).values
 
 
-def log_tail(log_a: Tensor, delta: Tensor, t: Tensor) -> Tensor:
-    """Log of the mass of ``a q - p`` beyond t, for t at or above :func:`lower_end`.
+def mass_beyond(a: Tensor, delta: Tensor, t: Tensor) -> Tensor:
+    """Mass of ``a q - p`` beyond t, for t at or above :func:`lower_end`: ``a Phibar(t) - Phibar(t + delta)``.
 
-    t is the coordinate along Delta relative to q's mean; p's mean is at -delta. ``a Phibar(t) - Phibar(t + delta)``.
+    t is the coordinate along Delta relative to q's mean; p's mean is at -delta.
     """
-    target = log_a + torch.special.log_ndtr(-t)
-    ratio = torch.special.log_ndtr(-delta - t) - target
-    return target + (-torch.expm1(ratio.clamp(max=0.0))).log()
+    scaled = t * math.sqrt(0.5)
+    tails = a * torch.special.erfc(scaled) - torch.special.erfc(scaled + delta * math.sqrt(0.5))
+    return tails.mul_(0.5).clamp_(min=0.0)
 
 
 def lower_end(log_a: Tensor, delta: Tensor) -> Tensor:
@@ -61,22 +63,55 @@ def lower_end(log_a: Tensor, delta: Tensor) -> Tensor:
 
 def residual_mass(log_a: Tensor, delta: Tensor) -> Tensor:
     """R, the mass of ``(a q - p)+``, for a in [0, 1]."""
-    return log_tail(log_a, delta, lower_end(log_a, delta)).exp()
+    return mass_beyond(log_a.exp(), delta, lower_end(log_a, delta))
 
 
 def draw_residual(log_a: Tensor, delta: Tensor, uniform: Tensor) -> Tensor:
     """A draw of ``(a q - p)+ / R`` along Delta, relative to q's mean: inverts the tail, all arguments ``[S]``."""
-    low = lower_end(log_a, delta)
-    level = (uniform.log() + log_tail(log_a, delta, low)).unsqueeze(1)
-    low = low.clamp(min=-RADIUS)
-    width = 2 * RADIUS
+    a, low = log_a.exp(), lower_end(log_a, delta)
+    level = (uniform * mass_beyond(a, delta, low)).unsqueeze(1)
+    low, a, delta = low.clamp(min=-RADIUS).unsqueeze(1), a.unsqueeze(1), delta.unsqueeze(1)
     inner = torch.arange(1, SECTIONS, device=low.device, dtype=low.dtype)
+    width = 2 * RADIUS
     for _ in range(SECTION_STEPS):
         width /= SECTIONS
-        edges = low.unsqueeze(1) + width * inner
-        beyond = log_tail(log_a.unsqueeze(1), delta.unsqueeze(1), edges) > level
-        low = low + width * beyond.sum(1)
-    return low + width / 2
+        beyond = mass_beyond(a, delta, low + width * inner) > level
+        low = low + width * beyond.sum(1, keepdim=True)
+    return low.squeeze(1) + width / 2
+
+
+def decide(gap_sq: Tensor, along: Tensor, uniform: Tensor, tested: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each slot stops, and where its residual lies along the lead, if it is drawn from one.
+
+    Args:
+        gap_sq: ``[S, G]``, delta^2.
+        along: ``[S, G]``, ``<z1, Delta>``.
+        uniform: ``[S, G + 1]`` in (0, 1]; entry 0 draws the residual.
+        tested: bool ``[S, G]``, rows that have a draft and shared slack.
+
+    Returns:
+        tau ``[S]``; bool ``[S]``, whether row tau ends in a residual and not in a direct draw; float64 ``[S]``, how
+        many leads that residual is ahead of what the target draws with the draft's noise.
+    """
+    slots, drafts = gap_sq.shape
+    # Rows whose step is drawn directly: without slack, last of their slot, or behind such a row, where P is 0 anyway.
+    direct = torch.nn.functional.pad(~tested, (0, 1), value=True).cumsum(1) > 0
+    gap_sq, along = gap_sq.double(), along.double()
+    log_weight = log_weights((along - gap_sq / 2).masked_fill(direct[:, :drafts], -torch.inf))
+    weight, missing = log_weight.exp(), -log_weight.expm1()
+    bounded = log_weight.clamp(min=LOWEST_LOG_WEIGHT)
+    delta = torch.nn.functional.pad(gap_sq.sqrt(), (0, 1)).masked_fill(direct, 1.0).clamp(min=SMALLEST_GAP)
+    mass = torch.where(direct, weight, residual_mass(bounded, delta))
+    # Where P is 1, so is h, also where R vanishes.
+    threshold = torch.where(log_weight == 0, 1.0, mass / (mass + missing))
+    tau = torch.where(uniform <= threshold, torch.arange(drafts + 1, device=gap_sq.device), 0).amax(1)
+
+    rows = torch.arange(slots, device=gap_sq.device)
+    draft_row = tau.clamp(max=drafts - 1)
+    at_delta = delta[rows, draft_row]
+    # Row 0 is never tested: its uniform is free for the draw.
+    drawn = draw_residual(bounded[rows, draft_row], at_delta, uniform[:, 0].double())
+    return tau, ~direct[rows, tau], (drawn - along[rows, draft_row] / at_delta) / at_delta
 
 
 def couple_block(
@@ -105,27 +140,12 @@ def couple_block(
 
     lengths, drafts = row_offsets.diff(), length - 1
     position = torch.arange(length, device=noise.device)
-    # Rows whose step is drawn directly: without slack, last of their slot, or behind such a row, where P is 0 anyway.
-    direct = torch.nn.functional.pad(drafted.infeasible, (0, 1), value=True) | (position >= lengths[:, None] - 1)
-    direct = direct.cumsum(1) > 0
-    gap_sq, along = drafted.gap_sq.double(), drafted.along.double()
-    log_weight = log_weights((along - gap_sq / 2).masked_fill(direct[:, :drafts], -torch.inf))
-    weight, missing = log_weight.exp(), -log_weight.expm1()
-    bounded = log_weight.clamp(min=LOWEST_LOG_WEIGHT)
-    delta = torch.nn.functional.pad(gap_sq.sqrt(), (0, 1)).masked_fill(direct, 1.0).clamp(min=SMALLEST_GAP)
-    mass = torch.where(direct, weight, residual_mass(bounded, delta))
-    # Where P is 1, so is h, also where R vanishes.
-    threshold = torch.where(log_weight == 0, 1.0, mass / (mass + missing))
-    tau = torch.where(uniform <= threshold, position, 0).amax(1)
-
+    tested = ~drafted.infeasible & (position[:drafts] < lengths[:, None] - 1)
+    tau, replaced, ahead = decide(drafted.gap_sq, drafted.along, uniform, tested)
     rows = torch.arange(slots, device=noise.device)
     draft_row = tau.clamp(max=drafts - 1)
-    at_delta = delta[rows, draft_row]
-    # Row 0 is never tested: its uniform is free for the draw.
-    drawn = draw_residual(bounded[rows, draft_row], at_delta, uniform[:, 0].double())
-    moved = (drawn - along[rows, draft_row] / at_delta) / at_delta
     start, lead = drafted.start[rows, draft_row], drafted.lead[rows, draft_row]
-    residual = torch.addcmul(start, moved.float()[:, None], lead)
+    residual = torch.addcmul(start, ahead.float()[:, None], lead)
     fresh = torch.addcmul(mean_q[rows, tau], std_q[rows, tau], noise.flatten(2)[rows, tau])
-    next_states = torch.where(direct[rows, tau, None], fresh, residual).view(slots, *draft_states.shape[2:])
+    next_states = torch.where(replaced[:, None], residual, fresh).view(slots, *draft_states.shape[2:])
     return Coupling(next_states, (tau + 1) * (lengths > 0), drafted.gap_sq)

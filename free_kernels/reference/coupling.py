@@ -171,8 +171,8 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
     directed = mean_sq > SMALLEST_MEAN_GAP_SQ
     u = torch.where(directed, gap * mean_sq.rsqrt(), 0.0)
     left = ratio - ACROSS
-    # Also refused: drafts so far off that the arithmetic would overflow. The rule must not look at noise.
-    far = ~(mean_sq.squeeze(-1) + (ratio - 1).square().sum(-1) < MAX_GAP_SQ)
+    # Also refused: drafts so far off that products of gap and error would overflow. The rule must not look at noise.
+    far = ~((1 + mean_sq.squeeze(-1)) * (1 + (ratio - 1).square().sum(-1)) < MAX_GAP_SQ)
     infeasible = far | ~(left.amin(-1) >= LEAST_LEFT)
     left.clamp_(min=LEAST_LEFT)
     root, across = left.sqrt(), math.sqrt(ACROSS)

@@ -1,7 +1,7 @@
 """How a slot's drafts are decided together: ``free_kernels.reference.block``, which derives it, inside a kernel.
 
-In float64, on a few numbers a slot. Weights P and masses are plain numbers here, not logarithms: a row is stopped at
-only if its uniform, at least 2^-33, lies below its P, so smaller ones need no digits.
+In float64, on a few numbers a slot. A row is stopped at only if its uniform lies below its P, so weights below all
+uniforms need no digits.
 """
 
 from __future__ import annotations
@@ -9,20 +9,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Any logarithm of a ratio beyond counts as this; and the smallest gap. Both keep sums and quotients finite.
-_LARGEST_SCORE, _SMALLEST_GAP_SQ = tl.constexpr(1e4), tl.constexpr(1e-60)
-# The residual is looked for within 2 RADIUS of max(its lower end, q's mean - RADIUS), by sections of sections.
-_RADIUS, _SECTIONS, _SECTION_STEPS = tl.constexpr(12.0), tl.constexpr(32), tl.constexpr(7)
+# Logarithms of ratios beyond count as this, else the walk would forget, in a sum, what was before a huge one; and the
+# smallest and largest squared gap. A gap of NaN is as large as any.
+_LARGEST_SCORE, _SMALLEST_GAP_SQ, _LARGEST_GAP_SQ = tl.constexpr(1e4), tl.constexpr(1e-60), tl.constexpr(1e36)
+# As in free_kernels.reference.block.
+_RADIUS, _SECTIONS, _SECTION_STEPS = tl.constexpr(12.0), tl.constexpr(64), tl.constexpr(5)
+# A standard normal is never beyond, in float64.
+_FARTHEST = tl.constexpr(40.0)
 
 
 @triton.jit
 def upper_tail(t):
-    """``P(N(0, 1) > t)``, float64: to ``6e-16 (1 + t^2 / 2)`` of itself for t > 0, to 1.2e-16 for t < 0.
+    """``P(N(0, 1) > t)``, float64: to ``6e-16 (1 + t^2 / 2)`` of itself for t > 0, to 3e-16 for t < 0.
 
     ``(1 + t) exp(t^2 / 2) P`` is a Chebyshev series in ``(t - 5) / (t + 5)``, here up to the 21st degree and in powers.
     """
     size = tl.abs(t)
-    y = (size - 5.0) / (size + 5.0)
+    size = tl.where(size < _FARTHEST, size, _FARTHEST)
+    inverse = 1.0 / ((size + 5.0) * (size + 1.0))
+    y = (size - 5.0) * (size + 1.0) * inverse
     b_p = y * 2.2070652717459774e-09 + 2.0752306874165582e-09
     b_p = b_p * y - 2.54667816805072e-08
     b_p = b_p * y - 2.259986670943523e-08
@@ -44,7 +49,7 @@ def upper_tail(t):
     b_p = b_p * y + 0.031030368425996276
     b_p = b_p * y - 0.09155228183401112
     b_p = b_p * y + 0.46151582985003764
-    tail = tl.exp(-0.5 * size * size) * b_p / (size + 1.0)
+    tail = tl.exp(-0.5 * size * size) * (b_p * ((size + 5.0) * inverse))
     return tl.where(t < 0.0, 1.0 - tail, tail)
 
 
@@ -61,7 +66,8 @@ def _larger(a, b):
 
 
 @triton.jit
-def _at(b_values, chosen):
+def at(b_values, chosen):
+    """The one value of a vector where ``chosen`` holds, whatever the others are; 0 if there is none."""
     return tl.sum(tl.where(chosen, b_values, 0.0), 0)
 
 
@@ -86,8 +92,8 @@ def decide_jointly(b_gap_sq, b_along, b_uniform, tested, o_l, PADDED_LENGTH: tl.
     Args:
         b_gap_sq: ``[rows]``, delta^2.
         b_along: ``[rows]``, ``<z1, Delta>``.
-        b_uniform: ``[rows]``.
-        tested: which rows have a draft and shared slack.
+        b_uniform: ``[rows]``, in (0, 1]; entry 0 draws the residual.
+        tested: which rows have a draft and shared slack; not all.
         o_l: numbers of the rows.
         PADDED_LENGTH: their count.
 
@@ -99,11 +105,12 @@ def decide_jointly(b_gap_sq, b_along, b_uniform, tested, o_l, PADDED_LENGTH: tl.
     last = tl.min(tl.where(tested, PADDED_LENGTH, o_l), 0)
     before = o_l < last
     gap_sq = tl.where(before, b_gap_sq, 1.0).to(tl.float64)
+    gap_sq = tl.where(gap_sq < _LARGEST_GAP_SQ, gap_sq, _LARGEST_GAP_SQ)
     gap_sq = tl.where(gap_sq > _SMALLEST_GAP_SQ, gap_sq, _SMALLEST_GAP_SQ)
     along = tl.where(before, b_along, 0.0).to(tl.float64)
     score = along - 0.5 * gap_sq
-    score = tl.where(score < -_LARGEST_SCORE, -_LARGEST_SCORE, tl.where(score > _LARGEST_SCORE, _LARGEST_SCORE, score))
-    score = tl.where(before, score, 0.0)
+    # A NaN falls to the lower end.
+    score = tl.where(score > -_LARGEST_SCORE, tl.where(score < _LARGEST_SCORE, score, _LARGEST_SCORE), -_LARGEST_SCORE)
     # log P: a walk over the drafts before each row, held below 0.
     walk = tl.cumsum(score, 0) - score
     log_a = walk - tl.associative_scan(walk, 0, _larger)
@@ -120,9 +127,9 @@ def decide_jointly(b_gap_sq, b_along, b_uniform, tested, o_l, PADDED_LENGTH: tl.
     ahead = tl.cast(0.0, tl.float64)
     if stop < last:
         chosen = o_l == stop
-        at_delta, at_low, at_mass = _at(delta, chosen), _at(low, chosen), _at(mass, chosen)
+        at_delta, at_low, at_mass = at(delta, chosen), at(low, chosen), at(mass, chosen)
         # Row 0 is never tested: its uniform is free for the draw.
-        level = at_mass * _at(b_uniform, o_l == 0).to(tl.float64)
-        drawn = draw_residual(_at(a, chosen), at_delta, at_low, level)
-        ahead = (drawn - _at(along, chosen) / at_delta) / at_delta
+        level = at_mass * at(b_uniform, o_l == 0).to(tl.float64)
+        drawn = draw_residual(at(a, chosen), at_delta, at_low, level)
+        ahead = (drawn - at(along, chosen) / at_delta) / at_delta
     return stop, stop < last, ahead.to(tl.float32)

@@ -99,7 +99,9 @@ def couple(
     clip: float,
     joint: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract of :func:`free_kernels.ops.couple`, or of ``couple_block`` if ``joint``; arguments have been checked.
+    """Contract of :func:`free_kernels.ops.couple`, or of ``couple_block`` if ``joint``, then without ``relaxation``.
+
+    Arguments have been checked.
 
     Returns:
         ``(next_states, committed, gap_sq)``: the fields of a ``Coupling``. The gap of a row without a draft is 0,
@@ -242,7 +244,9 @@ def aot_configurations() -> list[AotConfiguration]:
     for guided, learned, philox in itertools.product((False, True), repeat=3):
         flags = {"guided": guided, "learned": learned, "philox": philox, "joint": True}
         found += _aot_pair(1, 4096, torch.bfloat16, **flags)[1:]
-    found += _aot_pair(1, 4096, torch.bfloat16, guided=True, learned=True, philox=True, joint=True, length=16)[1:]
+    for length in (1, 16):
+        flags = {"guided": True, "learned": True, "philox": True, "joint": True}
+        found += _aot_pair(1, 4096, torch.bfloat16, length=length, **flags)[1:]
     for philox in (False, True):
         found += _aot_pair(86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
     # Rare switches together, a latent of odd size, and one beyond the number of splits.

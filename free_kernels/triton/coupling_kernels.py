@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from free_kernels.triton.block_math import decide_jointly
+from free_kernels.triton.block_math import at, decide_jointly
 from free_kernels.triton.coupling_math import (
     ACROSS,
     LEAST_LEFT,
@@ -188,12 +188,6 @@ def _sum(p_partials, plane, i_figure, o_rows, valid, NUM_SPLITS: tl.constexpr, P
     return tl.sum(_figure(p_partials + plane * i_figure, o_rows, valid, NUM_SPLITS, PADDED_SPLITS, 0.0), 1)
 
 
-@triton.jit
-def _at(b_values, chosen):
-    """The one value of a vector where ``chosen`` holds, whatever the others are; 0 if there is none."""
-    return tl.sum(tl.where(chosen, b_values, 0.0), 0)
-
-
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def coupling_commit_kernel(
     p_states,
@@ -278,7 +272,7 @@ def coupling_commit_kernel(
         # Padding splits must not be the smallest.
         p_smallest = p_partials + plane * SMALLEST
         b_smallest = tl.min(_figure(p_smallest, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, float("inf")), 1)
-        feasible = (b_smallest - ACROSS >= LEAST_LEFT) & (b_0 + b_error_sq < MAX_GAP_SQ)
+        feasible = (b_smallest - ACROSS >= LEAST_LEFT) & ((1.0 + b_0) * (1.0 + b_error_sq) < MAX_GAP_SQ)
     else:
         b_gap_sq, b_along = b_0, b_1
         feasible = b_gap_sq < MAX_GAP_SQ
@@ -299,7 +293,6 @@ def coupling_commit_kernel(
     if JOINT:
         first, replaced, ahead = decide_jointly(b_gap_sq, b_along, b_uniform, drafted & feasible, o_l, PADDED_LENGTH)
         chosen = o_l == first
-        coefficient = -ahead
     else:
         if RELAXED:
             p_weights = p_relaxation + wide_slot * relaxation_stride_s + o_l * relaxation_stride_l
@@ -311,10 +304,9 @@ def coupling_commit_kernel(
         # The first row that stops: a refused draft, or the last row.
         first = tl.min(tl.where(accepted, PADDED_LENGTH, o_l), 0)
         chosen = o_l == first
-        replaced = tl.sum((chosen & drafted & feasible).to(tl.int32), 0) > 0
-        gap_sq = _at(b_gap_sq, chosen)
-        coefficient = 2.0 * tl.div_rn(_at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
-    replaced &= count > 0
+        replaced = (tl.sum((chosen & drafted & feasible).to(tl.int32), 0) > 0) & (count > 0)
+        gap_sq = at(b_gap_sq, chosen)
+        ahead = -2.0 * tl.div_rn(at(b_along, chosen), tl.where(gap_sq > 0.0, gap_sq, 1.0))
 
     if i_block == 0:
         tl.store(p_committed + i_slot, tl.where(count > 0, first + 1, 0).to(tl.int64))
@@ -357,9 +349,9 @@ def coupling_commit_kernel(
         if LEARNED:
             b_z_slack = noise_block(p_slack_noise, row_start, key, o, mask, i_first, PURPOSE_SLACK, BLOCK, PHILOX)
             b_gap, _, _, b_error, b_shared = compare_elements(b_lead, b_std_p, b_std_q, b_z, b_z_slack, mask)
-            of_gap, of_error = _at(b_weight_gap, chosen), _at(b_weight_error, chosen)
+            of_gap, of_error = at(b_weight_gap, chosen), at(b_weight_error, chosen)
             # Kept apart from the gap, which may be too large to add anything to.
             b_shift = b_error * (b_shared + of_error * b_gap) - of_gap * b_gap
             b_z, b_lead = b_z + b_shift, b_std_p * (b_gap + b_shift)
-        b_next = b_mean_q + b_std_p * b_z - coefficient * b_lead
+        b_next = b_mean_q + b_std_p * b_z + ahead * b_lead
     tl.store(p_next_states + wide_slot * numel + o, tl.where(count > 0, b_next, 0.0), mask=o < numel)
