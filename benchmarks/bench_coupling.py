@@ -153,23 +153,19 @@ def on_gpu(
     # Dynamo gives up on a function after a few shapes; each of ours is compiled afresh.
     torch.compiler.reset()
     tensors, keys = (*drafts, *drawn, *rest), (*drafts, 1, images, steps, *rest)
-    triton = {"backend": "triton", **options}
     if name == "couple":
-        compiled = torch.compile(reference.couple, fullgraph=True, dynamic=False)
-        calls: dict[str, Callable[[], object]] = {
-            "triton": lambda: couple(*tensors, **triton),
-            "triton-philox": lambda: couple_philox(*keys, **triton),
-            "eager": lambda: reference.couple(*tensors, None, **options),
-            "compiled": lambda: compiled(*tensors, None, **options),
-        }
+        op, by_keys, rounds = couple, couple_philox, {}
+        eager, relaxation = reference.couple, (None,)
     else:
-        compiled = torch.compile(block.couple_block, fullgraph=True, dynamic=False)
-        calls = {
-            "triton": lambda: couple_block(*tensors, **triton),
-            "triton-philox": lambda: couple_block_philox(*keys, rounds=images, **triton),
-            "eager": lambda: block.couple_block(*tensors, **options),
-            "compiled": lambda: compiled(*tensors, **options),
-        }
+        op, by_keys, rounds = couple_block, couple_block_philox, {"rounds": images}
+        eager, relaxation = block.couple_block, ()
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    calls: dict[str, Callable[[], object]] = {
+        "triton": lambda: op(*tensors, backend="triton", **options),
+        "triton-philox": lambda: by_keys(*keys, **rounds, backend="triton", **options),
+        "eager": lambda: eager(*tensors, *relaxation, **options),
+        "compiled": lambda: compiled(*tensors, *relaxation, **options),
+    }
     measure(
         calls[rival],
         device="cuda",

@@ -27,7 +27,7 @@ from free_kernels.types import Drafter
 STRENGTHS = (4.0, 16.0, 64.0)
 LENGTHS = (2, 4, 6, 8, 10, 12)
 # Batch, steps, turns to warm up and counted, fixed draft lengths.
-CASES = ((1, 250, 3, 20, LENGTHS), (64, 250, 1, 3, LENGTHS[:3]), (1, 100, 3, 20, LENGTHS), (1, 50, 3, 20, LENGTHS))
+CASES = ((1, 250, 3, 40, LENGTHS), (64, 250, 1, 4, LENGTHS[:3]), (1, 100, 3, 40, LENGTHS), (1, 50, 3, 40, LENGTHS))
 
 
 class UselessDrafter:

@@ -83,9 +83,9 @@ def check_couple(device: str, pick: random.Random) -> Iterator[tuple[str, Found]
             "couple_block_philox": couple_block_philox(**keyed),
         }
         slots += len(keys["images"])
+        token, block = (op(**arguments, **options, backend="reference") for op in (couple, couple_block))
         for name, outcome in got.items():
-            op = couple_block if "block" in name else couple
-            want = op(**arguments, **options, backend="reference")
+            want = block if "block" in name else token
             same = outcome.committed.cpu() == want.committed
             wrong[name] += int((~same).sum())
             gap = (outcome.next_states.cpu() - want.next_states)[same].abs()

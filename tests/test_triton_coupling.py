@@ -48,8 +48,13 @@ def test_interpreted_normals_are_those_of_the_random_ops(interpreted):
     assert interpreted["normals"] == []
 
 
+def test_products_that_overflow_are_refused_as_by_the_reference(interpreted):
+    assert interpreted["overflow"] == []
+
+
 def test_the_comparison_finds_planted_faults(interpreted):
-    assert len(interpreted["controls"]) == 7
+    block = {"block_rounds", "block_is_not_token", "block_draw"}
+    assert set(interpreted["controls"]) == {"guidance_channels", "seed", "rounds", "rounding"} | block
     for name, found in interpreted["controls"].items():
         assert found, name
 
@@ -124,6 +129,9 @@ class TestOnGpu:
     @pytest.mark.parametrize("case", worker.CASES + LARGE, ids=lambda case: case.name)
     def test_kernels_agree_with_the_reference(self, kernels, case):
         assert worker.check(case, kernels, "cuda") == []
+
+    def test_products_that_overflow_are_refused_as_by_the_reference(self):
+        assert worker.check_overflow("cuda") == []
 
     def test_normals_are_those_of_the_random_ops(self):
         assert worker.check_normals("cuda") == []

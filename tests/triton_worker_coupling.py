@@ -30,8 +30,6 @@ from free_kernels.reference.coupling import Coupling
 PADDING_ROWS = 2
 PHILOX_SEEDS = (0, 1, 2**40 + 16, 2**64 - 1)
 TOLERANCE = 2e-4
-# Of figures beyond, of drafts that are refused outright, nothing is asked.
-FAR = 1e-2 * reference.MAX_GAP_SQ
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,10 @@ CASES = [
     Case("infeasible", learned=True, gap=0.1, special="infeasible", seed=19),
     Case("far-off", learned=True, special="far", seed=20),
     Case("far-off-fixed", special="far", seed=21),
-    Case("far-off-in-products", lengths=(3,) * 12, learned=True, special="overflow", seed=23),
     Case("not-finite", learned=True, clip=1.0, special="nan", seed=22),
 ]
+# Apart, for the gap's own figure is not compared: float32 holds it by one way of computing it and not by the other.
+OVERFLOW = Case("far-off-in-products", lengths=(3,) * 12, learned=True, special="overflow", seed=23)
 BY_NAME = {case.name: case for case in CASES}
 # Enough rows that errors against float64 have a stable size: single figures are exact or far off by luck.
 _ROWS = {"lengths": (6,) * 20 + (3, 1), "latent": (4, 8, 8), "gap": 0.5}
@@ -239,7 +238,7 @@ def relevant(outcome: tuple[Tensor | None, ...], lengths: Tensor) -> dict[str, T
 
 
 def distance(got: Tensor, exact: Tensor) -> float:
-    known = exact.isfinite() & (exact.abs() < FAR)
+    known = exact.isfinite() & (exact.abs() < reference.MAX_GAP_SQ)
     difference = (got.double() - exact)[known]
     return float(difference.norm() / exact[known].norm().clamp(min=1e-300)) if known.any() else 0.0
 
@@ -261,8 +260,8 @@ def compare(got: Coupling, arguments: Round, variant: str = "tensors") -> list[s
     for name, a in parts.items():
         b, c = eager_parts[name], exact_parts[name]
         # How far beyond the limit a refused figure lies is of no matter.
-        kept = b.isfinite() & (b.abs() < FAR)
-        if not torch.equal(kept, a.isfinite() & (a.abs() < FAR)):
+        kept = b.isfinite() & (b.abs() < reference.MAX_GAP_SQ)
+        if not torch.equal(kept, a.isfinite() & (a.abs() < reference.MAX_GAP_SQ)):
             wrong.append(f"{name} is finite elsewhere")
         # Where few elements add up, the difference of two nearly equal variances is known to 1e-5.
         off = distance(a, c)
@@ -344,6 +343,18 @@ def check(case: Case, kernels: Any, device: str = "cpu") -> list[str]:
     return wrong
 
 
+def check_overflow(device: str = "cpu") -> list[str]:
+    """Decisions and states where the kernels' products of gap and error of the variance overflow, were they used."""
+    arguments, wrong = make(OVERFLOW).to(device), []
+    for variant, run in RUNS.items():
+        got, eager = run(arguments), oracle(arguments, variant)
+        same = torch.equal(got.committed, eager.committed)
+        off = distance(got.next_states, eager.next_states.double())
+        if not same or not off <= TOLERANCE:
+            wrong.append(f"{variant}: committed {got.committed.tolist()}, states off by {off:.2e}")
+    return wrong
+
+
 def controls() -> dict[str, list[str]]:
     """Faults that ``compare`` has to find; each must give a non-empty list."""
     arguments = make(BY_NAME["learned-partly-guided"])
@@ -351,16 +362,17 @@ def controls() -> dict[str, list[str]]:
     with_rounds = make(BY_NAME["fixed-guided"])
     without = replace(with_rounds, keys=(*with_rounds.keys[:2], None))
     rounding = precision(PRECISION[-1], "tensors", planted=2.0**-21)
-    uniform_first = make(BY_NAME["digits"])
-    changed = [x.clone() if i == 5 else x for i, x in enumerate(uniform_first.tensors)]
-    changed[5][:, 0] = 1 - 0.5 * changed[5][:, 0]
+    digits = make(BY_NAME["digits"])
+    *before, uniform = digits.tensors[:6]
+    uniform = torch.cat([1 - 0.5 * uniform[:, :1], uniform[:, 1:]], 1)
+    other_draw = replace(digits, tensors=(*before, uniform, *digits.tensors[6:]))
     return {
         "guidance_channels": compare(run_couple(wrong_channels), arguments),
         "seed": compare(run_philox(replace(arguments, seed=12345)), arguments),
         "rounds": compare(run_philox(without), with_rounds),
         "block_rounds": compare(run_block_philox(without), with_rounds, "block-philox"),
-        "block_is_not_token": compare(run_couple(uniform_first), uniform_first, "block"),
-        "block_draw": compare(run_block(replace(uniform_first, tensors=tuple(changed))), uniform_first, "block"),
+        "block_is_not_token": compare(run_couple(digits), digits, "block"),
+        "block_draw": compare(run_block(other_draw), digits, "block"),
         "rounding": [f"{name} is {mean:.1f} times off" for name, (mean, _) in rounding.items() if mean > 2],
     }
 
@@ -397,7 +409,8 @@ def main() -> None:
     rounding = {
         f"{case.name}-{variant}": precision(case, variant) for variant, cases in VARIANTS.items() for case in cases
     }
-    print(json.dumps({"cases": found, "precision": rounding, "normals": check_normals(), "controls": controls()}))
+    found = {"cases": found, "precision": rounding, "overflow": check_overflow()}
+    print(json.dumps(found | {"normals": check_normals(), "controls": controls()}))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
-import torch
 from torch import Tensor
 
 from free_kernels.ops import coupling_dispatch as dispatch
 from free_kernels.ops.coupling import BACKENDS, check_round
 from free_kernels.ops.random import signed_seed
-from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.reference.coupling import Coupling
 from free_kernels.validation import check_choice, check_int, fail
 
@@ -81,10 +78,7 @@ def couple_block(
         row_offsets=row_offsets,
         columns=columns,
     )
-    run = dispatch.couple_block_reference
-    if use_triton("couple_block", "coupling", draft_states.device, backend):
-        # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
-        run = dispatch.couple_block_triton if draft_states.is_cpu else torch.ops.free_kernels.couple_block
+    run = dispatch.implementation("couple_block", draft_states.device, backend)
     drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
     return Coupling(*run(*drawn, output, row_offsets, columns, guidance_scale, guided, clip))
@@ -153,10 +147,7 @@ def couple_block_philox(
         columns=columns,
         rounds=rounds,
     )
-    run = functools.partial(dispatch.couple_block_philox_reference, backend=backend)
-    if use_triton("couple_block_philox", "coupling", draft_states.device, backend):
-        on_cpu = draft_states.is_cpu
-        run = dispatch.couple_block_philox_triton if on_cpu else torch.ops.free_kernels.couple_block_philox
+    run = dispatch.implementation("couple_block_philox", draft_states.device, backend)
     drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
     return Coupling(*run(*drawn, output, row_offsets, columns, rounds, guidance_scale, guided, clip))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from free_kernels.ops import coupling_dispatch as dispatch
 from free_kernels.ops.random import signed_seed
-from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.reference import coupling as reference
 from free_kernels.reference.coupling import Coupling
 from free_kernels.validation import check_choice, check_int, fail
@@ -170,10 +168,7 @@ def couple(
         columns=columns,
         relaxation=relaxation,
     )
-    run = dispatch.couple_reference
-    if use_triton("couple", "coupling", draft_states.device, backend):
-        # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
-        run = dispatch.couple_triton if draft_states.is_cpu else torch.ops.free_kernels.couple
+    run = dispatch.implementation("couple", draft_states.device, backend)
     drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
     return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, guidance_scale, guided, clip))
@@ -246,9 +241,7 @@ def couple_philox(
         relaxation=relaxation,
         rounds=rounds,
     )
-    run = functools.partial(dispatch.couple_philox_reference, backend=backend)
-    if use_triton("couple_philox", "coupling", draft_states.device, backend):
-        run = dispatch.couple_philox_triton if draft_states.is_cpu else torch.ops.free_kernels.couple_philox
+    run = dispatch.implementation("couple_philox", draft_states.device, backend)
     drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
     return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, rounds, guidance_scale, guided, clip))

@@ -244,8 +244,8 @@ def aot_configurations() -> list[AotConfiguration]:
     for guided, learned, philox in itertools.product((False, True), repeat=3):
         flags = {"guided": guided, "learned": learned, "philox": philox, "joint": True}
         found += _aot_pair(1, 4096, torch.bfloat16, **flags)[1:]
+    flags = {"guided": True, "learned": True, "philox": True, "joint": True}
     for length in (1, 16):
-        flags = {"guided": True, "learned": True, "philox": True, "joint": True}
         found += _aot_pair(1, 4096, torch.bfloat16, length=length, **flags)[1:]
     for philox in (False, True):
         found += _aot_pair(86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
@@ -272,12 +272,12 @@ def _aot_pair(
     types |= {f"p_{name}": "*fp32" for name in ("noise", "slack_noise", "uniform", "relaxation", "next_states")}
     types |= {f"p_{name}": "*i64" for name in ("images", "steps", "rounds", "row_offsets", "committed")}
     types |= {"p_output": POINTERS[dtype], "guidance_scale": "fp32", "clip": "fp32"}
-    flags = {"LEARNED": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare and not joint}
+    flags = {"LEARNED": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare}
     flags |= {"JOINT": joint, "PHILOX": philox, "ROUNDS": philox and (rare or joint)}
     absent = {"p_noise", "p_slack_noise", "p_uniform"} if philox else {"p_images", "p_steps"}
     absent |= set() if flags["ROUNDS"] else {"p_rounds"}
     absent |= set() if learned else {"p_slack_noise"}
-    absent |= set() if flags["RELAXED"] else {"p_relaxation"}
+    absent |= set() if rare else {"p_relaxation"}
     sizes = {
         "NUM_SPLITS": shape.num_splits,
         "CHUNKS": shape.chunks,
