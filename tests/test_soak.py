@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from analytic import BiasedDrafter, GaussianTarget
+from fresh_process import STATM, evaluate_alone, resident
 
 from free_kernels import DDPMSchedule, sample_iter
 
-STATM = Path("/proc/self/statm")
 IMAGES, LATENT = 10_000, (4, 16, 16)
 IMAGE_BYTES = 4 * 4 * 16 * 16
-PAGE = 4096
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(STATM.read_text().split()[1]) * PAGE
 
 
 def growth(count: int, kept: list[torch.Tensor] | None = None) -> float:
@@ -55,12 +44,7 @@ def growth(count: int, kept: list[torch.Tensor] | None = None) -> float:
 
 def growth_alone(count: int, leaking: bool) -> float:
     """:func:`growth` in a process of its own: where earlier tests have freed memory, a leak would fill that first."""
-    code = f"import test_soak; print(test_soak.growth({count}, {[] if leaking else None}))"
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout)
+    return evaluate_alone("test_soak", f"growth({count}, {[] if leaking else None})")
 
 
 @pytest.mark.slow
