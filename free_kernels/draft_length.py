@@ -28,8 +28,9 @@ _LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.006
 _RISKED, _RISKED_STEPS, _RISKED_OF_RUN = 0.75, 5.0, 0.02
 _BINS = 25
 _UNKNOWN_ACCEPTANCE = 0.85
-# Ordinary steps between two looks at whether drafts promise to pay, at most; a look costs a little arithmetic.
-_LOOK_EVERY = 32
+# Ordinary steps to the next look at whether drafts promise to pay, which costs a little arithmetic: at least, where the
+# cheapest trial is too dear, and at most.
+_SHORTEST_WAIT, _LONGEST_WAIT = 32, 64
 # Seconds of ordinary steps taken at once at most: what waits for them, a progress bar or an image, waits no longer.
 _LONGEST_RUN_S = 0.25
 # Ordinary steps between two trials of drafts that promise nothing, at first and at most.
@@ -258,7 +259,8 @@ class DraftLengthPolicy:
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
             speed, longest, last = plans[0]
             affordable = 1 / max(speed, 1e-3) - 1 <= max(0.0, allowed)
-            self._next_look = known.round + (min(_LOOK_EVERY, known.hold) if affordable else _LOOK_EVERY)
+            wait = known.hold if affordable else max(known.hold, _SHORTEST_WAIT)
+            self._next_look = known.round + min(wait, _LONGEST_WAIT)
             if known.round < known.next_trial or not affordable:
                 return lengths
             known.next_trial = known.round + known.hold

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ class Speculation:
         op = "couple_block" if settings.block else "couple"
         in_triton = use_triton(op, "coupling", device, settings.backend)
         self.makes_noise = type(chain.noise) is PhiloxNoise and in_triton
-        self.drafter: Drafter = hoisted(drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
+        self._given_drafter = drafter
         self.drafter_is_free = getattr(drafter, "is_free", False)
         self.first_drafted = first_drafted_step(drafter)
         self.pool = ImagePool(chain, slots, settings.pool_rows)
@@ -112,7 +113,7 @@ class Speculation:
         relaxation = settings.relaxation
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, slots, device)
         drafts = settings.length - 1
-        self.memory = new_memory(self.drafter, slots, chain.branches, drafts) if drafts else None
+        self.memory = new_memory(drafter, slots, chain.branches, drafts) if drafts else None
         # A memory holds one call a step.
         self.refused = RefusedDrafts(self.state, chain.branches) if drafts and self.memory is None else None
         self.dense = settings.dense or settings.cuda_graphs or self.memory is not None
@@ -121,6 +122,11 @@ class Speculation:
         self.network = PackedCall(self.chain)
         self.graphs = self._captured_rounds() if settings.cuda_graphs else None
         self.figures = RunFigures(images, num_steps, device)
+
+    @cached_property
+    def drafter(self) -> Drafter:
+        """Hoisted when the first drafts are made: automatic lengths may never make any."""
+        return hoisted(self._given_drafter, self.chain.timesteps, self.chain.used_labels)  # type: ignore[return-value]
 
     @property
     def stats(self) -> SampleStats:

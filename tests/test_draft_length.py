@@ -429,3 +429,40 @@ def test_ordinary_steps_alone_return_the_ordinary_images(monkeypatch):
     assert got.stats.call_reduction == 1.0
     with pytest.raises(ValueError, match="^sample: draft_length must be an int or 'auto', got 'automatic'"):
         sample(target, labels, schedule=schedule, draft_length="automatic")
+
+
+def test_a_drafter_is_hoisted_once_it_drafts(monkeypatch):
+    """Where nothing is drafted, not even its tables are paid for."""
+
+    class Counted(BiasedDrafter):
+        times = 0
+
+        def hoisted(self, timesteps, labels):
+            assert len(timesteps) == 30
+            assert labels.tolist() == [0, 1, 2]
+            self.times += 1
+            return self
+
+    target, labels, schedule = GaussianTarget(), torch.arange(9) % 3, DDPMSchedule(30)
+    drafter = Counted(target)
+    sample(target, labels, schedule=schedule, drafter=drafter, draft_length=3)
+    assert drafter.times == 1
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: np.full(np.shape(rows), 1e9))
+    assert sample(target, labels, schedule=schedule, drafter=drafter, draft_length="auto").stats.call_reduction == 1.0
+    assert drafter.times == 1
+
+
+def test_looks_at_drafts_that_never_pay_become_rare():
+    """An early look may find out what the first trials teach; later ones only cost time."""
+    world = World(1, 0.0, 0.5, 0.2)
+    knowledge = Knowledge(RoundCost(1), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.95)))
+    looks = []
+    for _ in range(12):
+        policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
+        plans, counted = policy._plans, []
+        policy._plans = lambda *given, plans=plans, counted=counted: (counted.append(1), plans(*given))[1]
+        world.run(policy.choose, policy.observe)
+        looks.append(len(counted))
+    assert looks[0] > max(looks[6:])
+    # A look after its first step, and one every 64.
+    assert 2 <= min(looks[6:]) <= max(looks[6:]) <= 5
