@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,7 +96,7 @@ class Speculation:
         op = "couple_block" if settings.block else "couple"
         in_triton = use_triton(op, "coupling", device, settings.backend)
         self.makes_noise = type(chain.noise) is PhiloxNoise and in_triton
-        self._given_drafter = drafter
+        self.drafter, self._hoisted = drafter, False
         self.drafter_is_free = getattr(drafter, "is_free", False)
         self.first_drafted = first_drafted_step(drafter)
         self.pool = ImagePool(chain, slots, settings.pool_rows)
@@ -122,11 +121,6 @@ class Speculation:
         self.network = PackedCall(self.chain)
         self.graphs = self._captured_rounds() if settings.cuda_graphs else None
         self.figures = RunFigures(images, num_steps, device)
-
-    @cached_property
-    def drafter(self) -> Drafter:
-        """Hoisted when the first drafts are made: automatic lengths may never make any."""
-        return hoisted(self._given_drafter, self.chain.timesteps, self.chain.used_labels)  # type: ignore[return-value]
 
     @property
     def stats(self) -> SampleStats:
@@ -155,6 +149,9 @@ class Speculation:
             while done < count:
                 began = time.perf_counter()
                 lengths = self._lengths(images, steps)
+                if not self._hoisted and max(lengths) > 1:
+                    # The run's, not the round's.
+                    began += self._hoist_drafter()
                 if self.first_drafted == 0 and 0 in steps and max(lengths) > 1:
                     self._set_first_parents()
                 ordinary = self._ordinary_steps_ahead(lengths, images, steps, singly=callback is not None)
@@ -188,6 +185,13 @@ class Speculation:
                     images = moved
                     self.images.copy_(torch.tensor(moved))
         self.figures.finish()
+
+    def _hoist_drafter(self) -> float:
+        """Before its first drafts, which automatic lengths may never make; returns the seconds that it took."""
+        began = time.perf_counter()
+        chain, self._hoisted = self.chain, True
+        self.drafter = hoisted(self.drafter, chain.timesteps, chain.used_labels)  # type: ignore[assignment]
+        return time.perf_counter() - began
 
     def _set_first_parents(self) -> None:
         """Give images at their first step what the drafter takes for a parent there."""

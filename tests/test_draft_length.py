@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -445,11 +447,32 @@ def test_a_drafter_is_hoisted_once_it_drafts(monkeypatch):
 
     target, labels, schedule = GaussianTarget(), torch.arange(9) % 3, DDPMSchedule(30)
     drafter = Counted(target)
-    sample(target, labels, schedule=schedule, drafter=drafter, draft_length=3)
+    sample(target, labels, schedule=schedule, drafter=drafter, draft_length=3, max_slots=2)
     assert drafter.times == 1
     monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: np.full(np.shape(rows), 1e9))
-    assert sample(target, labels, schedule=schedule, drafter=drafter, draft_length="auto").stats.call_reduction == 1.0
+    result = sample(target, labels, schedule=schedule, drafter=drafter, draft_length="auto", max_slots=2)
+    assert result.stats.call_reduction == 1.0
     assert drafter.times == 1
+
+
+def test_hoisting_is_not_a_rounds_time(paying, monkeypatch):
+    class Slow(BiasedDrafter):
+        def hoisted(self, timesteps, labels):
+            time.sleep(0.5)
+            return self
+
+    seconds, original = [], DraftLengthPolicy.observe
+
+    def observe(self, *given):
+        seconds.append(given[-1])
+        original(self, *given)
+
+    monkeypatch.setattr(DraftLengthPolicy, "observe", observe)
+    target = GaussianTarget()
+    stats = sample(target, torch.arange(3), schedule=DDPMSchedule(30), drafter=Slow(target), draft_length="auto").stats
+    assert stats.call_reduction > 1.2
+    assert stats.elapsed_s > 0.5
+    assert sum(seconds) < stats.elapsed_s - 0.5
 
 
 def test_looks_at_drafts_that_never_pay_become_rare():
@@ -459,10 +482,9 @@ def test_looks_at_drafts_that_never_pay_become_rare():
     looks = []
     for _ in range(12):
         policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
-        plans, counted = policy._plans, []
-        policy._plans = lambda *given, plans=plans, counted=counted: (counted.append(1), plans(*given))[1]
+        policy._plans = Mock(wraps=policy._plans)
         world.run(policy.choose, policy.observe)
-        looks.append(len(counted))
+        looks.append(policy._plans.call_count)
     assert looks[0] > max(looks[6:])
     # A look after its first step, and one every 64.
     assert 2 <= min(looks[6:]) <= max(looks[6:]) <= 5

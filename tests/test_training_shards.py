@@ -132,30 +132,30 @@ def shard_of(steps: int, folder: Path) -> None:
     ShardStore(folder, {}, made, 1).latest(0)
 
 
-def read_two_rows(folder: Path) -> Tensor:
-    """Features of a window of the folder's shard, two rows."""
+def memory_of_reading(whole: bool, folder: str) -> int:
+    """Bytes by which this process grows when it reads a shard of 100 steps: two rows of it, or all."""
 
     def unused(_: int) -> Trajectories:
         raise AssertionError("the shard is whole")
 
-    return ShardStore(folder, {}, unused, 1).latest(0).at("features", torch.tensor([3, 7]), torch.tensor([1, 0]))
+    def read(name: str, steps: int) -> Tensor:
+        path = Path(folder, name)
+        if whole:
+            with safe_open(path / "shard-000000.safetensors", framework="pt") as handle:
+                everything = handle.get_tensor("features").clone()
+            assert everything.numel() * 4 == steps * 2**20
+            return everything
+        window = ShardStore(path, {}, unused, 1).latest(0)
+        rows = window.at("features", torch.tensor([3, steps * 7 // 10]), torch.tensor([1, 0]))
+        assert rows.shape == (4, 64, 1024)
+        return rows
 
-
-def read_all(folder: Path) -> Tensor:
-    """All features of the folder's shard."""
-    with safe_open(folder / "shard-000000.safetensors", framework="pt") as handle:
-        return handle.get_tensor("features").clone()
-
-
-def memory_of_reading(whole: bool, folder: str) -> int:
-    """Bytes by which this process grows when it reads the shard in ``large``, after the one in ``small``."""
-    read = read_all if whole else read_two_rows
     # What the first read loads is code.
-    read(Path(folder, "small"))
+    read("small", 10)
     before = resident()
-    kept = read(Path(folder, "large"))
+    kept = read("large", 100)
     grown = resident() - before
-    assert kept.shape[-2:] == (64, 1024)
+    del kept
     return grown
 
 

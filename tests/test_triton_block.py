@@ -26,22 +26,27 @@ def interpreted() -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def check_tail(errors: dict[str, float]) -> None:
+def check_tail(errors: dict[str, float], below: float) -> None:
     assert errors["above"] < 1e-15, "the error of exp(-t^2 / 2) alone is 1.1e-16 t^2 / 2"
-    assert errors["below"] < 3e-16
+    assert errors["below"] < below
     assert errors["beyond"] == 0
 
 
 def check_decisions(found: dict[str, float], length: int) -> None:
-    assert found["residuals"] >= 10
-    assert found["direct"] >= 4
+    # Only the rounds of 8 are many.
+    residuals, direct = (100, 100) if length == 8 else (9, 3)
+    assert found["residuals"] > residuals
+    assert found["direct"] > direct
     assert found["deepest"] == length - 1
     assert found["otherwise"] == 0
     assert found["off"] < 1e-6
+    assert found["off_usual"] < 2e-6
 
 
 def test_the_tail_keeps_its_digits(interpreted):
-    check_tail(interpreted["tail"])
+    check_tail(interpreted["tail"], 2e-16)
+    # Among twice as many places a few are off by two units in the last place of 1.
+    check_tail(interpreted["fine_tail"], 3e-16)
 
 
 def test_residuals_are_drawn_as_by_the_reference(interpreted):
@@ -63,7 +68,8 @@ def test_another_gap_is_found(interpreted):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="TRITON_INTERPRET keeps kernels off it")
 def test_on_a_gpu():
     worker = importlib.import_module("triton_worker_block")
-    check_tail(worker.tail_errors("cuda"))
+    check_tail(worker.tail_errors(1920, "cuda"), 2e-16)
+    check_tail(worker.tail_errors(3968, "cuda"), 3e-16)
     assert worker.draw_error("cuda") < 2e-7
     for length, slots in worker.SIZES:
         check_decisions(worker.decision_errors(length, slots, "cuda"), length)

@@ -19,6 +19,7 @@ from free_kernels.triton.block_math import decide_jointly, draw_residual, mass_b
 
 # Rows of a slot, and slots; a GPU's scans go over several warps from 64 rows on.
 SIZES = ((2, 50), (8, 400), (64, 40), (256, 20))
+LARGEST_USUAL_GAP = 20.0
 
 
 @triton.jit
@@ -47,10 +48,10 @@ def decide_kernel(p_gap_sq, p_along, p_uniform, p_tested, p_stop, p_residual, p_
     tl.store(p_ahead + tl.program_id(0), ahead)
 
 
-def tail_errors(device: str = "cpu") -> dict[str, float]:
-    """Largest error of the upper tail: relative to it above 0, by its conditioning, absolute below."""
+def tail_errors(count: int, device: str = "cpu") -> dict[str, float]:
+    """Largest error of the upper tail at ``count`` places: relative above 0, by its conditioning, absolute below."""
     wide = {"dtype": torch.float64, "device": device}
-    t = torch.cat([torch.linspace(-12, 26, 3968, **wide), torch.logspace(-300, 300, 128, **wide)])
+    t = torch.cat([torch.linspace(-12, 26, count, **wide), torch.logspace(-300, 300, 128, **wide)])
     got = torch.empty_like(t)
     tail_kernel[(len(t) // 64,)](t, got, BLOCK=64)
     t, got = t.cpu(), got.cpu()
@@ -105,6 +106,8 @@ def rounds(length: int, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def decision_errors(length: int, slots: int, device: str = "cpu", planted: float = 0.0) -> dict[str, float]:
     """Slots decided otherwise, and how far residuals are off, in deviations or relative to where they lie.
 
+    The usual ones, of gaps that are not planted, also in deviations alone.
+
     ``planted`` is a relative error of the gaps that the reference is given.
     """
     gap_sq, along, uniform, tested = rounds(length, slots)
@@ -115,17 +118,20 @@ def decision_errors(length: int, slots: int, device: str = "cpu", planted: float
     decide_kernel[(slots,)](*there, *got, LENGTH=length)
     others = (got[0].cpu() != stop) | (got[1].cpu().bool() != residual)
     delta = gap_sq.double().sqrt()[torch.arange(slots), stop]
-    off = ((got[2].cpu().double() - ahead) * delta / (1 + (ahead * delta).abs()))[residual & ~others].abs()
+    off = ((got[2].cpu().double() - ahead) * delta).abs()
+    relative, alike = off / (1 + (ahead * delta).abs()), residual & ~others
     return {
         "otherwise": int(others.sum()),
         "residuals": int(residual.sum()),
         "direct": int((~residual & (stop > 0)).sum()),
         "deepest": int(stop.max()),
-        "off": float(off.max()),
+        "off": float(relative[alike].max()),
+        "off_usual": float(off[alike & (delta <= LARGEST_USUAL_GAP)].max()),
     }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {"tail": tail_errors(), "draw": draw_error(), "control": decision_errors(8, 400, planted=1e-4)}
+    found = {"tail": tail_errors(1920), "fine_tail": tail_errors(3968), "draw": draw_error()}
+    found["control"] = decision_errors(8, 400, planted=1e-4)
     print(json.dumps(found | {f"decisions-{length}": decision_errors(length, slots) for length, slots in SIZES}))
