@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "../packing.h"
+#include "../checks.h"
 
 namespace free_kernels {
 namespace {

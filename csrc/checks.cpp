@@ -1,4 +1,4 @@
-#include "packing.h"
+#include "checks.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 

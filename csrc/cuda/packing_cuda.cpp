@@ -1,11 +1,11 @@
-#include "../packing.h"
+#include "../checks.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
 
-#include "packing.h"
+#include "packing_kernels.h"
 
 namespace free_kernels {
 namespace {

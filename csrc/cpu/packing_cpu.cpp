@@ -1,4 +1,4 @@
-#include "../packing.h"
+#include "../checks.h"
 
 #include <algorithm>
 #include <cstring>
