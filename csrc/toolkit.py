@@ -55,7 +55,7 @@ def output(command: list[str]) -> str:
     return (result.stdout + result.stderr).strip()
 
 
-def candidates(torch_major: str) -> Iterator[Path]:
+def candidates(major: str | None) -> Iterator[Path]:
     """Folders that may be a toolkit, likeliest first; ``CUDA_HOME`` or ``CUDA_PATH`` alone where one is set."""
     chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if chosen:
@@ -71,7 +71,7 @@ def candidates(torch_major: str) -> Iterator[Path]:
     for pattern in USUAL_FOLDERS:
         yield from sorted(Path("/").glob(pattern[1:]), reverse=True)
     for packages in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        yield Path(packages) / "nvidia" / f"cu{torch_major}"
+        yield from sorted(Path(packages, "nvidia").glob(f"cu{major or '[0-9]*'}"), reverse=True)
 
 
 def probe(toolkit: Toolkit) -> str | None:
@@ -96,9 +96,9 @@ def host_compiler() -> list[str]:
     return ["-ccbin", shlex.split(chosen)[0]] if chosen else []
 
 
-def find_toolkit(torch_cuda: str) -> Toolkit | str:
-    """The toolkit for a torch built for CUDA ``torch_cuda``, or what is missing and what to install."""
-    wanted = torch_cuda.split(".")[0]
+def find_toolkit(torch_cuda: str | None) -> Toolkit | str:
+    """The toolkit for a torch built for CUDA ``torch_cuda`` (None: any), or what is missing and what to install."""
+    wanted = torch_cuda.split(".")[0] if torch_cuda else None
     # How far each folder came, so that the nearest to a usable one is reported.
     problems: list[tuple[int, str]] = []
     for home in dict.fromkeys(candidates(wanted)):
@@ -114,7 +114,7 @@ def find_toolkit(torch_cuda: str) -> Toolkit | str:
             problems.append((1, f"{home / NVCC} does not say its version"))
             continue
         toolkit = Toolkit(home, release[1])
-        if toolkit.major != wanted:
+        if wanted not in (None, toolkit.major):
             problems.append((2, f"{home} is CUDA {toolkit.version}, and torch was built for {torch_cuda}"))
             continue
         failure = probe(toolkit)
@@ -124,4 +124,5 @@ def find_toolkit(torch_cuda: str) -> Toolkit | str:
     chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     problems.append((-1, f"{chosen} holds neither {NVCC} nor {HEADER}" if chosen else "no CUDA toolkit was found"))
     nearest = max(problems, key=lambda problem: problem[0])[1]
-    return f"{nearest}; install the CUDA {wanted} toolkit (nvcc and the runtime's headers), or set CUDA_HOME to it"
+    name = f"CUDA {wanted} toolkit" if wanted else "CUDA toolkit"
+    return f"{nearest}; install the {name} (nvcc and the runtime's headers), or set CUDA_HOME to it"

@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
 
