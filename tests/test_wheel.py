@@ -77,9 +77,7 @@ def cases(tmp_path_factory) -> Path:
     latents = [(4, 8, 8), (1, 3, 5), (3, 1, 1)]
     made: list[dict[str, Any]] = [
         make(seed, slots, draft_length, latent, last)
-        for seed, (slots, draft_length, latent) in enumerate(
-            (s, n, c) for s in (1, 3, 17) for n in (1, 6) for c in latents
-        )
+        for seed, (slots, draft_length, latent) in enumerate(itertools.product((1, 3, 17), (1, 6), latents))
         for make, last in ((make_pack, seed % 3), (make_commit, 1 + seed % 2))
     ]
     for number, case in enumerate(made):
