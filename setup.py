@@ -73,15 +73,11 @@ def extension_arguments() -> dict[str, Any]:
     if switched_on("FREE_KERNELS_NO_EXT"):
         return {}
     try:
-        import torch  # noqa: F401
-
-        # Read once, when cpp_extension is imported.
-        toolkit = usable_toolkit()
-        if toolkit is not None:
-            os.environ["CUDA_HOME"] = str(toolkit.home)
         from torch.utils import cpp_extension
     except ImportError as error:
         stop(f"torch is needed to build the compiled ops ({error}); install it and use --no-build-isolation.")
+
+    toolkit = usable_toolkit()
 
     class BuildExt(cpp_extension.BuildExtension):
         """Checks the compiler first, and builds each module in a folder of its own."""
@@ -94,6 +90,11 @@ def extension_arguments() -> dict[str, Any]:
             for extension in self.extensions:
                 for flags in extension.extra_compile_args.values():
                     flags.append(f"-DFREE_KERNELS_VERSION={version}")
+            # An earlier build's CUDA module would go into the wheel of one without.
+            names = {extension.name.rpartition(".")[2] for extension in self.extensions}
+            for module in Path(self.build_lib, "free_kernels").glob("_C*"):
+                if module.name.partition(".")[0] not in names:
+                    module.unlink()
             super().run()
 
         def build_extension(self, extension: Any) -> None:
@@ -126,6 +127,8 @@ def extension_arguments() -> dict[str, Any]:
         )
     ]
     if toolkit is not None:
+        # In place of torch's own guess, which is the parent of the folder that nvcc, or a wrapper of it, is found in.
+        cpp_extension.CUDA_HOME = str(toolkit.home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures())
         module = cpp_extension.CUDAExtension(
             "free_kernels._C_cuda",
