@@ -7,7 +7,7 @@ SETUP := $(VENV)/.setup-done
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 BENCHES := coupling attention packing sampler
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') csrc/toolkit.py setup.py pyproject.toml
 
 # An environment with a CUDA build of torch, and ones with other releases for the same wheel.
 CUDA_VENV := .venv-cuda
