@@ -26,8 +26,8 @@ Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> shape, S
   AtenTensorHandle handle;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   FREE_KERNELS_CHECK_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                  strides.data(), shim_dtype, device_type(device_of),
-                                                  device_of.get_device_index(), &handle));
+                                                   strides.data(), shim_dtype, device_type(device_of),
+                                                   device_of.get_device_index(), &handle));
   return Tensor(handle);
 }
 
