@@ -7,9 +7,14 @@ SETUP := $(VENV)/.setup-done
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 BENCHES := coupling attention packing sampler
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') csrc/toolkit.py setup.py pyproject.toml
 
-.PHONY: setup demo test test-fast bench lint format nvcc-check clean
+# An environment with a CUDA build of torch, and ones with other releases for the same wheel.
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+OTHER_TORCH := 2.12.1
+
+.PHONY: setup demo test test-fast bench lint format cuda-build wheel-check nvcc-check clean
 
 setup: $(SETUP)
 
@@ -45,8 +50,24 @@ format: $(SETUP)
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
+# The installation as the README gives it, under a CUDA build of torch; needs the CUDA toolkit, no GPU.
+cuda-build:
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --quiet --requirement requirements-cuda.txt
+	$(CUDA_BIN)/python -m pip install --no-build-isolation .
+	$(CUDA_BIN)/python csrc/cuda_build_check.py
+
+# The wheel built under this torch, its CPU ops compared under others: .venv-torch-* and, where it exists, .venv-cuda.
+wheel-check: $(SETUP) $(OTHER_TORCH:%=.venv-torch-%/.setup-done)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_wheel.py
+
+.venv-torch-%/.setup-done:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet torch==$* numpy==2.4.6 safetensors==0.8.0 tqdm==4.70.1
+	touch $@
+
 nvcc-check: $(SETUP)
 	$(BIN)/python csrc/nvcc_check.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info free_kernels/_C*.so outputs
+	rm -rf .venv* build *.egg-info free_kernels/_C*.so outputs

@@ -1,7 +1,7 @@
-"""Builds ``free_kernels._C``; metadata is in ``pyproject.toml``.
+"""Builds ``free_kernels._C`` and, where torch is a CUDA build, ``free_kernels._C_cuda``.
 
-Environment: ``FREE_KERNELS_NO_EXT=1`` installs pure Python; ``CXX``, ``CUDA_HOME`` and ``TORCH_CUDA_ARCH_LIST`` are
-honoured. The CUDA ops are built where the installed torch is a CUDA build and ``CUDA_HOME`` is found.
+Metadata is in ``pyproject.toml``. Environment: ``FREE_KERNELS_NO_EXT=1`` installs pure Python,
+``FREE_KERNELS_NO_CUDA=1`` leaves the CUDA ops out; ``CXX``, ``CUDA_HOME`` and ``TORCH_CUDA_ARCH_LIST`` are honoured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PURE_PYTHON = "To install without the compiled ops (pure Python, slower): FREE_KERNELS_NO_EXT=1 pip install ..."
-DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
+
+sys.path.insert(0, str(ROOT / "csrc"))
+from toolkit import Toolkit, find_toolkit  # noqa: E402
+
+
+def switched_on(name: str) -> bool:
+    """Whether an environment variable is set to anything but a no."""
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def stop(problem: str) -> None:
@@ -48,49 +55,96 @@ def sources_in(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
 
 
+def usable_toolkit() -> Toolkit | None:
+    """The CUDA toolkit to build with; without one, the reason is one line on stderr and the CPU ops are built."""
+    import torch
+
+    if torch.version.cuda is None or switched_on("FREE_KERNELS_NO_CUDA"):
+        return None
+    found = find_toolkit(torch.version.cuda)
+    if isinstance(found, Toolkit):
+        return found
+    print(f"free_kernels: the CUDA ops are left out, only the CPU ops are built: {found}.", file=sys.stderr)
+    return None
+
+
 def extension_arguments() -> dict[str, Any]:
     """``ext_modules`` and ``cmdclass``, or nothing for a pure Python install."""
-    if os.environ.get("FREE_KERNELS_NO_EXT", "0").lower() not in ("", "0", "false", "no", "off"):
+    if switched_on("FREE_KERNELS_NO_EXT"):
         return {}
     try:
-        import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         stop(f"torch is needed to build the compiled ops ({error}); install it and use --no-build-isolation.")
 
+    toolkit = usable_toolkit()
+
     class BuildExt(cpp_extension.BuildExtension):
-        """Checks the compiler first, and hands the package's version to the compiled module."""
+        """Checks the compiler first, and builds each module in a folder of its own."""
 
         def run(self) -> None:
             check_compiler()
+            # One module after the other; ninja compiles the files of each in parallel.
+            self.parallel = None
             version = self.distribution.get_version()
             for extension in self.extensions:
                 for flags in extension.extra_compile_args.values():
                     flags.append(f"-DFREE_KERNELS_VERSION={version}")
+            # An earlier build's CUDA module would go into the wheel of one without.
+            names = {extension.name.rpartition(".")[2] for extension in self.extensions}
+            for module in Path(self.build_lib, "free_kernels").glob("_C*"):
+                if module.name.partition(".")[0] not in names:
+                    module.unlink()
             super().run()
 
-    with_cuda = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    sources = sources_in("*.cpp", "cpu/*.cpp")
-    macros = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
-    # Error messages carry the source's name, which should not be a path of the machine that built it.
-    prefix = f"-fmacro-prefix-map={ROOT}/="
-    # PyTorch's stable-ABI types are hidden, so whatever holds them must be hidden too.
-    host = ["-fvisibility=hidden", prefix]
-    flags = {"cxx": ["-O3", *host], "nvcc": ["-O3", *(f"-Xcompiler={flag}" for flag in host)]}
-    make_extension = cpp_extension.CppExtension
-    if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCH_LIST)
-        sources += sources_in("cuda/*.cpp", "cuda/*.cu")
-        macros += [("FREE_KERNELS_CUDA", None), ("USE_CUDA", None)]
-        make_extension = cpp_extension.CUDAExtension
-    extension = make_extension(
-        "free_kernels._C",
-        sources,
-        define_macros=macros,
-        extra_compile_args=flags,
-        depends=sources_in("**/*.h"),
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExt}}
+        def build_extension(self, extension: Any) -> None:
+            # Both modules hold the shared sources, whose objects and build.ninja would have the same names.
+            shared = self.build_temp
+            self.build_temp = str(Path(shared, extension.name.rpartition(".")[2]))
+            try:
+                super().build_extension(extension)
+            finally:
+                self.build_temp = shared
+
+    # pybind11's own headers come before the older copy that torch brings, which does where there is no other.
+    try:
+        import pybind11
+
+        include_dirs = [pybind11.get_include()]
+    except ImportError:
+        include_dirs = []
+    # Error messages carry the source's name, which should not be a path of the machine that built it. PyTorch's
+    # stable-ABI types are hidden, so whatever holds them must be hidden too.
+    cxx = ["-O3", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}/="]
+    shared = sources_in("checks.cpp", "tensors.cpp")
+    modules = [
+        cpp_extension.CppExtension(
+            "free_kernels._C",
+            sources_in("*.cpp", "cpu/*.cpp"),
+            include_dirs=[*include_dirs],
+            extra_compile_args={"cxx": [*cxx]},
+            depends=sources_in("**/*.h"),
+        )
+    ]
+    if toolkit is not None:
+        # In place of torch's own guess, which is the parent of the folder that nvcc, or a wrapper of it, is found in.
+        cpp_extension.CUDA_HOME = str(toolkit.home)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures())
+        module = cpp_extension.CUDAExtension(
+            "free_kernels._C_cuda",
+            [*shared, *sources_in("cuda/*.cpp", "cuda/*.cu")],
+            include_dirs=[*include_dirs],
+            define_macros=[("USE_CUDA", None)],
+            # No path here: torch chooses no architecture where a flag has "arch" in it, as in /home/x/research.
+            extra_compile_args={"cxx": [*cxx], "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"]},
+            library_dirs=[str(toolkit.library_dir)],
+            # The runtime is linked statically and kept to the module, whatever runtime torch brings.
+            extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
+            depends=sources_in("**/*.h"),
+        )
+        module.libraries = ["torch_cuda", "torch_cpu", "torch", "c10", "cudart_static", "rt", "pthread", "dl"]
+        modules.append(module)
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExt}}
 
 
 os.chdir(ROOT)

@@ -1,7 +1,8 @@
-"""Checks the CUDA sources without a GPU: compile for sm_80 and sm_90, forbid spills, link, load, and look for the ops.
+"""Checks the CUDA sources without a GPU or a CUDA build of torch: build both modules, forbid spills, look for the ops.
 
-The module is linked to the installed torch, which may be a CPU build: the sources use its stable ABI only, so they
-load and register there too. Nothing is launched.
+``setup.py`` itself compiles and links, with its own flags and ninja files; nvcc is asked for the compiler's report on
+top. Under a CPU build of torch the modules are linked to that: the sources use its stable ABI only, so they load and
+register there too. Nothing is launched.
 """
 
 from __future__ import annotations
@@ -9,45 +10,62 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-ARCHITECTURES = ("80", "90")
-MACROS = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DFREE_KERNELS_CUDA", "-DUSE_CUDA"]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "csrc"))
+from toolkit import Toolkit, find_toolkit  # noqa: E402
+
 OPS = ("pack_drafts", "commit_drafts")
+# A CPU build of torch says here that it is a CUDA build, and is otherwise left as it is.
+BUILD = """
+import runpy, sys, torch
+torch.version.cuda = sys.argv.pop(1)
+sys.path.insert(0, ".")
+runpy.run_path("setup.py", run_name="__main__")
+"""
 # Symbols of libtorch_cuda are absent from a CPU build of torch; lazily bound, they are missed only when called.
 LOAD = """
 import importlib.util, os, sys, torch
 sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
-spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+for path in sys.argv[1:3]:
+    spec = importlib.util.spec_from_file_location(os.path.basename(path).partition(".")[0], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-missing = [f"{op}/{key}" for op in sys.argv[2:] for key in ("CPU", "CUDA") if not has(f"free_kernels::{op}", key)]
-print(module.build_config())
+missing = [f"{op}/{key}" for op in sys.argv[3:] for key in ("CPU", "CUDA") if not has(f"free_kernels::{op}", key)]
+print("compiled for", ", ".join(module.cuda_arch_list()))
 sys.exit(f"no implementation registered: {', '.join(missing)}" if missing else 0)
 """
 
 
-def run(command: list[str | Path]) -> str:
-    """Run a command and return its output; on failure show it and stop."""
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+def run(command: list[str | Path], **environment: str) -> str:
+    """Run a command in the root and return its output; on failure show it and stop."""
+    result = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
     if result.returncode:
         print(result.stdout + result.stderr, file=sys.stderr)
         sys.exit(f"nvcc-check: failed: {Path(str(command[0])).name} {command[-1]}")
     return result.stdout + result.stderr
 
 
-def find_nvcc() -> Path | None:
-    """nvcc of ``CUDA_HOME``, else of the path."""
-    home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    return Path(found) if found else None
+def build(folder: Path, cuda: str, **environment: str) -> str:
+    """Build both modules into ``folder/lib`` as for a torch of CUDA version ``cuda``; return the build's output.
+
+    Their ninja files and objects are in ``folder/temp``. ``environment`` is added to the process's own.
+    """
+    libraries = folder / "stub"
+    libraries.mkdir(parents=True)
+    # The linker wants the library by name. It is needed for no symbol, so that nothing in the result refers to it.
+    run([os.environ.get("CXX") or "c++", "-shared", "-x", "c", os.devnull, "-o", libraries / "libtorch_cuda.so"])
+    search = os.pathsep.join(filter(None, (os.environ.get("LIBRARY_PATH"), str(libraries))))
+    command = [sys.executable, "-c", BUILD, cuda, "build_ext"]
+    command += ["--build-temp", folder / "temp", "--build-lib", folder / "lib"]
+    return run(command, LIBRARY_PATH=search, **environment)
 
 
 def kernel_name(mangled: str) -> str:
@@ -83,41 +101,34 @@ def report(ptxas: str) -> list[str]:
     return spills
 
 
-def check(nvcc: Path, folder: Path) -> None:
-    """Compile, report, link and load in ``folder``."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    includes = [f"-I{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    # torch.utils.cpp_extension compiles with this standard; nvcc also knows where its own headers are.
-    compile_object = [nvcc, "-c", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", *MACROS, *includes]
-    objects, spills = [], []
-    for source in sorted(ROOT.glob("**/*.cu")):
-        objects.append(folder / f"{source.stem}.cu.o")
-        ptxas = run([*compile_object, *gencode, "-O3", "-Xptxas", "-v", "-o", objects[-1], source])
-        spills += report(ptxas)
+def check(toolkit: Toolkit, folder: Path) -> None:
+    """Build in ``folder``, report, and load."""
+    flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xptxas=-v"
+    spills = report(build(folder, toolkit.version, CUDA_HOME=str(toolkit.home), NVCC_APPEND_FLAGS=flags))
     if spills:
         sys.exit(f"nvcc-check: {len(spills)} kernels spill registers")
-    for source in sorted(ROOT.glob("**/*.cpp")):
-        objects.append(folder / f"{source.parent.name}_{source.stem}.o")
-        run([*compile_object, "-O0", "-o", objects[-1], source])
-    module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-ltorch", "-lc10"]
-    run([nvcc, "-shared", "-cudart=static", "-o", module, *objects, *libraries])
-    print(run([sys.executable, "-c", LOAD, module, *OPS]).strip())
+    modules = []
+    for name in ("_C", "_C_cuda"):
+        found = list(folder.glob(f"lib/free_kernels/{name}.*"))
+        if len(found) != 1:
+            sys.exit(f"nvcc-check: {name} was not built")
+        modules += found
+    print(run([sys.executable, "-c", LOAD, *modules, *OPS]).strip())
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--allow-missing", action="store_true", help="succeed where nvcc is not installed")
+    parser.add_argument("--allow-missing", action="store_true", help="succeed where there is no toolkit")
     arguments = parser.parse_args()
-    nvcc = find_nvcc()
-    if nvcc is None:
-        print(f"nvcc-check: {'skipped' if arguments.allow_missing else 'failed'}: nvcc was not found", file=sys.stderr)
+    import torch
+
+    found = find_toolkit(torch.version.cuda)
+    if not isinstance(found, Toolkit):
+        print(f"nvcc-check: {'skipped' if arguments.allow_missing else 'failed'}: {found}", file=sys.stderr)
         sys.exit(0 if arguments.allow_missing else 2)
     with tempfile.TemporaryDirectory() as folder:
-        check(nvcc, Path(folder))
+        check(found, Path(folder))
     print(f"nvcc-check: {', '.join(OPS)} compile, link and register for CUDA")
 
 

@@ -1,4 +1,8 @@
-"""The compiled extension: loaded at most once, never required. All environment variables are read here."""
+"""The compiled extension: loaded at most once, never required. All environment variables are read here.
+
+It is two modules: ``_C`` has the schemas and the CPU ops, ``_C_cuda`` the CUDA ops. The second is loaded only under a
+CUDA build of torch, whose libraries it needs, and its absence leaves the first as it is.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,15 @@ import torch
 
 NAMESPACE = "free_kernels"
 OPS = ("pack_drafts", "commit_drafts", "philox_uniform", "philox_normal")
+CUDA_OPS = ("pack_drafts", "commit_drafts")
 BACKENDS = ("auto", "reference", "extension")
 
 _hooks: list[Callable[[], None]] = []
 _kernels: dict[tuple[str, str], str | None] = {}
 _reason: str | None = None
+_cuda_reason: str | None = None
 _module: Any = None
+_cuda_module: Any = None
 _loaded = False
 
 
@@ -59,8 +66,35 @@ def _load() -> None:
         _reason = f"free_kernels._C is out of date, it lacks {', '.join(missing)}: build it again"
         return
     _module = module
+    _load_cuda()
     while _hooks:
         _hooks.pop(0)()
+
+
+def _load_cuda() -> None:
+    global _cuda_module, _cuda_reason
+    if torch.version.cuda is None:
+        _cuda_reason = f"torch {torch.__version__} is not a CUDA build"
+        return
+    try:
+        module = importlib.import_module("free_kernels._C_cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "free_kernels._C_cuda":
+            raise
+        _cuda_reason = "free_kernels._C_cuda was not built (pip install -v --no-build-isolation . says what it lacks)"
+        return
+    except ImportError as error:
+        _cuda_reason = f"importing free_kernels._C_cuda failed: {error}"
+        return
+    missing = [op for op in CUDA_OPS if not _has_kernel(op, "CUDA")]
+    if missing:
+        _cuda_reason = f"free_kernels._C_cuda is out of date, it lacks {', '.join(missing)}: build it again"
+        return
+    _cuda_module = module
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
 @torch.compiler.assume_constant_result
@@ -79,13 +113,16 @@ def has_extension() -> bool:
 def build_config() -> dict[str, Any]:
     """What the extension was built from: version, cuda, cuda_arch_list, compiler, torch.
 
+    ``cuda`` says whether the CUDA ops are loaded, and ``cuda_arch_list`` what they were compiled for.
+
     Raises:
         RuntimeError: there is no extension; the message says why.
     """
     reason = why_no_extension()
     if reason is not None:
         raise RuntimeError(f"build_config: no compiled extension: {reason}")
-    return _module.build_config()
+    arch_list = _cuda_module.cuda_arch_list() if _cuda_module is not None else []
+    return {**_module.build_config(), "cuda": _cuda_module is not None, "cuda_arch_list": arch_list}
 
 
 @torch.compiler.assume_constant_result
@@ -98,9 +135,10 @@ def why_no_kernel(op: str, device_type: str) -> str | None:
     reason = why_no_extension()
     if reason is None:
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-        name = f"{NAMESPACE}::{op}"
-        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+        if key is None or not _has_kernel(op, key):
             reason = f"the compiled extension has no {op} for {device_type} tensors"
+            if device_type == "cuda" and op in CUDA_OPS and _cuda_reason is not None:
+                reason += f": {_cuda_reason}"
     _kernels[op, device_type] = reason
     return reason
 

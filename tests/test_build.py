@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from free_kernels import extension
 
@@ -23,7 +25,7 @@ def run(*command: str, cwd: Path | None = None, **environment: str) -> subproces
     # The switch that these tests are about must not leak in from the caller.
     inherited = {name: value for name, value in os.environ.items() if name != "FREE_KERNELS_NO_EXT"}
     return subprocess.run(
-        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=300
+        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, timeout=900
     )
 
 
@@ -88,6 +90,74 @@ print(extension.why_no_extension())
     ), result.stderr
 
 
+LOAD_CUDA = """
+import importlib, sys, torch
+from free_kernels import extension
+torch.version.cuda = {cuda!r}
+real = importlib.import_module
+def patched(name):
+    if name != "free_kernels._C_cuda":
+        return real(name)
+    print("asked for _C_cuda")
+    {action}
+importlib.import_module = patched
+print(extension.has_extension(), extension.build_config()["cuda"])
+print([extension.why_no_kernel(op, "cpu") for op in extension.OPS])
+print(extension.why_no_kernel("pack_drafts", "cuda"))
+print(extension.why_no_kernel("philox_normal", "cuda"))
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch")
+@pytest.mark.parametrize(
+    ("cuda", "action", "reason"),
+    [
+        (None, "raise RuntimeError", f"torch {torch.__version__} is not a CUDA build"),
+        (
+            "13.0",
+            "raise ModuleNotFoundError(name=name)",
+            "free_kernels._C_cuda was not built (pip install -v --no-build-isolation . says what it lacks)",
+        ),
+        (
+            "13.0",
+            "raise ImportError('libtorch_cuda.so: cannot open shared object file')",
+            "importing free_kernels._C_cuda failed: libtorch_cuda.so: cannot open shared object file",
+        ),
+        (
+            "13.0",
+            "return object()",
+            "free_kernels._C_cuda is out of date, it lacks pack_drafts, commit_drafts: build it again",
+        ),
+    ],
+)
+def test_the_cuda_module_never_takes_the_cpu_ops_away(cuda: str | None, action: str, reason: str) -> None:
+    result = run(sys.executable, "-c", LOAD_CUDA.format(cuda=cuda, action=action))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        *(["asked for _C_cuda"] if cuda else []),
+        "True False",
+        str([None] * len(extension.OPS)),
+        f"the compiled extension has no pack_drafts for cuda tensors: {reason}",
+        "the compiled extension has no philox_normal for cuda tensors",
+    ]
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("readelf") is None or shutil.which("nm") is None, reason="needs binutils")
+def test_the_modules_need_nothing_that_another_torch_lacks() -> None:
+    modules = {path.name.partition(".")[0]: path for path in Path(extension.__file__).parent.glob("_C*.so")}
+    assert "_C" in modules
+    for name, path in modules.items():
+        needed = re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "-d", str(path)).stdout)
+        forbidden = ("libcudart", "libtorch_python") + (("libtorch_cuda", "libc10_cuda") if name == "_C" else ())
+        assert not [library for library in needed if library.startswith(forbidden)]
+        # Of torch, C functions alone: its C++ ones are no part of the stable ABI.
+        symbols = run("nm", "-D", "--undefined-only", str(path)).stdout.split()
+        assert "aoti_torch_library_init_impl" in symbols
+        assert not [symbol for symbol in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", symbol)]
+
+
 @in_checkout
 @pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
 def test_a_missing_compiler_is_one_line(compiler: str, tmp_path: Path) -> None:
@@ -116,12 +186,14 @@ def test_pure_python_build_has_every_module(tmp_path: Path) -> None:
 
 
 @in_checkout
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 def test_cuda_sources_compile_and_register() -> None:
-    result = run(sys.executable, str(ROOT / "csrc" / "nvcc_check.py"))
+    result = run(sys.executable, str(ROOT / "csrc" / "nvcc_check.py"), TORCH_CUDA_ARCH_LIST="8.0;9.0")
     assert result.returncode == 0, result.stdout + result.stderr
     for kernel in ("pack_kernel", "commit_plan_kernel", "commit_copy_kernel"):
         assert result.stdout.count(kernel) == 2
+    assert "compiled for 8.0, 9.0" in result.stdout
     assert "register for CUDA" in result.stdout
 
 
@@ -131,4 +203,5 @@ def test_a_missing_nvcc_is_said(tmp_path: Path) -> None:
     failed = run(sys.executable, script, CUDA_HOME=str(tmp_path))
     skipped = run(sys.executable, script, "--allow-missing", CUDA_HOME=str(tmp_path))
     assert (failed.returncode, skipped.returncode) == (2, 0)
-    assert skipped.stderr.strip() == "nvcc-check: skipped: nvcc was not found"
+    (line,) = skipped.stderr.splitlines()
+    assert line.startswith(f"nvcc-check: skipped: {tmp_path} holds neither bin/nvcc nor include/cuda_runtime_api.h")

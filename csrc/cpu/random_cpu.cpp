@@ -1,12 +1,9 @@
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
 
-#include "../packing.h"
+#include "../checks.h"
 
 namespace free_kernels {
 namespace {
@@ -74,9 +71,9 @@ Tensor draw(const char* op, int64_t seed, const Tensor& images, const Tensor& st
 
   Tensor out = empty_on(images, {rows, numel}, ScalarType::Float);
   float* values = static_cast<float*>(out.mutable_data_ptr());
-  const auto* image = static_cast<const int64_t*>(images.const_data_ptr());
-  const auto* step = static_cast<const int64_t*>(steps.const_data_ptr());
-  const auto* round = rounds ? static_cast<const int64_t*>(rounds->const_data_ptr()) : nullptr;
+  const int64_t* image = ints(images);
+  const int64_t* step = ints(steps);
+  const int64_t* round = rounds ? ints(*rounds) : nullptr;
   Words words;
   for (int64_t m = 0; m < rows; ++m) {
     const auto last = static_cast<uint32_t>(purpose + 256 * (round ? round[m] : 0));

@@ -1,13 +1,11 @@
-#include "../packing.h"
-
 #include <algorithm>
 #include <cstring>
+
+#include "../checks.h"
 
 namespace free_kernels {
 namespace {
 
-const int64_t* ints(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
-int64_t* mutable_ints(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 const char* bytes(const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); }
 char* mutable_bytes(const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); }
 

@@ -1,6 +1,4 @@
-#include "packing.h"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include "checks.h"
 
 #include <sstream>
 #include <string>
@@ -16,21 +14,6 @@ std::string describe(ScalarType dtype, const int64_t* sizes, size_t dim, const s
   for (size_t i = 0; i < dim; ++i) text << (i ? ", " : "") << sizes[i];
   text << "] on " << device;
   return text.str();
-}
-
-int32_t device_type(const Tensor& tensor) {
-  int32_t type;
-  STD_TORCH_CHECK(aoti_torch_get_device_type(tensor.get(), &type) == 0, "cannot read a tensor's device");
-  return type;
-}
-
-std::string device_name(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
-}
-
-bool same_device(const Tensor& a, const Tensor& b) {
-  return device_type(a) == device_type(b) && a.get_device_index() == b.get_device_index();
 }
 
 void check_float(const char* op, const char* name, const Tensor& tensor, int64_t dim) {
@@ -126,18 +109,6 @@ CommitShape check_commit(const CommitTensors& tensors, int64_t num_steps) {
           num_steps,
           c * h * w * static_cast<int64_t>(draft_states.element_size()),
           feature[1] * feature[2] * static_cast<int64_t>(tensors.features.element_size())};
-}
-
-Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape.begin()[i];
-  // The dispatcher's aten::empty costs about a microsecond more than this direct call.
-  AtenTensorHandle handle;
-  const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                         strides.data(), shim_dtype, device_type(device_of),
-                                                         device_of.get_device_index(), &handle));
-  return Tensor(handle);
 }
 
 PackOutputs empty_pack_outputs(const PackInputs& inputs, const PackShape& shape) {

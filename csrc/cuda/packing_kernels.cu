@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "packing.h"
+#include "packing_kernels.h"
 
 namespace free_kernels {
 namespace {
@@ -10,6 +10,13 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 // Bytes that one block copies of one row before it strides on.
 constexpr int64_t kBlockBytes = 4 * kThreads * 16;
+// For sm_120 the compiler would rather spill than run fewer blocks on a multiprocessor; four of these
+// suffice.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define COPY_LAUNCH_BOUNDS __launch_bounds__(kThreads, 4)
+#else
+#define COPY_LAUNCH_BOUNDS __launch_bounds__(kThreads)
+#endif
 
 __device__ int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : (value > high ? high : value);
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(kWarp) commit_plan_kernel(const CommitLaunch a
 
 // Grid: slot, share of a row, and 0 for the latents or 1 + branch for the features. An image being saved and
 // one being loaded are never the same, so blocks need no order among themselves.
-__global__ void __launch_bounds__(kThreads) commit_copy_kernel(const CommitLaunch a) {
+__global__ void COPY_LAUNCH_BOUNDS commit_copy_kernel(const CommitLaunch a) {
   const int64_t s = blockIdx.x;
   const CommitPlan plan = a.plan[s];
   if (plan.draft < 0) return;

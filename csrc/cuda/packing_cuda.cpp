@@ -1,21 +1,15 @@
-#include "../packing.h"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
 
-#include "packing.h"
+#include "../checks.h"
+#include "packing_kernels.h"
 
 namespace free_kernels {
 namespace {
 
-const int64_t* ints(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
-int64_t* mutable_ints(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
-
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  FREE_KERNELS_CHECK_SHIM(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -1,19 +1,15 @@
-// What the CPU and the CUDA side of `packing` share: arguments, metadata checks and output allocation.
+// What the CPU and the CUDA side of `packing` share: arguments, checks of their metadata, and the order of a
+// call. Compiled into both modules.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
-#include <vector>
+
+#include "tensors.h"
 
 namespace free_kernels {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 struct PackInputs {
   const Tensor& states;     // [S, L, C, H, W] float32, float16 or bfloat16
@@ -74,7 +70,6 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
 PackShape check_pack(const PackInputs& inputs);
 CommitShape check_commit(const CommitTensors& tensors, int64_t num_steps);
 
-Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> shape, ScalarType dtype);
 PackOutputs empty_pack_outputs(const PackInputs& inputs, const PackShape& shape);
 
 using PackTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
