@@ -6,7 +6,7 @@
 #include <string>
 
 #ifdef FREE_KERNELS_CUDA
-#include "cuda/packing.h"
+#include "cuda/packing_kernels.h"
 #endif
 
 #ifndef FREE_KERNELS_VERSION

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "packing.h"
+#include "packing_kernels.h"
 
 namespace free_kernels {
 namespace {

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "packing.h"
+#include "packing_kernels.h"
 
 namespace free_kernels {
 namespace {
