@@ -1,8 +1,8 @@
 """Every kernel against its oracle on fresh random inputs; prints the seed, and a line for each comparison.
 
 The tests' inputs are fixed; these are new in every run. Run ``python benchmarks/check_kernels.py`` on a GPU. With
-``--device cpu`` the kernels are those of the extension, and with ``TRITON_INTERPRET=1`` also Triton's. Kernels are asked
-for by name: the oracle never takes the place of one that is missing, which counts as a failure and says why.
+``--device cpu`` the kernels are those of the extension, and with ``TRITON_INTERPRET=1`` also Triton's. Kernels are
+asked for by name: the oracle never takes the place of one that is missing, which counts as a failure and says why.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from free_kernels.chain import Chain
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.targets import DiTTarget
 
-
 # Ops of a round by the part that their time counts for: which ones run depends on device, noise and verification.
 TIMED_OPS = {
     **dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), "couple"),
