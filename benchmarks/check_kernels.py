@@ -1,7 +1,8 @@
 """Every kernel against its oracle on fresh random inputs; prints the seed, and a line for each comparison.
 
 The tests' inputs are fixed; these are new in every run. Run ``python benchmarks/check_kernels.py`` on a GPU. With
-``--device cpu`` the same comparisons are made of whatever a CPU uses.
+``--device cpu`` the kernels are those of the extension, and with ``TRITON_INTERPRET=1`` also Triton's. Kernels are
+asked for by name: the oracle never takes the place of one that is missing, which counts as a failure and says why.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from free_kernels.ops.block import couple_block, couple_block_philox
 from free_kernels.ops.coupling import couple, couple_philox, gaussian_transition
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.ops.triton_runtime import why_no_runtime
 
 # What a comparison found: whether it passed, and a figure to print.
 Found = tuple[bool, str]
@@ -68,19 +70,20 @@ def round_of_drafts(pick: random.Random) -> tuple[dict[str, Any], dict[str, Any]
     return arguments, options, {"seed": seed, "images": images, "steps": steps, "rounds": rounds}
 
 
-def check_couple(device: str, pick: random.Random) -> Iterator[tuple[str, Found]]:
+def check_couple(device: str, pick: random.Random, backend: str) -> Iterator[tuple[str, Found]]:
     """Decisions and states; a decision may differ where the test is a near-tie, in one slot of a hundred at most."""
     wrong = dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), 0)
     worst, slots = dict.fromkeys(wrong, 0.0), 0
     for _ in range(20):
         arguments, options, keys = round_of_drafts(pick)
         here, there = ({n: moved(v, device) for n, v in x.items()} for x in (arguments, keys))
-        keyed = {n: v for n, v in here.items() if n not in ("noise", "slack_noise", "uniform")} | there | options
+        keyed = {n: v for n, v in here.items() if n not in ("noise", "slack_noise", "uniform")} | there
+        options_here = options | {"backend": backend}
         got = {
-            "couple": couple(**here, **options),
-            "couple_philox": couple_philox(**keyed),
-            "couple_block": couple_block(**here, **options),
-            "couple_block_philox": couple_block_philox(**keyed),
+            "couple": couple(**here, **options_here),
+            "couple_philox": couple_philox(**keyed, **options_here),
+            "couple_block": couple_block(**here, **options_here),
+            "couple_block_philox": couple_block_philox(**keyed, **options_here),
         }
         slots += len(keys["images"])
         token, block = (op(**arguments, **options, backend="reference") for op in (couple, couple_block))
@@ -95,7 +98,7 @@ def check_couple(device: str, pick: random.Random) -> Iterator[tuple[str, Found]
         yield name, (fine, f"{wrong[name]} of {slots} decisions differ, states by {worst[name]:.1e} at most")
 
 
-def check_random(device: str, pick: random.Random) -> Iterator[tuple[str, Found]]:
+def check_random(device: str, pick: random.Random, backend: str) -> Iterator[tuple[str, Found]]:
     """Uniforms bit for bit, normals to 1e-5."""
     for _ in range(5):
         keys, numel = pick.randint(1, 300), pick.randint(1, 5000)
@@ -103,12 +106,12 @@ def check_random(device: str, pick: random.Random) -> Iterator[tuple[str, Found]
         seed, purpose = pick.getrandbits(64), pick.randint(0, 255)
         for name, op, tolerance in (("philox_uniform", philox_uniform, 0.0), ("philox_normal", philox_normal, 1e-5)):
             want = op(seed, *index, purpose, numel, backend="reference")
-            got = op(seed, *(x.to(device) for x in index), purpose, numel).cpu()
+            got = op(seed, *(x.to(device) for x in index), purpose, numel, backend=backend).cpu()
             gap = float((got - want).abs().max())
             yield f"{name} {keys} x {numel}", (gap <= tolerance, f"off by {gap:.1e} at most")
 
 
-def check_attention(device: str, pick: random.Random) -> Iterator[tuple[str, Found]]:
+def check_attention(device: str, pick: random.Random, backend: str) -> Iterator[tuple[str, Found]]:
     """Error against float64, at most twice that of the reference in the same dtype."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for _ in range(4):
@@ -118,16 +121,17 @@ def check_attention(device: str, pick: random.Random) -> Iterator[tuple[str, Fou
             ring = torch.randn(2, rows, capacity, tokens, heads, head_dim).to(dtype)
             counters = torch.randint(0, capacity + 1, (rows,)), torch.randint(0, capacity, (rows,))
             arguments = [q, k, v, *ring, *counters]
-            exact = feature_attention(*(x.double() if x.is_floating_point() else x for x in arguments))
+            wide = (x.double() if x.is_floating_point() else x for x in arguments)
+            exact = feature_attention(*wide, backend="reference")
             here = [x.to(device) for x in arguments]
             eager = feature_attention(*here, backend="reference").cpu().double() - exact
-            ours = feature_attention(*here).cpu().double() - exact
+            ours = feature_attention(*here, backend=backend).cpu().double() - exact
             quotient = float(ours.square().mean().sqrt() / eager.square().mean().sqrt().clamp(min=1e-12))
             name = f"feature_attention {list(q.shape)} ring {capacity} {str(dtype).removeprefix('torch.')}"
             yield name, (quotient <= 2, f"error {quotient:.2f} of eager's")
 
 
-def check_packing(device: str, pick: random.Random) -> Iterator[tuple[str, Found]]:
+def check_packing(device: str, pick: random.Random, backend: str) -> Iterator[tuple[str, Found]]:
     """Packing and committing, bit for bit."""
     for _ in range(10):
         slots, length, total = pick.randint(1, 80), pick.randint(1, 8), 40
@@ -138,7 +142,7 @@ def check_packing(device: str, pick: random.Random) -> Iterator[tuple[str, Found
         rows = max(1, int(lengths.sum()) + pick.randint(0, 3))
         arguments = [states, lengths, steps, labels, torch.randperm(total), rows, pick.choice([None, 10])]
         want = pack_drafts(*arguments, backend="reference")
-        got = pack_drafts(*(moved(x, device) for x in arguments))
+        got = pack_drafts(*(moved(x, device) for x in arguments), backend=backend)
         packed = all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))
         branches, count = pick.choice([1, 2]), slots + pick.randint(0, 9)
         written = {"state": torch.randn(slots, *latent).to(dtype), "previous": torch.randn(slots, *latent).to(dtype)}
@@ -148,10 +152,10 @@ def check_packing(device: str, pick: random.Random) -> Iterator[tuple[str, Found
         committed = torch.minimum(torch.randint(0, length + 1, (slots,)), lengths)
         fixed = [committed, torch.randn(slots, *latent).to(dtype), states, torch.randn(branches * rows, *feature)]
         results = []
-        for place, backend in (("cpu", "reference"), (device, "auto")):
+        for place, by in (("cpu", "reference"), (device, backend)):
             here = {name: value.clone().to(place) for name, value in written.items()}
             there = [x.to(place) for x in (*fixed, want[3])]
-            commit_drafts(*there, **here, num_steps=total, backend=backend)
+            commit_drafts(*there, **here, num_steps=total, backend=by)
             results.append(here)
         same = [name for name in written if torch.equal(results[0][name], results[1][name].cpu())]
         name = f"packing of {slots} slots, {list(latent)}, {str(dtype).removeprefix('torch.')}"
@@ -159,12 +163,34 @@ def check_packing(device: str, pick: random.Random) -> Iterator[tuple[str, Found
         yield name, (packed and len(same) == len(written), f"packed rows equal: {packed}; differs: {differing}")
 
 
-CHECKS: dict[str, Callable[[str, random.Random], Iterator[tuple[str, Found]]]] = {
+CHECKS: dict[str, Callable[[str, random.Random, str], Iterator[tuple[str, Found]]]] = {
     "couple": check_couple,
     "random": check_random,
     "attention": check_attention,
     "packing": check_packing,
 }
+# The module of kernels behind a check in Triton, and the ops of one in the extension.
+TRITON_STEMS = {"couple": "coupling", "random": "random", "attention": "attention"}
+EXTENSION_OPS = {"random": ("philox_uniform", "philox_normal"), "packing": ("pack_drafts", "commit_drafts")}
+
+
+def backend_of(stem: str, device: str) -> str:
+    """The backend whose kernels a check is about."""
+    in_extension = stem == "packing" or (stem == "random" and device == "cpu")
+    return "extension" if in_extension else "triton"
+
+
+def why_missing(stem: str, device: str) -> str | None:
+    """Why a check's kernels cannot run on a device, or None if they can."""
+    if backend_of(stem, device) == "triton":
+        return why_no_runtime(TRITON_STEMS[stem], device, None)
+    reasons = (extension.why_no_kernel(op, device) for op in EXTENSION_OPS[stem])
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def default_checks(device: str) -> list[str]:
+    """Every check, but for those in Triton on a CPU without the interpreter."""
+    return [s for s in CHECKS if device == "cuda" or backend_of(s, device) == "extension" or not why_missing(s, device)]
 
 
 def main() -> int:
@@ -172,22 +198,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4)), help="to repeat a run")
-    parser.add_argument("--only", nargs="*", choices=list(CHECKS), default=list(CHECKS))
+    parser.add_argument("--only", nargs="*", choices=list(CHECKS), help="default: all that the device can have")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("check_kernels: needs a CUDA device")
         return 1
-    reason = extension.why_no_kernel("pack_drafts", arguments.device)
-    print(f"seed {arguments.seed}; packing by the {'extension' if reason is None else f'reference: {reason}'}")
-    failed = 0
-    for stem in arguments.only:
+    print(f"seed {arguments.seed}")
+    made = failed = missing = 0
+    for stem in arguments.only or default_checks(arguments.device):
+        backend, reason = backend_of(stem, arguments.device), why_missing(stem, arguments.device)
+        if reason is not None:
+            missing += 1
+            print(f"MISSING {stem} by {backend}: {reason}", flush=True)
+            continue
         torch.manual_seed(arguments.seed)
         with torch.inference_mode():
-            for name, (fine, figure) in CHECKS[stem](arguments.device, random.Random(arguments.seed)):
+            for name, (fine, figure) in CHECKS[stem](arguments.device, random.Random(arguments.seed), backend):
+                made += 1
                 failed += not fine
-                print(f"{'ok    ' if fine else 'WRONG '} {name}: {figure}", flush=True)
-    print(f"{failed} comparisons failed")
-    return int(failed > 0)
+                print(f"{'ok    ' if fine else 'WRONG '} {name} by {backend}: {figure}", flush=True)
+    print(f"{failed} of {made} comparisons failed, kernels of {missing} checks are missing")
+    return int(failed > 0 or missing > 0 or made == 0)
 
 
 if __name__ == "__main__":

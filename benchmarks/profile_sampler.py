@@ -27,6 +27,13 @@ from free_kernels.chain import Chain
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.targets import DiTTarget
 
+# Ops of a round by the part that their time counts for: which ones run depends on device, noise and verification.
+TIMED_OPS = {
+    **dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), "couple"),
+    "pack_drafts": "pack_drafts",
+    "commit_drafts": "commit_drafts",
+}
+
 
 class Clock:
     """Seconds spent in wrapped callables, by name; on a GPU it waits for the device before and after each."""
@@ -99,14 +106,7 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
     sample(target, labels, drafter=drafter, draft_length=draft_length, **settings)
     clock, elapsed, rounds, rows, steps = Clock(device), 0.0, 0, 0, []
     for seed in range(runs):
-        patches = {
-            name: clock.wrap(label, getattr(speculation, name))
-            for name, label in {
-                "couple": "couple",
-                "pack_drafts": "pack_drafts",
-                "commit_drafts": "commit_drafts",
-            }.items()
-        }
+        patches = {name: clock.wrap(part, getattr(speculation, name)) for name, part in TIMED_OPS.items()}
         draw = clock.wrap("noise", Chain.draw)
         transition = clock.wrap("draft transition", chain_module.gaussian_transition)
         with (

@@ -14,12 +14,16 @@ Result = TypeVar("Result")
 _WARM_UPS = 2
 
 
+class CaptureAgain(RuntimeError):
+    """Raised inside a capture by a function that needs less memory when it is called again."""
+
+
 class CapturedCalls(Generic[Result]):
     """A function that reads and writes the same tensors whenever it is called, captured once for each of its keys.
 
     Args:
         function: maps a key to a result that holds tensors. It must not wait for the device, and its shapes must
-            depend on the key only.
+            depend on the key only. :class:`CaptureAgain` from it makes the capture begin anew.
         preserved: tensors that the calls before a capture must not leave changed.
         idle: makes the function do nothing of consequence to whatever else it writes, through ``preserved`` tensors.
         device: where the work runs.
@@ -63,12 +67,28 @@ class CapturedCalls(Generic[Result]):
             current.wait_stream(aside)
 
     def _capture(self, key: Hashable) -> tuple[Callable[[], None], Result]:
+        while True:
+            captured = self._try_to_capture(key)
+            if captured is not None:
+                return captured
+            # Only now: within a capture memory cannot be given back, and what was captured held some.
+            torch.cuda.empty_cache()
+
+    def _try_to_capture(self, key: Hashable) -> tuple[Callable[[], None], Result] | None:
+        """A capture, or None where it has to begin anew."""
         with torch.cuda.device(self._device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = self._function(key)
+            try:
+                # A capture whose end fails leaves its own stream as the current one.
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
+                    result = self._function(key)
+            except RuntimeError as error:
+                # The end of an abandoned capture may fail too, and hides the reason.
+                if not any(isinstance(reason, CaptureAgain) for reason in (error, error.__context__)):
+                    raise
+                return None
         return graph.replay, result
 
 

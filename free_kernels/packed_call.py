@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from free_kernels.chain import Chain
+from free_kernels.graphs import CaptureAgain
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -37,6 +38,8 @@ class PackedCall:
 
         Raises:
             torch.OutOfMemoryError, RuntimeError: a single row does not fit.
+            CaptureAgain: memory ran out within the capture of a CUDA graph, where it cannot be given back; the next
+                call is smaller.
         """
         while True:
             size = len(x) if self.most_rows is None else min(self.most_rows, len(x))
@@ -48,6 +51,8 @@ class PackedCall:
             # Out of the handler: the error would keep the failed call's tensors alive.
             self.most_rows = -(-size // 2)
             if x.is_cuda:
+                if torch.cuda.is_current_stream_capturing():
+                    raise CaptureAgain(f"out of memory with {size} rows in a capture")
                 torch.cuda.empty_cache()
 
     def settle(self) -> None:

@@ -320,7 +320,7 @@ def test_cuda_graph_follows_ragged_lengths() -> None:
 
     def step() -> Tensor:
         append_features(*ring, a["k"], a["v"], *counters)
-        return feature_attention(**a)
+        return feature_attention(**a, backend="triton")
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -335,4 +335,4 @@ def test_cuda_graph_follows_ragged_lengths() -> None:
         b = {name: value.clone() for name, value in a.items()}
         append_features(*(b[n] for n in ("cache_k", "cache_v", "k", "v", "cache_length", "cache_position")))
         graph.replay()
-        assert torch.equal(out, feature_attention(**b))
+        assert torch.equal(out, feature_attention(**b, backend="triton"))

@@ -115,3 +115,12 @@ def test_unwritable_paths_are_named(tmp_path):
 def test_impossible_shapes_are_refused(latent, features, config, message):
     with pytest.raises(ValueError, match=f"^FeatureDrafter: {message}"):
         FeatureDrafter(latent, features, 5, config)
+
+
+def test_an_unhoisted_drafter_has_its_constants_on_its_own_device():
+    drafter = FeatureDrafter((1, 4, 4), (4, 32), 3, DrafterConfig(depth=2)).to("meta")
+    assert drafter._modulation_offsets.is_meta
+    assert "_modulation_offsets" not in drafter.state_dict()
+    rows = FeatureDrafter((1, 4, 4), (4, 32), 3, DrafterConfig(depth=2))._modulations(torch.zeros(1), torch.tensor([0]))
+    # Untrained, modulations are shift 0, scale 1 and gate 1, then those of the head and of the skip.
+    assert rows.flatten(1)[0].view(15, 32)[:, 0].tolist() == [0.0, 1.0, 1.0] * 5

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 from analytic import BiasedDrafter, GaussianTarget
 
 from free_kernels import DDPMSchedule, sample
 from free_kernels.chain import make_chain
+from free_kernels.graphs import CapturedCalls
 from free_kernels.packed_call import PackedCall
 
 LABELS = torch.arange(6) % 3
@@ -80,3 +85,87 @@ def test_what_cannot_fit_is_an_error_and_other_errors_pass():
     for rows, error in ((0, torch.OutOfMemoryError("CUDA out of memory")), (4, RuntimeError("shapes do not match"))):
         with pytest.raises(type(error), match=str(error)):
             sample(Small(rows, error), LABELS, schedule=STEPS, draft_length=5)
+
+
+class Cuda:
+    """What a capture uses of ``torch.cuda``; keeps a list of what was done, and within which capture."""
+
+    def __init__(self, end_fails: bool = False) -> None:
+        self.done: list[str] = []
+        self.capturing, self.end_fails = False, end_fails
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: self.done.append(f"empty, capturing {self.capturing}"))
+
+    @contextlib.contextmanager
+    def graph(self, graph: object, pool: object) -> Iterator[None]:
+        self.capturing = True
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            self.capturing = False
+            self.done.append("abandoned" if failed else "captured")
+            if failed and self.end_fails:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+class OnCuda(torch.Tensor):
+    """A CPU tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def captured_call(monkeypatch, rows: int, error: Exception, cuda: Cuda):
+    """A capture of a packed call of twelve rows, with a target that holds ``rows``."""
+    cuda.patch(monkeypatch)
+    target = Small(rows, error)
+    chain = make_chain("sample", target, torch.zeros(12, dtype=torch.int64), STEPS, 1.0, None, 0, None)
+    network = PackedCall(chain)
+    x = torch.randn(12, *target.latent_shape).as_subclass(OnCuda)
+    t, y = chain.timesteps[:1].repeat(12), torch.zeros(12, dtype=torch.int64)
+    calls = CapturedCalls(lambda key: network(x, t, y), [], lambda: None, torch.device("cuda"))
+    return target, network, calls._capture(0)
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_memory_is_given_back_between_captures_never_within(monkeypatch, end_fails):
+    cuda = Cuda(end_fails)
+    target, network, (_, (features, output)) = captured_call(
+        monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory"), cuda
+    )
+    # Twelve rows, then six, then three: each size is captured from its beginning.
+    empty = "empty, capturing False"
+    assert cuda.done == ["abandoned", empty, "abandoned", empty, "captured"]
+    assert (network.most_rows, target.calls) == (3, [3] * 4)
+    assert len(features) == len(output) == 12
+
+
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_what_no_capture_can_hold_is_an_error(monkeypatch, end_fails):
+    cuda = Cuda(end_fails)
+    with pytest.raises(RuntimeError, match="CUDA (out of memory|error)"):
+        captured_call(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"), cuda)
+    assert cuda.done.count("abandoned") == 5
+    cuda = Cuda(end_fails)
+    with pytest.raises(RuntimeError, match="shapes do not match|CUDA error"):
+        captured_call(monkeypatch, 3, RuntimeError("shapes do not match"), cuda)
+    assert cuda.done == ["abandoned"]
+
+
+def test_memory_is_given_back_at_once_outside_of_captures(monkeypatch):
+    cuda = Cuda()
+    cuda.patch(monkeypatch)
+    target = Small(3, torch.OutOfMemoryError("CUDA out of memory"))
+    chain = make_chain("sample", target, torch.zeros(12, dtype=torch.int64), STEPS, 1.0, None, 0, None)
+    x = torch.randn(12, *target.latent_shape).as_subclass(OnCuda)
+    PackedCall(chain)(x, chain.timesteps[:1].repeat(12), torch.zeros(12, dtype=torch.int64))
+    assert cuda.done == ["empty, capturing False"] * 2

@@ -325,12 +325,12 @@ def test_cuda_equals_model(dtype: torch.dtype) -> None:
             a["states"] = a["states"].to(dtype)
             want = pack_drafts(**a, null_label=10, backend="reference")
             on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in a.items()}
-            got = pack_drafts(**on_gpu, null_label=10)
+            got = pack_drafts(**on_gpu, null_label=10, backend="extension")
             assert all(torch.equal(one.cpu(), other) for one, other in zip(got, want, strict=True))
 
             b = make_commit(seed, slots, 6, latent, 2)
             b = {n: v.to(dtype) if n != "num_steps" and v.is_floating_point() else v for n, v in b.items()}
             want_commit = model_commit(b)
             on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in b.items()}
-            commit_drafts(**on_gpu)
+            commit_drafts(**on_gpu, backend="extension")
             assert all(torch.equal(on_gpu[name].cpu(), want_commit[name]) for name in WRITTEN)

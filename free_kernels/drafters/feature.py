@@ -216,6 +216,10 @@ class FeatureDrafter(nn.Module):
         self.label_table = nn.Embedding(num_classes + 1, inner)
         self.blocks = nn.ModuleList([_Block(inner, config.mlp_ratio) for _ in range(config.depth)])
         self.modulation = nn.Linear(inner, self._modulation_rows * inner)
+        # What is added to each row of modulations; no parameter, and on the device beforehand: a captured round may not
+        # copy from the host.
+        around = [0.0, 1.0, 1.0] * 2 * config.depth + [0.0, 1.0, 1.0][: 2 + config.skip]
+        self.register_buffer("_modulation_offsets", torch.tensor(around).view(1, -1, 1, 1), persistent=False)
         self.to_feature = nn.Linear(inner, features)
         if config.first_step:
             self.first_feature = nn.Linear(channels * self.patch**2, features, bias=False)
@@ -442,6 +446,4 @@ class FeatureDrafter(nn.Module):
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         c = self.timestep_mlp(waves.to(self.positions.dtype)) + self.label_table(y)
         rows = self.modulation(F.silu(c)).unflatten(1, (self._modulation_rows, 1, -1))
-        around = [0.0, 1.0, 1.0] * 2 * self.config.depth + [0.0, 1.0, 1.0][: 2 + self.config.skip]
-        ones = torch.tensor(around, device=t.device, dtype=rows.dtype)
-        return rows + ones.view(1, -1, 1, 1)
+        return rows + self._modulation_offsets.to(rows.dtype)
