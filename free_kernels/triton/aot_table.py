@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there, and prints registers, shared memory and spills.
 
-``python -m free_kernels.triton.aot_table`` prints Markdown with a row for each kind of configuration. Needs a process
-in which Triton's interpreter was not asked for.
+``python -m free_kernels.triton.aot_table > benchmarks/results/ahead_of_time.md`` writes Markdown with a row for each kind
+of configuration, which ``benchmarks/report.py`` puts into ``docs/benchmarks.md``. Needs a process in which Triton's
+interpreter was not asked for.
 """
 
 from __future__ import annotations
@@ -14,11 +15,19 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import triton
 
 import free_kernels.triton
 from free_kernels.triton.aot import DEVICES, AotConfiguration, AotReport, compile_configuration, why_unfit
+
+HEADER = """## Triton kernels, compiled ahead of time
+
+`python -m free_kernels.triton.aot_table > benchmarks/results/ahead_of_time.md`, Triton {version}; no GPU is needed, and
+none ran them. Each cell: registers of a thread / KiB of shared memory of a program / bytes that a thread spills /
+barriers in the code, each the largest of so many configurations.
+"""
 
 
 def modules() -> list[str]:
@@ -58,7 +67,7 @@ def reports(names: Sequence[str], devices: Sequence[str], largest: bool, workers
 
 def markdown(found: Sequence[AotReport]) -> str:
     """A row for each group, a column for each device; the largest figures of the group's configurations."""
-    devices = list(dict.fromkeys(report.device for report in found))
+    devices = [name for name in DEVICES if any(report.device == name for report in found)]
     lines = [f"| kernel | configurations | {' | '.join(devices)} |", "|" + "---|" * (len(devices) + 2)]
     for group in dict.fromkeys(report.group for report in found):
         cells, counts = [], set()
@@ -87,13 +96,18 @@ def main() -> None:
     parser.add_argument("--largest", action="store_true", help="of each kernel only what asks most of a program")
     parser.add_argument("--workers", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true", help="a list of all reports instead of the table")
+    parser.add_argument("--reports", type=Path, nargs="+", help="print these outputs of --json, and compile nothing")
     options = parser.parse_args()
-    names = [options.module] if options.module else modules()
-    found = reports(names, options.device or list(DEVICES), options.largest, options.workers)
+    if options.reports:
+        held = [report for path in options.reports for report in json.loads(path.read_text())]
+        found = [AotReport(**{name: report[name] for name in AotReport._fields}) for report in held]
+    else:
+        names = [options.module] if options.module else modules()
+        found = reports(names, options.device or list(DEVICES), options.largest, options.workers)
     if options.json:
         print(json.dumps([report._asdict() | {"unfit": why_unfit(report)} for report in found]))
         return
-    print(f"Triton {triton.__version__}; each cell: registers / KiB of shared memory / bytes spilled / barriers\n")
+    print(HEADER.format(version=triton.__version__))
     print(markdown(found))
     unfit = [f"{report.device} {report.label}: {why_unfit(report)}" for report in found if why_unfit(report)]
     if unfit:
