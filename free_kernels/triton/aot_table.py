@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there, and prints registers, shared memory and spills.
 
-``python -m free_kernels.triton.aot_table > benchmarks/results/ahead_of_time.md`` writes Markdown with a row for each kind
-of configuration, which ``benchmarks/report.py`` puts into ``docs/benchmarks.md``. Needs a process in which Triton's
-interpreter was not asked for.
+``python -m free_kernels.triton.aot_table > benchmarks/results/ahead_of_time.md`` writes Markdown with a row for each
+kind of configuration, which ``benchmarks/report.py`` puts into ``docs/benchmarks.md``. Needs a process in which
+Triton's interpreter was not asked for.
 """
 
 from __future__ import annotations
