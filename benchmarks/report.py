@@ -75,11 +75,13 @@ def readme_section(root: Path) -> str:
 def renewed_pages(root: Path) -> dict[Path, str]:
     """Text of every generated page."""
     readme = root / "README.md"
+    kernels = root / "benchmarks/results/ahead_of_time.md"
     before, _, rest = readme.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     return {
         readme: f"{before}{BEGIN}\n{readme_section(root)}\n{END}{after}",
-        root / "docs/benchmarks.md": benchmark_page(load_results(root / "benchmarks/results")),
+        root / "docs/benchmarks.md": benchmark_page(load_results(root / "benchmarks/results"))
+        + (f"\n{kernels.read_text()}" if kernels.exists() else ""),
     }
 
 

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles to machine code for sm_80 and sm_90 without a GPU, and spills no registers."""
+"""Every Triton kernel compiles to machine code without a GPU: no spills, shared memory within each device's limit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import free_kernels
 
-WORKER = Path(__file__).with_name("triton_worker_aot.py")
 FOLDER = Path(free_kernels.__file__).parent / "triton"
 # Read from the source: importing a kernel module here would fix the interpreter's setting for this process.
 MODULES = [
@@ -22,44 +22,74 @@ MODULES = [
     for found in pkgutil.iter_modules([str(FOLDER)])
     if "\ndef aot_configurations(" in (FOLDER / f"{found.name}.py").read_text()
 ]
+DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+# A row's figures are reduced together; fifteen reductions one after the other took 44.
+MOST_BARRIERS = 4
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's compiler")
 
 
-def compile_module(name: str, *options: str) -> list[dict[str, object]]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(WORKER), *options, name]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+def run(*command: str) -> str:
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr[-4000:]
-    *lines, reports = result.stdout.splitlines()
-    print("\n".join(lines))
-    fields = ("label", "architecture", "registers", "shared", "stack", "spill_stores", "spill_loads")
-    return [dict(zip(fields, report, strict=True)) for report in json.loads(reports)]
+    return result.stdout
+
+
+def compile_module(name: str, *options: str) -> list[dict[str, Any]]:
+    return json.loads(run("-m", "free_kernels.triton.aot_table", "--json", "--module", name, *options))
+
+
+def assert_fits(reports: list[dict[str, Any]]) -> None:
+    assert {report["device"] for report in reports} == set(DEVICES)
+    # Figures that nothing was read into would fit everywhere.
+    assert all(report["registers"] > 0 for report in reports)
+    assert not [report for report in reports if report["unfit"]]
+    for report in reports:
+        if report["group"].startswith("coupling_rows"):
+            assert report["barriers"] <= MOST_BARRIERS, report
 
 
 def test_every_op_is_found():
     assert {"attention", "coupling", "random"} <= set(MODULES)
 
 
-def assert_fits(reports: list[dict[str, object]]) -> None:
-    spilled = [report for report in reports if report["spill_stores"] or report["spill_loads"]]
-    assert not spilled
-    for report in reports:
-        # A program's shared memory is limited to 163 KB on sm_80 and 227 KB on sm_90, a thread to 255 registers.
-        assert report["shared"] <= (166_912 if report["architecture"] == 80 else 232_448), report
-        assert 0 < report["registers"] <= 255, report
-
-
 @pytest.mark.parametrize("name", MODULES)
-def test_some_configurations_compile_without_spills(name):
-    reports = compile_module(name, "--few")
-    assert reports
-    assert_fits(reports)
+def test_the_largest_configurations_fit_every_device(name):
+    assert_fits(compile_module(name, "--largest"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
-def test_every_configuration_compiles_without_spills(name):
-    reports = compile_module(name)
-    assert {report["architecture"] for report in reports} == {80, 90}
-    assert_fits(reports)
+def test_every_configuration_fits_every_device(name):
+    assert_fits(compile_module(name))
+
+
+CONTROL = """
+from dataclasses import replace
+from free_kernels.triton.aot import DEVICES, compile_configuration, why_unfit
+from free_kernels.triton.attention import aot_configurations
+
+for name in ("sm_80", "gfx942"):
+    every = aot_configurations(DEVICES[name])
+    spilling = next(c for c in every if "bf16 dim 128 T 256 64" in c.label)
+    report = compile_configuration(replace(spilling, num_warps=1), DEVICES[name])
+    print(name, why_unfit(report))
+    fits = report._replace(spilled=0, stack=0, shared=DEVICES[name].shared, registers=DEVICES[name].registers)
+    print(name, why_unfit(fits))
+    print(name, why_unfit(fits._replace(shared=fits.shared + 1)))
+    print(name, why_unfit(fits._replace(registers=0)))
+"""
+
+
+def test_spills_and_shared_memory_are_seen(tmp_path):
+    """Attention with a quarter of its threads spills on each backend; limits are limits."""
+    script = tmp_path / "control.py"
+    script.write_text(CONTROL)
+    said = run(str(script)).splitlines()
+    print("\n".join(said))
+    for spilling, fits, beyond, unread in (said[:4], said[4:]):
+        assert "bytes spilled" in spilling
+        assert fits.endswith("None")
+        assert "bytes of shared memory" in beyond
+        assert "registers" in unread

@@ -7,8 +7,19 @@ slot table, and no block is read that nobody may see.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import triton
 import triton.language as tl
+from triton import knobs
+
+
+def _interpreted_range(start: int, end: tl.tensor, step: int) -> Iterable[int]:
+    """``range`` over a bound that the interpreter keeps in an array, whose one element Triton 3.6 cannot convert."""
+    return range(start, end.handle.data.item(), int(step))
+
+
+key_range = _interpreted_range if knobs.runtime.interpret else tl.range
 
 
 @triton.jit
@@ -54,7 +65,7 @@ def _attend(
     128 that one padded block would take. EVEN: no block is partly out of use or crosses the ring's end.
     """
     o_d = tl.arange(0, BLOCK_D)
-    for i_n in range(0, num_keys, BLOCK_N):
+    for i_n in key_range(0, num_keys, BLOCK_N):
         if EVEN:
             i_first = first + i_n
             if WRAP:

@@ -11,13 +11,14 @@ import torch
 import triton
 from torch import Tensor
 
-from free_kernels.triton.aot import POINTERS, AotConfiguration
+from free_kernels.triton.aot import POINTERS, AotConfiguration, Device
 from free_kernels.triton.coupling_kernels import (
     FIXED_FIGURES,
     LEARNED_FIGURES,
     coupling_commit_kernel,
     coupling_rows_kernel,
 )
+from free_kernels.triton.device import warp_size
 from free_kernels.triton.philox import seed_words
 
 # Enough programs to give every multiprocessor of a large GPU two.
@@ -65,9 +66,9 @@ def launch_shape(slots: int, length: int, numel: int) -> LaunchShape:
     return LaunchShape(block, chunks, triton.cdiv(numel, block * chunks), block_for(slots))
 
 
-def warps_for(block: int) -> int:
-    """Warps of a program: four elements a thread, one 16-byte access, up to four warps."""
-    return max(1, min(4, block // 128))
+def warps_for(block: int, warp: int) -> int:
+    """Warps of ``warp`` threads of a program: four elements a thread, one 16-byte access."""
+    return max(1, block // (4 * warp))
 
 
 class _Noise(NamedTuple):
@@ -210,10 +211,11 @@ def _launch(
     common = (*pointers, *seed_words(drawn.seed), *sizes, float(guidance_scale), float(clip))
     written = (drawn.uniform, relaxation, next_states, committed, gap_sq)
     num_blocks = triton.cdiv(numel, shape.commit_block)
+    warp = warp_size(states.device)
     with torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext():
         if rows > 0:
             coupling_rows_kernel[(rows * shape.num_splits,)](
-                *common, **flags, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=warps_for(shape.block)
+                *common, **flags, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=warps_for(shape.block, warp)
             )
         if slots > 0:
             coupling_commit_kernel[(slots * num_blocks,)](
@@ -228,34 +230,35 @@ def _launch(
                 NUM_BLOCKS=num_blocks,
                 PADDED_SPLITS=triton.next_power_of_2(shape.num_splits),
                 PADDED_LENGTH=triton.next_power_of_2(length),
-                num_warps=warps_for(shape.commit_block),
+                num_warps=warps_for(shape.commit_block, warp),
             )
     return next_states, committed, gap_sq
 
 
-def aot_configurations() -> list[AotConfiguration]:
+def aot_configurations(device: Device) -> list[AotConfiguration]:
     """Both kernels for rounds of 6 rows: every output dtype and usual flag, joint decisions, sizes and rarer flags."""
     found = []
     for dtype, guided, learned, philox in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (False, True)
     ):
-        found += _aot_pair(1, 4096, dtype, guided=guided, learned=learned, philox=philox)
+        found += _aot_pair(device, 1, 4096, dtype, guided=guided, learned=learned, philox=philox)
     # Joint decisions concern the commit pass alone, and the output's dtype is none of theirs.
     for guided, learned, philox in itertools.product((False, True), repeat=3):
         flags = {"guided": guided, "learned": learned, "philox": philox, "joint": True}
-        found += _aot_pair(1, 4096, torch.bfloat16, **flags)[1:]
+        found += _aot_pair(device, 1, 4096, torch.bfloat16, **flags)[1:]
     flags = {"guided": True, "learned": True, "philox": True, "joint": True}
     for length in (1, 16):
-        found += _aot_pair(1, 4096, torch.bfloat16, length=length, **flags)[1:]
+        found += _aot_pair(device, 1, 4096, torch.bfloat16, length=length, **flags)[1:]
     for philox in (False, True):
-        found += _aot_pair(86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
+        found += _aot_pair(device, 86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
     # Rare switches together, a latent of odd size, and one beyond the number of splits.
     for numel, philox in itertools.product((65536, 315), (False, True)):
-        found += _aot_pair(1, numel, torch.bfloat16, guided=True, learned=True, philox=philox, rare=True)
+        found += _aot_pair(device, 1, numel, torch.bfloat16, guided=True, learned=True, philox=philox, rare=True)
     return found
 
 
 def _aot_pair(
+    device: Device,
     slots: int,
     numel: int,
     dtype: torch.dtype,
@@ -286,6 +289,7 @@ def _aot_pair(
         "PADDED_LENGTH": triton.next_power_of_2(length),
     }
     said = [str(dtype).removeprefix("torch."), *(name.lower() for name, value in flags.items() if value)]
+    kind = f"{'joint ' if joint else ''}{'learned' if learned else 'fixed'}"
     pair = []
     for kernel, block in ((coupling_rows_kernel, shape.block), (coupling_commit_kernel, shape.commit_block)):
         values: dict[str, object] = {**flags, **sizes, "BLOCK": block} | dict.fromkeys(absent)
@@ -295,10 +299,12 @@ def _aot_pair(
         pair.append(
             AotConfiguration(
                 f"{kernel.__name__} {slots}x{length}x{numel} {' '.join(said)}",
+                f"{kernel.__name__.removesuffix('_kernel')} {kind}",
                 kernel,
                 signature,
+                block * (1 + sum(flags.values())),
                 constants,
-                num_warps=warps_for(block),
+                num_warps=warps_for(block, device.warp_size),
                 divisible=[name for name in signature if name.startswith("p_")] + aligned,
             )
         )

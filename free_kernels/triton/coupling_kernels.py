@@ -25,14 +25,23 @@ from free_kernels.triton.philox import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_ST
 # A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
 MAX_GAP_SQ = tl.constexpr(1e30)
 # Partial figures: the squared gap of the means and the noise along it, then, where variances are learned, the other
-# sums of ``compare_rows``, the squared error of the variances and the smallest ratio of them.
-ERROR_SQ, SMALLEST = tl.constexpr(13), tl.constexpr(14)
+# sums of ``compare_rows``, the squared error of the variances and how many of the target's leave too little beyond what
+# is shared across the lead.
+ERROR_SQ, NARROW = tl.constexpr(13), tl.constexpr(14)
 FIXED_FIGURES, LEARNED_FIGURES = 2, 15
 
 # Sizes that change from call to call must not compile a kernel anew.
 _UNSPECIALIZED = ["slots", "length", "output_rows", "seed_low", "seed_high"] + [
     f"{name}_stride_{axis}" for name in ("relaxation", "uniform") for axis in ("s", "l")
 ]
+
+
+@triton.jit
+def _joined(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
+    """``[BLOCK, 8]``, columns in the arguments' order: each join adds the last, fastest axis."""
+    b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
+    b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
+    return tl.reshape(tl.join(b_even, b_odd), [b_0.shape[0], 8])
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -91,22 +100,22 @@ def coupling_rows_kernel(
         draw_round = tl.load(p_rounds + i_slot)
     key = (seed_low, seed_high, image, step, draw_round)
 
-    b_0 = tl.zeros([BLOCK], tl.float32)
-    b_1 = tl.zeros([BLOCK], tl.float32)
+    b_mean_sq = tl.zeros([BLOCK], tl.float32)
+    b_along_z = tl.zeros([BLOCK], tl.float32)
     if LEARNED:
-        b_2 = tl.zeros([BLOCK], tl.float32)
-        b_3 = tl.zeros([BLOCK], tl.float32)
-        b_4 = tl.zeros([BLOCK], tl.float32)
-        b_5 = tl.zeros([BLOCK], tl.float32)
-        b_6 = tl.zeros([BLOCK], tl.float32)
-        b_7 = tl.zeros([BLOCK], tl.float32)
-        b_8 = tl.zeros([BLOCK], tl.float32)
-        b_9 = tl.zeros([BLOCK], tl.float32)
-        b_10 = tl.zeros([BLOCK], tl.float32)
-        b_11 = tl.zeros([BLOCK], tl.float32)
-        b_12 = tl.zeros([BLOCK], tl.float32)
+        b_along_slack = tl.zeros([BLOCK], tl.float32)
+        b_over_left = tl.zeros([BLOCK], tl.float32)
+        b_over_root = tl.zeros([BLOCK], tl.float32)
+        b_shared_root = tl.zeros([BLOCK], tl.float32)
+        b_e_shared_sq = tl.zeros([BLOCK], tl.float32)
+        b_e_sq_shared = tl.zeros([BLOCK], tl.float32)
+        b_e_sq = tl.zeros([BLOCK], tl.float32)
+        b_e_m_shared = tl.zeros([BLOCK], tl.float32)
+        b_e_m_sq = tl.zeros([BLOCK], tl.float32)
+        b_e_shared_z = tl.zeros([BLOCK], tl.float32)
+        b_e_z = tl.zeros([BLOCK], tl.float32)
         b_error_sq = tl.zeros([BLOCK], tl.float32)
-        b_smallest = tl.full([BLOCK], float("inf"), tl.float32)
+        b_narrow = tl.zeros([BLOCK], tl.float32)
     for i_chunk in range(CHUNKS):
         i_first = (i_split * CHUNKS + i_chunk) * BLOCK
         o = i_first + tl.arange(0, BLOCK)
@@ -135,57 +144,48 @@ def coupling_rows_kernel(
             )
             b_m_root, b_both = tl.div_rn(b_gap, b_root), b_z + b_z_slack
             b_m_error, b_v_error = b_gap * b_error, b_shared * b_error
-            b_2 += b_gap * b_z_slack
-            b_3 += b_m_root * b_m_root
-            b_4 += b_gap * b_m_root
-            b_5 += b_m_root * b_shared
-            b_6 += b_v_error * b_v_error
-            b_7 += b_m_error * b_v_error
-            b_8 += b_m_error * b_m_error
-            b_9 += b_gap * b_v_error
-            b_10 += b_gap * b_m_error
-            b_11 += b_both * b_v_error
-            b_12 += b_both * b_m_error
+            b_along_slack += b_gap * b_z_slack
+            b_over_left += b_m_root * b_m_root
+            b_over_root += b_gap * b_m_root
+            b_shared_root += b_m_root * b_shared
+            b_e_shared_sq += b_v_error * b_v_error
+            b_e_sq_shared += b_m_error * b_v_error
+            b_e_sq += b_m_error * b_m_error
+            b_e_m_shared += b_gap * b_v_error
+            b_e_m_sq += b_gap * b_m_error
+            b_e_shared_z += b_both * b_v_error
+            b_e_z += b_both * b_m_error
             b_error_sq += (b_ratio - 1.0) * (b_ratio - 1.0)
-            # A NaN may get lost here; the sum of squares above keeps it.
-            b_smallest = tl.minimum(b_smallest, b_ratio)
+            # A NaN counts too.
+            b_narrow += tl.where(b_ratio - ACROSS >= LEAST_LEFT, 0.0, 1.0)
         else:
             b_gap = tl.where(mask, tl.div_rn(b_mean_q - b_mean_p, b_std_p), 0.0)
-        b_0 += b_gap * b_gap
-        b_1 += b_gap * b_z
+        b_mean_sq += b_gap * b_gap
+        b_along_z += b_gap * b_z
 
     p_own = p_partials + draft_row * NUM_SPLITS + i_split
     plane = slots.to(tl.int64) * drafts * NUM_SPLITS
-    tl.store(p_own, tl.sum(b_0, 0))
-    tl.store(p_own + plane, tl.sum(b_1, 0))
+    # One reduction of all figures: each makes all threads of a program wait for one another.
     if LEARNED:
-        tl.store(p_own + plane * 2, tl.sum(b_2, 0))
-        tl.store(p_own + plane * 3, tl.sum(b_3, 0))
-        tl.store(p_own + plane * 4, tl.sum(b_4, 0))
-        tl.store(p_own + plane * 5, tl.sum(b_5, 0))
-        tl.store(p_own + plane * 6, tl.sum(b_6, 0))
-        tl.store(p_own + plane * 7, tl.sum(b_7, 0))
-        tl.store(p_own + plane * 8, tl.sum(b_8, 0))
-        tl.store(p_own + plane * 9, tl.sum(b_9, 0))
-        tl.store(p_own + plane * 10, tl.sum(b_10, 0))
-        tl.store(p_own + plane * 11, tl.sum(b_11, 0))
-        tl.store(p_own + plane * 12, tl.sum(b_12, 0))
-        tl.store(p_own + plane * ERROR_SQ, tl.sum(b_error_sq, 0))
-        tl.store(p_own + plane * SMALLEST, tl.min(b_smallest, 0))
-
-
-@triton.jit
-def _figure(p_figure, o_rows, valid, NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, padding):
-    """``[rows, splits]`` partials of one figure; whatever is not valid is ``padding``."""
-    o_splits = tl.arange(0, PADDED_SPLITS)
-    mask = valid[:, None] & (o_splits < NUM_SPLITS)[None, :]
-    return tl.load(p_figure + o_rows[:, None] * NUM_SPLITS + o_splits[None, :], mask=mask, other=padding)
+        b_even = _joined(b_mean_sq, b_along_slack, b_over_root, b_e_shared_sq, b_e_sq, b_e_m_sq, b_e_z, b_narrow)
+        b_odd = _joined(
+            b_along_z, b_over_left, b_shared_root, b_e_sq_shared, b_e_m_shared, b_e_shared_z, b_error_sq, b_narrow
+        )
+        o_figures = tl.arange(0, 16)
+        sums = tl.sum(tl.reshape(tl.join(b_even, b_odd), [BLOCK, 16]), 0)
+        tl.store(p_own + plane * o_figures, sums, mask=o_figures < 15)
+    else:
+        tl.store(p_own + plane * tl.arange(0, 2), tl.sum(tl.join(b_mean_sq, b_along_z), 0))
 
 
 @triton.jit
 def _sum(p_partials, plane, i_figure, o_rows, valid, NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr):
-    """``[rows]`` sums of one figure's partials."""
-    return tl.sum(_figure(p_partials + plane * i_figure, o_rows, valid, NUM_SPLITS, PADDED_SPLITS, 0.0), 1)
+    """``[rows]`` sums of one figure's partials; 0 where a row is not valid."""
+    o_splits = tl.arange(0, PADDED_SPLITS)
+    mask = valid[:, None] & (o_splits < NUM_SPLITS)[None, :]
+    p_figure = p_partials + plane * i_figure
+    b_figure = tl.load(p_figure + o_rows[:, None] * NUM_SPLITS + o_splits[None, :], mask=mask, other=0.0)
+    return tl.sum(b_figure, 1)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -269,10 +269,8 @@ def coupling_commit_kernel(
             _sum(p_partials, plane, 12, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
         )
         b_error_sq = _sum(p_partials, plane, ERROR_SQ, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
-        # Padding splits must not be the smallest.
-        p_smallest = p_partials + plane * SMALLEST
-        b_smallest = tl.min(_figure(p_smallest, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS, float("inf")), 1)
-        feasible = (b_smallest - ACROSS >= LEAST_LEFT) & ((1.0 + b_0) * (1.0 + b_error_sq) < MAX_GAP_SQ)
+        b_narrow = _sum(p_partials, plane, NARROW, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
+        feasible = (b_narrow == 0.0) & ((1.0 + b_0) * (1.0 + b_error_sq) < MAX_GAP_SQ)
     else:
         b_gap_sq, b_along = b_0, b_1
         feasible = b_gap_sq < MAX_GAP_SQ

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from free_kernels.triton.aot import AotConfiguration
+from free_kernels.triton.aot import AotConfiguration, Device
+from free_kernels.triton.device import warp_size
 from free_kernels.triton.philox import normals, seed_words, uniforms
 
 # Blocks of four numbers of a program, one a thread: a 16-byte store each. Few numbers are spread over more programs.
@@ -91,22 +92,22 @@ def philox_fill(
             ROUNDS=rounds is not None,
             ROWS=per_program,
             BLOCKS=blocks,
-            num_warps=per_program * blocks // 32,
+            num_warps=max(1, per_program * blocks // warp_size(out.device)),
         )
     return out
 
 
-def aot_configurations() -> list[AotConfiguration]:
+def aot_configurations(device: Device) -> list[AotConfiguration]:
     """Both ops for one number a key, an odd size, a latent of 4096 and more than 2**32 numbers a key."""
     return [
-        _aot(rows, numel, normal, with_rounds)
+        _aot(device, rows, numel, normal, with_rounds)
         for (rows, numel), normal, with_rounds in itertools.product(
             ((6, 1), (512, 315), (6, 4096), (512, 16384), (2, 2**33)), (False, True), (False, True)
         )
     ]
 
 
-def _aot(rows: int, numel: int, normal: bool, with_rounds: bool) -> AotConfiguration:
+def _aot(device: Device, rows: int, numel: int, normal: bool, with_rounds: bool) -> AotConfiguration:
     per_program, blocks = launch_shape(rows, numel)
     constants: dict[str, object] = {"NORMAL": normal, "ROUNDS": with_rounds, "ROWS": per_program, "BLOCKS": blocks}
     constants |= ({} if with_rounds else {"p_rounds": None}) | ({"numel": 1} if numel == 1 else {})
@@ -114,11 +115,14 @@ def _aot(rows: int, numel: int, normal: bool, with_rounds: bool) -> AotConfigura
     signature |= {name: "*i64" for name in signature if name.startswith("p_")} | {"p_out": "*fp32"}
     signature |= {"numel": "i64"} if numel >= 2**31 else {}
     aligned = ["numel"] if numel % 16 == 0 else []
+    group = f"philox_{'normal' if normal else 'uniform'}"
     return AotConfiguration(
-        f"philox_{'normal' if normal else 'uniform'} {rows}x{numel}{' rounds' if with_rounds else ''}",
+        f"{group} {rows}x{numel}{' rounds' if with_rounds else ''}",
+        group,
         philox_kernel,
         signature,
+        per_program * blocks * (1 + normal) + with_rounds + ("numel" in signature and signature["numel"] == "i64"),
         constants,
-        num_warps=per_program * blocks // 32,
+        num_warps=max(1, per_program * blocks // device.warp_size),
         divisible=[name for name in signature if name.startswith("p_")] + aligned,
     )
