@@ -79,17 +79,8 @@ def captured(calls: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Callable
     """Each call as a CUDA graph, and what must outlive the replays."""
     graphs, kept, pool = {}, [], torch.cuda.graph_pool_handle()
     for name, call in calls.items():
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            kept.append(call())
-        graphs[name] = graph.replay
-        kept.append(call)
+        graphs[name], alive = timing.captured(call, pool)
+        kept.append(alive)
     return graphs, kept
 
 

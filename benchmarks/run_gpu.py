@@ -1,181 +1,67 @@
-"""Runs everything that needs a GPU, stage by stage, within a limited time: what ``run_gpu.sh OUT`` calls.
+"""Runs what needs a GPU, stage by stage, within a limited time: what ``run_gpu.sh CALL OUT`` calls.
 
-A stage has its own time limit and a failing one does not stop the next. Results, in few files: ``OUT/stages.json`` (how
-each stage ended, with the end of its output), ``OUT/log.txt`` (all output), ``OUT/<device>/*.json`` (figures, as
-``report.py`` reads them from ``benchmarks/results``). Nothing is installed: a stage that lacks a package or a tool is
-skipped and says which. Exit status 1 if a stage failed, or if there is no GPU.
+Three calls of nine minutes, what matters first: ``a`` builds and checks, ``b`` measures, ``c`` has ablations and
+profiles. Each builds first, unless this machine has done so, and nothing after a failed build is run. Results, in at
+most eight files: ``OUT/summary_CALL.json`` (how each stage ended: ok, failed, cut or skipped, why, seconds, figures),
+``OUT/log_CALL.txt`` (output), ``OUT/*.json`` and ``OUT/<device>/*.json`` (figures, as ``report.py`` reads them from
+``benchmarks/results``; ``run_gpu.py collect OUT ...`` merges them into it). A stage that is cut keeps what it wrote.
+Packages are not installed from elsewhere: a stage that lacks one, or a tool, is skipped and says which.
+
+``--dry-run`` runs every stage of a call on the CPU, as short as can be: no figures, but the same order and files.
+
+Exit status: 0 if every stage is ok; 1 if one failed, or nothing could be run; 3 if one was cut or skipped.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+import tempfile
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-TAIL_LINES = 25
-# Left over at the end, for writing and for the shell around this.
-RESERVE_S = 5
+from gpu_runner import ROOT, Runner
+from gpu_stages import CALL_S, CALLS, Stages
+
 FACTS = """
-import json, os, platform, torch
+import importlib.metadata, json, os, platform, shutil, torch
 facts = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
 facts |= {"cores": os.cpu_count(), "gpu": None, "capability": None}
-try:
-    import triton
-    facts["triton"] = triton.__version__
-except ImportError as error:
-    facts["triton"] = f"none: {error}"
+names = ("triton", "numpy", "setuptools", "ninja", "pybind11", "pytest", "pytest-benchmark", "hypothesis")
+names += ("safetensors", "tqdm")
+for name in names:
+    try:
+        facts[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        facts[name] = None
+facts |= {tool: shutil.which(tool) for tool in ("nvcc", "c++", "compute-sanitizer")}
 if torch.cuda.is_available():
     facts["gpu"] = torch.cuda.get_device_name()
     facts["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
     facts["memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
 print(json.dumps(facts))
 """
+# What is done without, said at the start: a stage that cannot do without a package says so itself.
+WITHOUT = {
+    "ninja": "the build compiles one file after the other",
+    "pybind11": "the build takes torch's own copy of its headers",
+    "pytest-benchmark": "benchmarks of single ops are skipped",
+    "pytest": "tests and benchmarks of single ops are skipped",
+    "hypothesis": "tests are skipped",
+    "triton": "nothing but the build is run",
+    "safetensors": "tests and whole runs of the sampler are skipped",
+    "tqdm": "tests and whole runs of the sampler are skipped",
+    "compute-sanitizer": "the memory checker is skipped",
+    "nvcc": "the build looks for a toolkit in CUDA_HOME, and fails where there is none",
+}
 
 
-@dataclass
-class Stage:
-    """One command and what it needs.
-
-    Attributes:
-        name: in stages.json.
-        limit_s: its time limit.
-        command: program and arguments.
-        packages: modules that must be importable.
-        tools: programs that must be on the path.
-        environment: more environment variables.
-    """
-
-    name: str
-    limit_s: int
-    command: list[str]
-    packages: tuple[str, ...] = ()
-    tools: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Outcome:
-    """How a stage ended.
-
-    Attributes:
-        name: of the stage.
-        status: ok, failed, timed out or skipped.
-        exit: exit status, where it ended by itself.
-        seconds: how long it ran.
-        why: what was missing, for a skipped stage.
-        tail: the end of its output.
-    """
-
-    name: str
-    status: str
-    exit: int | None = None
-    seconds: float = 0.0
-    why: str = ""
-    tail: list[str] = field(default_factory=list)
-
-
-def stages(out: Path, capability: str) -> list[Stage]:
-    """All stages, in order of worth: what comes late is lost first where time is short."""
-    python, results = sys.executable, str(out)
-    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
-    gpu_tests = sorted(str(p) for p in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in p.read_text())
-    bench_packages = ("pytest", "pytest_benchmark", "triton")
-    end_to_end = ("tqdm", "safetensors")
-
-    def bench(name: str, limit_s: int, *more: str) -> Stage:
-        options = ["-m", "gpu", "--benchmark-only", "--benchmark-columns=min,median,iqr", "--results", results]
-        command = [*pytest, f"benchmarks/bench_{name}.py", *options]
-        return Stage(f"bench_{name}", limit_s, command, (*bench_packages, *more))
-
-    def check(name: str, limit_s: int, *more: str) -> Stage:
-        return Stage(name, limit_s, [python, "benchmarks/check_kernels.py", *more], ("triton",))
-
-    profile = [python, "benchmarks/profile_sampler.py", "--device", "cuda", "--only-parts"]
-    memcheck = ["compute-sanitizer", "--error-exitcode", "9", "--tool", "memcheck", *pytest, "-m", "gpu"]
-    return [
-        Stage(
-            "build",
-            170,
-            [python, "setup.py", "build_ext", "--inplace"],
-            ("setuptools", "ninja"),
-            ("c++",),
-            {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", capability)},
-        ),
-        check("check_kernels", 60),
-        # A module that cannot be imported must not keep the others from running.
-        Stage(
-            "gpu_tests",
-            120,
-            [*pytest, "-m", "gpu", "--continue-on-collection-errors", *gpu_tests],
-            ("pytest", "hypothesis", "triton"),
-        ),
-        bench("coupling", 75),
-        Stage(
-            "bench_target",
-            90,
-            [python, "benchmarks/bench_target.py", "--device", "cuda", "--results", results],
-            ("triton", "safetensors"),
-        ),
-        bench("packing", 50),
-        bench("sampler", 75, *end_to_end),
-        bench("attention", 100),
-        Stage("profile_sampler", 45, [*profile, "--out", f"{results}/{{device}}/profile.json"], end_to_end),
-        # Without the caching allocator a write past a tensor's end is a write past an allocation's end.
-        Stage(
-            "sanitizer",
-            90,
-            [*memcheck, "tests/test_packing.py"],
-            ("pytest", "hypothesis"),
-            ("compute-sanitizer",),
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        ),
-    ]
-
-
-def missing(stage: Stage) -> str:
-    """What a stage lacks, or nothing."""
-    packages = [name for name in stage.packages if importlib.util.find_spec(name) is None]
-    tools = [name for name in stage.tools if shutil.which(name) is None]
-    said = [f"missing Python packages: {', '.join(packages)}"] if packages else []
-    return "; ".join(said + ([f"missing programs: {', '.join(tools)}"] if tools else []))
-
-
-def run(stage: Stage, limit_s: float, log: Path) -> Outcome:
-    """Run a stage to its end or its limit; everything that it started ends with it."""
-    paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **stage.environment, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    started = time.monotonic()
-    with log.open("ab") as sink:
-        sink.write(f"\n===== {stage.name}: {' '.join(stage.command)}\n".encode())
-        sink.flush()
-        begins = sink.tell()
-        process = subprocess.Popen(
-            stage.command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait(timeout=limit_s)
-            status = "ok" if code == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code, status = None, "timed out"
-    with log.open("rb") as source:
-        source.seek(begins)
-        lines = source.read().decode(errors="replace").splitlines()
-    return Outcome(stage.name, status, code, round(time.monotonic() - started, 1), tail=lines[-TAIL_LINES:])
-
-
-def device_facts() -> dict[str, object]:
-    """Versions and the GPU, from a process of its own; ``{"error": ...}`` if torch cannot be used."""
+def device_facts() -> dict[str, Any]:
+    """Versions, tools and the GPU, from a process of its own; ``{"error": ...}`` if torch cannot be used."""
     try:
         found = subprocess.run([sys.executable, "-c", FACTS], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
@@ -187,49 +73,71 @@ def device_facts() -> dict[str, object]:
 
 def device_folder(gpu: str) -> str:
     """The folder's name that ``store.device_slug`` gives, without importing torch."""
-    return "-".join("".join(x if x.isalnum() else " " for x in gpu.lower()).split())
+    return "-".join("".join(x if x.isascii() and x.isalnum() else " " for x in gpu.lower()).split())
 
 
-def main() -> int:
-    """Run the stages; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for results")
-    parser.add_argument("--budget", type=float, default=520.0, help="seconds for everything")
-    parser.add_argument("--only", nargs="*", help="names of stages; all of them")
-    arguments = parser.parse_args()
-    started, out = time.monotonic(), arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+def stage_environment(scratch: Path, facts: dict[str, Any]) -> dict[str, str]:
+    """The environment of every stage: this checkout's packages, and one cache for whatever is compiled."""
+    # Switches of the library that would hide what is to be tested.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FREE_KERNELS_", "TRITON_"))}
+    paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    made = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+    }
+    if facts.get("capability"):
+        made["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", str(facts["capability"]))
+    return inherited | made
+
+
+def run_call(call: str, out: Path, budget_s: float, dry: bool, only: list[str] | None) -> int:
+    """One call; returns its exit status."""
     # Where the toolkit's programs are if nobody put them on the path.
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(toolkit)])
-    facts, log, outcomes = device_facts(), out / "log.txt", []
-    log.write_bytes(b"")
-    print(json.dumps(facts), flush=True)
-    gpu = facts.get("gpu")
-    for stage in stages(out, str(facts.get("capability"))):
-        if arguments.only and stage.name not in arguments.only:
-            continue
-        left = arguments.budget - RESERVE_S - (time.monotonic() - started)
-        reason = "" if gpu else str(facts.get("error") or "no CUDA device")
-        reason = "; ".join(filter(None, [reason, missing(stage), "" if left > 5 else "no time is left"]))
-        if reason:
-            outcome = Outcome(stage.name, "skipped", why=reason)
-        else:
-            stage.command = [part.replace("{device}", device_folder(str(gpu))) for part in stage.command]
-            outcome = run(stage, min(stage.limit_s, left), log)
-        outcomes.append(outcome)
-        print(f"{outcome.status:10s}{outcome.name:16s}{outcome.seconds:7.1f} s  {outcome.why}", flush=True)
-        if outcome.status in ("failed", "timed out"):
-            print("\n".join(f"    {line}" for line in outcome.tail[-12:]), flush=True)
-        record = {
-            "facts": facts,
-            "seconds": round(time.monotonic() - started, 1),
-            "stages": list(map(asdict, outcomes)),
-        }
-        (out / "stages.json").write_text(json.dumps(record, indent=1) + "\n")
-    if not gpu:
-        print(f"nothing was run: {facts.get('error') or 'no CUDA device'}")
-    return int(not gpu or any(outcome.status in ("failed", "timed out") for outcome in outcomes))
+    with tempfile.TemporaryDirectory() as temporary:
+        # On a GPU machine the next call finds what this one compiled, as long as the machine is held.
+        scratch = Path(temporary) if dry else ROOT / "build" / "gpu"
+        scratch.mkdir(parents=True, exist_ok=True)
+        # Made first: its clock counts the facts too.
+        runner = Runner(out, call, {}, out / "cpu", {})
+        facts = runner.facts = device_facts()
+        print(json.dumps(facts), flush=True)
+        for name, consequence in WITHOUT.items():
+            if "error" not in facts and facts.get(name) is None:
+                print(f"without {name}: {consequence}", flush=True)
+        gpu = facts.get("gpu")
+        refusal = str(facts.get("error") or ("" if gpu or dry else "no CUDA device"))
+        if gpu and not dry:
+            runner.device_folder = out / device_folder(str(gpu))
+        runner.environment = stage_environment(scratch, facts)
+        plan = Stages(out, "cpu" if dry else "cuda", scratch).plan(call)
+        if only:
+            plan = [kept for group in plan if (kept := [stage for stage in group if stage.name in only])]
+        status = runner.run(plan, budget_s, refusal)
+        if refusal:
+            print(f"nothing was run: {refusal}")
+        return status
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    if sys.argv[1:2] == ["collect"]:
+        from gpu_collect import collect
+
+        return collect([Path(name) for name in sys.argv[2:]])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("call", choices=list(CALLS), help="; ".join(f"{name}: {what}" for name, what in CALLS.items()))
+    parser.add_argument("out", type=Path, help="folder for results")
+    parser.add_argument("--budget", type=float, default=CALL_S, help="seconds for everything; %(default)s")
+    parser.add_argument("--only", nargs="*", help="names of stages; all of them")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, as short as can be")
+    arguments = parser.parse_args()
+    # Stages are in sessions of their own: they would outlive a run that is told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return run_call(arguments.call, arguments.out.resolve(), arguments.budget, arguments.dry_run, arguments.only)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: build, tests, kernels against oracles, benchmarks, memory checker.
-# Usage: benchmarks/run_gpu.sh OUT [options of run_gpu.py]; installs nothing and needs no network.
+# What needs a GPU, in three calls of nine minutes; builds the ops, and needs no network.
+# Usage: benchmarks/run_gpu.sh a|b|c OUT [options of run_gpu.py]; or collect OUT ...
 set -euo pipefail
 exec "${PYTHON:-python3}" "$(dirname "${BASH_SOURCE[0]}")/run_gpu.py" "$@"

@@ -10,8 +10,11 @@ import torch
 
 # Well beyond the L2 cache of any GPU.
 _FLUSH_BYTES = 256 * 2**20
-# The device waits this long (some 2 ms) while the host launches what is measured.
+# The device waits this long (some 2 ms) while the host launches what is measured; longer where the host takes longer.
 _SLEEP_CYCLES = 4 * 10**6
+# At least what a GPU runs at.
+_CYCLES_PER_S = 2 * 10**9
+_WARM_UPS = 3
 
 
 class DeviceClock:
@@ -19,10 +22,14 @@ class DeviceClock:
 
     The first call of a pair flushes the L2 cache and starts, the second waits and stops. The device first sleeps for
     longer than the host takes to launch a call's kernels, so launch time does not count.
+
+    Args:
+        host_s: seconds that the host takes to launch a call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host_s: float = 0.0) -> None:
         self._total, self._running = 0.0, False
+        self._cycles = max(_SLEEP_CYCLES, round(2 * host_s * _CYCLES_PER_S))
 
     def __call__(self) -> float:
         start, end, flush = _events_and_flush()
@@ -31,7 +38,7 @@ class DeviceClock:
             end.synchronize()
             self._total += start.elapsed_time(end) / 1e3
         else:
-            torch.cuda._sleep(_SLEEP_CYCLES)
+            torch.cuda._sleep(self._cycles)
             flush.zero_()
             start.record()
         self._running = not self._running
@@ -44,9 +51,49 @@ def _events_and_flush() -> tuple[torch.cuda.Event, torch.cuda.Event, torch.Tenso
     return start, end, torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
 
-def clock(device: str) -> Callable[[], float]:
-    """Seconds on a device: events on a GPU, else wall-clock."""
-    return DeviceClock() if device == "cuda" else time.perf_counter
+def clock(device: str, host_s: float = 0.0) -> Callable[[], float]:
+    """Seconds on a device: events on a GPU, with launches of ``host_s`` seconds left out; else wall-clock."""
+    return DeviceClock(host_s) if device == "cuda" else time.perf_counter
+
+
+def captured(call: Callable[[], object], pool: object = None) -> tuple[Callable[[], object], object]:
+    """A call as a CUDA graph, and what must outlive its replays.
+
+    Raises:
+        RuntimeError: it cannot be captured, because it waits for the device or copies from the host, say.
+    """
+    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(current)
+    with torch.cuda.stream(aside):
+        for _ in range(_WARM_UPS):
+            call()
+    current.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # A capture whose end fails leaves its own stream as the current one.
+    with torch.cuda.stream(current), torch.cuda.graph(graph, pool=pool):
+        result = call()
+    return graph.replay, (graph, result, call)
+
+
+def without_launches(call: Callable[[], object]) -> tuple[Callable[[], object], object, str, float]:
+    """A call on a GPU such that launch time flatters no rival: as a CUDA graph where it can be captured.
+
+    Returns:
+        The call or its graph's replay, what must outlive it, ``"CUDA graph"`` or why there is none, and the seconds
+        that the host takes to launch it.
+    """
+    try:
+        replay, kept = captured(call)
+        mode = "CUDA graph"
+    except RuntimeError as error:
+        replay, kept, mode = call, None, f"launches: {str(error).splitlines()[0][:100]}"
+    replay()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    replay()
+    host_s = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return replay, kept, mode, host_s
 
 
 def _median_seconds(device: str, call: Callable[[], object], rounds: int, warm_ups: int) -> float:
