@@ -18,6 +18,8 @@ from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 PURE_PYTHON = "To install without the compiled ops (pure Python, slower): FREE_KERNELS_NO_EXT=1 pip install ..."
+# pip asks for the metadata twice before it builds; they need no toolkit.
+METADATA_COMMANDS = {"egg_info", "dist_info", "sdist"}
 
 sys.path.insert(0, str(ROOT / "csrc"))
 from toolkit import Toolkit, find_toolkit  # noqa: E402
@@ -59,8 +61,9 @@ def usable_toolkit() -> Toolkit | None:
     """The CUDA toolkit to build with; without one, the reason is one line on stderr and the CPU ops are built."""
     import torch
 
-    if torch.version.cuda is None or switched_on("FREE_KERNELS_NO_CUDA"):
+    if torch.version.cuda is None or switched_on("FREE_KERNELS_NO_CUDA") or METADATA_COMMANDS.intersection(sys.argv):
         return None
+    check_compiler()
     found = find_toolkit(torch.version.cuda)
     if isinstance(found, Toolkit):
         return found
@@ -77,7 +80,42 @@ def extension_arguments() -> dict[str, Any]:
     except ImportError as error:
         stop(f"torch is needed to build the compiled ops ({error}); install it and use --no-build-isolation.")
 
-    toolkit = usable_toolkit()
+    # pybind11's own headers come before the older copy that torch brings, which does where there is no other.
+    try:
+        import pybind11
+
+        include_dirs = [pybind11.get_include()]
+    except ImportError:
+        include_dirs = []
+    # Error messages carry the source's name, which should not be a path of the machine that built it. PyTorch's
+    # stable-ABI types are hidden, so whatever holds them must be hidden too.
+    cxx = ["-O3", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}/="]
+    cpu_module = cpp_extension.CppExtension(
+        "free_kernels._C",
+        sources_in("*.cpp", "cpu/*.cpp"),
+        include_dirs=[*include_dirs],
+        extra_compile_args={"cxx": [*cxx]},
+        depends=sources_in("**/*.h"),
+    )
+
+    def cuda_module(toolkit: Toolkit) -> Any:
+        # In place of torch's own guess, which is the parent of the folder that nvcc, or a wrapper of it, is found in.
+        cpp_extension.CUDA_HOME = str(toolkit.home)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures())
+        module = cpp_extension.CUDAExtension(
+            "free_kernels._C_cuda",
+            sources_in("checks.cpp", "tensors.cpp", "cuda/*.cpp", "cuda/*.cu"),
+            include_dirs=[*include_dirs],
+            define_macros=[("USE_CUDA", None)],
+            # No path here: torch chooses no architecture where a flag has "arch" in it, as in /home/x/research.
+            extra_compile_args={"cxx": [*cxx], "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"]},
+            library_dirs=[str(toolkit.library_dir)],
+            # The runtime is linked statically and kept to the module, whatever runtime torch brings.
+            extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
+            depends=sources_in("**/*.h"),
+        )
+        module.libraries = ["torch_cuda", "torch_cpu", "torch", "c10", "cudart_static", "rt", "pthread", "dl"]
+        return module
 
     class BuildExt(cpp_extension.BuildExtension):
         """Checks the compiler first, and builds each module in a folder of its own."""
@@ -106,44 +144,8 @@ def extension_arguments() -> dict[str, Any]:
             finally:
                 self.build_temp = shared
 
-    # pybind11's own headers come before the older copy that torch brings, which does where there is no other.
-    try:
-        import pybind11
-
-        include_dirs = [pybind11.get_include()]
-    except ImportError:
-        include_dirs = []
-    # Error messages carry the source's name, which should not be a path of the machine that built it. PyTorch's
-    # stable-ABI types are hidden, so whatever holds them must be hidden too.
-    cxx = ["-O3", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}/="]
-    shared = sources_in("checks.cpp", "tensors.cpp")
-    modules = [
-        cpp_extension.CppExtension(
-            "free_kernels._C",
-            sources_in("*.cpp", "cpu/*.cpp"),
-            include_dirs=[*include_dirs],
-            extra_compile_args={"cxx": [*cxx]},
-            depends=sources_in("**/*.h"),
-        )
-    ]
-    if toolkit is not None:
-        # In place of torch's own guess, which is the parent of the folder that nvcc, or a wrapper of it, is found in.
-        cpp_extension.CUDA_HOME = str(toolkit.home)
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", toolkit.architectures())
-        module = cpp_extension.CUDAExtension(
-            "free_kernels._C_cuda",
-            [*shared, *sources_in("cuda/*.cpp", "cuda/*.cu")],
-            include_dirs=[*include_dirs],
-            define_macros=[("USE_CUDA", None)],
-            # No path here: torch chooses no architecture where a flag has "arch" in it, as in /home/x/research.
-            extra_compile_args={"cxx": [*cxx], "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"]},
-            library_dirs=[str(toolkit.library_dir)],
-            # The runtime is linked statically and kept to the module, whatever runtime torch brings.
-            extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
-            depends=sources_in("**/*.h"),
-        )
-        module.libraries = ["torch_cuda", "torch_cpu", "torch", "c10", "cudart_static", "rt", "pthread", "dl"]
-        modules.append(module)
+    toolkit = usable_toolkit()
+    modules = [cpu_module] if toolkit is None else [cpu_module, cuda_module(toolkit)]
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExt}}
 
 
