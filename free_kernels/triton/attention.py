@@ -59,7 +59,9 @@ def configure(
     else:
         # Large blocks read keys less often; small ones fill the device when there are few queries.
         block_m = 128 if row_heads * triton.cdiv(tokens, 128) >= 2 * processors else 64
-        block_m, block_n = min(block_m, fits), min(64, fits)
+        # Of narrow heads' keys 64 with 64 queries would spill on sm_100.
+        block_n = min(32 if block_m == 64 and head_dim < 64 else 64, fits)
+        block_m = min(block_m, fits)
         num_warps = 8 if block_m == 128 and head_dim > 64 else 4
         c = Configuration(block_m, block_n, block_d, block_e, num_warps, 3)
     return _shrink(c, dtype, shared)
