@@ -52,8 +52,8 @@ def configure(
     fits = max(16, triton.next_power_of_2(tokens))
     if dtype == torch.float32:
         # Exact float32 products run on the ordinary cores and hold their operands in registers: narrow blocks of keys,
-        # narrower still where masks or a head's second part need registers, and of queries too where masks do.
-        block_n = min(32 if block_d < 128 and not block_e and tokens % 32 == 0 else 16, fits)
+        # narrower still where masks or a short second part of a head need registers, and of queries too where masks do.
+        block_n = min(32 if block_d < 128 and block_e != 16 and tokens % 32 == 0 else 16, fits)
         block_m = min(64 if tokens % block_n == 0 else 32, fits)
         c = Configuration(block_m, block_n, block_d, block_e, 8 if block_m == 64 else 4, 2)
     else:
