@@ -62,7 +62,8 @@ def configure(
         # Of narrow heads' keys 64 with 64 queries would spill on sm_100.
         block_n = min(32 if block_m == 64 and head_dim < 64 else 64, fits)
         block_m = min(block_m, fits)
-        num_warps = 8 if block_m == 128 and head_dim > 64 else 4
+        # A warp's matrix product has 16 queries: more warps would split narrow heads' keys.
+        num_warps = 8 if block_m == 128 and head_dim > 64 else 2 if block_m == 32 and head_dim < 64 else 4
         c = Configuration(block_m, block_n, block_d, block_e, num_warps, 3)
     return _shrink(c, dtype, shared)
 
