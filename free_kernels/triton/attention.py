@@ -52,15 +52,18 @@ def configure(
     fits = max(16, triton.next_power_of_2(tokens))
     if dtype == torch.float32:
         # Exact float32 products run on the ordinary cores and hold their operands in registers: narrow blocks of keys,
-        # narrower still where masks or a head's second part need registers, and of queries too where masks do.
-        block_n = min(32 if block_d < 128 and not block_e and tokens % 32 == 0 else 16, fits)
+        # narrower still where masks or a short second part of a head need registers, and of queries too where masks do.
+        block_n = min(32 if block_d < 128 and block_e != 16 and tokens % 32 == 0 else 16, fits)
         block_m = min(64 if tokens % block_n == 0 else 32, fits)
         c = Configuration(block_m, block_n, block_d, block_e, 8 if block_m == 64 else 4, 2)
     else:
         # Large blocks read keys less often; small ones fill the device when there are few queries.
         block_m = 128 if row_heads * triton.cdiv(tokens, 128) >= 2 * processors else 64
-        block_m, block_n = min(block_m, fits), min(64, fits)
-        num_warps = 8 if block_m == 128 and head_dim > 64 else 4
+        # Of narrow heads' keys 64 with 64 queries would spill on sm_100.
+        block_n = min(32 if block_m == 64 and head_dim < 64 else 64, fits)
+        block_m = min(block_m, fits)
+        # A warp's matrix product has 16 queries: more warps would split narrow heads' keys.
+        num_warps = 8 if block_m == 128 and head_dim > 64 else 2 if block_m == 32 and head_dim < 64 else 4
         c = Configuration(block_m, block_n, block_d, block_e, num_warps, 3)
     return _shrink(c, dtype, shared)
 

@@ -44,6 +44,17 @@ def _joined(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
     return tl.reshape(tl.join(b_even, b_odd), [b_0.shape[0], 8])
 
 
+@triton.jit
+def _totals(b_figures):
+    """``[figures]`` sums of ``[BLOCK, figures]``: of 16 neighbours, then of these sums.
+
+    Neighbours are within a warp, so that only the second sum makes threads wait. A single one is a tree on a GPU, but
+    adds element to element in the interpreter, which loses digits.
+    """
+    b_parts = tl.reshape(b_figures, [b_figures.shape[0] // 16, 16, b_figures.shape[1]])
+    return tl.sum(tl.sum(b_parts, 1), 0)
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def coupling_rows_kernel(
     p_states,
@@ -172,10 +183,10 @@ def coupling_rows_kernel(
             b_along_z, b_over_left, b_shared_root, b_e_sq_shared, b_e_m_shared, b_e_shared_z, b_error_sq, b_narrow
         )
         o_figures = tl.arange(0, 16)
-        sums = tl.sum(tl.reshape(tl.join(b_even, b_odd), [BLOCK, 16]), 0)
+        sums = _totals(tl.reshape(tl.join(b_even, b_odd), [BLOCK, 16]))
         tl.store(p_own + plane * o_figures, sums, mask=o_figures < 15)
     else:
-        tl.store(p_own + plane * tl.arange(0, 2), tl.sum(tl.join(b_mean_sq, b_along_z), 0))
+        tl.store(p_own + plane * tl.arange(0, 2), _totals(tl.join(b_mean_sq, b_along_z)))
 
 
 @triton.jit
