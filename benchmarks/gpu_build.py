@@ -34,7 +34,7 @@ missing = [f"{op}: {why}" for op in ops if (why := extension.why_no_kernel(op, d
 if missing:
     sys.exit(f"no compiled op for {device} tensors: " + "; ".join(missing))
 print("figures:", __import__("json").dumps({"build": extension.build_config()}))
-states, lengths = torch.randn(2, 3, 4), torch.tensor([3, 1])
+states, lengths = torch.randn(2, 3, 1, 2, 2), torch.tensor([3, 1])
 steps, times = torch.tensor([0, 2]), torch.arange(9)
 both = []
 for place, backend in (("cpu", "reference"), (device, "extension")):
