@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from free_kernels import extension
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source checkout")
@@ -177,6 +179,7 @@ def test_a_stage_that_is_cut_keeps_what_it_wrote(make, gpu):
     file = make.out / "device/target.json"
     written = json.dumps({"machine": {}, "roofs": {}, "benchmarks": {"first row": {"median_s": 1.0}}})
     code = f"import pathlib; p = pathlib.Path({str(file)!r}); p.parent.mkdir(parents=True); p.write_text({written!r})"
+    code += "; p.with_suffix('.tmp').write_text('half')"
     stage = make.stage("target", f"{code}\nprint('ok     one: fine')\n{FOREVER}", limit_s=3, results="target.json")
     began = time.monotonic()
     assert make.runner().run([[stage], [make.stage("next")]], 33 + gpu.runner.END_S) == 3
@@ -188,6 +191,7 @@ def test_a_stage_that_is_cut_keeps_what_it_wrote(make, gpu):
     assert cut["figures"]["kept"] == 1
     assert cut["figures"]["comparisons"] == {"ok": 1}
     assert json.loads(file.read_text())["benchmarks"]
+    assert list(make.out.rglob("*.tmp")) == []
 
 
 def test_what_a_stage_started_ends_with_it(make):
@@ -403,3 +407,28 @@ def test_left_out(): pytest.skip("needs two")
 def test_a_file_whose_tests_are_all_skipped_is_no_success(gpu, tmp_path):
     _, problems = run_tests(gpu, tmp_path, 2, some="def test_one(): pass", none="def test_one(): pytest.skip('no GPU')")
     assert problems == ["nothing passed in test_none.py"]
+
+
+def test_the_build_sees_other_packages_and_neither_this_checkout_nor_a_switch(gpu, tmp_path, monkeypatch):
+    import gpu_build
+
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "python"), str(tmp_path)]))
+    monkeypatch.setenv("FREE_KERNELS_NO_CUDA", "1")
+    made = gpu_build.environment()
+    assert made["PYTHONPATH"] == str(tmp_path)
+    assert "FREE_KERNELS_NO_CUDA" not in made
+
+
+def test_a_package_without_compiled_ops_is_not_a_build(gpu, tmp_path):
+    """As an installation is that left the CUDA ops out: its ops of the device are not registered."""
+    import gpu_build
+
+    (tmp_path / "free_kernels").mkdir()
+    for path in (ROOT / "free_kernels").rglob("*.py"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    assert not gpu_build.check(tmp_path, "cpu", quiet=True)
+    if extension.has_extension():
+        built = Path(extension.__file__).parents[1]
+        assert gpu_build.check(built, "cpu", quiet=True)
