@@ -33,8 +33,13 @@ ops = ("pack_drafts", "commit_drafts") + (("philox_uniform", "philox_normal") if
 missing = [f"{op}: {why}" for op in ops if (why := extension.why_no_kernel(op, device)) is not None]
 if missing:
     sys.exit(f"no compiled op for {device} tensors: " + "; ".join(missing))
+modules = {name: module.__file__ for name, module in sys.modules.items() if name.startswith("free_kernels._C")}
+# An editable installation of another checkout offers its modules to whatever package lacks them.
+foreign = [path for path in modules.values() if not path.startswith(sys.argv[1])]
+if foreign or not modules:
+    sys.exit(f"compiled modules of another place: {foreign}")
 print("figures:", __import__("json").dumps({"build": extension.build_config()}))
-states, lengths = torch.randn(2, 3, 4), torch.tensor([3, 1])
+states, lengths = torch.randn(2, 3, 1, 2, 2), torch.tensor([3, 1])
 steps, times = torch.tensor([0, 2]), torch.arange(9)
 both = []
 for place, backend in (("cpu", "reference"), (device, "extension")):
@@ -48,8 +53,11 @@ print("registered and working:", ", ".join(ops), "for", device)
 
 def environment() -> dict[str, str]:
     """This process's, without what would leave compiled ops out or put this checkout before the installation."""
-    dropped = ("FREE_KERNELS_", "PYTHONPATH")
-    return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    found = {name: value for name, value in os.environ.items() if not name.startswith("FREE_KERNELS_")}
+    # Packages that the machine has elsewhere stay.
+    paths = [path for path in found.pop("PYTHONPATH", "").split(os.pathsep) if path]
+    others = [path for path in paths if not Path(path).resolve().is_relative_to(ROOT)]
+    return found | ({"PYTHONPATH": os.pathsep.join(others)} if others else {})
 
 
 def check(place: Path, device: str, quiet: bool = False) -> bool:

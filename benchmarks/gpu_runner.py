@@ -153,6 +153,9 @@ class Runner:
         finally:
             self.end_all()
             self.write_summary()
+            # Files of which a stage that was cut had written a part.
+            for part in self.out.rglob("*.tmp"):
+                part.unlink()
         statuses = {outcome.status for outcome in self.outcomes.values()}
         if "failed" in statuses or "ok" not in statuses:
             return 1

@@ -166,28 +166,33 @@ def test_a_benchmark_run_writes_short_results_and_merges(tmp_path: Path) -> None
     assert {"median_s", "iqr_s", "min_s", "max_s", "gb_per_s", "percent_of_copy", "params", "threads"} <= entry.keys()
 
 
-def test_gpu_run_without_a_gpu_says_so(tmp_path: Path) -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
-    command = [BENCHMARKS / "run_gpu.sh", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 1
-    assert "nothing was run: no CUDA device" in result.stdout
-    record = json.loads((tmp_path / "out/stages.json").read_text())
-    assert {stage["status"] for stage in record["stages"]} == {"skipped"}
-    assert all("no CUDA device" in stage["why"] for stage in record["stages"])
+def test_the_page_says_whether_it_has_figures_of_a_gpu(checkout: Path, store: Any) -> None:
+    page = checkout / "docs/benchmarks.md"
+    assert report("--root", checkout).returncode == 0
+    assert "No GPU could be had for this revision" in page.read_text()
+    entry = {"steps": 100, "images": 3, "batch": 1, "dtype": "bfloat16", "pairs": 5, "ratio": 1.5, "ratio_low": 1.4}
+    entry |= {"ratio_high": 1.6, "ordinary_s": 0.6, "call_reduction": 3.0, "round_over_step": 2.0}
+    there = checkout / "benchmarks/results/some-gpu/xl.json"
+    store.merge(there, MACHINE | {"gpu": "some GPU"}, {"256, guided, all accepted": entry})
+    assert report("--root", checkout).returncode == 0
+    assert "No GPU could be had" not in page.read_text()
+    row = "| 256, guided, all accepted | 1.50x | 1.40 to 1.60 (5) | 3.00 | 2.00 | 2.00 ms |"
+    assert row in page.read_text()
 
 
-def test_gpu_stages_end_on_their_own_terms(tmp_path: Path, store: Any) -> None:
-    import run_gpu
+def test_figures_of_several_gpu_calls_are_collected(tmp_path: Path, store: Any) -> None:
+    import gpu_collect
 
-    def stage(code: str, **needs: Any) -> Any:
-        return run_gpu.Stage("one", 60, [sys.executable, "-c", code], **needs)
-
-    log = tmp_path / "log.txt"
-    assert run_gpu.run(stage("print('fine')"), 60, log).tail == ["fine"]
-    failed = run_gpu.run(stage("raise SystemExit(3)"), 60, log)
-    assert (failed.status, failed.exit) == ("failed", 3)
-    stuck = run_gpu.run(stage("import time; time.sleep(60)"), 0.5, log)
-    assert (stuck.status, stuck.exit) == ("timed out", None)
-    lacking = stage("", packages=("json", "no_such_package"), tools=("no_such_program",))
-    assert run_gpu.missing(lacking) == "missing Python packages: no_such_package; missing programs: no_such_program"
+    gpu, results = MACHINE | {"gpu": "some GPU"}, tmp_path / "results"
+    for call, name in (("b", "own"), ("c", "compiled")):
+        store.merge(tmp_path / call / "some-gpu/coupling.json", gpu, {name: {"median_s": 1.0}}, ROOFS)
+        (tmp_path / call / f"summary_{call}.json").write_text("{}")
+    store.merge(tmp_path / "b/cpu/packing.json", MACHINE, {"dry": {"median_s": 1.0}})
+    assert gpu_collect.collect([tmp_path / "b", tmp_path / "c"], results) == 0
+    assert [path.relative_to(results) for path in results.rglob("*.json")] == [Path("some-gpu/coupling.json")]
+    assert store.load(results / "some-gpu/coupling.json")["benchmarks"].keys() == {"own", "compiled"}
+    assert gpu_collect.collect([tmp_path / "b/cpu"], results) == 1
+    other = gpu | {"torch": "2.1"}
+    store.merge(tmp_path / "d/some-gpu/coupling.json", other, {"own": {"median_s": 1.0}})
+    with pytest.raises(store.MixedMachinesError):
+        gpu_collect.collect([tmp_path / "d"], results)
