@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile t
 BENCHES := coupling attention packing sampler
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py pyproject.toml
 
-.PHONY: setup demo test test-fast bench lint format nvcc-check clean
+.PHONY: setup demo test test-fast test-portable test-portable-fast bench lint format nvcc-check clean
 
 setup: $(SETUP)
 
@@ -27,6 +27,13 @@ test: $(SETUP)
 
 test-fast: $(SETUP)
 	$(PYTEST) -m "not slow"
+
+# The numerical tests with the kernels of other CPUs; `-fast` is what CI runs of it.
+test-portable: $(SETUP)
+	$(BIN)/python tests/portable.py --jobs $(JOBS)
+
+test-portable-fast: $(SETUP)
+	$(BIN)/python tests/portable.py --jobs $(JOBS) --fast
 
 bench: $(SETUP)
 	$(BIN)/python -m pytest $(BENCHES:%=benchmarks/bench_%.py) --benchmark-only --benchmark-columns=min,median,iqr,rounds \
