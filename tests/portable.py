@@ -26,6 +26,7 @@ TESTS = Path(__file__).parent
 NOT_NUMERICAL = {
     "test_build",
     "test_cli",
+    "test_distribution",
     "test_fuzzed_files",
     "test_hashes",
     "test_imports",
