@@ -91,7 +91,7 @@ def marginal_p_value(committed: torch.Tensor, mean: torch.Tensor, std: torch.Ten
 
 @pytest.mark.parametrize("gap", [0.05, 0.5, 1.0, 2.5])
 def test_acceptance_is_the_largest_possible(gap):
-    # The control lies 5 % off, 13 deviations of a share at least but for the rarest acceptance, 10 of four times as many.
+    # The control lies 5 % off: 13 deviations of a share or more, and 10 of the rarest with four times as many trials.
     count = 40_000 if gap < 2 else 160_000
     mean_p, mean_q, _ = means(gap)
     ones = torch.ones(ELEMENTS)

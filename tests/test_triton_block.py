@@ -28,9 +28,9 @@ def interpreted() -> dict[str, Any]:
 
 # Half the spacing of float64 around 1: what one operation rounds by, relatively.
 UNIT = 2.0**-53
-# Relative error of a tail above 0 in units, to first order and largest at 0: 6 roundings of y, which the series takes on
-# by half, 2.4 of Horner's rule, 4 of the other factor, 2 of exp, 2 of the products and 2 of SciPy's own tail, together
-# 15.4. exp's argument -t^2 / 2, and SciPy's, is rounded too, relative to the tail by t^2 / 2 units each.
+# Relative error of a tail above 0 in units, to first order and largest at 0: 6 roundings of y, which the series takes
+# on by half, 2.4 of Horner's rule, 4 of the other factor, 2 of exp, 2 of the products and 2 of SciPy's own tail: 15.4.
+# exp's argument -t^2 / 2, and SciPy's, is rounded too, relative to the tail by t^2 / 2 units each.
 TAIL_ABOVE = 16 * UNIT
 # Below 0 it is 1 minus such a tail, which is at most 1/2, rounded once more by half a unit; SciPy's value is off by 1.
 TAIL_BELOW = TAIL_ABOVE / 2 + 1.5 * UNIT
