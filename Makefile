@@ -14,7 +14,7 @@ CUDA_VENV := .venv-cuda
 CUDA_BIN := $(CUDA_VENV)/bin
 OTHER_TORCH := 2.12.1
 
-.PHONY: setup demo test test-fast bench lint format cuda-build wheel-check nvcc-check clean
+.PHONY: setup demo test test-fast test-portable test-portable-fast bench lint format cuda-build wheel-check nvcc-check clean
 
 setup: $(SETUP)
 
@@ -32,6 +32,13 @@ test: $(SETUP)
 
 test-fast: $(SETUP)
 	$(PYTEST) -m "not slow"
+
+# The numerical tests with the kernels of other CPUs; `-fast` is what CI runs of it.
+test-portable: $(SETUP)
+	$(BIN)/python tests/portable.py --jobs $(JOBS)
+
+test-portable-fast: $(SETUP)
+	$(BIN)/python tests/portable.py --jobs $(JOBS) --fast
 
 bench: $(SETUP)
 	$(BIN)/python -m pytest $(BENCHES:%=benchmarks/bench_%.py) --benchmark-only --benchmark-columns=min,median,iqr,rounds \

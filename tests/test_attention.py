@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import attention_rounding
 from torch import Tensor
 
 from free_kernels.ops import attention
@@ -255,9 +256,13 @@ def test_an_explicit_backend_never_falls_back() -> None:
 def test_kernel_in_the_interpreter() -> None:
     """Odd token counts, ragged and wrapped rings, NaN in every slot out of use and in the output beforehand."""
     pytest.importorskip("triton")
-    for case, error, eager, well_formed in run_worker("interpret"):
-        assert error <= 2 * eager, case
+    found = run_worker("interpret")
+    for case, error, eager, allowed, well_formed in found["cases"]:
+        # Eager's error may be small by luck: both may be off by what rounding allows.
+        assert error <= 2 * eager + allowed, case
         assert well_formed, case
+    error, eager, allowed = found["control"]
+    assert error > 2 * eager + allowed, "queries that are off by 2^-16 are found"
 
 
 # Shared memory that a block may have: consumer sm_86/89 run sm_80 code with 99 KiB; H100 has 227 KiB.
@@ -291,7 +296,8 @@ def test_cuda_against_float64(head_dim: int, dtype: torch.dtype) -> None:
         error, eager = (
             (feature_attention(**a, backend=name).double() - exact).abs().max() for name in ("triton", "reference")
         )
-        assert error <= 2 * eager, (tokens, float(error), float(eager))
+        allowed = attention_rounding(a["q"], a["k"], a["v"], head_dim**-0.5, a.get("cache_k"), a.get("cache_v"))
+        assert error <= 2 * eager + allowed, (tokens, float(error), float(eager))
 
 
 @pytest.mark.gpu

@@ -336,7 +336,8 @@ def test_guidance_and_gaps_are_those_of_couple():
     states, *rest = op_arguments(True)
     guided = couple_block(states, *rest[:8], guidance_scale=2.0)
     mixed = [*rest[:5], guide(rest[5], 2.0, 1), *rest[6:8]]
-    assert torch.equal(couple_block(states, *mixed).next_states, guided.next_states)
+    # To rounding: guidance in the op runs on rows of another layout.
+    torch.testing.assert_close(couple_block(states, *mixed).next_states, guided.next_states)
     token = couple(states, *rest[:8], guidance_scale=2.0)
     assert torch.equal(guided.gap_sq, token.gap_sq)
 

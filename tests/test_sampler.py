@@ -242,7 +242,8 @@ def test_labels_and_features_of_any_stride(labels):
             return super().features(x, t, y).transpose(1, 2).contiguous().transpose(1, 2)
 
     expected = sample(GaussianTarget(), labels.contiguous(), schedule=STEPS).samples
-    assert torch.equal(sample(Strided(), labels, schedule=STEPS).samples, expected)
+    # Not bit for bit: kernels for strided memory need not fuse products and sums as those for vectors do.
+    torch.testing.assert_close(sample(Strided(), labels, schedule=STEPS).samples, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_draft_starts_from_the_exact_parent():

@@ -114,6 +114,17 @@ def test_limits_of_the_chain():
     assert long.call_reduction == pytest.approx(sum(0.8**j for j in range(5)), rel=1e-2)
 
 
+@pytest.mark.parametrize("length", [2, 6, 31])
+def test_probabilities_of_a_chain_lie_between_0_and_1(length):
+    """Sums of rounded products end above 1 in some order of summation: many chains meet it on any machine."""
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        chain = CommitChain(rng.uniform(0.0, 1.0, (31, 4)), length, first_step=True)
+        for values in (chain.visits, chain.profile, chain.drafting, chain.transition):
+            assert values.min() >= 0
+            assert values.max() <= 1
+
+
 def test_acceptance_from_tables_and_stats():
     np.testing.assert_array_equal(acceptance_table(np.array([[0.1], [0.2]]), 5)[:, 0], [0.1, 0.1, 0.1, 0.2, 0.2])
     by_step = np.array([np.nan, 0.8, np.nan, 0.6, np.nan])

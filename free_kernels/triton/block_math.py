@@ -20,7 +20,7 @@ _FARTHEST = tl.constexpr(40.0)
 
 @triton.jit
 def upper_tail(t):
-    """``P(N(0, 1) > t)``, float64: to ``6e-16 (1 + t^2 / 2)`` of itself for t > 0, to 3e-16 for t < 0.
+    """``P(N(0, 1) > t)``, float64: within ``1.6e-15 (1 + t^2 / 2)`` of itself for t > 0, 1e-15 for t < 0.
 
     ``(1 + t) exp(t^2 / 2) P`` is a Chebyshev series in ``(t - 5) / (t + 5)``, here up to the 21st degree and in powers.
     """

@@ -93,7 +93,8 @@ class CommitChain:
         visits[0] = 1.0
         for step in range(self.num_steps):
             visits += visits[step] * self.transition[step]
-        return visits[:-1]
+        # A sum of rounded probabilities may exceed 1, and then what is left of 1 has no root or logarithm; so below.
+        return visits[:-1].clip(0.0, 1.0)
 
     @property
     def rounds(self) -> float:
@@ -109,7 +110,7 @@ class CommitChain:
     def drafting(self) -> np.ndarray:
         """``[L]``, share of an image's rounds that have more than j rows: a slot of a run that never idles."""
         more = self.rows[:, None] > np.arange(self.length)
-        return self.visits @ more / self.rounds
+        return (self.visits @ more / self.rounds).clip(0.0, 1.0)
 
     @cached_property
     def profile(self) -> np.ndarray:
@@ -121,8 +122,8 @@ class CommitChain:
         for r in range(self.num_steps):
             profile[r] = at @ more
             at = at @ self.transition[:, :-1]
-        return profile
+        return profile.clip(0.0, 1.0)
 
     def rounds_of_slowest(self, images: int) -> float:
         """Expected rounds until the last of so many independent images is finished."""
-        return float((1 - (1 - self.profile[:, 0].clip(0, 1)) ** images).sum())
+        return float((1 - (1 - self.profile[:, 0]) ** images).sum())

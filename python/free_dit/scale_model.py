@@ -225,7 +225,7 @@ def predict(inputs: Inputs, layout: Layout, batch: int, chain: CommitChain) -> P
         step = float(call_seconds(inputs, np.array(inputs.branches * slots), layout.verify, shared))
         latency = num_steps * (step + beside * (inputs.step_base + inputs.step_row * slots))
         return Prediction(gpus, batch, *layout, 1, latency, batch / latency, 1.0)
-    running = 1 - (1 - chain.profile[:, 0].clip(0, 1)) ** batch
+    running = 1 - (1 - chain.profile[:, 0]) ** batch
     rounds = running > 1e-9
     latency = float(running[rounds] @ _round_seconds(inputs, used, slots, chain.profile[rounds]))
     busy = float(_round_seconds(inputs, used, slots, chain.drafting[None])[0])
