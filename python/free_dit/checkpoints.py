@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from free_dit.model import DiT, DiTConfig, sincos_positions, standard_heads
+from free_dit.networks.dit import DiT, DiTConfig, sincos_positions, standard_heads
 from free_kernels.checkpoint import CheckpointError
 from free_kernels.targets import is_diffusers_dit
 from free_kernels.validation import describe, fail

@@ -14,9 +14,17 @@ from analytic import DETECTED, FALSE_ALARM
 from test_cli import run
 
 from free_dit import DiT, DiTConfig, load_bundled
-from free_dit.analysis import Settings, Subject, coupling_draws, feature_dynamics, parts_of_chain, pooled_mean, timeline
-from free_dit.analysis_figures import NAMES, plain, write_figures
-from free_dit.train import save_model
+from free_dit.experiments.analysis import (
+    Settings,
+    Subject,
+    coupling_draws,
+    feature_dynamics,
+    parts_of_chain,
+    pooled_mean,
+    timeline,
+)
+from free_dit.experiments.analysis_plots import NAMES, plain, write_figures
+from free_dit.networks.families import save_model
 from free_kernels import DDPMSchedule, DiTTarget, ancestral_sample
 
 CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=3)

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from free_dit import DiTConfig
 from free_dit.configuration import load_config
+from free_dit.experiments.drafter_study import LENGTHS, LOOKAHEAD, _read_study
+from free_dit.experiments.sweep import read_sweep
+from free_dit.experiments.sweep_page import write_report
 from free_dit.files import read_json
 from free_dit.model import DiT
-from free_dit.study import LENGTHS, LOOKAHEAD, _read_study
-from free_dit.sweep import read_sweep
-from free_dit.sweep_report import write_report
-from free_dit.train import TrainConfig, load_model, save_model
-from free_dit.training import LoopConfig, TrainingLoop
+from free_dit.networks.families import load_model, save_model
+from free_dit.training.loop import LoopConfig, TrainingLoop
+from free_dit.training.train_dit import TrainConfig
 from free_kernels import DrafterConfig, FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError, load_checkpoint
 

@@ -18,7 +18,7 @@ from free_dit.checkpoints import (
     use_original_arithmetic,
 )
 from free_dit.loading import load_target
-from free_dit.train import save_model
+from free_dit.networks.families import save_model
 from free_kernels import DiTTarget, FeatureDrafter
 from free_kernels.checkpoint import CheckpointError
 

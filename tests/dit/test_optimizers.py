@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from free_dit.optimizers import MUON_RATE, Together, hidden_matrices, kept_shapes, make_optimizer
+from free_dit.training.optimizers import MUON_RATE, Together, hidden_matrices, kept_shapes, make_optimizer
 from free_kernels import FeatureDrafter
 from free_kernels.drafters import DrafterConfig
 

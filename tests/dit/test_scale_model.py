@@ -13,10 +13,11 @@ from scipy.stats import norm
 
 import free_dit
 from free_dit import cli, load_bundled
-from free_dit.scale_chain import CommitChain, acceptance_of_stats, acceptance_table
-from free_dit.scale_link import link_cost
-from free_dit.scale_measure import AcceptanceCounts, HollowTarget, rest_of_rounds
-from free_dit.scale_model import (
+from free_dit.experiments.scale.chain import CommitChain, acceptance_of_stats, acceptance_table
+from free_dit.experiments.scale.link import link_cost
+from free_dit.experiments.scale.measure import AcceptanceCounts, HollowTarget, rest_of_rounds
+from free_dit.experiments.scale.page import build_report, fill_page, render, write_report
+from free_dit.experiments.scale.prediction import (
     Inputs,
     Layout,
     call_seconds,
@@ -28,7 +29,6 @@ from free_dit.scale_model import (
     sweep,
     write_inputs,
 )
-from free_dit.scale_report import build_report, fill_page, render, write_report
 from free_kernels import DDPMSchedule, sample
 from free_kernels.types import first_drafted_step
 

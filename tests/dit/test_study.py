@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import free_dit
-from free_dit import DiT, DiTConfig, study
+from free_dit import DiT, DiTConfig
 from free_dit.configuration import load_config
-from free_dit.study import VARIANTS, render_study, run_study
+from free_dit.experiments import drafter_study as study
+from free_dit.experiments.drafter_study import VARIANTS, render_study, run_study
 from free_dit.train_drafter import DrafterTrainConfig
 from free_kernels import DiTTarget
 

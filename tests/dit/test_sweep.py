@@ -14,8 +14,11 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.stats import binom
 
-from free_dit import cli, sweep
+from free_dit import cli
 from free_dit.data import load_digits
+from free_dit.experiments import sweep
+from free_dit.experiments.sweep import Cell, SweepSettings, full_cells, preset, quick_cells, read_sweep, run_sweep
+from free_dit.experiments.sweep_page import METRIC, render, write_report
 from free_dit.quality import (
     class_accuracy,
     digit_features,
@@ -24,8 +27,6 @@ from free_dit.quality import (
     frechet_interval,
     frechet_of_moments,
 )
-from free_dit.sweep import Cell, SweepSettings, full_cells, preset, quick_cells, read_sweep, run_sweep
-from free_dit.sweep_report import METRIC, render, write_report
 
 TINY = SweepSettings(num=20, num_calls=2, timing_pairs=1, resamples=20)
 CELLS = [

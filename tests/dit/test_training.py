@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from free_dit import DiTConfig
-from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.configuration import load_config
 from free_dit.data import load_digits, load_photographs
-from free_dit.train import TrainConfig, load_model, train
+from free_dit.networks.families import load_model
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
-from free_dit.training import LoopConfig, TrainingLoop
-from free_dit.trajectories import collect
+from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
+from free_dit.training.loop import LoopConfig, TrainingLoop
+from free_dit.training.train_dit import TrainConfig, train
+from free_dit.training.trajectories import collect
 from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter
 from free_kernels.checkpoint import CheckpointError
 
@@ -146,7 +147,7 @@ def test_training_survives_signals(tmp_path, number):
         assert "run the same command again" in errors
         assert "Traceback" not in errors
     subprocess.run(command, check=True, capture_output=True, timeout=240)
-    from free_dit.cli import CONFIGS
+    from free_dit.configuration import CONFIGS
 
     config = load_config(TrainConfig, CONFIGS / "digits.toml", tuple(settings))
     expected = weights(train(config, tmp_path / "whole"))

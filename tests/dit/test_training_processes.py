@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from training_worker import CONFIG, tiny_target
 
-from free_dit.distributed import Place
-from free_dit.drafter_loss import DrafterLoss
-from free_dit.training import TrainingLoop, iteration_seed
+from free_dit.training.distributed import Place
+from free_dit.training.drafter_loss import DrafterLoss
+from free_dit.training.loop import TrainingLoop, iteration_seed
 from free_kernels import FeatureDrafter
 
-WORKER = Path(__file__).parent / "training_worker.py"
+WORKER = Path(__file__).parents[1] / "training_worker.py"
 # One thread: sums in another order would be other bits.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -18,11 +18,11 @@ from training_worker import CONFIG, tiny_target
 
 from free_dit.bundled import load_bundled
 from free_dit.data import load_digits
-from free_dit.drafter_loss import DrafterLoss
-from free_dit.shards import ShardStore, target_fingerprint
 from free_dit.train_drafter import calibrate, train_drafter
-from free_dit.training import LoopConfig, TrainingLoop
-from free_dit.trajectories import Trajectories, collect, make_schedule, noised_chains
+from free_dit.training.drafter_loss import DrafterLoss
+from free_dit.training.loop import LoopConfig, TrainingLoop
+from free_dit.training.shards import ShardStore, target_fingerprint
+from free_dit.training.trajectories import Trajectories, collect, make_schedule, noised_chains
 from free_kernels import DDPMSchedule, FeatureDrafter, sample
 from free_kernels.checkpoint import CheckpointError
 

@@ -1,17 +1,16 @@
-"""The command ``python -m free_dit scale-model``."""
+"""The command ``scale-model``."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from free_dit.scale_measure import write_measurements
-from free_dit.scale_model import read_inputs
-from free_dit.scale_report import build_report
-from free_dit.scale_report import write_report as write_scale_report
+from free_dit.commands.shared import console
+from free_dit.experiments.scale.measure import write_measurements
+from free_dit.experiments.scale.page import build_report, write_report
+from free_dit.experiments.scale.prediction import read_inputs
 from free_kernels.validation import check_int, check_writable
 
 
@@ -38,14 +37,11 @@ def scale_model(
         max_gpus: the largest number of GPUs; a power of two below it each.
         device: to be measured.
     """
-    # Not at the top: the command line imports this module.
-    from free_dit.cli import _drafter, console
-
     name = "scale" if measurements is None else measurements.stem
     check_writable("scale-model", "out", out / f"{name}.md")
     if measurements is None:
         measurements = out / "measurements.json"
-        write_measurements(measurements, model, partial(_drafter, drafter), steps, guidance, torch.device(device))
+        write_measurements(measurements, model, drafter, steps, guidance, torch.device(device))
     gpus = [2**i for i in range(check_int("scale-model", "max_gpus", max_gpus, 1).bit_length())]
-    paths = write_scale_report(build_report(*read_inputs(measurements), gpus), out, name)
-    console.print(paths[0].read_text() + "wrote " + ", ".join(map(str, paths)), markup=False)
+    paths = write_report(build_report(*read_inputs(measurements), gpus), out, name)
+    console.print(paths[0].read_text() + "wrote " + ", ".join(map(str, paths)))

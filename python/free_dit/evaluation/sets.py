@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from free_dit.data import load_digits
 from free_dit.files import BROKEN
 from free_dit.generation import SampleFolder, to_pixels
-from free_dit.generation.store import MANIFEST
+from free_dit.generation.sample_folder import MANIFEST
 from free_kernels.validation import fail
 
 WHERE = "evaluate"

@@ -18,7 +18,7 @@ import torch
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from free_dit.analysis import (
+from free_dit.experiments.analysis import (
     CouplingDraws,
     FeatureDynamics,
     Settings,
@@ -32,7 +32,7 @@ from free_dit.analysis import (
     timeline,
     uncertainty_runs,
 )
-from free_dit.flow import schedule_for
+from free_dit.networks.families import schedule_for
 from free_kernels.validation import check_int, check_writable, fail
 
 # Okabe and Ito's palette: told apart with any colour vision.

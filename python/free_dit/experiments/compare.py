@@ -13,9 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from free_dit.figures import acceptance_plot, sample_grids
-from free_dit.flow import schedule_for
-from free_dit.wall_clock import machine, wall_clock_ratio
+from free_dit.experiments.plots import acceptance_plot, sample_grids
+from free_dit.experiments.wall_clock import machine, wall_clock_ratio
+from free_dit.networks.families import schedule_for
 from free_kernels import SampleResult, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 

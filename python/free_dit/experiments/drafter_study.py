@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from free_dit.acceptance import acceptance_by_lookahead, by_fifth
-from free_dit.card import EVALUATION_SEED
 from free_dit.configuration import load_config
+from free_dit.experiments.model_card import EVALUATION_SEED
+from free_dit.experiments.wall_clock import machine
 from free_dit.files import write_files
-from free_dit.flow import schedule_for
-from free_dit.train_drafter import DrafterTrainConfig, train_drafter
-from free_dit.trajectories import Trajectories, collect
-from free_dit.wall_clock import machine
+from free_dit.networks.families import schedule_for
+from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
+from free_dit.training.train_drafter import DrafterTrainConfig, train_drafter
+from free_dit.training.trajectories import Trajectories, collect
 from free_kernels import FeatureDrafter, FrozenDrafter, sample
 from free_kernels.hoisting import hoisted
 from free_kernels.types import Drafter, Target, new_memory

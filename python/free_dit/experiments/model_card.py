@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from free_dit.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.bundled import MODELS, load_bundled
 from free_dit.data import load_digits
+from free_dit.experiments.wall_clock import machine
 from free_dit.files import sha256_of
-from free_dit.flow import schedule_for
-from free_dit.trajectories import collect
-from free_dit.wall_clock import machine
+from free_dit.networks.families import schedule_for
+from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
+from free_dit.training.trajectories import collect
 from free_kernels import FrozenDrafter, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from free_dit.bundled import MODELS, load_bundled
-from free_dit.card import EVALUATION_SEED
 from free_dit.data import load_digits
+from free_dit.evaluation.bootstrap import frechet_interval
+from free_dit.evaluation.digits_classifier import class_accuracy, digit_features
+from free_dit.evaluation.frechet import frechet_distance
+from free_dit.experiments.model_card import EVALUATION_SEED
+from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_dit.files import read_json, sha256_of, write_json
-from free_dit.quality import class_accuracy, digit_features, frechet_distance, frechet_interval
-from free_dit.wall_clock import machine, wall_clock_ratio
 from free_kernels import DDIMSchedule, DDPMSchedule, SampleResult, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 from free_kernels.validation import check_choice, check_int, check_writable, fail

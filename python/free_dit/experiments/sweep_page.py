@@ -1,4 +1,4 @@
-"""Tables and a picture of what :mod:`free_dit.sweep` measured."""
+"""Tables and a picture of what :mod:`free_dit.experiments.sweep` measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from free_dit.sweep import UNDRAFTED
+from free_dit.experiments.sweep import UNDRAFTED
 
 METRIC = "Frechet distance in digits-classifier features"
 _MARKERS = {"ordinary": "s", "ddim": "D", "lossless": "o", "relaxed": "^"}

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_dit.flow import schedule_for
-from free_dit.generation.store import NOT_DRAWN, SUMS, WHERE, GenerateSettings, SampleFolder
+from free_dit.generation.sample_folder import NOT_DRAWN, SUMS, WHERE, GenerateSettings, SampleFolder
 from free_dit.interrupts import deferred_interrupts
+from free_dit.networks.families import schedule_for
 from free_kernels import PhiloxNoise, RoundInfo, SampleResult, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 from free_kernels.validation import check_int, check_writable, fail

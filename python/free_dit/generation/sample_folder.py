@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from tyro.conf import arg
 
 from free_dit.files import array_bytes, json_bytes, read_arrays, read_json, sha256_of, write_files
 from free_kernels.validation import check_choice, check_float, check_int, fail
@@ -27,38 +28,35 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class GenerateSettings:
-    """What a sample set is drawn with.
+class DrawSettings:
+    """How images are drawn.
 
     Attributes:
-        num: images; image i has label i modulo the number of classes.
-        drafter: ``None`` for the ordinary sampler, else a name for the manifest.
+        drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors; None in a manifest is the
+            ordinary sampler too.
         steps: sampling steps K.
         draft_length: rows of a round for one image; 1 for the ordinary sampler.
         relaxation: strength; 0 is lossless.
-        verification: ``"token"`` or ``"block"``.
-        guidance: guidance scale.
-        seed: key of all noise.
-        shard: images of a shard: drawn by one call and kept or drawn again as a whole, so that an image has the same
+        verification: "token" or "block".
+        guidance: classifier-free guidance scale; 1 is none.
+        seed: seed of all noise; an image depends on it and on the image's index.
+        shard: images of a shard: drawn by one call and kept, or drawn again, as a whole, so that an image has the same
             neighbours in every run, and with them the same rounding.
         max_slots: images of a shard in the making at a time; all of them if None.
-        format: ``"npz"``: an ADM file for each shard; ``"png"``: a file for each image.
     """
 
-    num: int = 50_000
     drafter: str | None = "bundled"
     steps: int = 250
     draft_length: int = 6
     relaxation: float = 0.0
-    verification: str = "token"
+    verification: Literal["token", "block"] = "token"
     guidance: float = 1.0
     seed: int = 0
     shard: int = 64
     max_slots: int | None = None
-    format: str = "npz"
 
     def __post_init__(self) -> None:
-        for name in ("num", "steps", "draft_length", "shard"):
+        for name in ("steps", "draft_length", "shard"):
             check_int(WHERE, name, getattr(self, name), 1)
         if self.max_slots is not None:
             check_int(WHERE, "max_slots", self.max_slots, 1)
@@ -66,6 +64,23 @@ class GenerateSettings:
         check_float(WHERE, "relaxation", self.relaxation, 0.0)
         check_float(WHERE, "guidance", self.guidance, 0.0)
         check_choice(WHERE, "verification", self.verification, ("token", "block"))
+
+
+@dataclass(frozen=True)
+class GenerateSettings(DrawSettings):
+    """What a sample set is drawn with: :class:`DrawSettings`, and the set's size and form.
+
+    Attributes:
+        num: images; image i has label i modulo the number of classes.
+        format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
+    """
+
+    num: Annotated[int, arg(aliases=["-n"])] = 50_000
+    format: Literal["npz", "png"] = "npz"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int(WHERE, "num", self.num, 1)
         check_choice(WHERE, "format", self.format, FORMATS)
 
     @property

@@ -51,11 +51,6 @@ class DiTConfig:
                 f"got {self.hidden_size}"
             )
 
-    @property
-    def num_tokens(self) -> int:
-        """T, patches of one latent."""
-        return (self.input_size // self.patch_size) ** 2
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON config."""
         return asdict(self)

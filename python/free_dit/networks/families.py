@@ -1,41 +1,53 @@
-"""Training loss of a velocity model, and the schedule that a target is sampled with."""
+"""The two families of networks, a DiT that predicts noise and a SiT that predicts a velocity: files and schedules."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from pathlib import Path
 
-from free_kernels.flow_schedule import INTERPOLANTS, FlowSDESchedule, interpolate
+from torch import Tensor
+
+from free_dit.configuration import build
+from free_dit.networks.dit import DiT, DiTConfig
+from free_dit.networks.sit import SiT
+from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoint, load_module, save_checkpoint
+from free_kernels.flow_schedule import FlowSDESchedule
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.types import Target
-from free_kernels.validation import check_choice
 
-
-class VelocityLoss(nn.Module):
-    """Mean squared error of the velocity at uniform times (Ma et al. 2024, equation 5).
-
-    Args:
-        interpolant: ``"linear"`` or ``"gvp"``.
-    """
-
-    def __init__(self, interpolant: str = "linear") -> None:
-        super().__init__()
-        self.interpolant = check_choice("VelocityLoss", "interpolant", interpolant, INTERPOLANTS)
-
-    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Mean loss and its parts for ``images [N, C, H, W]`` and ``labels [N]``."""
-        # Stratified times: one in each of N equal parts of [0, 1), which lowers the gradient's variance.
-        count = len(images)
-        t = (torch.randperm(count, device=images.device) + torch.rand(count, device=images.device)) / count
-        noise = torch.randn_like(images)
-        alpha, sigma, d_alpha, d_sigma = (part.view(-1, 1, 1, 1) for part in interpolate(self.interpolant, t))
-        velocity = model(alpha * images + sigma * noise, t, labels)
-        loss = (velocity - d_alpha * images - d_sigma * noise).square().mean()
-        return loss, {"mse": loss.item()}
+# By training objective.
+FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}
 
 
 def schedule_for(target: Target, num_steps: int) -> DDPMSchedule | FlowSDESchedule:
-    """The default schedule of a target's family: of a flow model the SDE's, else the DDPM's."""
+    """The default schedule of a target's family: the SDE of a flow model, otherwise DDPM."""
     if getattr(target, "family", None) == "flow":
         return FlowSDESchedule(num_steps, num_train_steps=target.num_train_steps)  # type: ignore[attr-defined]
     return DDPMSchedule(num_steps)
+
+
+def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None) -> None:
+    """Write a DiT or SiT with its config; ``weights`` (of the same shape) replace its own, such as averaged ones."""
+    objective = next(name for name, family in FAMILIES.items() if type(model) is family)
+    metadata = {"kind": "dit", "objective": objective, "config": model.config.to_dict()}
+    save_checkpoint(path, weights if weights is not None else model.state_dict(), metadata)
+
+
+def load_model(path: str | Path) -> DiT:
+    """Read a DiT or SiT written by :func:`save_model`, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: broken, truncated, or not a file of :func:`save_model`.
+    """
+    tensors, metadata = load_checkpoint(path, "dit")
+    objective = metadata.get("objective", "noise")
+    if not isinstance(objective, str) or objective not in FAMILIES:
+        raise CheckpointError(f"load_model: {path} must have been trained on {' or '.join(FAMILIES)}, got {objective}")
+
+    def build_model() -> DiT:
+        config = build(DiTConfig, metadata["config"], str(path))
+        check_depth(config.depth, tensors)
+        return FAMILIES[objective](config)
+
+    model = load_module(build_model, tensors, path)
+    return model.eval().requires_grad_(False)

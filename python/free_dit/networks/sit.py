@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from free_dit.model import DiT
+from free_dit.networks.dit import DiT
 
 
 class SiT(DiT):

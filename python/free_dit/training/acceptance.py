@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from free_dit.trajectories import Trajectories, guided_transition
+from free_dit.training.trajectories import Trajectories, guided_transition
 from free_kernels.hoisting import hoisted
 from free_kernels.types import Drafter, Schedule, Target, first_drafted_step, guided_channels, new_memory, null_label
 

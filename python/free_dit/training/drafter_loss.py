@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from free_dit.data import DATASETS, ImageData
-from free_dit.distributed import Place
-from free_dit.shards import ShardStore, ShardWindow, target_fingerprint
-from free_dit.training import LoopConfig, iteration_seed, mixed_seed
-from free_dit.trajectories import Trajectories, collect, guided_transition, make_schedule, noised_chains
+from free_dit.training.distributed import Place
+from free_dit.training.loop import LoopConfig, iteration_seed, mixed_seed
+from free_dit.training.shards import ShardStore, ShardWindow, target_fingerprint
+from free_dit.training.trajectories import Trajectories, collect, guided_transition, make_schedule, noised_chains
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
 from free_kernels.types import Target, first_drafted_step, guided_channels, null_label

@@ -1,7 +1,4 @@
-"""Training loss of a DiT: noise prediction plus, for a learned variance, the variational bound.
-
-Source: improved DDPM (Nichol & Dhariwal 2021).
-"""
+"""Training losses on images: of noise prediction (DiT) and of a velocity (SiT)."""
 
 from __future__ import annotations
 
@@ -10,11 +7,41 @@ import math
 import torch
 from torch import Tensor, nn
 
+from free_kernels.flow_schedule import INTERPOLANTS, interpolate
 from free_kernels.schedule import DDPMSchedule, TransitionColumn
+from free_kernels.validation import check_choice
 
 
-class DiffusionLoss(nn.Module):
-    """Loss of one batch of clean images at random timesteps.
+def stratified_uniform(count: int, device: torch.device) -> Tensor:
+    """``[N]`` in [0, 1), one in each of N equal parts, in random order: lowers the variance of the gradient."""
+    return (torch.randperm(count, device=device) + torch.rand(count, device=device)) / count
+
+
+class VelocityLoss(nn.Module):
+    """Mean squared error of the velocity at random times (Ma et al. 2024, equation 5).
+
+    Args:
+        interpolant: ``"linear"`` or ``"gvp"``.
+    """
+
+    def __init__(self, interpolant: str = "linear") -> None:
+        super().__init__()
+        self.interpolant = check_choice("VelocityLoss", "interpolant", interpolant, INTERPOLANTS)
+
+    def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Mean loss and its parts for ``images [N, C, H, W]`` and ``labels [N]``."""
+        t = stratified_uniform(len(images), images.device)
+        noise = torch.randn_like(images)
+        alpha, sigma, d_alpha, d_sigma = (part.view(-1, 1, 1, 1) for part in interpolate(self.interpolant, t))
+        velocity = model(alpha * images + sigma * noise, t, labels)
+        loss = (velocity - d_alpha * images - d_sigma * noise).square().mean()
+        return loss, {"mse": loss.item()}
+
+
+class NoiseLoss(nn.Module):
+    """Mean squared error of the noise at random timesteps plus, for a learned variance, the variational bound.
+
+    Source: improved DDPM (Nichol & Dhariwal 2021).
 
     Args:
         schedule: its T training steps are the ones trained on.
@@ -41,10 +68,8 @@ class DiffusionLoss(nn.Module):
 
     def forward(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Mean loss and its parts for ``images [N, C, H, W]`` and ``labels [N]``."""
-        # Stratified timesteps: one in each of N equal parts of [0, T), which lowers the gradient's variance.
-        count = len(images)
-        strata = (torch.randperm(count, device=images.device) + torch.rand(count, device=images.device)) / count
-        t = (strata * self.num_train_steps).long().clamp_(max=self.num_train_steps - 1)
+        t = (stratified_uniform(len(images), images.device) * self.num_train_steps).long()
+        t.clamp_(max=self.num_train_steps - 1)
         noise = torch.randn_like(images)
         alpha = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * images + (1 - alpha).sqrt() * noise

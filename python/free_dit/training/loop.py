@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from free_dit.distributed import Loss, Place
 from free_dit.interrupts import deferred_interrupts
-from free_dit.logs import LOGS, Log, open_log
-from free_dit.optimizers import kept_shapes, make_optimizer
+from free_dit.training.distributed import Loss, Place
+from free_dit.training.logs import LOGS, Log, open_log
+from free_dit.training.optimizers import kept_shapes, make_optimizer
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, reading, save_checkpoint
 from free_kernels.validation import check_choice, check_int, describe
 

@@ -1,4 +1,4 @@
-"""Training of a DiT on one of the bundled data sets."""
+"""Training of a DiT or SiT on one of the bundled data sets."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from free_dit.configuration import build
 from free_dit.data import DATASETS
-from free_dit.diffusion import DiffusionLoss
-from free_dit.flow import VelocityLoss
-from free_dit.model import DiT, DiTConfig
-from free_dit.sit import SiT
-from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
-from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoint, load_module, save_checkpoint
+from free_dit.networks.dit import DiTConfig
+from free_dit.networks.families import FAMILIES, save_model
+from free_dit.training.image_losses import NoiseLoss, VelocityLoss
+from free_dit.training.loop import LoopConfig, TrainingLoop, iteration_seed
 from free_kernels.schedule import DDPMSchedule
 from free_kernels.validation import check_choice, check_int, check_writable
-
-_FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class TrainConfig:
 def train(config: TrainConfig, out: Path) -> Path:
     """Train a DiT into the folder ``out`` and export its averaged weights to ``out/model.safetensors``.
 
-    Running it again in the same folder goes on from the last checkpoint.
+    Running it again in the same folder continues from the last checkpoint.
 
     Raises:
         ValueError, TypeError: the configuration is wrong, or the folder belongs to another one.
@@ -55,14 +50,14 @@ def train(config: TrainConfig, out: Path) -> Path:
     """
     check_choice("train", "dataset", config.dataset, tuple(DATASETS))
     check_int("train", "batch_size", config.batch_size, 1)
-    check_choice("train", "objective", config.objective, tuple(_FAMILIES))
+    check_choice("train", "objective", config.objective, tuple(FAMILIES))
     target_path = check_writable("train", "out", Path(out) / "model.safetensors")
     data = DATASETS[config.dataset]("train")
     with iteration_seed(config.loop.seed, -1):
-        model = _FAMILIES[config.objective](config.model).train()
+        model = FAMILIES[config.objective](config.model).train()
     loss: nn.Module = VelocityLoss()
     if config.objective == "noise":
-        loss = DiffusionLoss(DDPMSchedule(), data.level_width, config.model.learn_sigma)
+        loss = NoiseLoss(DDPMSchedule(), data.level_width, config.model.learn_sigma)
     network = torch.compile(model) if config.compile else model
 
     def step(_: int) -> tuple[Tensor, dict[str, float]]:
@@ -74,31 +69,3 @@ def train(config: TrainConfig, out: Path) -> Path:
     loop.run()
     save_model(target_path, model, loop.averaged_weights())
     return target_path
-
-
-def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None) -> None:
-    """Write a DiT (or other weights of its shape) with its config."""
-    objective = next(name for name, family in _FAMILIES.items() if type(model) is family)
-    metadata = {"kind": "dit", "objective": objective, "config": model.config.to_dict()}
-    save_checkpoint(path, weights if weights is not None else model.state_dict(), metadata)
-
-
-def load_model(path: str | Path) -> DiT:
-    """Read a DiT or SiT written by :func:`save_model`, in evaluation mode.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: broken, truncated, or not a DiT of ours.
-    """
-    tensors, metadata = load_checkpoint(path, "dit")
-    objective = metadata.get("objective", "noise")
-    if not isinstance(objective, str) or objective not in _FAMILIES:
-        raise CheckpointError(f"load_model: {path} must have been trained on {' or '.join(_FAMILIES)}, got {objective}")
-
-    def build_model() -> DiT:
-        config = build(DiTConfig, metadata["config"], str(path))
-        check_depth(config.depth, tensors)
-        return _FAMILIES[objective](config)
-
-    model = load_module(build_model, tensors, path)
-    return model.eval().requires_grad_(False)

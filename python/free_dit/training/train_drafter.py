@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from free_dit.acceptance import acceptance_by_lookahead
-from free_dit.distributed import Place
-from free_dit.drafter_loss import DTYPES, DrafterLoss, DrafterTrainConfig
-from free_dit.shards import target_fingerprint
-from free_dit.training import CHECKPOINT, TrainingLoop, iteration_seed
-from free_dit.trajectories import collect, image_chunks, make_schedule
+from free_dit.training.acceptance import acceptance_by_lookahead
+from free_dit.training.distributed import Place
+from free_dit.training.drafter_loss import DTYPES, DrafterLoss, DrafterTrainConfig
+from free_dit.training.loop import CHECKPOINT, TrainingLoop, iteration_seed
+from free_dit.training.shards import target_fingerprint
+from free_dit.training.trajectories import collect, image_chunks, make_schedule
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.types import Target
 from free_kernels.validation import check_writable

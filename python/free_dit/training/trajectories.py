@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_dit.flow import schedule_for
+from free_dit.networks.families import schedule_for
 from free_kernels.hoisting import hoisted
 from free_kernels.noise import PhiloxNoise, Purpose
 from free_kernels.ops.coupling import gaussian_transition

@@ -1,6 +1,7 @@
 """What a second process costs: messages between two, and how much slower one runs while the other is busy.
 
-Run ``torchrun --nproc-per-node 2 -m free_dit.scale_link OUT.json MODEL [CPU or CUDA]``; see ``scale-model``.
+Run ``torchrun --nproc-per-node 2 -m free_dit.experiments.scale.link OUT.json MODEL {cpu,cuda}``; the command
+``scale-model`` does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from free_dit.loading import load_target
 
 SIZES = (8, 1_000, 10_000, 100_000, 1_000_000, 4_000_000)
 
@@ -79,14 +82,14 @@ def link_figures(call: Callable[[], object], device: torch.device) -> dict[str, 
 
 def main() -> None:
     """One of two processes; rank 0 writes what it found."""
-    from free_dit.scale_measure import target_call, target_of
+    from free_dit.experiments.scale.measure import target_call
 
     out, model, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    target, _ = target_of(model, device)
+    target, _ = load_target(model, device)
     with torch.inference_mode():
         figures = link_figures(target_call(target, 8), device)
     if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""Measures what :mod:`free_dit.scale_model` is told: calls, drafts, the rest of a round, acceptance and the link."""
+"""Measures the inputs of the prediction: times of calls, drafts and the rest of a round, acceptance, the link."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_dit.bundled import bundled_names, load_bundled
-from free_dit.scale_model import Inputs, write_inputs
-from free_dit.train import load_model
-from free_dit.wall_clock import machine
-from free_kernels import DDPMSchedule, DiTTarget, FrozenDrafter, RoundInfo, ancestral_sample, sample
+from free_dit.experiments.scale.prediction import Inputs, write_inputs
+from free_dit.experiments.wall_clock import machine
+from free_dit.loading import load_drafter, load_target
+from free_kernels import DDPMSchedule, FrozenDrafter, RoundInfo, ancestral_sample, sample
 from free_kernels.drafters import as_drafter
 from free_kernels.hoisting import hoisted
 from free_kernels.types import Drafter, Target, first_drafted_step, new_memory
@@ -33,13 +32,6 @@ ROUND_CASES = ((1, 2), (1, 8), (16, 2), (16, 8))
 STEP_CASES = (1, 16)
 # Parts of the chain, and a weight that draws what few drafts tested to its part's mean.
 BINS, PRIOR_TESTS = 25, 5.0
-
-
-def target_of(model: str, device: torch.device) -> tuple[DiTTarget, Drafter | None]:
-    """A bundled pair by name, or a DiT checkpoint of ours by path, on a device."""
-    target, drafter = load_bundled(model) if model in bundled_names() else (DiTTarget(load_model(model)), None)
-    target.module.to(device)
-    return target, drafter if drafter is None else drafter.to(device)
 
 
 def _operands(target: Target, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -200,11 +192,11 @@ def measure_acceptance(
 
 
 def measure_link(model: str, device: torch.device) -> dict[str, Any]:
-    """:func:`free_dit.scale_link.link_figures` of two processes started for it."""
+    """:func:`free_dit.experiments.scale.link.link_figures` of two processes started for it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "link.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "free_dit.scale_link", str(out), model, device.type]
+        command += ["-m", "free_dit.experiments.scale.link", str(out), model, device.type]
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -274,22 +266,22 @@ def measure(
 def write_measurements(
     path: Path,
     model: str,
-    choose: Callable[[Drafter | None, Target], Drafter | str],
+    drafter: str,
     num_steps: int,
     guidance: float,
     device: torch.device,
 ) -> None:
-    """Measure a model on this machine and write what :func:`free_dit.scale_model.read_inputs` reads.
+    """Measure a model on this machine and write what :func:`read_inputs` of ``prediction.py`` reads.
 
     Args:
         path: the file.
         model: a bundled model's name, or a model.safetensors.
-        choose: gives the drafter for the bundled one, if any, and the target.
+        drafter: "bundled", "frozen", or a drafter.safetensors.
         num_steps: K.
         guidance: 1 is none.
         device: where to measure.
     """
-    target, bundled = target_of(model, device)
-    drafter = as_drafter("scale_model", choose(bundled, target), target)
+    target, bundled = load_target(model, device)
+    chosen = as_drafter("scale_model", load_drafter(drafter, target, bundled), target)
     link = measure_link(model, device)
-    write_inputs(path, *measure(target, drafter, link, model=model, num_steps=num_steps, guidance=guidance))
+    write_inputs(path, *measure(target, chosen, link, model=model, num_steps=num_steps, guidance=guidance))

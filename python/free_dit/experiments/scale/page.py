@@ -1,4 +1,4 @@
-"""Tables and a picture of what :mod:`free_dit.scale_model` predicts and of what was measured beside it."""
+"""Tables and a picture of predictions, and of what was measured beside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from free_dit.scale_model import BATCHES, GPUS, LENGTHS, Choice, Inputs, choices, crossover, sweep
+from free_dit.experiments.scale.prediction import BATCHES, GPUS, LENGTHS, Choice, Inputs, choices, crossover, sweep
 
 GOALS = {"latency_s": "latency of a batch", "images_per_s": "throughput"}
 KINDS = ("single", "data", "verify", "mixed")

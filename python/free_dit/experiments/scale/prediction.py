@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from free_dit.scale_chain import CommitChain, acceptance_table
+from free_dit.experiments.scale.chain import CommitChain, acceptance_table
 from free_kernels.validation import check_float, check_int, fail
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)
