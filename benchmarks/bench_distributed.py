@@ -25,9 +25,10 @@ import torch.distributed as dist
 from free_dit.configuration import CONFIGS
 from free_dit.experiments.scale.link import link_figures
 from free_dit.experiments.scale.measure import measure, target_call
-from free_dit.experiments.scale.page import build_report, fill_page, render, render_validation, write_figures
+from free_dit.experiments.scale.page import build_report, render, render_validation, write_figures
 from free_dit.experiments.scale.prediction import Inputs, Layout, predict, read_inputs
 from free_dit.loading import load_target
+from free_dit.markdown import fill_page
 from free_kernels import DDPMSchedule, SampleResult, distributed, sample
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -16,7 +16,7 @@ from free_dit import cli, load_bundled
 from free_dit.experiments.scale.chain import CommitChain, acceptance_of_stats, acceptance_table
 from free_dit.experiments.scale.link import link_cost
 from free_dit.experiments.scale.measure import AcceptanceCounts, HollowTarget, rest_of_rounds
-from free_dit.experiments.scale.page import build_report, fill_page, render, write_report
+from free_dit.experiments.scale.page import build_report, render, write_report
 from free_dit.experiments.scale.prediction import (
     Inputs,
     Layout,
@@ -29,6 +29,7 @@ from free_dit.experiments.scale.prediction import (
     sweep,
     write_inputs,
 )
+from free_dit.markdown import fill_page
 from free_kernels import DDPMSchedule, sample
 from free_kernels.types import first_drafted_step
 

@@ -27,6 +27,7 @@ from free_dit.evaluation.kernel import (
 )
 from free_dit.evaluation.manifolds import precision_and_recall
 from free_dit.evaluation.sets import WHERE, DrawnSet, ImageSet, Statistics
+from free_dit.markdown import table
 from free_kernels.validation import check_int, fail
 from free_kernels.version import __version__
 
@@ -301,7 +302,7 @@ def _differences(
     return differences
 
 
-def _cell(estimate: dict[str, Any] | None, digits: int = 4) -> str:
+def _cell(estimate: dict[str, Any] | None, digits: int) -> str:
     if estimate is None:
         return "-"
     return f"{estimate['value']:.{digits}g} [{estimate['low']:.{digits}g}, {estimate['high']:.{digits}g}]"
@@ -312,26 +313,25 @@ def render(report: dict[str, Any]) -> str:
     title, sets = report["extractor"]["name"], report["sets"]
     names = ("frechet", "kernel_distance", "score", "precision", "recall", "accuracy")
     keys = [f"{name}_{title}" for name in names if any(f"{name}_{title}" in one["metrics"] for one in sets.values())]
-    level = f"{report['settings']['level']:.0%}"
-    size = report["reference"]["images"]
+    level, size = f"{report['settings']['level']:.0%}", report["reference"]["images"]
+    figures = [f"`{key}`" for key in keys]
+
+    def cells(metrics: dict[str, Any], test: dict[str, Any] | None, digits: int) -> list[str]:
+        p_value = "-" if test is None else f"{test['p_value']:.3f}"
+        return [*(_cell(metrics.get(key), digits) for key in keys), p_value]
+
+    rows = []
+    for name, one in sets.items():
+        test = (one["metrics"].get(f"kernel_distance_{title}") or {}).get("two_sample_test")
+        rows.append([name, str(one["images"]), *cells(one["metrics"], test, 4)])
     lines = [
         f"Against `{Path(report['reference']['source']).name}` ({'statistics' if size is None else f'{size} images'}), "
         f"with {level} intervals:",
         "",
-        "| set | images | " + " | ".join(f"`{key}`" for key in keys) + " | p-value |",
-        "|---" * (len(keys) + 3) + "|",
+        *table(["set", "images", *figures, "p-value"], rows),
     ]
-    for name, one in sets.items():
-        test = (one["metrics"].get(f"kernel_distance_{title}") or {}).get("two_sample_test")
-        cells = [_cell(one["metrics"].get(key)) for key in keys]
-        p_value = "-" if test is None else f"{test['p_value']:.3f}"
-        lines.append(f"| {name} | {one['images']} | " + " | ".join(cells) + f" | {p_value} |")
     if report["differences"]:
-        lines += ["", f"Minus `{report['compared_with']}`:", "", "| set | " + " | ".join(f"`{key}`" for key in keys)]
-        lines[-1] += " | p-value of equal laws |"
-        lines.append("|---" * (len(keys) + 2) + "|")
-        for name, one in report["differences"].items():
-            test = one["two_sample_test"]
-            p_value = "-" if test is None else f"{test['p_value']:.3f}"
-            lines.append(f"| {name} | " + " | ".join(_cell(one.get(key), 3) for key in keys) + f" | {p_value} |")
-    return "\n".join(lines) + "\n"
+        lines += [f"Minus `{report['compared_with']}`:", ""]
+        rows = [[name, *cells(one, one["two_sample_test"], 3)] for name, one in report["differences"].items()]
+        lines += table(["set", *figures, "p-value of equal laws"], rows)
+    return "\n".join(lines)

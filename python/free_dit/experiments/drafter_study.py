@@ -14,6 +14,7 @@ from free_dit.configuration import load_config
 from free_dit.experiments.model_card import EVALUATION_SEED
 from free_dit.experiments.wall_clock import machine
 from free_dit.files import write_files
+from free_dit.markdown import decimals, table
 from free_dit.networks.families import schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.train_drafter import DrafterTrainConfig, train_drafter
@@ -165,14 +166,17 @@ def render_study(report: dict[str, Any]) -> str:
         f"settings {' '.join(frame['overrides']) or 'as in the file'}; {facts['cpu']}, {facts['threads']} threads, "
         f"torch {facts['torch']}.",
         "",
-        "| drafter | 1 ahead | 2 | 3 | 4 | 5 | last fifth, 1 ahead | 5 ahead | L = 6 | L = 12 | block 6 | block 12 "
-        "| call | parameters |",
-        "|---" * 14 + "|",
     ]
-    for name, row in report["rows"].items():
-        cells = [f"{value:.3f}" for value in row["by_lookahead"]]
-        cells += [f"{row['last_fifth'][0]:.3f}", f"{row['last_fifth'][-1]:.3f}"]
-        cells += [f"{row['call_reduction'][f'{kind} {n}']:.2f}" for kind in ("token", "block") for n in LENGTHS]
-        cells += [f"{row['call_cost']:.2f}", f"{row['parameters'] / 1e3:.0f} k"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    headings = ["drafter", "1 ahead", "2", "3", "4", "5", "last fifth, 1 ahead", "5 ahead"]
+    headings += ["L = 6", "L = 12", "block 6", "block 12", "call", "parameters"]
+    rows = [
+        [
+            name,
+            *decimals([*row["by_lookahead"], row["last_fifth"][0], row["last_fifth"][-1]], 3),
+            *decimals([row["call_reduction"][f"{kind} {n}"] for kind in ("token", "block") for n in LENGTHS], 2),
+            f"{row['call_cost']:.2f}",
+            f"{row['parameters'] / 1e3:.0f} k",
+        ]
+        for name, row in report["rows"].items()
+    ]
+    return "\n".join([*lines, *table(headings, rows)])

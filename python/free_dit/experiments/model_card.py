@@ -12,7 +12,8 @@ from tqdm import tqdm
 from free_dit.bundled import MODELS, load_bundled
 from free_dit.data import load_digits
 from free_dit.experiments.wall_clock import machine
-from free_dit.files import sha256_of
+from free_dit.files import sha256_of, write_json
+from free_dit.markdown import decimals, fill_page, table
 from free_dit.networks.families import schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.trajectories import collect
@@ -21,7 +22,6 @@ from free_kernels.types import Drafter, Target
 
 # Far from the seeds of drafter training, which count up from loop.seed * 2**20: the noise must be new to the drafter.
 EVALUATION_SEED = 2**63 + 7
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int = 250) -> dict[str, Any]:
@@ -104,54 +104,59 @@ def quality(target: Target, images: int = 500) -> dict[str, Any]:
 
 def render(figures: dict[str, Any]) -> str:
     """The card's tables as Markdown."""
-    lines = [
-        f"Measured with `python -m free_dit card` on {figures['machine']['cpu']} "
-        f"({figures['machine']['threads']} threads, torch {figures['machine']['torch']}); {figures['images']} images, "
-        f"{figures['num_steps']} steps, {figures.get('transitions', 'learned variance')}, lossless.",
-        "",
-        "Acceptance probability of a draft so many steps past the last exact feature:",
-        "",
-        "| drafter | 1 | 2 | 3 | 4 | 5 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, entry in figures["acceptance"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in entry["by_lookahead"]) + " |")
-    lines += ["", "The same by fifth of the chain (first is noisiest), one and five steps ahead:", ""]
-    lines += ["| drafter | ahead | first | second | third | fourth | last |", "|---|---|---|---|---|---|---|"]
-    for name, entry in figures["acceptance"].items():
-        for ahead in (1, 5):
-            cells = " | ".join(f"{value:.3f}" for value in entry["by_fifth"][ahead - 1])
-            lines.append(f"| {name} | {ahead} | {cells} |")
-    lines += ["", "Call reduction of `sample` (steps committed per round) by draft length:", ""]
-    lines += ["| drafter | guidance | 4 | 6 | 8 | 12 |", "|---|---|---|---|---|---|"]
+    facts, steps, quality = figures["machine"], figures["steps"], figures["quality"]
+    acceptance = figures["acceptance"].items()
     grouped: dict[tuple[str, float], list[float]] = {}
     for run in figures["call_reduction"]:
         grouped.setdefault((run["drafter"], run["guidance"]), []).append(run["call_reduction"])
-    for (drafter, scale), values in grouped.items():
-        lines.append(f"| {drafter} | {scale:g} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
-    steps = figures["steps"]
-    lines += [
+    lines = [
+        f"Measured with `python -m free_dit card` on {facts['cpu']} ({facts['threads']} threads, torch "
+        f"{facts['torch']}); {figures['images']} images, {figures['num_steps']} steps, "
+        f"{figures.get('transitions', 'learned variance')}, lossless.",
         "",
+        "Acceptance probability of a draft so many steps past the last exact feature:",
+        "",
+        *table(["drafter", *"12345"], ([name, *decimals(entry["by_lookahead"], 3)] for name, entry in acceptance)),
+        "The same by fifth of the chain (first is noisiest), one and five steps ahead:",
+        "",
+        *table(
+            ["drafter", "ahead", "first", "second", "third", "fourth", "last"],
+            (
+                [name, str(ahead), *decimals(entry["by_fifth"][ahead - 1], 3)]
+                for name, entry in acceptance
+                for ahead in (1, 5)
+            ),
+        ),
+        "Call reduction of `sample` (steps committed per round) by draft length:",
+        "",
+        *table(
+            ["drafter", "guidance", "4", "6", "8", "12"],
+            ([drafter, f"{scale:g}", *decimals(values, 2)] for (drafter, scale), values in grouped.items()),
+        ),
         f"Call reduction at draft length {steps['draft_length']} for other step counts, {steps['images']} images:",
         "",
-        "| drafter | " + " | ".join(f"{count} steps" for count in steps["rows"]) + " |",
-        "|---|" + "---|" * len(steps["rows"]),
-    ]
-    for drafter in ("frozen", "learned"):
-        cells = " | ".join(f"{row[drafter]:.2f}" for row in steps["rows"].values())
-        lines.append(f"| {drafter} | {cells} |")
-    lines += [
-        "",
-        f"Quality of {figures['quality']['images']} ordinary samples, 250 steps, read by a 3-nearest-neighbour "
+        *table(
+            ["drafter", *(f"{count} steps" for count in steps["rows"])],
+            (
+                [drafter, *decimals([row[drafter] for row in steps["rows"].values()], 2)]
+                for drafter in ("frozen", "learned")
+            ),
+        ),
+        f"Quality of {quality['images']} ordinary samples, 250 steps, read by a 3-nearest-neighbour "
         "classifier trained on the training split; distances are Euclidean over the 64 pixels:",
         "",
-        "| images | class accuracy | distance to the nearest training image |",
-        "|---|---|---|",
+        *table(
+            ["images", "class accuracy", "distance to the nearest training image"],
+            (
+                [name, f"{row['accuracy']:.3f}", f"{row['nearest_training_image']:.2f}"]
+                for name, row in quality["rows"].items()
+            ),
+        ),
+        *table(
+            ["file", "bytes", "SHA-256"],
+            ([f"`{name}`", str(size), f"`{digest}`"] for name, (size, digest) in figures["files"].items()),
+        ),
     ]
-    for name, row in figures["quality"]["rows"].items():
-        lines.append(f"| {name} | {row['accuracy']:.3f} | {row['nearest_training_image']:.2f} |")
-    lines += ["", "| file | bytes | SHA-256 |", "|---|---|---|"]
-    lines += [f"| `{name}` | {size} | `{digest}` |" for name, (size, digest) in figures["files"].items()]
     return "\n".join(lines)
 
 
@@ -164,16 +169,6 @@ def write_card(name: str) -> Path:
     figures["quality"] = quality(target)
     files = [folder / "model.safetensors", folder / "drafter.safetensors"]
     figures["files"] = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}
-    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n")
-    return fill_card(name)
-
-
-def fill_card(name: str) -> Path:
-    """Renew the tables of a bundled pair's ``MODEL_CARD.md`` from its ``evaluation.json``."""
-    folder = MODELS / name
-    figures = json.loads((folder / "evaluation.json").read_text())
-    card = folder / "MODEL_CARD.md"
-    before, _, rest = card.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    card.write_text(f"{before}{BEGIN}\n{render(figures)}\n{END}{after}")
-    return card
+    write_json(folder / "evaluation.json", figures)
+    fill_page(folder / "MODEL_CARD.md", "figures", render(json.loads((folder / "evaluation.json").read_text())))
+    return folder / "MODEL_CARD.md"

@@ -11,15 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from free_dit.experiments.sweep import UNDRAFTED
+from free_dit.markdown import table
 
 METRIC = "Frechet distance in digits-classifier features"
 _MARKERS = {"ordinary": "s", "ddim": "D", "lossless": "o", "relaxed": "^"}
-
-
-def _table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    headers = list(headers)
-    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def _kind(cell: dict[str, Any]) -> str:
@@ -63,7 +58,7 @@ def _by_length(records: list[dict[str, Any]], figure: Any) -> list[str]:
         row = rows.setdefault((*_chain(cell), cell["drafter"], cell["verification"]), {})
         row[cell["draft_length"]] = figure(record)
     headers = ["steps", "guidance", "drafter", "verification", *(f"L {length}" for length in columns)]
-    return _table(headers, ([*names, *(row.get(length, "") for length in columns)] for names, row in rows.items()))
+    return table(headers, ([*names, *(row.get(length, "") for length in columns)] for names, row in rows.items()))
 
 
 def _quality_rows(report: dict[str, Any], records: list[dict[str, Any]]) -> Iterable[list[str]]:
@@ -121,7 +116,7 @@ def render(report: dict[str, Any]) -> str:
             "on the total variation from the exact sampler: 1 or "
             "more says nothing. Speed as above.",
             "",
-            *_table(
+            *table(
                 headers,
                 (
                     [*_chain(r["cell"]), _name(r["cell"]), _reduction(r), _speed(r), f"{r['bias_bound']:.3f}"]
@@ -140,7 +135,7 @@ def render(report: dict[str, Any]) -> str:
         "overlap more than their difference warrants. Class accuracy is the classifier's, with Wilson's interval; on "
         f"the held-out digits it is {_interval(real['held_out_accuracy'], 3)}. It was trained on the training digits.",
         "",
-        *_table([*headers, "without bias (95 %)"], _quality_rows(report, records)),
+        *table([*headers, "without bias (95 %)"], _quality_rows(report, records)),
     ]
     return "\n".join(lines).rstrip() + "\n"
 

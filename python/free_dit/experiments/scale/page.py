@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from free_dit.experiments.scale.prediction import BATCHES, GPUS, LENGTHS, Choice, Inputs, choices, crossover, sweep
+from free_dit.markdown import table
 
 GOALS = {"latency_s": "latency of a batch", "images_per_s": "throughput"}
 KINDS = ("single", "data", "verify", "mixed")
@@ -46,13 +47,6 @@ def _crossovers(found: list[Choice]) -> dict[str, dict[str, int | None]]:
                 row[kind] = crossover(batches, [choice.by_kind[kind] for choice in own])
         table[str(gpus)] = row
     return table
-
-
-def table(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A Markdown table."""
-    headers = list(headers)
-    lines = ["| " + " | ".join(headers) + " |", "|---" * len(headers) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def _layout(prediction: dict[str, Any]) -> str:
@@ -193,18 +187,3 @@ def render_batching(found: dict[str, Any]) -> str:
         rows.append(["time, predicted from rounds per image and a round's cost", f"{found['predicted_ratio']:.3f}"])
         rows.append(["time, measured", f"{found['throughput_ratio']:.3f}"])
     return "\n".join([*lines, *table(headers, rows)])
-
-
-def fill_page(page: Path, name: str, text: str) -> None:
-    """Renew what lies between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` of a page.
-
-    Raises:
-        ValueError: the page has no such part.
-    """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    whole = page.read_text()
-    before, found, rest = whole.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"fill_page: page must hold {begin} and {end}, got {page}")
-    page.write_text(f"{before}{begin}\n{text.strip()}\n{end}{after}")
