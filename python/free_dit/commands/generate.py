@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from free_dit.commands.shared import console, device_of
-from free_dit.generation import GenerateSettings, SampleFolder
+from free_dit.generation import DrawSettings, GenerateSettings, SampleFolder
 from free_dit.generation import generate as run_generate
 from free_dit.generation.sample_folder import SUMS, WHERE
 from free_dit.loading import load_drafter, load_target
@@ -32,8 +32,10 @@ def draw_set(
 
 def generate(
     out: Path,
+    num: Annotated[int, arg(aliases=["-n"])] = GenerateSettings.num,
     model: str = "digits",
-    settings: Annotated[GenerateSettings, OmitArgPrefixes] = GenerateSettings(),
+    drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
+    format_: Annotated[Literal["npz", "png"], arg(name="format")] = "npz",
     device: str = "auto",
 ) -> None:
     """Draw a large sample set in shards: torchrun -m free_dit generate -n 50000 --out DIR.
@@ -43,15 +45,20 @@ def generate(
 
     Args:
         out: folder of the set: manifest.json, shards/, and images/ for PNG.
+        num: images; image i has label i modulo the number of classes. Behind torchrun it is -n, as torchrun takes
+            --num for an option of its own.
         model: a bundled model's name, or a model.safetensors.
-        settings: what to draw. Behind torchrun the number of images is -n, as torchrun takes --num for an option of
-            its own.
+        drawing: how to draw.
+        format_: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
         device: "auto", "cpu", "cuda", "cuda:1" ...
     """
     rank, under_torchrun = int(os.environ.get("RANK", "0")), "TORCHELASTIC_RUN_ID" in os.environ
+    # The device first: a wrong one is told before anything is read.
+    place = device_of(WHERE, device)
+    settings = GenerateSettings(**asdict(drawing), num=num, format=format_)
     # torchrun ends every rank as soon as one dies, so rank 0 may stay to show how the others get on.
     waits = rank == 0 and under_torchrun
-    drawn, missing = draw_set(out, model, settings, device_of(WHERE, device), progress=rank == 0, wait=waits)
+    drawn, missing = draw_set(out, model, settings, place, progress=rank == 0, wait=waits)
     if missing:
         console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
     elif rank == 0 or (drawn and not under_torchrun):

@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from tyro.conf import arg
 
 from free_dit.files import array_bytes, json_bytes, read_arrays, read_json, sha256_of, write_files
 from free_kernels.validation import check_choice, check_float, check_int, fail
@@ -29,7 +28,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How images are drawn.
+    """How images are drawn; :class:`GenerateSettings` checks it.
 
     Attributes:
         drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors; None in a manifest is the
@@ -55,16 +54,6 @@ class DrawSettings:
     shard: int = 64
     max_slots: int | None = None
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "draft_length", "shard"):
-            check_int(WHERE, name, getattr(self, name), 1)
-        if self.max_slots is not None:
-            check_int(WHERE, "max_slots", self.max_slots, 1)
-        check_int(WHERE, "seed", self.seed, 0, 2**64 - 1)
-        check_float(WHERE, "relaxation", self.relaxation, 0.0)
-        check_float(WHERE, "guidance", self.guidance, 0.0)
-        check_choice(WHERE, "verification", self.verification, ("token", "block"))
-
 
 @dataclass(frozen=True)
 class GenerateSettings(DrawSettings):
@@ -75,12 +64,18 @@ class GenerateSettings(DrawSettings):
         format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
     """
 
-    num: Annotated[int, arg(aliases=["-n"])] = 50_000
+    num: int = 50_000
     format: Literal["npz", "png"] = "npz"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_int(WHERE, "num", self.num, 1)
+        for name in ("num", "steps", "draft_length", "shard"):
+            check_int(WHERE, name, getattr(self, name), 1)
+        if self.max_slots is not None:
+            check_int(WHERE, "max_slots", self.max_slots, 1)
+        check_int(WHERE, "seed", self.seed, 0, 2**64 - 1)
+        check_float(WHERE, "relaxation", self.relaxation, 0.0)
+        check_float(WHERE, "guidance", self.guidance, 0.0)
+        check_choice(WHERE, "verification", self.verification, ("token", "block"))
         check_choice(WHERE, "format", self.format, FORMATS)
 
     @property
