@@ -80,7 +80,7 @@ def evaluate(
     named = _named(sets)
     if not named and not generate_:
         fail(WHERE, "sets", "given (NAME=PATH ...), or --generate N", "none")
-    # Whatever is wrong with these should show before hours of drawing.
+    # Loaded before drawing, so that errors show before hours of drawing.
     extractor = load_extractor(network.extractor, network.weights, network.weights_sha256, place)
     real = open_reference(reference)
     if generate_:

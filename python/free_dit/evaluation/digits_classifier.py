@@ -65,7 +65,7 @@ def train_digits_classifier() -> DigitsClassifier:
     """The classifier that is bundled: trained on the training split in a few seconds, from the same seed every time.
 
     Training images get the noise of one grey level, as those of the sampled DiT do: real digits have 17 levels, sampled
-    ones do not, and a feature that saw the difference would measure nothing else.
+    ones do not, and features that depend on the levels would measure only that difference.
     """
     data = load_digits("train")
     with iteration_seed(_SEED, 0):

@@ -339,7 +339,7 @@ class TimelineRound:
 
     @property
     def discarded(self) -> int:
-        """Drafts behind the refused one, which nobody looked at."""
+        """Drafts behind the refused one, which were not tested."""
         return self.rows - 1 - self.accepted - self.refused
 
 

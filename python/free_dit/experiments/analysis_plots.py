@@ -64,7 +64,7 @@ def write_figures(out: Path, subjects: Sequence[Subject], settings: Settings = S
     first = subjects[0]
     schedule = schedule_for(first.target, settings.steps)
     labels = [torch.arange(settings.num) % subject.target.num_classes for subject in subjects]
-    # Whatever can be refused is refused by the first runs, before minutes are spent.
+    # First, because these runs raise on wrong settings before minutes are spent.
     runs = uncertainty_runs(subjects, labels, schedule, settings)
     draw_uncertainty(uncertainty, runs, [subject.title for subject in subjects], settings)
     dynamics = feature_dynamics(first.target, schedule, labels[0], settings.seed, progress=True)
@@ -86,7 +86,7 @@ def draw_similarity(path: Path, dynamics: FeatureDynamics, model: str, settings:
     blocks, pairs = dynamics.similarity.shape
     top, output = dynamics.similarity[-1], dynamics.output_similarity
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8.5, 7), sharex=True, layout="constrained")
-    # The few most dissimilar steps at the ends would take all of the colours.
+    # Without the limit the few most dissimilar steps at the ends would use up the colour range.
     low = math.floor(1000 * np.quantile(dynamics.similarity, 0.02)) / 1000
     edges = np.arange(pairs + 1) + 0.5
     mesh = upper.pcolormesh(

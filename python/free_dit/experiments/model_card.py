@@ -20,7 +20,7 @@ from free_dit.training.trajectories import collect
 from free_kernels import FrozenDrafter, ancestral_sample, sample
 from free_kernels.types import Drafter, Target
 
-# Far from the seeds of drafter training, which count up from loop.seed * 2**20: the noise must be new to the drafter.
+# Not among the seeds of drafter training (from loop.seed * 2**20 upwards): the drafter has not seen this noise.
 EVALUATION_SEED = 2**63 + 7
 
 

@@ -285,7 +285,7 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
             bar.set_postfix_str(cell.key)
             records[cell.key] = measure_cell(target, drafter, cell, settings)
             write_json(paths[cell.key], records[cell.key])
-            # Always a whole table of what is there, for whoever cannot wait (--render-only).
+            # After every cell, so that --render-only can show an unfinished sweep.
             write()
     else:
         write()
@@ -297,7 +297,7 @@ def read_sweep(out: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no sweep.
+        ValueError: the file does not hold a sweep.
     """
     path = Path(out) / "sweep.json"
     if not path.is_file():

@@ -138,7 +138,7 @@ def _locked(handle) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        # Some network file systems have none. The lock guards against a mistake; nothing else rests on it.
+        # Some network file systems have no locks. The lock only guards against two jobs started by mistake.
         return True
     return True
 
@@ -150,7 +150,7 @@ class _Progress:
         self._samples, self._due = samples, 0.0
         name = samples.folder.name + (f", {world_size} ranks" if world_size > 1 else "")
         total = samples.settings.num
-        # Images come in shards, so the mean since the start tells more than the latest interval.
+        # Images appear a shard at a time, so the rate is the mean since the start, not that of the latest interval.
         self._bar = tqdm(total=total, initial=self._count(), desc=name, unit="img", smoothing=0, disable=not shown)
 
     def _count(self) -> int:

@@ -101,7 +101,7 @@ class SampleFolder:
         self.folder = Path(folder)
         self.settings = GenerateSettings(**{name: identity[name] for name in GenerateSettings.__dataclass_fields__})
         self.num_classes = check_int(WHERE, "num_classes", identity["num_classes"], 1)
-        # A record of another set is no record of this one, however whole its files.
+        # Records carry this hash, so that a record of another set is not taken for one of this set.
         self.set_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @classmethod

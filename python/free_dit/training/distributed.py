@@ -78,8 +78,8 @@ class Place:
     def joined(self, device: torch.device, timeout_s: float) -> Iterator[None]:
         """The process group of the run: NCCL on GPUs, else Gloo. A process that runs alone needs none.
 
-        A process that hears nothing from the others for ``timeout_s`` seconds raises. torchrun ends all processes as
-        soon as one of them dies, which is sooner.
+        Collectives raise after ``timeout_s`` seconds without the other processes. Under torchrun all processes end
+        as soon as one of them dies, which is earlier.
         """
         if self.world == 1:
             yield

@@ -49,7 +49,7 @@ class DrafterTrainConfig:
         trajectories: images drawn at a time.
         refresh_every: iterations between fresh trajectories.
         loss: "rejection", ``-log`` of the acceptance probability ``2 Phi(-delta / 2)``, which is what a chain of drafts
-            multiplies; "log1p", ``log(1 + delta^2)``, which forgives large gaps; or "none", to regress features alone.
+            multiplies; "log1p", ``log(1 + delta^2)``, which weighs large gaps less; or "none", to regress features alone.
         late: share of the windows that begin in the last fifth of the chain, beside those spread over all of it; the
             logarithm of the number of steps left is uniform there, as acceptance falls with every halving.
         first: share of the windows that begin at the first step, for a drafter that drafts it.
@@ -195,7 +195,7 @@ class DrafterLoss:
     def data(self, epoch: int) -> Trajectories | ShardWindow:
         """What the iterations of ``epoch`` learn from; the same whenever it is asked for."""
         if self._data is None or epoch != self._epoch:
-            # Two sets are not held at a time.
+            # Freed first, so that two sets are never in memory at once.
             self._data = None
             self._data = self.trajectories(epoch) if self._store is None else self._store.latest(epoch)
             self._epoch = epoch
@@ -258,7 +258,7 @@ class DrafterLoss:
         exact = network.pick(self._rows(data, "features", (step - 1).clamp(min=0), image))
         if self._first:
             return exact
-        # Also where no window begins there: every weight has a gradient in every iteration.
+        # Computed even if no window begins at step 0, so that every weight has a gradient in every iteration.
         guess = network.both(self.drafter.initial_feature(self._rows(data, "states", step, image)))
         return torch.where(network.both((step == 0).to(self.device)).view(-1, 1, 1), guess, exact)
 

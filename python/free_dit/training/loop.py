@@ -84,7 +84,7 @@ def mixed_seed(*parts: int) -> int:
 
 
 def _naming_the_checkpoint(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Whatever goes wrong in reading a checkpoint names its file."""
+    """Every error in reading a checkpoint becomes a CheckpointError that names the file."""
 
     @functools.wraps(load)
     def named(loop: TrainingLoop) -> None:
@@ -175,13 +175,13 @@ class TrainingLoop:
                         raise KeyboardInterrupt
                     self._advance(log, bar)
         finally:
-            # The wrapper must not outlive its process group: as its last owner it would wait for a thread that waits
-            # for the interpreter.
+            # The wrapper has to be freed before its process group: otherwise its destructor waits for a thread that
+            # itself waits for the interpreter.
             self.loss_fn = self._own_loss
             bar.close()
             if log is not None:
                 log.close()
-            # An update cut in half by a second signal is not saved over the last whole one.
+            # After an update that a second signal interrupted, the last whole checkpoint is kept.
             if self.step > interrupted_at and not self._updating:
                 self._save()
         if first:
@@ -222,7 +222,7 @@ class TrainingLoop:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         finite = bool(torch.isfinite(norm))
-        # A loss scale starts too high and finds its size by steps that overflow and are left out.
+        # A loss scale starts too high: the first steps overflow, are skipped, and lower the scale.
         if not finite and (self.scaler is None or self.scaler.get_scale() <= 1.0):
             raise FloatingPointError(f"train: gradient must be finite, got {norm.item()} at iteration {self.step}")
         self._updating = True

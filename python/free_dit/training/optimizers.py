@@ -10,7 +10,7 @@ from torch import nn
 from free_kernels.validation import check_choice, fail
 
 OPTIMIZERS = ("adamw", "muon")
-# Muon's steps have the same size whatever the gradient's, and bear a higher rate than AdamW's.
+# Muon's step size does not depend on the gradient's size; its learning rate is this multiple of AdamW's.
 MUON_RATE = 5.0
 
 

@@ -68,7 +68,7 @@ def train_drafter(
         target: the frozen network, in any dtype.
         config: what is trained, and how.
         out: folder of checkpoint, log, shards and result.
-        target_name: kept with the checkpoint, which goes on with this target only.
+        target_name: stored in the checkpoint; training resumes only with the same target.
         place: where this process stands among those of the run.
 
     Raises:

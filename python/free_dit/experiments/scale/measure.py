@@ -78,7 +78,7 @@ def timed_in_turn(calls: dict[Any, Callable[[], object]], turns: int, device: to
 
 
 class HollowTarget:
-    """A target of another's shapes that computes nothing: a run of it takes what is left of a round.
+    """A target of another's shapes that computes nothing: its runs take the time of a round without the networks.
 
     Args:
         target: gives shapes and device.
