@@ -49,7 +49,7 @@ class DrafterTrainConfig:
         trajectories: images drawn at a time.
         refresh_every: iterations between fresh trajectories.
         loss: "rejection", ``-log`` of the acceptance probability ``2 Phi(-delta / 2)``, which is what a chain of drafts
-            multiplies; "log1p", ``log(1 + delta^2)``, which weighs large gaps less; or "none", to regress features alone.
+            multiplies; "log1p", ``log(1 + delta^2)``, less weight on large gaps; "none", to regress features alone.
         late: share of the windows that begin in the last fifth of the chain, beside those spread over all of it; the
             logarithm of the number of steps left is uniform there, as acceptance falls with every halving.
         first: share of the windows that begin at the first step, for a drafter that drafts it.
