@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from free_dit import load_bundled
-from free_dit.scale_chain import CommitChain, acceptance_table
-from free_dit.scale_measure import AcceptanceCounts
-from free_dit.scale_report import fill_page, render_batching
-from free_dit.wall_clock import machine
+from free_dit.experiments.scale.chain import CommitChain, acceptance_table
+from free_dit.experiments.scale.measure import AcceptanceCounts
+from free_dit.experiments.scale.page import render_batching
+from free_dit.experiments.wall_clock import machine
+from free_dit.markdown import fill_page
 from free_kernels import DDPMSchedule, PhiloxNoise, RoundInfo, SampleIterator, sample_iter
 from free_kernels.types import first_drafted_step
 

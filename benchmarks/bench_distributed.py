@@ -22,11 +22,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from free_dit.cli import CONFIGS
-from free_dit.scale_link import link_figures
-from free_dit.scale_measure import measure, target_call, target_of
-from free_dit.scale_model import Inputs, Layout, predict, read_inputs
-from free_dit.scale_report import build_report, fill_page, render, render_validation, write_figures
+from free_dit.configuration import CONFIGS
+from free_dit.experiments.scale.link import link_figures
+from free_dit.experiments.scale.measure import measure, target_call
+from free_dit.experiments.scale.page import build_report, render, render_validation, write_figures
+from free_dit.experiments.scale.prediction import Inputs, Layout, predict, read_inputs
+from free_dit.loading import load_target
+from free_dit.markdown import fill_page
 from free_kernels import DDPMSchedule, SampleResult, distributed, sample
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -130,7 +132,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     if dist.get_world_size() != 2:
         parser.error(f"takes two processes, got {dist.get_world_size()}")
-    target, drafter = target_of("digits", device)
+    target, drafter = load_target("digits", device)
     with torch.inference_mode():
         link = link_figures(target_call(target, 8), device)
     leads = dist.get_rank() == 0

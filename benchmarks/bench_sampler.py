@@ -13,7 +13,7 @@ import store
 import torch
 
 from free_dit import load_bundled
-from free_dit.wall_clock import wall_clock_ratio
+from free_dit.experiments.wall_clock import wall_clock_ratio
 from free_kernels import SampleResult, ancestral_sample, sample
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

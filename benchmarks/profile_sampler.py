@@ -21,7 +21,7 @@ import torch
 import free_kernels.chain as chain_module
 import free_kernels.speculation as speculation
 from free_dit import load_bundled
-from free_dit.wall_clock import machine, wall_clock_ratio
+from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_kernels import SampleResult, ancestral_sample, sample
 from free_kernels.chain import Chain
 from free_kernels.drafters import FeatureDrafter

@@ -13,8 +13,9 @@ from typing import Any
 
 from report_tables import benchmark_page, load_results, measured_roofs, ops_of, picture_name
 
+from free_dit.markdown import decimals, filled, table
+
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -29,15 +30,12 @@ def call_reduction(figures: dict[str, Any]) -> list[str]:
         f"Steps committed per packed target call on the bundled digits DiT, lossless, {figures['num_steps']} steps, "
         f"{figures['images']} images, learned variance (`python -m free_dit card`):",
         "",
-        "| drafter | guidance | " + " | ".join(f"L = {length}" for length in lengths) + " |",
-        "|---|---|" + "---|" * len(lengths),
     ]
     rows: dict[tuple[str, float], dict[int, float]] = {}
     for run in figures["call_reduction"]:
         rows.setdefault((run["drafter"], run["guidance"]), {})[run["draft_length"]] = run["call_reduction"]
-    for (drafter, guidance), values in rows.items():
-        lines.append(f"| {drafter} | {guidance:g} | " + " | ".join(f"{values[x]:.2f}" for x in lengths) + " |")
-    return lines
+    cells = ([name, f"{scale:g}", *decimals((row[x] for x in lengths), 2)] for (name, scale), row in rows.items())
+    return [*lines, *table(["drafter", "guidance", *(f"L = {length}" for length in lengths)], cells)]
 
 
 def wall_clock(report: dict[str, Any]) -> list[str]:
@@ -48,16 +46,23 @@ def wall_clock(report: dict[str, Any]) -> list[str]:
         f"{facts['threads']} threads, torch {facts['torch']}, float32, no compilation on either side "
         f"(`{report['command']}`):",
         "",
-        "| batch | draft length | ratio | range | pairs |",
-        "|---|---|---|---|---|",
+        *table(
+            ["batch", "draft length", "ratio", "range", "pairs"],
+            (
+                [
+                    str(row["batch"]),
+                    str(row["draft_length"]),
+                    f"{row['median']:.2f}x",
+                    f"{row['low']:.2f} to {row['high']:.2f}",
+                    str(row["pairs"]),
+                ]
+                for row in report["ratios"]
+            ),
+        ),
     ]
-    for row in report["ratios"]:
-        span = f"{row['low']:.2f} to {row['high']:.2f}"
-        lines.append(f"| {row['batch']} | {row['draft_length']} | {row['median']:.2f}x | {span} | {row['pairs']} |")
     first = report["profiles"][0]
     parts = ", ".join(f"{name} {part['share']:.0%}" for name, part in first["parts"].items() if part["share"] >= 0.01)
     lines += [
-        "",
         f"Where a round's time goes at batch {first['batch']}, L = {first['draft_length']}: {parts}. A round takes "
         f"{first['ms_per_round']:.2f} ms, a step of the ordinary sampler {first['ms_per_ordinary_step']:.2f} ms.",
     ]
@@ -69,17 +74,15 @@ def readme_section(root: Path) -> str:
     figures = load(root / "python/free_dit/models/digits/evaluation.json")
     report = load(root / "benchmarks/results/cpu/profile.json")
     more = "Single ops against their rivals, with rooflines: [docs/benchmarks.md](docs/benchmarks.md)."
-    return "\n".join(["## Measured", "", *call_reduction(figures), "", *wall_clock(report), "", more])
+    return "\n".join(["## Measured", "", *call_reduction(figures), *wall_clock(report), "", more])
 
 
 def renewed_pages(root: Path) -> dict[Path, str]:
     """Text of every generated page."""
     readme = root / "README.md"
     kernels = root / "benchmarks/results/ahead_of_time.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
     return {
-        readme: f"{before}{BEGIN}\n{readme_section(root)}\n{END}{after}",
+        readme: filled(readme.read_text(), "results", readme_section(root)),
         root / "docs/benchmarks.md": benchmark_page(load_results(root / "benchmarks/results"))
         + (f"\n{kernels.read_text()}" if kernels.exists() else ""),
     }

@@ -56,7 +56,7 @@ def sampling(mode: str, trials: int) -> None:
 
 
 def make_loop(folder: Path):
-    from free_dit.training import LoopConfig, TrainingLoop
+    from free_dit.training.loop import LoopConfig, TrainingLoop
 
     config = LoopConfig(iterations=300, warmup=5, checkpoint_every=10, log_every=20, ema_decay=0.9)
     with torch.random.fork_rng(devices=[]):

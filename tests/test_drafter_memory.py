@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from free_dit import DiT, DiTConfig
-from free_dit.acceptance import acceptance_by_lookahead
-from free_dit.drafter_loss import _NetworkRows
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
-from free_dit.training import LoopConfig, TrainingLoop, iteration_seed
-from free_dit.trajectories import collect
+from free_dit.training.acceptance import acceptance_by_lookahead
+from free_dit.training.drafter_loss import _NetworkRows
+from free_dit.training.loop import LoopConfig, TrainingLoop, iteration_seed
+from free_dit.training.trajectories import collect
 from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter, sample
 from free_kernels.checkpoint import CheckpointError
 from free_kernels.draft_length import DraftLengthPolicy

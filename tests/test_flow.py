@@ -15,11 +15,12 @@ import free_kernels.speculation
 from free_dit import DiT, DiTConfig, cli, load_bundled
 from free_dit.bundled import MODELS
 from free_dit.data import load_digits
-from free_dit.flow import VelocityLoss, schedule_for
-from free_dit.sit import SiT
-from free_dit.train import TrainConfig, load_model, save_model, train
+from free_dit.networks.families import load_model, save_model, schedule_for
+from free_dit.networks.sit import SiT
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
-from free_dit.training import LoopConfig
+from free_dit.training.image_losses import VelocityLoss
+from free_dit.training.loop import LoopConfig
+from free_dit.training.train_dit import TrainConfig, train
 from free_kernels import (
     DDIMSchedule,
     DDPMSchedule,

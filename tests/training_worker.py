@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from free_dit import DiT, DiTConfig
-from free_dit.distributed import Place
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
-from free_dit.training import LoopConfig, TrainingLoop
+from free_dit.training.distributed import Place
+from free_dit.training.loop import LoopConfig, TrainingLoop
 from free_kernels import DiTTarget, DrafterConfig
 
 CONFIG = DrafterTrainConfig(

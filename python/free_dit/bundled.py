@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from free_dit.train import load_model
+from free_dit.networks.families import load_model
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.targets import DiTTarget, as_target
 from free_kernels.validation import check_choice

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from free_dit.model import DiT, DiTConfig, sincos_positions, standard_heads
+from free_dit.networks.dit import DiT, DiTConfig, sincos_positions, standard_heads
 from free_kernels.checkpoint import CheckpointError
 from free_kernels.targets import is_diffusers_dit
 from free_kernels.validation import describe, fail
@@ -146,9 +146,8 @@ def convert_diffusers_to_dit(state: Mapping[str, Tensor], input_size: int) -> di
     left = dict(state)
     depth = len({name.split(".")[1] for name in left if name.startswith("transformer_blocks.")})
     result: dict[str, Tensor] = {}
-    for theirs, ours in _OUTER.items():
-        for part in ("weight", "bias"):
-            result[f"{ours}.{part}"] = _take(left, f"{theirs}.{part}")
+    for theirs, ours in _renamed(depth):
+        result[ours] = _take(left, theirs)
     for index in range(depth):
         block = f"transformer_blocks.{index}."
         for name, ours in _EMBEDDERS.items():
@@ -158,8 +157,6 @@ def convert_diffusers_to_dit(state: Mapping[str, Tensor], input_size: int) -> di
         for part in ("weight", "bias"):
             qkv = [_take(left, f"{block}attn1.to_{letter}.{part}") for letter in "qkv"]
             result[f"blocks.{index}.attn.qkv.{part}"] = torch.cat(qkv)
-            for theirs, ours in _INNER.items():
-                result[f"blocks.{index}.{ours}.{part}"] = _take(left, f"{block}{theirs}.{part}")
     if left:
         raise CheckpointError(f"the state dict must be a DiTTransformer2DModel's, got also {sorted(left)[0]}")
     hidden, _, patch, _ = result["x_embedder.proj.weight"].shape
@@ -183,10 +180,7 @@ def convert_dit_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     depth = len({name.split(".")[1] for name in left if name.startswith("blocks.")})
     _take(left, "pos_embed")
     embedders = {theirs: _take(left, ours) for theirs, ours in _EMBEDDERS.items()}
-    result: dict[str, Tensor] = {}
-    for theirs, ours in _OUTER.items():
-        for part in ("weight", "bias"):
-            result[f"{theirs}.{part}"] = _take(left, f"{ours}.{part}")
+    result = {theirs: _take(left, ours) for theirs, ours in _renamed(depth)}
     for index in range(depth):
         block = f"transformer_blocks.{index}."
         for name, tensor in embedders.items():
@@ -195,8 +189,6 @@ def convert_dit_to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             qkv = _take(left, f"blocks.{index}.attn.qkv.{part}").chunk(3)
             for letter, tensor in zip("qkv", qkv, strict=True):
                 result[f"{block}attn1.to_{letter}.{part}"] = tensor.clone()
-            for theirs, ours in _INNER.items():
-                result[f"{block}{theirs}.{part}"] = _take(left, f"blocks.{index}.{ours}.{part}")
     if left:
         raise CheckpointError(f"the state dict must be an original-style DiT's, got also {sorted(left)[0]}")
     return result
@@ -257,6 +249,16 @@ _EMBEDDERS = {
     "timestep_embedder.linear_2.bias": "t_embedder.mlp.2.bias",
     "class_embedder.embedding_table.weight": "y_embedder.embedding_table.weight",
 }
+
+
+def _renamed(depth: int) -> list[tuple[str, str]]:
+    """Names in diffusers and in the original of all tensors that are the same in both."""
+    layers = list(_OUTER.items())
+    for index in range(depth):
+        layers += [
+            (f"transformer_blocks.{index}.{theirs}", f"blocks.{index}.{ours}") for theirs, ours in _INNER.items()
+        ]
+    return [(f"{theirs}.{part}", f"{ours}.{part}") for theirs, ours in layers for part in ("weight", "bias")]
 
 
 def _take(state: dict[str, Tensor], name: str) -> Tensor:

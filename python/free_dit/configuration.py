@@ -9,6 +9,8 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
+# The files that ship with the package.
+CONFIGS = Path(__file__).parent / "configs"
 T = TypeVar("T")
 
 

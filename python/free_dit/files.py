@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and arrays that are read without unpickling anything."""
+"""Files written atomically, JSON, and arrays read without unpickling."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_files(files: Mapping[Path, bytes], workspace: Path | None = None) -> N
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            # A full disk shows in a write, which does not know its file.
+            # An error of a write (a full disk) does not name its file.
             error.filename, error.filename2 = str(path), None
             raise
         finally:
@@ -55,7 +55,7 @@ def write_files(files: Mapping[Path, bytes], workspace: Path | None = None) -> N
 
 
 def _sync_folder(folder: Path) -> None:
-    """Names are part of the folder, which has a cache of its own."""
+    """Flush a folder, which holds the names of its files, to disk; POSIX only."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -69,7 +69,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """JSON as our files hold it."""
+    """Indented JSON without NaN, as files of this package hold it."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 

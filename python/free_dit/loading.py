@@ -1,4 +1,4 @@
-"""Any target by one word: a bundled name, a checkpoint of ours or of the original DiT, or a diffusers folder."""
+"""Targets and drafters by name: bundled ones, checkpoints of ours or of the original DiT, folders of diffusers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from free_dit.bundled import bundled_names, load_bundled
-from free_dit.train import load_model
+from free_dit.networks.families import load_model
+from free_kernels import FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError
 from free_kernels.targets import as_target
 from free_kernels.types import Drafter, Target
@@ -49,6 +50,22 @@ def load_target(
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
+
+
+def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) -> Drafter | str:
+    """``"frozen"`` itself, the ``bundled`` drafter for ``"bundled"``, or one from a file, on the target's device.
+
+    Raises:
+        FileNotFoundError, CheckpointError: no such file, or not a drafter of this target.
+        ValueError: ``"bundled"`` for a target that has no bundled drafter.
+    """
+    if choice == "frozen":
+        return "frozen"
+    if choice == "bundled":
+        if bundled is None:
+            raise ValueError("--drafter must be 'frozen' or a drafter file for a model that is not bundled")
+        return bundled
+    return FeatureDrafter.load(choice, target).to(getattr(target, "device", "cpu"))
 
 
 def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tuple[Any, Drafter | None]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_dit.evaluation.digits_classifier import CLASSIFIER, digits_classifier
 from free_dit.evaluation.sets import WHERE, ImageSet
 from free_dit.files import read_arrays, sha256_of, write_arrays
-from free_dit.quality import CLASSIFIER, digits_classifier
 from free_kernels.validation import check_choice, fail
 
 EXTRACTORS = ("digits_classifier", "inception_v3")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import log_softmax
-from scipy.stats import binomtest
 from torch import Tensor
 
 from free_dit.evaluation.bootstrap import Resampled, Sample, bootstrap, score
 from free_dit.evaluation.extractors import Extractor, Features, extract
+from free_dit.evaluation.intervals import check_level, share_interval
 from free_dit.evaluation.kernel import (
     KernelMeans,
     kernel_difference,
@@ -27,7 +27,8 @@ from free_dit.evaluation.kernel import (
 )
 from free_dit.evaluation.manifolds import precision_and_recall
 from free_dit.evaluation.sets import WHERE, DrawnSet, ImageSet, Statistics
-from free_kernels.validation import check_float, check_int, fail
+from free_dit.markdown import table
+from free_kernels.validation import check_int, fail
 from free_kernels.version import __version__
 
 
@@ -65,8 +66,7 @@ class EvaluationSettings:
         lowest = {"neighbours": 1, "rows": 2, "subsets": 1, "subset_size": 2, "permutations": 0, "test_rows": 2}
         for name, low in (lowest | {"resamples": 2, "resampling_seed": 0}).items():
             check_int(WHERE, name, getattr(self, name), low)
-        if not 0.0 < check_float(WHERE, "level", self.level, 0.0) < 1.0:
-            fail(WHERE, "level", "in (0, 1)", f"{self.level:g}")
+        check_level(WHERE, self.level)
 
 
 def _strata(labels: np.ndarray | None, count: int) -> np.ndarray:
@@ -74,12 +74,6 @@ def _strata(labels: np.ndarray | None, count: int) -> np.ndarray:
     if labels is None or np.unique(labels, return_counts=True)[1].min() < 2:
         return np.zeros(count, np.int64)
     return labels
-
-
-def _share(right: np.ndarray, level: float) -> dict[str, float]:
-    """Share of True with Wilson's score interval (JASA 22, 1927)."""
-    interval = binomtest(int(right.sum()), len(right)).proportion_ci(level, method="wilson")
-    return {"value": float(right.mean()), "low": float(interval.low), "high": float(interval.high), "level": level}
 
 
 def _splits(log_probabilities: np.ndarray, splits: int = 10) -> dict[str, float]:
@@ -254,8 +248,11 @@ def _metrics(
     if baseline is not None:
         rows = len(subject.points)
         precise, recalled = sample.shares["precision"][:rows], sample.reference_shares["recall"]
-        metrics[f"precision_{title}"] = {**_share(precise > 0, level), "rows": rows}
-        metrics[f"recall_{title}"] = {**_share(recalled[: len(baseline.points)] > 0, level), "rows": rows}
+        metrics[f"precision_{title}"] = {**asdict(share_interval(precise > 0, level)), "rows": rows}
+        metrics[f"recall_{title}"] = {
+            **asdict(share_interval(recalled[: len(baseline.points)] > 0, level)),
+            "rows": rows,
+        }
         generator = np.random.default_rng([settings.resampling_seed, 3])
         kernel = kernel_distance(subject.means, baseline.own, subject.row_strata, baseline.row_strata, level)
         kernel["over_subsets"] = subset_distances(
@@ -266,8 +263,10 @@ def _metrics(
     if "accuracy" in sample.shares:
         labels, right = subject.found.labels, sample.shares["accuracy"]
         metrics[f"accuracy_{title}"] = {
-            **_share(right, level),
-            "by_class": {str(label): _share(right[labels == label], level) for label in np.unique(labels)},
+            **asdict(share_interval(right, level)),
+            "by_class": {
+                str(label): asdict(share_interval(right[labels == label], level)) for label in np.unique(labels)
+            },
         }
     return metrics
 
@@ -303,7 +302,7 @@ def _differences(
     return differences
 
 
-def _cell(estimate: dict[str, Any] | None, digits: int = 4) -> str:
+def _cell(estimate: dict[str, Any] | None, digits: int) -> str:
     if estimate is None:
         return "-"
     return f"{estimate['value']:.{digits}g} [{estimate['low']:.{digits}g}, {estimate['high']:.{digits}g}]"
@@ -314,26 +313,25 @@ def render(report: dict[str, Any]) -> str:
     title, sets = report["extractor"]["name"], report["sets"]
     names = ("frechet", "kernel_distance", "score", "precision", "recall", "accuracy")
     keys = [f"{name}_{title}" for name in names if any(f"{name}_{title}" in one["metrics"] for one in sets.values())]
-    level = f"{report['settings']['level']:.0%}"
-    size = report["reference"]["images"]
+    level, size = f"{report['settings']['level']:.0%}", report["reference"]["images"]
+    figures = [f"`{key}`" for key in keys]
+
+    def cells(metrics: dict[str, Any], test: dict[str, Any] | None, digits: int) -> list[str]:
+        p_value = "-" if test is None else f"{test['p_value']:.3f}"
+        return [*(_cell(metrics.get(key), digits) for key in keys), p_value]
+
+    rows = []
+    for name, one in sets.items():
+        test = (one["metrics"].get(f"kernel_distance_{title}") or {}).get("two_sample_test")
+        rows.append([name, str(one["images"]), *cells(one["metrics"], test, 4)])
     lines = [
         f"Against `{Path(report['reference']['source']).name}` ({'statistics' if size is None else f'{size} images'}), "
         f"with {level} intervals:",
         "",
-        "| set | images | " + " | ".join(f"`{key}`" for key in keys) + " | p-value |",
-        "|---" * (len(keys) + 3) + "|",
+        *table(["set", "images", *figures, "p-value"], rows),
     ]
-    for name, one in sets.items():
-        test = (one["metrics"].get(f"kernel_distance_{title}") or {}).get("two_sample_test")
-        cells = [_cell(one["metrics"].get(key)) for key in keys]
-        p_value = "-" if test is None else f"{test['p_value']:.3f}"
-        lines.append(f"| {name} | {one['images']} | " + " | ".join(cells) + f" | {p_value} |")
     if report["differences"]:
-        lines += ["", f"Minus `{report['compared_with']}`:", "", "| set | " + " | ".join(f"`{key}`" for key in keys)]
-        lines[-1] += " | p-value of equal laws |"
-        lines.append("|---" * (len(keys) + 2) + "|")
-        for name, one in report["differences"].items():
-            test = one["two_sample_test"]
-            p_value = "-" if test is None else f"{test['p_value']:.3f}"
-            lines.append(f"| {name} | " + " | ".join(_cell(one.get(key), 3) for key in keys) + f" | {p_value} |")
-    return "\n".join(lines) + "\n"
+        lines += [f"Minus `{report['compared_with']}`:", ""]
+        rows = [[name, *cells(one, one["two_sample_test"], 3)] for name, one in report["differences"].items()]
+        lines += table(["set", *figures, "p-value of equal laws"], rows)
+    return "\n".join(lines)

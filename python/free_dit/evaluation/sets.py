@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from free_dit.data import load_digits
 from free_dit.files import BROKEN
 from free_dit.generation import SampleFolder, to_pixels
-from free_dit.generation.store import MANIFEST
+from free_dit.generation.sample_folder import MANIFEST
 from free_kernels.validation import fail
 
 WHERE = "evaluate"
@@ -217,7 +217,7 @@ def open_reference(source: str | Path) -> ImageSet | Statistics:
     if path.suffix == ".npz" and path.is_file():
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                # The ADM suite's references hold images and statistics: images say more.
+                # The ADM suite's references hold both images and statistics; images allow all figures.
                 held = {name: arrays[name] for name in ("mu", "sigma") if "arr_0" not in arrays.files}
         except BROKEN as error:
             if not isinstance(error, KeyError):

@@ -1,0 +1,1 @@
+"""The commands of ``python -m free_dit``, one a file; :mod:`free_dit.cli` registers them."""

@@ -1,0 +1,59 @@
+"""The command ``compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from free_dit.commands.shared import console, labels_of
+from free_dit.experiments.compare import compare as run_compare
+from free_dit.experiments.compare import print_report
+from free_dit.loading import load_drafter, load_target
+from free_kernels.types import Drafter
+from free_kernels.validation import check_writable
+
+
+def compare(
+    out: Path,
+    model: str = "digits",
+    drafter: str = "bundled",
+    num: int = 64,
+    steps: int = 250,
+    draft_length: int = 6,
+    guidance: float = 1.0,
+    seed: int = 0,
+    timing_pairs: int = 5,
+) -> None:
+    """Ordinary, frozen-drafter and learned-drafter sampling side by side: a picture, a plot, a table, a JSON file.
+
+    Args:
+        out: folder of samples.png, acceptance.png and compare.json.
+        model: a bundled model's name, a checkpoint, or a folder of diffusers.
+        drafter: "bundled", "frozen", or a drafter.safetensors.
+        num: images.
+        steps: sampling steps K.
+        draft_length: rows of a round for one image.
+        guidance: classifier-free guidance scale; 1 is none.
+        seed: seed of all noise.
+        timing_pairs: interleaved pairs that the wall-clock ratio at batch 1 is measured on; 0 skips it.
+    """
+    check_writable("compare", "out", out / "compare.json")
+    target, bundled = load_target(model)
+    chosen = load_drafter(drafter, target, bundled)
+    drafters: dict[str, Drafter | str] = {"frozen drafter": "frozen"}
+    if chosen != "frozen":
+        drafters["learned drafter"] = chosen
+    report = run_compare(
+        target,
+        drafters,
+        labels_of(num, (), target.num_classes),
+        out,
+        num_steps=steps,
+        draft_length=draft_length,
+        guidance_scale=guidance,
+        seed=seed,
+        timing_pairs=timing_pairs,
+    )
+    print_report(report, Console())
+    console.print(f"wrote {out / 'samples.png'}, {out / 'acceptance.png'} and {out / 'compare.json'}")

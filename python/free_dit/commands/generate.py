@@ -1,0 +1,71 @@
+"""The command ``generate``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from tyro.conf import OmitArgPrefixes, arg
+
+from free_dit.commands.shared import console, device_of
+from free_dit.generation import DrawSettings, GenerateSettings, SampleFolder
+from free_dit.generation import generate as run_generate
+from free_dit.generation.sample_folder import SUMS, WHERE
+from free_dit.loading import load_drafter, load_target
+
+
+def draw_set(
+    folder: Path, model: str, settings: GenerateSettings, device: torch.device, *, progress: bool, wait: bool = False
+) -> tuple[list[int], list[int]]:
+    """:func:`free_dit.generation.generate` with a model and a drafter by name; ``"none"`` is the ordinary sampler."""
+    target, bundled = load_target(model, device)
+    if settings.drafter in ("none", None):
+        settings, drafter = replace(settings, drafter=None, draft_length=1), None
+    else:
+        drafter = load_drafter(settings.drafter, target, bundled)
+    return run_generate(folder, target, drafter, settings, model=model, device=device, progress=progress, wait=wait)
+
+
+def generate(
+    out: Path,
+    num: Annotated[int, arg(aliases=["-n"])] = GenerateSettings.num,
+    model: str = "digits",
+    drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
+    format_: Annotated[Literal["npz", "png"], arg(name="format")] = "npz",
+    device: str = "auto",
+) -> None:
+    """Draw a large sample set in shards: torchrun -m free_dit generate -n 50000 --out DIR.
+
+    Stop it, kill it or fill the disk at will: the same command goes on, on any number of ranks, and the set is the one
+    of an undisturbed run. When it is complete, OUT/SHA256SUMS holds the hash of every file.
+
+    Args:
+        out: folder of the set: manifest.json, shards/, and images/ for PNG.
+        num: images; image i has label i modulo the number of classes. Behind torchrun it is -n, as torchrun takes
+            --num for an option of its own.
+        model: a bundled model's name, or a model.safetensors.
+        drawing: how to draw.
+        format_: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+    """
+    rank, under_torchrun = int(os.environ.get("RANK", "0")), "TORCHELASTIC_RUN_ID" in os.environ
+    # The device first: a wrong one is told before anything is read.
+    place = device_of(WHERE, device)
+    settings = GenerateSettings(**asdict(drawing), num=num, format=format_)
+    # torchrun ends every rank as soon as one dies, so rank 0 may stay to show how the others get on.
+    waits = rank == 0 and under_torchrun
+    drawn, missing = draw_set(out, model, settings, place, progress=rank == 0, wait=waits)
+    if missing:
+        console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
+    elif rank == 0 or (drawn and not under_torchrun):
+        samples = SampleFolder.open(out)
+        figures = samples.sampling_figures()
+        images = hashlib.sha256("".join(samples.image_hashes()).encode()).hexdigest()
+        console.print(
+            f"wrote {settings.num} images, {len(drawn)} of {settings.shards} shards now and here, to {out}; call "
+            f"reduction {figures['call_reduction']:.2f}; hashes in {out / SUMS}, of all images {images}"
+        )

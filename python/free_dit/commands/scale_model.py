@@ -1,0 +1,47 @@
+"""The command ``scale-model``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from free_dit.commands.shared import console
+from free_dit.experiments.scale.measure import write_measurements
+from free_dit.experiments.scale.page import build_report, write_report
+from free_dit.experiments.scale.prediction import read_inputs
+from free_kernels.validation import check_int, check_writable
+
+
+def scale_model(
+    out: Path,
+    measurements: Path | None = None,
+    model: str = "digits",
+    drafter: str = "bundled",
+    steps: int = 250,
+    guidance: float = 1.0,
+    max_gpus: int = 64,
+    device: Literal["cpu", "cuda"] = "cpu",
+) -> None:
+    """Predicted latency and throughput on many GPUs, and where speculation stops to pay; a table, figures, a picture.
+
+    Args:
+        out: folder of NAME.md, NAME-figures.json and NAME.png, named after the measurements.
+        measurements: JSON or TOML file of what calls, drafts and messages cost; None measures this machine (a minute,
+            two processes for the link) and writes OUT/measurements.json.
+        model: a bundled model's name, or a model.safetensors, to be measured.
+        drafter: "bundled", "frozen", or a drafter.safetensors, to be measured.
+        steps: sampling steps K, to be measured.
+        guidance: classifier-free guidance scale, to be measured.
+        max_gpus: the largest number of GPUs; a power of two below it each.
+        device: to be measured.
+    """
+    name = "scale" if measurements is None else measurements.stem
+    check_writable("scale-model", "out", out / f"{name}.md")
+    if measurements is None:
+        measurements = out / "measurements.json"
+        write_measurements(measurements, model, drafter, steps, guidance, torch.device(device))
+    gpus = [2**i for i in range(check_int("scale-model", "max_gpus", max_gpus, 1).bit_length())]
+    paths = write_report(build_report(*read_inputs(measurements), gpus), out, name)
+    console.print(paths[0].read_text() + "wrote " + ", ".join(map(str, paths)))

@@ -1,0 +1,41 @@
+"""What several commands share: types of options, labels, titles, devices, output."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from rich.console import Console
+from tyro.conf import arg
+
+from free_dit.bundled import bundled_names
+from free_kernels.validation import check_int
+
+Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE ...")]
+console = Console(soft_wrap=True, markup=False)
+
+
+def title_of(model: str) -> str:
+    """A short name of a model or drafter; that of a file is its folder's, because training names folders, not files."""
+    return model if model in bundled_names() else Path(model).parent.name or Path(model).stem
+
+
+def labels_of(count: int, classes: tuple[int, ...], num_classes: int) -> torch.Tensor:
+    """int64 ``[count]`` that repeats ``classes`` in order; all classes if empty."""
+    check_int("free_dit", "num", count, 1)
+    chosen = torch.tensor(classes or tuple(range(num_classes)))
+    return chosen[torch.arange(count) % len(chosen)]
+
+
+def device_of(where: str, name: str) -> torch.device:
+    """A device by name; "auto" is this rank's GPU, or the CPU where there is no GPU."""
+    if name != "auto":
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"{where}: device must be 'auto' or a torch device, got {name!r}") from error
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -1,0 +1,36 @@
+"""The command ``study``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from free_dit.commands.shared import Overrides, console
+from free_dit.configuration import CONFIGS
+from free_dit.experiments.drafter_study import render_study, run_study
+from free_dit.loading import load_target
+
+
+def study(
+    out: Path,
+    model: str = "digits",
+    config: Path = CONFIGS / "study_drafter.toml",
+    variants: tuple[str, ...] = (),
+    images: int = 32,
+    set_: Overrides = (),
+) -> None:
+    """Train variants of a drafter alike and put acceptance, call reduction and cost side by side. Resumable.
+
+    Args:
+        out: folder of the runs, study.json and study.md.
+        model: a bundled model's name, a checkpoint, or a folder of diffusers.
+        config: TOML file of the drafter under study.
+        variants: names of the variants to run; all if empty.
+        images: images of the evaluation.
+        set_: overrides for every variant, such as loop.iterations=1000.
+    """
+    target, _ = load_target(model)
+    result = run_study(target, model, config, set_, out, variants, images)
+    table = out / "study.md"
+    table.write_text(render_study(json.loads(result.read_text())))
+    console.print(f"wrote {result} and {table}")

@@ -1,0 +1,45 @@
+"""The command ``train-drafter``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from free_dit.commands.shared import Overrides, console
+from free_dit.configuration import CONFIGS, load_config
+from free_dit.loading import load_target
+from free_dit.training.distributed import Place
+from free_dit.training.drafter_loss import DTYPES, DrafterTrainConfig
+from free_dit.training.train_drafter import train_drafter as run_train_drafter
+
+
+def train_drafter(
+    out: Path,
+    target: Annotated[str, arg(aliases=("--model",))] = "digits",
+    config: Path = CONFIGS / "digits_drafter.toml",
+    set_: Overrides = (),
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    num_heads: int | None = None,
+) -> None:
+    """Train a drafter on a DiT's own trajectories (no images needed); writes OUT/drafter.safetensors. Resumable.
+
+    Under torchrun each process trains on a GPU of its own: torchrun --nproc-per-node 8 -m free_dit train-drafter ...
+
+    Args:
+        out: folder of checkpoint, log and result.
+        target: a bundled model's name, a model.safetensors written by train, a DiT checkpoint in the original's format,
+            or a folder of diffusers.
+        config: TOML file with the keys of DrafterTrainConfig.
+        set_: overrides such as loop.iterations=2000 drafter.width=64.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        dtype: of the frozen target; if not given, that of the file for the original's format, else float32.
+        num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
+    """
+    settings, place = load_config(DrafterTrainConfig, config, set_), Place.from_environment()
+    loaded, _ = load_target(target, place.device(device), None if dtype is None else DTYPES[dtype], num_heads)
+    path = run_train_drafter(loaded, settings, out, target, place)
+    if place.is_first:
+        console.print(f"wrote {path}")

@@ -1,0 +1,1 @@
+"""Measurements of bundled and trained models: comparisons, model cards, sweeps, figures."""

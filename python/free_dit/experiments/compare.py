@@ -1,0 +1,131 @@
+"""Speculative against ordinary sampling, side by side: pictures, acceptance, calls and wall-clock ratios."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from free_dit.experiments.plots import acceptance_plot, sample_grids
+from free_dit.experiments.wall_clock import machine, wall_clock_ratio
+from free_dit.networks.families import schedule_for
+from free_kernels import SampleResult, ancestral_sample, sample
+from free_kernels.types import Drafter, Target
+
+
+def compare(
+    target: Target,
+    drafters: dict[str, Drafter | str],
+    labels: torch.Tensor,
+    out: Path,
+    *,
+    num_steps: int = 250,
+    draft_length: int = 6,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    timing_pairs: int = 5,
+) -> dict[str, Any]:
+    """Sample ``labels`` ordinarily and with each drafter; write ``samples.png``, ``acceptance.png``, ``compare.json``.
+
+    The last drafter is the one shown in the picture and timed: one image at a time, ``timing_pairs`` interleaved pairs
+    of runs, and all images at once, two pairs.
+
+    Returns:
+        What ``compare.json`` holds.
+    """
+    settings: dict[str, Any] = {"schedule": schedule_for(target, num_steps), "guidance_scale": guidance_scale}
+    runs = {"ordinary": ancestral_sample(target, labels, seed=seed, progress=True, **settings)}
+    for name, drafter in drafters.items():
+        runs[name] = sample(
+            target, labels, drafter=drafter, draft_length=draft_length, seed=seed, progress=True, **settings
+        )
+    best = list(drafters)[-1]
+
+    def ordinary(chosen: torch.Tensor) -> Callable[[int], SampleResult]:
+        return lambda run: ancestral_sample(target, chosen, seed=seed + run, **settings)
+
+    def speculative(chosen: torch.Tensor) -> Callable[[int], SampleResult]:
+        return lambda run: sample(
+            target, chosen, drafter=drafters[best], draft_length=draft_length, seed=seed + run, **settings
+        )
+
+    ratios = []
+    if timing_pairs:
+        ratios = [
+            wall_clock_ratio(ordinary(part), speculative(part), len(part), pairs)
+            for part, pairs in ((labels[:1], timing_pairs), (labels, 2))
+        ]
+    report = {
+        "machine": machine(),
+        "settings": {
+            "num_steps": num_steps,
+            "draft_length": draft_length,
+            "guidance_scale": guidance_scale,
+            "images": len(labels),
+            "seed": seed,
+        },
+        "runs": {
+            name: {
+                "target_calls": run.stats.target_calls,
+                "target_rows": run.stats.target_rows,
+                "drafter_calls": run.stats.drafter_calls,
+                "acceptance": None if name == "ordinary" else run.stats.acceptance,
+                "call_reduction": run.stats.call_reduction,
+                "elapsed_s": run.stats.elapsed_s,
+            }
+            for name, run in runs.items()
+        },
+        "timed": best,
+        "wall_clock_ratios": [asdict(ratio) for ratio in ratios],
+    }
+    out = Path(out)
+    title = f"{num_steps} steps, guidance {guidance_scale:g}"
+    grids = {"ordinary sampler": runs["ordinary"].samples, f"speculative, lossless ({best})": runs[best].samples}
+    sample_grids(out / "samples.png", grids, labels)
+    curves = {name: runs[name].stats.acceptance_by_step for name in drafters}
+    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {draft_length}, {title}")
+    (out / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The report as a table."""
+    settings = report["settings"]
+    table = Table(
+        title=f"{settings['images']} images, {settings['num_steps']} steps, draft length "
+        f"{settings['draft_length']}, guidance {settings['guidance_scale']:g}",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    columns = ("sampler", "target\ncalls", "target\nrows", "\naccepted", "call\nreduction")
+    ratios = report["wall_clock_ratios"]
+    headings = [f"speed,\nbatch {ratio['batch']}" for ratio in ratios]
+    for column in (*columns, *headings):
+        table.add_column(column, justify="left" if column == "sampler" else "right", no_wrap=column == "sampler")
+    for name, run in report["runs"].items():
+        acceptance = "-" if run["acceptance"] is None else f"{run['acceptance']:.3f}"
+        cells = {"ordinary": ["1.00x"] * len(ratios), report["timed"]: [f"{ratio['median']:.2f}x" for ratio in ratios]}
+        table.add_row(
+            name,
+            str(run["target_calls"]),
+            str(run["target_rows"]),
+            acceptance,
+            f"{run['call_reduction']:.2f}",
+            *cells.get(name, ["-"] * len(ratios)),
+        )
+    console.print(table)
+    for ratio in ratios:
+        console.print(
+            f"batch {ratio['batch']}: {ratio['median']:.2f}x the ordinary sampler's speed "
+            f"(range {ratio['low']:.2f} to {ratio['high']:.2f} over {ratio['pairs']} interleaved pairs; "
+            f"{ratio['ordinary_s']:.2f} s against {ratio['speculative_s']:.2f} s)"
+        )
+    facts = report["machine"]
+    console.print(f"measured on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")

@@ -1,0 +1,287 @@
+"""Measures the inputs of the prediction: times of calls, drafts and the rest of a round, acceptance, the link."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from free_dit.experiments.scale.prediction import Inputs, write_inputs
+from free_dit.experiments.wall_clock import machine
+from free_dit.loading import load_drafter, load_target
+from free_kernels import DDPMSchedule, FrozenDrafter, RoundInfo, ancestral_sample, sample
+from free_kernels.drafters import as_drafter
+from free_kernels.hoisting import hoisted
+from free_kernels.types import Drafter, Target, first_drafted_step, new_memory
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
+# Slots and draft lengths whose rounds are timed without networks.
+ROUND_CASES = ((1, 2), (1, 8), (16, 2), (16, 8))
+STEP_CASES = (1, 16)
+# Parts of the chain, and a weight that draws what few drafts tested to its part's mean.
+BINS, PRIOR_TESTS = 25, 5.0
+
+
+def _operands(target: Target, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Timesteps and labels to hoist for, then random states, timesteps and labels of so many rows."""
+    device = torch.device(getattr(target, "device", "cpu"))
+    timesteps = DDPMSchedule().timesteps.to(device)
+    labels = torch.tensor([0, target.num_classes], device=device)
+    at = torch.arange(rows, device=device)
+    state = torch.randn(rows, *target.latent_shape, device=device)
+    return timesteps, labels, state, timesteps[at % len(timesteps)], labels[at % 2]
+
+
+def target_call(target: Target, rows: int) -> Callable[[], Tensor]:
+    """A target call of so many network rows with its head, hoisted as in the sampler."""
+    timesteps, labels, state, t, y = _operands(target, rows)
+    network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
+    return lambda: network.head(network.features(state, t, y), t, y)
+
+
+def draft_call(target: Target, drafter: Drafter, rows: int) -> Callable[[], Tensor]:
+    """A drafting pass of so many network rows: drafter and target's head."""
+    timesteps, labels, state, t, y = _operands(target, rows)
+    network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
+    draft: Drafter = hoisted(drafter, timesteps, labels)  # type: ignore[assignment]
+    previous, feature = torch.randn_like(state), network.features(state, t, y)
+    memory = new_memory(draft, rows, 1, 1)
+    if memory is None:
+        return lambda: network.head(draft(feature, previous, state, t, y), t, y)
+    return lambda: network.head(draft(feature, previous, state, t, y, memory=memory), t, y)
+
+
+def timed_in_turn(calls: dict[Any, Callable[[], object]], turns: int, device: torch.device) -> dict[Any, float]:
+    """Median seconds of each call; all take their turns, every other time backwards."""
+    names, seconds = list(calls), {name: np.empty(turns) for name in calls}
+    for turn in tqdm(range(-2, turns), desc="calls", unit="turn", leave=False):
+        for name in names if turn % 2 else reversed(names):
+            began = time.perf_counter()
+            calls[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn >= 0:
+                seconds[name][turn] = time.perf_counter() - began
+    return {name: float(np.median(times)) for name, times in seconds.items()}
+
+
+class HollowTarget:
+    """A target of another's shapes that computes nothing: its runs take the time of a round without the networks.
+
+    Args:
+        target: gives shapes and device.
+        rows: the most network rows of a call.
+    """
+
+    def __init__(self, target: Target, rows: int) -> None:
+        self.latent_shape, self.feature_shape = target.latent_shape, target.feature_shape
+        self.num_classes, self.learns_variance = target.num_classes, target.learns_variance
+        channels, *sides = target.latent_shape
+        self.device = torch.device(getattr(target, "device", "cpu"))
+        dtype = getattr(target, "dtype", torch.float32)
+        self._features = torch.zeros(rows, *target.feature_shape, device=self.device, dtype=dtype)
+        outputs = (1 + target.learns_variance) * channels
+        self._outputs = torch.zeros(rows, outputs, *sides, device=self.device, dtype=dtype)
+
+    def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Zeros."""
+        return self._features[: len(x)]
+
+    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Zeros."""
+        return self._outputs[: len(h)]
+
+
+def _round_times(run: Callable[..., object]) -> float:
+    """Median seconds between two rounds of a run that takes a callback."""
+    at: list[float] = []
+    run(callback=lambda _: at.append(time.perf_counter()))
+    return float(np.median(np.diff(at)[1:]))
+
+
+def rest_of_rounds(target: Target, guidance: float, turns: int) -> dict[str, float]:
+    """Seconds of a round and of an ordinary step beyond the networks' own, by their parts."""
+    from scipy.optimize import nnls
+
+    branches = 1 if guidance == 1.0 else 2
+    hollow = HollowTarget(target, branches * max(slots * length for slots, length in ROUND_CASES))
+
+    def labels(slots: int) -> Tensor:
+        return torch.zeros(slots, dtype=torch.int64, device=hollow.device)
+
+    found: dict[Any, list[float]] = {}
+    for _ in range(turns):
+        for slots, length in ROUND_CASES:
+            settings = {"schedule": DDPMSchedule(16 * length + 1), "guidance_scale": guidance}
+            settings |= {"drafter": FrozenDrafter(), "draft_length": length}
+            run = lambda callback, s=slots, kw=settings: sample(hollow, labels(s), callback=callback, **kw)  # noqa: E731
+            found.setdefault((slots, length), []).append(_round_times(run))
+        for slots in STEP_CASES:
+            settings = {"schedule": DDPMSchedule(32), "guidance_scale": guidance}
+            run = lambda callback, s=slots, kw=settings: ancestral_sample(hollow, labels(s), callback=callback, **kw)  # noqa: E731
+            found.setdefault(slots, []).append(_round_times(run))
+
+    def fit(features: list[tuple[int, ...]], cases: tuple[Any, ...]) -> list[float]:
+        seconds = np.array([np.median(found[case]) for case in cases])
+        return nnls(np.array(features) / seconds[:, None], np.ones(len(cases)))[0].tolist()
+
+    rounds = fit([(1, slots * length, length - 1) for slots, length in ROUND_CASES], ROUND_CASES)
+    steps = fit([(1, slots) for slots in STEP_CASES], STEP_CASES)
+    return dict(
+        zip(("round_base", "round_row", "round_draft", "step_base", "step_row"), (*rounds, *steps), strict=True)
+    )
+
+
+class AcceptanceCounts:
+    """Callback of a ``sample`` run that counts drafts by step and look-ahead: tested and accepted ``[K, L - 1]``.
+
+    Args:
+        num_steps: K.
+        length: L.
+        first: first step that is drafted.
+    """
+
+    def __init__(self, num_steps: int, length: int, first: int = 1) -> None:
+        self.num_steps, self.length, self.first = num_steps, length, first
+        self.tested, self.accepted = (np.zeros((num_steps, length - 1), np.int64) for _ in range(2))
+        self._at: dict[int, int] = {}
+
+    def __call__(self, info: RoundInfo) -> None:
+        """Take in a round."""
+        for image, step in zip(info.images, info.steps, strict=True):
+            begin = self._at.get(image, 0)
+            self._at[image] = step
+            drafts = 0 if begin < self.first else min(self.length, self.num_steps - begin) - 1
+            for ahead in range(min(step - begin, drafts)):
+                self.tested[begin + ahead, ahead] += 1
+                self.accepted[begin + ahead, ahead] += ahead < step - begin - 1
+
+    def table(self) -> np.ndarray:
+        """Acceptance ``[bins, L - 1]``; rarely tested look-aheads are drawn to the mean of their part of the chain."""
+        bins = np.arange(self.num_steps) * min(BINS, self.num_steps) // self.num_steps
+        tested, accepted = (np.zeros((bins[-1] + 1, self.length - 1)) for _ in range(2))
+        np.add.at(tested, bins, self.tested)
+        np.add.at(accepted, bins, self.accepted)
+        overall = accepted.sum() / max(tested.sum(), 1)
+        mean = (accepted.sum(1, keepdims=True) + PRIOR_TESTS * overall) / (tested.sum(1, keepdims=True) + PRIOR_TESTS)
+        return (accepted + PRIOR_TESTS * mean) / (tested + PRIOR_TESTS)
+
+
+def measure_acceptance(
+    target: Target, drafter: Drafter, num_steps: int, guidance: float, images: int, length: int, seed: int
+) -> np.ndarray:
+    """Acceptance ``[bins, L - 1]`` by step and look-ahead in a run of its own."""
+    length = min(length, num_steps)
+    counts = AcceptanceCounts(num_steps, length, first_drafted_step(drafter))
+    labels = torch.arange(images, device=getattr(target, "device", "cpu")) % target.num_classes
+    settings = {"schedule": DDPMSchedule(num_steps), "guidance_scale": guidance, "seed": seed}
+    sample(target, labels, drafter=drafter, draft_length=length, callback=counts, **settings)
+    return counts.table()
+
+
+def measure_link(model: str, device: torch.device) -> dict[str, Any]:
+    """:func:`free_dit.experiments.scale.link.link_figures` of two processes started for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "link.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += ["-m", "free_dit.experiments.scale.link", str(out), model, device.type]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"scale_model: two processes must be able to talk, got {done.stderr.strip()[-400:]}")
+        return json.loads(out.read_text())
+
+
+@torch.no_grad()
+def measure(
+    target: Target,
+    drafter: Drafter,
+    link: dict[str, Any],
+    *,
+    model: str = "digits",
+    num_steps: int = 250,
+    guidance: float = 1.0,
+    turns: int = 40,
+    images: int = 64,
+    length: int = 12,
+    seed: int = 1,
+) -> tuple[Inputs, dict[str, Any]]:
+    """Everything that the model is told about a pair on this machine, and details for the reader.
+
+    Args:
+        target: on its device.
+        drafter: on the same one.
+        link: of :func:`measure_link`.
+        model: name, for the record.
+        num_steps: K.
+        guidance: 1 is none.
+        turns: timings of each call.
+        images: of the run that tells acceptance.
+        length: its draft length.
+        seed: its seed.
+    """
+    device = torch.device(getattr(target, "device", "cpu"))
+    calls = {("target", rows): target_call(target, rows) for rows in ROWS}
+    calls |= {("draft", rows): draft_call(target, drafter, rows) for rows in DRAFT_ROWS}
+    seconds = timed_in_turn(calls, turns, device)
+    rest = rest_of_rounds(target, guidance, max(1, turns // 10))
+    acceptance = measure_acceptance(target, drafter, num_steps, guidance, images, length, seed)
+    hollow = HollowTarget(target, 1)
+    facts = machine()
+    place = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} thread"
+    )
+    inputs = Inputs(
+        origin=f"measured: {model}, {num_steps} steps, guidance {guidance:g}, on {place}, torch {facts['torch']}",
+        measured=True,
+        num_steps=num_steps,
+        branches=1 if guidance == 1.0 else 2,
+        target=tuple((rows, seconds["target", rows]) for rows in ROWS),
+        draft=tuple((rows, seconds["draft", rows]) for rows in DRAFT_ROWS),
+        **rest,
+        state_bytes=4 * int(np.prod(target.latent_shape)),
+        output_bytes=hollow.head(hollow._features, None, None).nbytes,  # type: ignore[arg-type]
+        feature_bytes=hollow._features.nbytes,
+        link_latency=link["link_latency"],
+        link_bandwidth=link["link_bandwidth"],
+        slowdown=link["slowdown"],
+        acceptance=tuple(map(tuple, acceptance.round(5).tolist())),
+        first_step=first_drafted_step(drafter) == 0,
+    )
+    return inputs, {"machine": facts, "turns": turns, "images": images, "draft_length": length, "link": link}
+
+
+def write_measurements(
+    path: Path,
+    model: str,
+    drafter: str,
+    num_steps: int,
+    guidance: float,
+    device: torch.device,
+) -> None:
+    """Measure a model on this machine and write what :func:`read_inputs` of ``prediction.py`` reads.
+
+    Args:
+        path: the file.
+        model: a bundled model's name, or a model.safetensors.
+        drafter: "bundled", "frozen", or a drafter.safetensors.
+        num_steps: K.
+        guidance: 1 is none.
+        device: where to measure.
+    """
+    target, bundled = load_target(model, device)
+    chosen = as_drafter("scale_model", load_drafter(drafter, target, bundled), target)
+    link = measure_link(model, device)
+    write_inputs(path, *measure(target, chosen, link, model=model, num_steps=num_steps, guidance=guidance))

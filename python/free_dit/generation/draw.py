@@ -1,0 +1,307 @@
+"""Drawing a sample set: resumable at any moment, split over ranks, the same images whatever the split."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from free_dit.generation.sample_folder import NOT_DRAWN, SUMS, WHERE, GenerateSettings, SampleFolder
+from free_dit.interrupts import deferred_interrupts
+from free_dit.networks.families import schedule_for
+from free_kernels import PhiloxNoise, RoundInfo, SampleResult, ancestral_sample, sample
+from free_kernels.types import Drafter, Target
+from free_kernels.validation import check_int, check_writable, fail
+from free_kernels.version import __version__
+
+REFRESH_S = 1.0
+
+
+def to_pixels(samples: Tensor) -> np.ndarray:
+    """uint8 ``[N, H, W, C]`` of images ``[N, C, H, W]`` in ``[-1, 1]``, rounded to the nearest level."""
+    return ((samples.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _state_hash(module: object) -> str | None:
+    """SHA-256 of a module's weights, so that a set is never continued with others."""
+    state = getattr(getattr(module, "module", module), "state_dict", None)
+    if state is None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in sorted(state().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _draw(
+    target: Target, drafter: str | Drafter | None, settings: GenerateSettings, images: range, labels: Tensor, callback
+) -> SampleResult:
+    """One shard; noise is keyed by the image's index in the whole set, so the shards are slices of one job."""
+    common: dict[str, Any] = {
+        "schedule": schedule_for(target, settings.steps),
+        "guidance_scale": settings.guidance,
+        "noise": PhiloxNoise(settings.seed, first_image=images.start),
+        "max_slots": settings.max_slots,
+        "callback": callback,
+    }
+    try:
+        if drafter is None:
+            return ancestral_sample(target, labels, **common)
+        return sample(
+            target,
+            labels,
+            drafter=drafter,
+            draft_length=settings.draft_length,
+            relaxation=settings.relaxation,
+            verification=settings.verification,
+            **common,
+        )
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} (counted from image {images.start} of the set)") from error
+
+
+def _figures(result: SampleResult) -> dict[str, list[float]]:
+    """What the record says of the sampling."""
+    stats = result.stats
+    bias = stats.bias_bound_per_image if len(stats.bias_bound_per_image) else np.zeros(len(result.samples))
+    return {
+        "rounds": np.asarray(stats.rounds_per_image).tolist(),
+        "bias": np.asarray(bias, np.float64).tolist(),
+        "counts": [int(stats.tested_by_step.sum()), int(stats.accepted_by_step.sum()), stats.target_rows],
+    }
+
+
+def _decoded(samples: Tensor, decode: Callable[[Tensor], Tensor] | None) -> np.ndarray:
+    images = samples if decode is None else decode(samples)
+    if images.ndim != 4 or len(images) != len(samples) or images.shape[1] not in (1, 3):
+        fail(WHERE, "decode", f"a function to [{len(samples)}, 1 or 3, H, W]", images)
+    if not bool(images.isfinite().all()):
+        raise FloatingPointError(f"{WHERE}: decoded images must be finite, got a non-finite value")
+    return to_pixels(images)
+
+
+@contextmanager
+def _workspace(folder: Path, rank: int, world_size: int) -> Iterator[Path]:
+    """This rank's own folder for files that are not whole yet, locked so that no second job draws into the set.
+
+    What ranks that were killed have left is removed; of a larger job's ranks too.
+
+    Raises:
+        BlockingIOError: another process draws as this rank.
+    """
+    path = folder / f".rank-{rank}"
+    path.mkdir(exist_ok=True)
+    with (path / "lock").open("w") as lock:
+        if not _locked(lock):
+            fail(WHERE, str(folder), f"drawn by one job at a time, which holds {path / 'lock'}", "two", BlockingIOError)
+        for left in folder.glob(".rank-*"):
+            number = left.name.removeprefix(".rank-")
+            if not number.isdecimal() or int(number) % world_size != rank:
+                continue
+            with contextlib.suppress(FileNotFoundError), (left / "lock").open("a") as other:
+                if left != path and not _locked(other):
+                    continue
+                for file in left.iterdir():
+                    if file.name != "lock":
+                        file.unlink()
+                if left != path:
+                    shutil.rmtree(left)
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path)
+
+
+def _locked(handle) -> bool:
+    """Take a lock that ends with the process, however it ends; True also where there are no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # Some network file systems have no locks. The lock only guards against two jobs started by mistake.
+        return True
+    return True
+
+
+class _Progress:
+    """A bar over the images that all ranks have on disk, with their rate and the time left."""
+
+    def __init__(self, samples: SampleFolder, shown: bool, world_size: int) -> None:
+        self._samples, self._due = samples, 0.0
+        name = samples.folder.name + (f", {world_size} ranks" if world_size > 1 else "")
+        total = samples.settings.num
+        # Images appear a shard at a time, so the rate is the mean since the start, not that of the latest interval.
+        self._bar = tqdm(total=total, initial=self._count(), desc=name, unit="img", smoothing=0, disable=not shown)
+
+    def _count(self) -> int:
+        return sum(len(self._samples.settings.images_of(shard)) for shard in self._samples.recorded())
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._due = 0.0
+        self.update("")
+        self._bar.close()
+
+    def drawing(self, place: int, count: int, share: float) -> None:
+        """This rank has done a share of the shard that is the ``place``-th of ``count``."""
+        self.update(f"shard {place} of {count} here: {share:.0%}")
+
+    def update(self, here: str) -> None:
+        """Show what is on disk, and what this rank is at."""
+        if self._bar.disable or time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + REFRESH_S
+        self._bar.n = self._count()
+        self._bar.set_postfix_str(here)
+
+
+def generate(
+    folder: Path,
+    target: Target,
+    drafter: str | Drafter | None,
+    settings: GenerateSettings,
+    *,
+    model: str = "",
+    rank: int | None = None,
+    world_size: int | None = None,
+    device: torch.device | str = "cpu",
+    decode: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
+    wait: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Draw the shards that ``folder`` lacks; shard s belongs to rank s modulo ``world_size``.
+
+    Ranks share nothing but the folder. A shard is drawn by one call, and its images and then its record are put in
+    place whole, so a set is the same, bit for bit on machines alike, whatever the number of ranks and however often
+    and however hard it was interrupted. What is on disk is checked against its hashes first: what has been damaged is
+    named and drawn again.
+
+    Args:
+        folder: of the set; see :class:`SampleFolder`.
+        target: the target, on ``device``.
+        drafter: a drafter, ``"frozen"``, or None for the ordinary sampler.
+        settings: what to draw.
+        model: the target's name, for the manifest.
+        rank: this process; the environment's ``RANK`` (0 without one) if None.
+        world_size: number of processes; the environment's ``WORLD_SIZE`` (1 without one) if None.
+        device: of the labels.
+        decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a VAE's decoder.
+        progress: show a bar over the images of all ranks.
+        wait: for the shards of the other ranks; something else has to end this process when one of them dies.
+
+    Returns:
+        Shards drawn by this call, and shards that are still missing; the rank that draws the last one finds none.
+
+    Raises:
+        ValueError: the folder holds a set of other settings; the target draws latents and ``decode`` is None.
+        FloatingPointError: an image is not finite; its shard is not kept.
+        OSError: the folder cannot be written. Whole shards are kept.
+        KeyboardInterrupt: after SIGINT or SIGTERM, at the end of a round. Whole shards are kept.
+    """
+    folder = Path(folder)
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    check_int(WHERE, "world_size", world_size, 1)
+    check_int(WHERE, "rank", rank, 0, world_size - 1)
+    if decode is None and target.latent_shape[0] not in (1, 3):
+        fail(WHERE, "decode", f"given for a target of {target.latent_shape[0]} latent channels", "None")
+    check_writable(WHERE, "folder", folder / "shards" / "shard.npz")
+    facts = {
+        "model": model,
+        "model_sha256": _state_hash(target),
+        "drafter_sha256": None if drafter is None or isinstance(drafter, str) else _state_hash(drafter),
+        "version": __version__,
+    }
+    try:
+        samples = SampleFolder.begin(folder, settings, target.num_classes, facts)
+        with _workspace(folder, rank, world_size) as workspace, deferred_interrupts() as interrupted:
+            mine = _lacking(samples, range(rank, settings.shards, world_size), interrupted)
+            with _Progress(samples, progress, world_size) as bar:
+                for place, shard in enumerate(mine, start=1):
+                    show = partial(bar.drawing, place, len(mine))
+                    _draw_shard(samples, shard, target, drafter, device, decode, workspace, interrupted, show)
+                while wait and len(samples.recorded()) < settings.shards:
+                    _raise_if(interrupted)
+                    bar.update("waiting for the other ranks")
+                    time.sleep(0.2)
+        missing = sorted(set(range(settings.shards)) - set(samples.recorded()))
+        if not missing:
+            samples.write_sums()
+    except OSError as error:
+        _name(error, folder, settings)
+    return mine, missing
+
+
+def _lacking(samples: SampleFolder, shards: range, interrupted: list[int]) -> list[int]:
+    """Shards to draw; of those that were there once it is said why."""
+    problems = {}
+    for shard in shards:
+        _raise_if(interrupted)
+        problem = problems[shard] = samples.problem(shard)
+        if problem not in (None, NOT_DRAWN):
+            print(f"{WHERE}: shard {shard} of {samples.folder} is drawn again: {problem}", file=sys.stderr)
+            # No rank may take the set for complete.
+            samples.record_path(shard).unlink(missing_ok=True)
+            (samples.folder / SUMS).unlink(missing_ok=True)
+    return [shard for shard, problem in problems.items() if problem is not None]
+
+
+def _draw_shard(
+    samples: SampleFolder,
+    shard: int,
+    target: Target,
+    drafter: str | Drafter | None,
+    device: torch.device | str,
+    decode: Callable[[Tensor], Tensor] | None,
+    workspace: Path,
+    interrupted: list[int],
+    show: Callable[[float], None],
+) -> None:
+    settings, images = samples.settings, samples.settings.images_of(shard)
+
+    def after_round(info: RoundInfo) -> None:
+        _raise_if(interrupted)
+        # Those that finished in this round are in both.
+        steps = info.images_done * settings.steps + sum(step for step in info.steps if step < settings.steps)
+        show(steps / (info.num_images * settings.steps))
+
+    labels = torch.from_numpy(samples.labels[images.start : images.stop]).to(device)
+    result = _draw(target, drafter, settings, images, labels, after_round)
+    samples.commit(shard, _decoded(result.samples, decode), _figures(result), workspace)
+    _raise_if(interrupted)
+
+
+def _raise_if(interrupted: list[int]) -> None:
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _name(error: OSError, folder: Path, settings: GenerateSettings) -> NoReturn:
+    """Say what could not be written and what is safe."""
+    if error.strerror is None:
+        raise error
+    kept = len(list((folder / "shards").glob("shard-*.json")))
+    found = f"{error.strerror}; {kept} of {settings.shards} shards are kept, and the same command goes on from there"
+    raise type(error)(f"{WHERE}: {error.filename or folder} must be writable, got {found}") from error

@@ -1,0 +1,302 @@
+"""The folder of a sample set: its settings, its images in shards, and a record with hashes that commits each shard."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from free_dit.files import array_bytes, json_bytes, read_arrays, read_json, sha256_of, write_files
+from free_kernels.validation import check_choice, check_float, check_int, fail
+
+WHERE = "generate"
+KIND = "free_dit sample set"
+MANIFEST = "manifest.json"
+SUMS = "SHA256SUMS"
+FORMATS = ("npz", "png")
+NOT_DRAWN = "not drawn yet"
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """How images are drawn; :class:`GenerateSettings` checks it.
+
+    Attributes:
+        drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors; None in a manifest is the
+            ordinary sampler too.
+        steps: sampling steps K.
+        draft_length: rows of a round for one image; 1 for the ordinary sampler.
+        relaxation: strength; 0 is lossless.
+        verification: "token" or "block".
+        guidance: classifier-free guidance scale; 1 is none.
+        seed: seed of all noise; an image depends on it and on the image's index.
+        shard: images of a shard: drawn by one call and kept, or drawn again, as a whole, so that an image has the same
+            neighbours in every run, and with them the same rounding.
+        max_slots: images of a shard in the making at a time; all of them if None.
+    """
+
+    drafter: str | None = "bundled"
+    steps: int = 250
+    draft_length: int = 6
+    relaxation: float = 0.0
+    verification: Literal["token", "block"] = "token"
+    guidance: float = 1.0
+    seed: int = 0
+    shard: int = 64
+    max_slots: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerateSettings(DrawSettings):
+    """What a sample set is drawn with: :class:`DrawSettings`, and the set's size and form.
+
+    Attributes:
+        num: images; image i has label i modulo the number of classes.
+        format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
+    """
+
+    num: int = 50_000
+    format: Literal["npz", "png"] = "npz"
+
+    def __post_init__(self) -> None:
+        for name in ("num", "steps", "draft_length", "shard"):
+            check_int(WHERE, name, getattr(self, name), 1)
+        if self.max_slots is not None:
+            check_int(WHERE, "max_slots", self.max_slots, 1)
+        check_int(WHERE, "seed", self.seed, 0, 2**64 - 1)
+        check_float(WHERE, "relaxation", self.relaxation, 0.0)
+        check_float(WHERE, "guidance", self.guidance, 0.0)
+        check_choice(WHERE, "verification", self.verification, ("token", "block"))
+        check_choice(WHERE, "format", self.format, FORMATS)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards; the last may be smaller."""
+        return -(-self.num // self.shard)
+
+    def images_of(self, shard: int) -> range:
+        """Indices of the images of a shard."""
+        return range(shard * self.shard, min(self.num, (shard + 1) * self.shard))
+
+
+class SampleFolder:
+    """A sample set on disk. A shard is there once its record is, and only while its files agree with the record.
+
+    Attributes:
+        folder: holds ``manifest.json`` and ``shards/``; images of PNG sets are in ``images/`` with ``labels.txt``.
+        settings: of the set.
+        num_classes: labels go round them.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.settings = GenerateSettings(**{name: identity[name] for name in GenerateSettings.__dataclass_fields__})
+        self.num_classes = check_int(WHERE, "num_classes", identity["num_classes"], 1)
+        # Records carry this hash, so that a record of another set is not taken for one of this set.
+        self.set_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def begin(cls, folder: Path, settings: GenerateSettings, num_classes: int, facts: dict[str, Any]) -> SampleFolder:
+        """Write the manifest of a new set, or go on with one of the same settings.
+
+        Raises:
+            ValueError: the folder holds a set of other settings.
+        """
+        identity = {"kind": KIND, **facts, "num_classes": num_classes, **asdict(settings)}
+        path = Path(folder) / MANIFEST
+        if path.exists():
+            kept = read_json(WHERE, path)
+            changed = sorted(name for name in identity.keys() | kept.keys() if identity.get(name) != kept.get(name))
+            if changed:
+                shown = ", ".join(f"{name} {kept.get(name)!r} (now {identity.get(name)!r})" for name in changed)
+                raise ValueError(
+                    f"{WHERE}: {folder} must hold a sample set of the same settings, got {shown}; "
+                    "choose another or remove it"
+                )
+        else:
+            write_files({path: json_bytes(identity)})
+        samples = cls(folder, identity)
+        if settings.format == "png":
+            listed, text = samples.folder / "images" / "labels.txt", "".join(f"{y}\n" for y in samples.labels)
+            if not listed.exists() or listed.read_text() != text:
+                write_files({listed: text.encode()})
+        return samples
+
+    @classmethod
+    def open(cls, folder: Path) -> SampleFolder:
+        """The set in a folder.
+
+        Raises:
+            FileNotFoundError: there is no manifest.
+            ValueError, TypeError: the manifest is of another kind, or damaged.
+        """
+        path = Path(folder) / MANIFEST
+        manifest = read_json(WHERE, path)
+        if manifest.get("kind") != KIND:
+            fail(WHERE, str(path), f"of kind {KIND!r}", repr(manifest.get("kind")))
+        lacking = sorted({"num_classes", *GenerateSettings.__dataclass_fields__} - manifest.keys())
+        if lacking:
+            fail(WHERE, str(path), "whole", "one without " + ", ".join(lacking))
+        return cls(folder, manifest)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 ``[num]``."""
+        return np.arange(self.settings.num) % self.num_classes
+
+    def files_of(self, shard: int) -> list[Path]:
+        """Where the images of a shard lie."""
+        if self.settings.format == "npz":
+            return [self.folder / "shards" / f"shard-{shard:06d}.npz"]
+        return [self.folder / "images" / f"{index:08d}.png" for index in self.settings.images_of(shard)]
+
+    def record_path(self, shard: int) -> Path:
+        """Where the record of a shard lies."""
+        return self.folder / "shards" / f"shard-{shard:06d}.json"
+
+    def recorded(self) -> list[int]:
+        """Shards that have a record, by their names alone."""
+        names = {path.name for path in (self.folder / "shards").glob("shard-*.json")}
+        return [shard for shard in range(self.settings.shards) if self.record_path(shard).name in names]
+
+    def record(self, shard: int) -> dict[str, Any] | None:
+        """The record of a shard, or None where there is none, a damaged one, or one of another set."""
+        try:
+            record = json.loads(self.record_path(shard).read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
+            return None
+        number = len(self.settings.images_of(shard))
+        names = [str(path.relative_to(self.folder)) for path in self.files_of(shard)]
+        expected: dict[str, Callable[[Any], bool]] = {
+            "set": lambda value: value == self.set_id,
+            "shard": lambda value: value == shard,
+            "files": lambda value: isinstance(value, dict) and list(value) == names and _digests(list(value.values())),
+            "images": lambda value: _digests(value) and len(value) == number,
+            "rounds": lambda value: _numbers(value, number),
+            "bias": lambda value: _numbers(value, number),
+            "counts": lambda value: _numbers(value, 3),
+        }
+        if not isinstance(record, dict) or record.keys() != expected.keys():
+            return None
+        return record if all(holds(record[name]) for name, holds in expected.items()) else None
+
+    def problem(self, shard: int) -> str | None:
+        """Why a shard counts as missing, or None: every byte of it is as it was committed."""
+        record = self.record(shard)
+        if record is None:
+            if self.record_path(shard).exists():
+                return "its record is damaged or of another set"
+            return "it has no record" if any(path.exists() for path in self.files_of(shard)) else NOT_DRAWN
+        for path, digest in zip(self.files_of(shard), record["files"].values(), strict=True):
+            if not path.is_file():
+                return f"{path.name} is gone"
+            if sha256_of(path) != digest:
+                return f"{path.name} is damaged"
+        return None
+
+    def commit(
+        self, shard: int, pixels: np.ndarray, figures: dict[str, list[float]], workspace: Path | None = None
+    ) -> None:
+        """Put the images of a shard on disk, and its record after them.
+
+        Args:
+            shard: which.
+            pixels: uint8 ``[N, H, W, 1 or 3]``.
+            figures: ``rounds``, ``bias`` of every image; ``counts``: drafts tested, drafts accepted, target rows.
+            workspace: as in :func:`free_dit.files.write_files`.
+        """
+        paths, images = self.files_of(shard), self.settings.images_of(shard)
+        if self.settings.format == "npz":
+            contents = [array_bytes({"arr_0": pixels, "arr_1": self.labels[images.start : images.stop]})]
+        else:
+            contents = [_png(image) for image in pixels]
+        record = {
+            "set": self.set_id,
+            "shard": shard,
+            "files": {
+                str(path.relative_to(self.folder)): hashlib.sha256(data).hexdigest()
+                for path, data in zip(paths, contents, strict=True)
+            },
+            "images": [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels],
+            **figures,
+        }
+        write_files(dict(zip(paths, contents, strict=True)), workspace)
+        write_files({self.record_path(shard): json.dumps(record).encode()}, workspace)
+
+    def read(self, shard: int) -> np.ndarray:
+        """Images uint8 ``[N, H, W, 1 or 3]`` of a shard.
+
+        Raises:
+            ValueError: they are not all there, or not what was committed.
+        """
+        problem = self.problem(shard)
+        if problem is not None:
+            fail(WHERE, str(self.folder), "complete", f"shard {shard} missing ({problem}); draw it to the end first")
+        paths = self.files_of(shard)
+        if self.settings.format == "npz":
+            pixels = (read_arrays(paths[0]) or {}).get("arr_0")
+        else:
+            pixels = np.stack([np.asarray(Image.open(path, formats=("PNG",))) for path in paths])
+            pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+        if pixels is None or pixels.ndim != 4 or len(pixels) != len(self.settings.images_of(shard)):
+            fail(WHERE, str(paths[0]), "images [N, H, W, C] of its shard", "others")
+        return pixels
+
+    def missing(self) -> list[int]:
+        """Shards that are not there or damaged; reads everything."""
+        return [shard for shard in range(self.settings.shards) if self.problem(shard) is not None]
+
+    def image_hashes(self) -> list[str]:
+        """SHA-256 of the pixels of every image of a complete set, in order."""
+        return [digest for record in self._records() for digest in record["images"]]
+
+    def write_sums(self) -> None:
+        """The hashes of all files of a complete set, as ``sha256sum --check`` reads them."""
+        lines = [f"{digest}  {name}\n" for record in self._records() for name, digest in record["files"].items()]
+        write_files({self.folder / SUMS: "".join(lines).encode()})
+
+    def sampling_figures(self) -> dict[str, Any]:
+        """Calls, acceptance and bias bound of a complete set."""
+        records, settings = self._records(), self.settings
+        rounds, bias = (np.concatenate([record[name] for record in records]) for name in ("rounds", "bias"))
+        tested, accepted, rows = np.sum([record["counts"] for record in records], 0).tolist()
+        return {
+            "call_reduction": settings.steps * settings.num / float(rounds.sum()),
+            "acceptance": accepted / tested if tested else None,
+            "rows_per_step": rows / (settings.steps * settings.num),
+            "bias_bound": float(bias.mean()),
+        }
+
+    def _records(self) -> list[dict[str, Any]]:
+        records = [self.record(shard) for shard in range(self.settings.shards)]
+        missing = sum(record is None for record in records)
+        if missing:
+            fail(WHERE, str(self.folder), "complete", f"{missing} of {len(records)} shards missing")
+        return [record for record in records if record is not None]
+
+
+def _digests(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in value)
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < 1e300 for one in value)
+    )
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, "PNG")
+    return stream.getvalue()

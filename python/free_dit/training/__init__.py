@@ -1,0 +1,1 @@
+"""Training of DiT, SiT and drafters: one loop for all, losses, trajectories, data-parallel processes."""

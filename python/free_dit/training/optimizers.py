@@ -1,0 +1,133 @@
+"""Optimizers of the training loop: AdamW, or Muon for the inner weight matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from free_kernels.validation import check_choice, fail
+
+OPTIMIZERS = ("adamw", "muon")
+# Muon's step size does not depend on the gradient's size; its learning rate is this multiple of AdamW's.
+MUON_RATE = 5.0
+
+
+class Together:
+    """Several optimizers as one: their parameter groups, and their states under one numbering.
+
+    A group's ``rate`` is what the loop's learning rate is multiplied by for it.
+
+    Args:
+        optimizers: over different parameters.
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all, in order; their entries may be set."""
+        return [group for one in self.optimizers for group in one.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        for one in self.optimizers:
+            one.zero_grad(set_to_none=set_to_none)
+
+    def step(self) -> None:
+        """Update every parameter once."""
+        for one in self.optimizers:
+            one.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"state": {parameter number: its state}}``."""
+        return {
+            "state": {
+                first + index: state
+                for one, first in self._numbered()
+                for index, state in one.state_dict()["state"].items()
+            }
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        for one, first in self._numbered():
+            own = one.state_dict()
+            count = sum(len(group["params"]) for group in own["param_groups"])
+            own["state"] = {
+                index - first: state for index, state in state_dict["state"].items() if first <= index < first + count
+            }
+            one.load_state_dict(own)
+
+    def _numbered(self) -> list[tuple[torch.optim.Optimizer, int]]:
+        """The optimizers and the number of each one's first parameter."""
+        first, numbered = 0, []
+        for one in self.optimizers:
+            numbered.append((one, first))
+            first += sum(len(group["params"]) for group in one.param_groups)
+        return numbered
+
+
+def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
+    """Weights of the linear layers between a network's first and last ones: those that lead from width to width.
+
+    A module says so itself by ``hidden_layers()``, an iterable of its inner modules.
+    """
+    layers = getattr(module, "hidden_layers", None)
+    if layers is None:
+        return set()
+    return {
+        part.weight
+        for layer in layers()
+        for part in layer.modules()
+        if isinstance(part, nn.Linear) and part.weight.requires_grad
+    }
+
+
+def make_optimizer(
+    name: str, module: nn.Module, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer | Together:
+    """The optimizer of a run; ``param_groups`` whose learning rate is another have a ``rate``.
+
+    Args:
+        name: ``"adamw"`` or ``"muon"``, which orthogonalises the updates of the module's inner matrices
+            (Jordan et al. 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon).
+        module: what is trained.
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: of both.
+
+    Raises:
+        ValueError: another name, or Muon for a module without ``hidden_layers``.
+    """
+    check_choice("train", "optimizer", name, OPTIMIZERS)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    adamw = {"lr": learning_rate, "weight_decay": weight_decay, "betas": (0.9, 0.99)}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **adamw)
+    hidden = hidden_matrices(module)
+    if not hidden:
+        fail("train", "optimizer", f"'adamw' for a {type(module).__name__}", repr(name))
+    muon = torch.optim.Muon(
+        [{"params": [p for p in parameters if p in hidden], "rate": MUON_RATE}],
+        lr=learning_rate * MUON_RATE,
+        weight_decay=weight_decay,
+        momentum=0.95,
+    )
+    return Together(torch.optim.AdamW([p for p in parameters if p not in hidden], **adamw), muon)
+
+
+def kept_shapes(
+    optimizer: torch.optim.Optimizer | Together,
+) -> list[tuple[nn.Parameter, dict[str, torch.Size]]]:
+    """Parameters by their numbers in the state, and the shapes of all that is kept of each once it was updated."""
+    shapes = []
+    for one in optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,):
+        for parameter in (p for group in one.param_groups for p in group["params"]):
+            if isinstance(one, torch.optim.Muon):
+                shapes.append((parameter, {"momentum_buffer": parameter.shape}))
+            else:
+                moments = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+                shapes.append((parameter, moments))
+    return shapes

@@ -1,0 +1,109 @@
+"""Training of a learned drafter on its target's own trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from free_dit.training.acceptance import acceptance_by_lookahead
+from free_dit.training.distributed import Place
+from free_dit.training.drafter_loss import DTYPES, DrafterLoss, DrafterTrainConfig
+from free_dit.training.loop import CHECKPOINT, TrainingLoop, iteration_seed
+from free_dit.training.shards import target_fingerprint
+from free_dit.training.trajectories import collect, image_chunks, make_schedule
+from free_kernels.drafters import FeatureDrafter
+from free_kernels.types import Target
+from free_kernels.validation import check_writable
+
+__all__ = ["DrafterLoss", "DrafterTrainConfig", "calibrate", "train_drafter"]
+
+# Parts of the chain and look-ahead of the calibration.
+_PARTS, _LOOKAHEAD = 25, 8
+
+
+def calibrate(target: Target, drafter: FeatureDrafter, config: DrafterTrainConfig) -> list[list[float]]:
+    """Acceptance by part of the chain and look-ahead on fresh trajectories, half of them guided."""
+    schedule, count = make_schedule(config.schedule, target, config.num_steps), config.calibration_images
+    guidance = torch.linspace(1.0, config.max_guidance, count)
+    guidance[: count // 2] = 1.0
+    labels = torch.arange(count) % target.num_classes
+    lookahead = min(_LOOKAHEAD, config.num_steps - 2)
+    tables: list[Tensor] = []
+    parts = list(image_chunks(count, config.max_rows or None))
+    for part in parts:
+        data = collect(
+            target,
+            schedule,
+            labels[part],
+            guidance[part],
+            # Noise that training never draws.
+            2**63 + config.loop.seed,
+            first_image=part.start,
+            dtype=DTYPES[config.feature_dtype],
+        )
+        tables.append(acceptance_by_lookahead(target, drafter, schedule, data, lookahead))
+        # Before the next part is made.
+        del data
+    table = tables[0]
+    if len(tables) > 1:
+        table = sum(one * (part.stop - part.start) for one, part in zip(tables, parts, strict=True)) / count
+    parts_of_chain = table.tensor_split(min(_PARTS, config.num_steps - 2), dim=1)
+    known = torch.stack([part.nanmean(1) for part in parts_of_chain])
+    known = known.nan_to_num(float(table.nanmean())).double()
+    return [[round(value, 4) for value in row] for row in known.tolist()]
+
+
+def train_drafter(
+    target: Target, config: DrafterTrainConfig, out: Path, target_name: str, place: Place = Place()
+) -> Path:
+    """Train a drafter for ``target`` into the folder ``out``; exports ``out/drafter.safetensors``.
+
+    Running it again in the same folder goes on from the last checkpoint. With several processes (torchrun) each calls
+    this with its own place, and a target on its own device.
+
+    Args:
+        target: the frozen network, in any dtype.
+        config: what is trained, and how.
+        out: folder of checkpoint, log, shards and result.
+        target_name: stored in the checkpoint; training resumes only with the same target.
+        place: where this process stands among those of the run.
+
+    Raises:
+        ValueError, TypeError: the configuration is wrong, or the folder belongs to another one.
+        OSError: the folder cannot be written.
+        FloatingPointError: the loss or a gradient is not finite; the last good checkpoint stays.
+        ConnectionError: another process of the run ended or fell silent.
+    """
+    config.check()
+    # A flow model's timesteps are ticks of a finer time.
+    schedule = make_schedule(config.schedule, target, config.num_steps)
+    unit = max(1, schedule.num_train_steps // config.drafter.num_timesteps)
+    config = replace(config, drafter=replace(config.drafter, time_unit=unit))
+    out = Path(out)
+    path = check_writable("train_drafter", "out", out / "drafter.safetensors")
+    device = torch.device(getattr(target, "device", "cpu"))
+    changes_nothing = ("compile", "calibration_images", "max_rows", "process_timeout_s")
+    identity = {k: v for k, v in asdict(config).items() if k not in changes_nothing}
+    identity |= {"target": target_name, "target_fingerprint": target_fingerprint(target)}
+    scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
+    with place.joined(device, config.process_timeout_s):
+        with iteration_seed(config.loop.seed, -1):
+            drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
+        drafter.to(device)
+        loss = DrafterLoss(target, drafter, config, place, out / "trajectories")
+        # Scales are part of the checkpoint; with several processes the first one's are given to all.
+        if not (out / CHECKPOINT).exists():
+            loss.fit_scales()
+        loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler)
+        loop.run()
+    if not place.is_first:
+        return path
+    drafter.load_state_dict(loop.averaged_weights())
+    drafter.eval()
+    if config.calibration_images:
+        drafter.calibration = calibrate(target, drafter, config)
+    drafter.save(path)
+    return path

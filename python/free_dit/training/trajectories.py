@@ -1,0 +1,186 @@
+"""On-policy trajectories of a target: what a drafter learns from and is measured on. Needs labels, no images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from free_dit.networks.families import schedule_for
+from free_kernels.hoisting import hoisted
+from free_kernels.noise import PhiloxNoise, Purpose
+from free_kernels.ops.coupling import gaussian_transition
+from free_kernels.schedule import DDPMSchedule, TransitionColumn
+from free_kernels.types import Schedule, Target, guided_channels, null_label
+from free_kernels.validation import check_choice, check_int, fail
+
+# Schedules that a configuration can name, for a target and a number of steps; "auto" is that of the target's family.
+SCHEDULES: dict[str, Callable[[Target, int], Schedule]] = {
+    "auto": schedule_for,
+    "ddpm": lambda _, num_steps: DDPMSchedule(num_steps),
+}
+
+
+def make_schedule(name: str, target: Target, num_steps: int) -> Schedule:
+    """The schedule of a configuration, for chains of ``num_steps`` of ``target``.
+
+    Raises:
+        ValueError, TypeError: an unknown name, or a number of steps that it does not have.
+    """
+    return SCHEDULES[check_choice("train_drafter", "schedule", name, tuple(SCHEDULES))](target, num_steps)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Chains of B images over K steps, both guidance branches.
+
+    Attributes:
+        states: ``[K, B, C, H, W]``, the state before each step.
+        features: ``[K, 2, B, T, D]``, conditional and unconditional branch.
+        mean: ``[K, B, C, H, W]``, the target's mean of each step.
+        std: ``[K, B, C, H, W]``, its standard deviation; 0 at the last step.
+        labels: int64 ``[B]``.
+        guidance: float32 ``[B]``, guidance scale of each image.
+    """
+
+    states: Tensor
+    features: Tensor
+    mean: Tensor
+    std: Tensor
+    labels: Tensor
+    guidance: Tensor
+
+    def at(self, name: str, step: Tensor, image: Tensor) -> Tensor:
+        """Rows ``[R, ...]`` of ``"states"``, ``"mean"`` or ``"std"`` at steps and images ``[R]``.
+
+        Of ``"features"`` they are ``[2R, T, D]``, conditional rows first.
+        """
+        if name == "features":
+            return self.features[step, :, image].transpose(0, 1).flatten(0, 1)
+        return getattr(self, name)[step, image]
+
+    def scale_samples(self) -> tuple[Tensor, Tensor]:
+        """Features ``[..., D]`` and their changes over a step, to take a drafter's scales from."""
+        return self.features, self.features.diff(dim=0)
+
+
+def guided_transition(
+    state: Tensor, output: Tensor, columns: Tensor, guidance: Tensor, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``[R, C, H, W]`` where every row has its own guidance scale ``[R]``; ``output [2R, ...]``.
+
+    In float32, whatever the network's dtype.
+    """
+    conditional, unconditional = output.float().chunk(2)
+    weight = torch.ones(len(guidance), output.shape[1], 1, 1, device=output.device)
+    weight[:, :channels] = guidance.view(-1, 1, 1, 1)
+    return gaussian_transition(state, torch.lerp(unconditional, conditional, weight), columns)
+
+
+def image_chunks(count: int, max_rows: int | None) -> Iterator[slice]:
+    """Images of each part, such that their two guidance branches are at most ``max_rows`` network rows; all if None.
+
+    Raises:
+        ValueError, TypeError: ``max_rows`` is below 2 or not an int.
+    """
+    size = count if max_rows is None else check_int("collect", "max_rows", max_rows, 2) // 2
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def noised_chains(schedule: Schedule, images: Tensor, seed: int) -> Tensor:
+    """Chains ``[K, B, C, H, W]`` of images ``[B, C, H, W]`` that are noised step by step, in sampling order.
+
+    Their states have the law of the data's forward process, jointly; a sampler's have it as far as its model is right.
+
+    Raises:
+        ValueError: a flow schedule, whose path is not noised in steps.
+    """
+    if getattr(schedule, "family", "diffusion") != "diffusion":
+        fail("train_drafter", "forward_dataset", "empty for a flow model", "a data set")
+    # The step's mean divides by what the forward step multiplies with.
+    keep = schedule.table(schedule.resolve_variance(False))[:, TransitionColumn.MEAN_FROM_STATE].reciprocal()
+    generator = torch.Generator().manual_seed(seed)
+    chains, x = torch.empty(schedule.num_steps, *images.shape), images
+    for k in range(schedule.num_steps - 1, -1, -1):
+        noise = torch.randn(x.shape, generator=generator)
+        x = chains[k] = keep[k] * x + (1 - keep[k].square()).clamp(min=0.0).sqrt() * noise
+    return chains
+
+
+@torch.no_grad()
+def collect(
+    target: Target,
+    schedule: Schedule,
+    labels: Tensor,
+    guidance: Tensor,
+    seed: int,
+    progress: bool = False,
+    *,
+    first_image: int = 0,
+    max_rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    images_first: bool = False,
+    given: Tensor | None = None,
+) -> Trajectories:
+    """Run the ordinary sampler for ``labels [B]`` with guidance scales ``[B]`` and keep everything.
+
+    Holds ``K B (2 T D itemsize + 12 C H W)`` bytes of trajectories and the network's activations for ``max_rows`` rows.
+
+    Args:
+        target: the frozen network.
+        schedule: its Gaussian steps.
+        labels: int64 ``[B]``.
+        guidance: float32 ``[B]``.
+        seed: seed of all noise; an image's depends on it and on the image's number.
+        progress: show a bar.
+        first_image: number of the first image.
+        max_rows: bound of the network rows of a call, two for each image; None takes all images at once.
+        dtype: of the features that are kept; the rest is float32.
+        device: where they are kept; the target's if None.
+        given: ``[K, B, C, H, W]``, chains to run the target on instead of its own.
+        images_first: lay memory out image by image, as on disk, behind the same shapes.
+
+    Raises:
+        ValueError, TypeError: a wrong ``max_rows``.
+        FloatingPointError: the target's output is not finite.
+    """
+    count, num_steps = len(labels), schedule.num_steps
+    here = torch.device(getattr(target, "device", labels.device))
+    kept = here if device is None else torch.device(device)
+    shape = tuple(target.latent_shape)
+    if images_first:
+        states, means, stds = (torch.empty(count, num_steps, *shape, device=kept).transpose(0, 1) for _ in range(3))
+        features = torch.empty(count, num_steps, 2, *target.feature_shape, dtype=dtype, device=kept)
+        features = features.permute(1, 2, 0, 3, 4)
+    else:
+        states, means, stds = (torch.empty(num_steps, count, *shape, device=kept) for _ in range(3))
+        features = torch.empty(num_steps, 2, count, *target.feature_shape, dtype=dtype, device=kept)
+    table = schedule.table(schedule.resolve_variance(target.learns_variance)).to(here)
+    timesteps, source = schedule.timesteps.to(here), PhiloxNoise(seed, first_image)
+    guided = guided_channels(target)
+    parts = list(image_chunks(count, max_rows))
+    with tqdm(total=num_steps * len(parts), desc="trajectories", unit="step", disable=not progress, leave=False) as bar:
+        for part in parts:
+            images = torch.arange(part.start, part.stop, device=here)
+            y, scale = labels[part].to(here), guidance[part].to(here)
+            y = torch.cat([y, torch.full_like(y, null_label(target))])
+            network: Target = hoisted(target, timesteps, y.unique())  # type: ignore[assignment]
+            x = source.normal(images, torch.zeros_like(images), Purpose.INITIAL, shape)
+            for k in range(num_steps):
+                if given is not None:
+                    x = given[k, part].to(here)
+                t = timesteps[k].expand(len(y))
+                h = network.features(torch.cat([x, x]), t, y)
+                mean, std = guided_transition(x, network.head(h, t, y), table[k : k + 1], scale, guided)
+                states[k, part], features[k, :, part] = x, h.unflatten(0, (2, len(images)))
+                means[k, part], stds[k, part] = mean, std
+                x = torch.addcmul(mean, std, source.normal(images, torch.full_like(images, k), Purpose.STEP, shape))
+                bar.update()
+            if not bool(x.isfinite().all()):
+                raise FloatingPointError(f"collect: the target's output must be finite, got {x.sum().item()}")
+    return Trajectories(states, features, means, stds, labels.to(kept), guidance.to(kept))

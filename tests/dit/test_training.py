@@ -1,0 +1,227 @@
+"""Training of DiT and drafter at toy size: it learns, resumes exactly, and loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from free_dit import DiTConfig
+from free_dit.configuration import load_config
+from free_dit.data import load_digits, load_photographs
+from free_dit.networks.families import load_model
+from free_dit.train_drafter import DrafterTrainConfig, train_drafter
+from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
+from free_dit.training.loop import LoopConfig, TrainingLoop
+from free_dit.training.train_dit import TrainConfig, train
+from free_dit.training.trajectories import collect
+from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter
+from free_kernels.checkpoint import CheckpointError
+
+TINY = TrainConfig(
+    model=DiTConfig(8, 4, 1, 32, 2, 2, 10),
+    loop=LoopConfig(iterations=12, warmup=2, checkpoint_every=4, log_every=2, ema_decay=0.9),
+    batch_size=16,
+)
+
+
+def test_digits_split_is_fixed_and_complete():
+    parts = [load_digits(split) for split in ("train", "test", "all")]
+    assert [len(part.labels) for part in parts] == [1437, 360, 1797]
+    assert torch.equal(parts[0].images, load_digits("train").images)
+    rows = {tuple(row.tolist()) for row in parts[0].images.flatten(1)}
+    shared = sum(tuple(row.tolist()) in rows for row in parts[1].images.flatten(1))
+    assert shared == 0
+    assert parts[2].images.min() == -1
+    assert parts[2].images.max() == 1
+    with pytest.raises(ValueError, match="^load_digits: split must be"):
+        load_digits("validation")
+
+
+def test_photograph_crops_are_fixed_and_splits_share_no_crop():
+    parts = [load_photographs(split, crops_per_class=20) for split in ("train", "test")]
+    assert [tuple(part.images.shape) for part in parts] == [(200, 3, 32, 32), (20, 3, 32, 32)]
+    assert torch.equal(parts[0].images, load_photographs("train", crops_per_class=20).images)
+    assert parts[0].labels.bincount().tolist() == [20] * 10
+    assert (torch.cdist(*(part.images.flatten(1) for part in parts)) > 1e-3).all()
+    assert parts[0].images.min() >= -1
+    assert parts[0].images.max() <= 1
+    with pytest.raises(ValueError, match="^load_photographs: split must be"):
+        load_photographs("all")
+
+
+def weights(path):
+    return load_file(path)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole = weights(train(TINY, tmp_path / "whole"))
+
+    original = TrainingLoop._iterate
+
+    def stop_at_seven(loop):
+        if loop.step == 7:
+            raise KeyboardInterrupt
+        return original(loop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_iterate", stop_at_seven)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, tmp_path / "parts")
+    resumed = weights(train(TINY, tmp_path / "parts"))
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)
+    logs = [(tmp_path / run / "log.csv").read_text().splitlines() for run in ("whole", "parts")]
+    assert [line.split(",")[0] for line in logs[0]] == [line.split(",")[0] for line in logs[1]]
+
+
+def test_another_configuration_does_not_resume(tmp_path):
+    train(TINY, tmp_path)
+    with pytest.raises(CheckpointError, match="must be of the same configuration, got another batch_size"):
+        train(replace(TINY, batch_size=8), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named_and_kept(tmp_path):
+    train(TINY, tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"checkpoint.safetensors must be a complete safetensors file"):
+        train(TINY, tmp_path)
+    assert path.stat().st_size == 1000
+
+
+def test_a_non_finite_loss_keeps_the_last_good_checkpoint(tmp_path):
+    train(replace(TINY, loop=replace(TINY.loop, iterations=12)), tmp_path)
+    module = torch.nn.Linear(2, 2)
+
+    def loss(step):
+        value = module(torch.ones(1, 2)).sum()
+        return (value / 0 if step == 5 else value), {}
+
+    loop = TrainingLoop(module, loss, TINY.loop, tmp_path / "bad", {})
+    with pytest.raises(FloatingPointError, match="^train: loss must be finite, got .* at iteration 5"):
+        loop.run()
+    again = TrainingLoop(torch.nn.Linear(2, 2), loss, TINY.loop, tmp_path / "bad", {})
+    assert again.step == 5
+    assert all(p.isfinite().all() for p in again.parameters)
+
+
+def test_unwritable_output_is_named_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="^train: out must be a writable file path"):
+        train(TINY, tmp_path / "file")
+
+
+def test_a_model_file_is_checked(tmp_path):
+    path = train(TINY, tmp_path)
+    model = load_model(path)
+    assert not model.training
+    assert model.config == TINY.model
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError):
+        load_model(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
+def test_training_survives_signals(tmp_path, number):
+    """Interrupted or killed mid-run, the same command goes on from its last checkpoint to the same weights."""
+    settings = ["loop.iterations=60", "loop.checkpoint_every=5", "model.depth=2", "batch_size=16", "compile=false"]
+    command = [sys.executable, "-m", "free_dit", "train", "--out", str(tmp_path / "run"), "--set", *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in ((130, 0) if number == signal.SIGINT else (-9, 0)), errors
+    if process.returncode == 130:
+        assert "run the same command again" in errors
+        assert "Traceback" not in errors
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    from free_dit.configuration import CONFIGS
+
+    config = load_config(TrainConfig, CONFIGS / "digits.toml", tuple(settings))
+    expected = weights(train(config, tmp_path / "whole"))
+    for name, tensor in weights(tmp_path / "run" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny_target(tmp_path_factory):
+    config = replace(TINY, loop=replace(TINY.loop, iterations=150, learning_rate=3e-3), batch_size=64)
+    return DiTTarget(load_model(train(config, tmp_path_factory.mktemp("target"))))
+
+
+DRAFTER = DrafterTrainConfig(
+    drafter=DrafterConfig(width=32, head_dim=16),
+    loop=LoopConfig(iterations=200, warmup=10, learning_rate=3e-3, ema_decay=0.95, checkpoint_every=50),
+    num_steps=40,
+    batch_size=64,
+    trajectories=32,
+    refresh_every=100,
+)
+
+
+def test_drafter_training_beats_the_frozen_drafter(tiny_target, tmp_path):
+    path = train_drafter(tiny_target, DRAFTER, tmp_path, "tiny")
+    drafter = FeatureDrafter.load(path, tiny_target)
+    schedule = DDPMSchedule(40)
+    labels = torch.arange(16) % 10
+    data = collect(tiny_target, schedule, labels, torch.ones(16), seed=99)
+    learned, frozen = (
+        acceptance_by_lookahead(tiny_target, d, schedule, data, lookahead=3) for d in (drafter, FrozenDrafter())
+    )
+    assert learned.shape == (3, 40)
+    # The learned one drafts the first step too.
+    assert learned[:, 0].isnan().tolist() == [False, True, True]
+    assert frozen[:, 0].isnan().all()
+    assert learned[:, 39].isnan().all()
+    assert by_fifth(learned).shape == (3, 5)
+    assert float(learned[0].nanmean()) > float(frozen[0].nanmean()) + 0.02
+    with pytest.raises(CheckpointError, match="got another target"):
+        train_drafter(tiny_target, DRAFTER, tmp_path, "other")
+
+
+def test_trajectories_are_the_ordinary_samplers(tiny_target):
+    """The last mean of a collected chain is the image that ``ancestral_sample`` returns for the same seed."""
+    from free_kernels import ancestral_sample
+
+    schedule, labels = DDPMSchedule(40), torch.arange(6)
+    for scale in (1.0, 3.0):
+        data = collect(tiny_target, schedule, labels, torch.full((6,), scale), seed=5)
+        expected = ancestral_sample(tiny_target, labels, schedule=schedule, guidance_scale=scale, seed=5).samples
+        torch.testing.assert_close(data.mean[-1], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("batch_size = 3.5", (), "batch_size must be int, got 3.5"),
+        ("batchsize = 3", (), "must only have keys"),
+        ("[model]\ndepht = 3", (), "must only have keys"),
+        ("batch_size = ", (), "must be TOML"),
+        ("", ("batch_size",), "an override must read key=value"),
+        ("", ("loop.iterations=fast",), "iterations must be int, got 'fast'"),
+    ],
+)
+def test_wrong_configs_are_named(tmp_path, text, overrides, message):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^load_config: .*{message}"):
+        load_config(TrainConfig, path, overrides)
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("batch_size = 4\n[loop]\niterations = 5\nlearning_rate = 1\n")
+    config = load_config(TrainConfig, path, ("loop.iterations=7", "dataset=digits"))
+    assert (config.batch_size, config.loop.iterations, config.loop.learning_rate) == (4, 7, 1.0)
