@@ -35,17 +35,17 @@ test-fast: $(SETUP)
 
 # The numerical tests with the kernels of other CPUs; `-fast` is what CI runs of it.
 test-portable: $(SETUP)
-	$(BIN)/python tests/portable.py --jobs $(JOBS)
+	$(BIN)/python tests/helpers/portable.py --jobs $(JOBS)
 
 test-portable-fast: $(SETUP)
-	$(BIN)/python tests/portable.py --jobs $(JOBS) --fast
+	$(BIN)/python tests/helpers/portable.py --jobs $(JOBS) --fast
 
 bench: $(SETUP)
-	$(BIN)/python -m pytest $(BENCHES:%=benchmarks/bench_%.py) --benchmark-only --benchmark-columns=min,median,iqr,rounds \
+	$(BIN)/python -m pytest $(BENCHES:%=benchmarks/*/bench_%.py) --benchmark-only --benchmark-columns=min,median,iqr,rounds \
 		--results benchmarks/results
-	$(BIN)/python benchmarks/bench_target.py --results benchmarks/results
-	$(BIN)/python benchmarks/bench_modes.py --results benchmarks/results
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.sampler.bench_target --results benchmarks/results
+	$(BIN)/python -m benchmarks.sampler.bench_modes --results benchmarks/results
+	$(BIN)/python -m benchmarks.report.report
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -66,7 +66,7 @@ cuda-build:
 
 # The wheel built under this torch, its CPU ops compared under others: .venv-torch-* and, where it exists, .venv-cuda.
 wheel-check: $(SETUP) $(OTHER_TORCH:%=.venv-torch-%/.setup-done)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/test_wheel.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/packaging/test_wheel.py
 
 .venv-torch-%/.setup-done:
 	$(PYTHON) -m venv $(@D)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import store
-import timing
 import torch
+
+from benchmarks.report import store, timing
 
 # Rivals that torch.compile makes anew for every problem.
 COMPILED_RIVALS = ("compiled", "flex")

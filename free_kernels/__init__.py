@@ -1,15 +1,13 @@
 """Lossless speculative sampling for Diffusion Transformers."""
 
 from free_kernels import ops
-from free_kernels.ddim_schedule import DDIMSchedule
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
-from free_kernels.flow_schedule import FlowSDESchedule
-from free_kernels.noise import PhiloxNoise, Purpose, TensorNoise
-from free_kernels.relaxation import Relaxation
-from free_kernels.sampler import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
-from free_kernels.schedule import DDPMSchedule
+from free_kernels.protocols import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Schedule, Target
+from free_kernels.sampling.api import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
+from free_kernels.sampling.noise import PhiloxNoise, Purpose, TensorNoise
+from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule
+from free_kernels.steering.relaxation import Relaxation
 from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget
-from free_kernels.types import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Schedule, Target
 from free_kernels.version import __version__
 
 __all__ = [

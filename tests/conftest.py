@@ -1,11 +1,12 @@
 """``--reliability OUT.json``: writes down which faults the tests of this run injected, how often, and how it ended.
 
 Tests report through the fixture ``fault_log``. A file that exists is renewed test by test, so parts of the suite may
-run one after the other; ``tests/render_reliability.py`` makes docs/reliability.md of it.
+run one after the other; ``tests/helpers/render_reliability.py`` makes docs/reliability.md of it.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytest
 from render_reliability import write_log
 
-from free_kernels.drafting import RefusedDrafts
+from free_kernels.sampling.drafting import RefusedDrafts
 
+HELPERS = str(Path(__file__).parent / "helpers")
 LOGS = pytest.StashKey[dict[str, dict]]()
 PASSED = pytest.StashKey[bool]()
 
@@ -41,6 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Workers that tests start import what the tests share.
+    os.environ["PYTHONPATH"] = os.pathsep.join([HELPERS, *filter(None, [os.environ.get("PYTHONPATH")])])
     config.stash[LOGS] = {}
     # A script's background jobs ignore it, and so would the processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from free_kernels.drafters.feature import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.frozen import FrozenDrafter
-from free_kernels.types import Drafter, Target
+from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import fail
 
 __all__ = ["DrafterConfig", "FeatureDrafter", "FrozenDrafter", "as_drafter"]

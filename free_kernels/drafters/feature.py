@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, reading, save_checkpoint
+from free_kernels.conditioning import ConditioningTable, table_fits
 from free_kernels.drafters.memory import FeatureMemory, check_memory
-from free_kernels.hoisting import ConditioningTable, table_fits
 from free_kernels.ops.attention import feature_attention
-from free_kernels.types import Target
+from free_kernels.protocols import Target
 from free_kernels.validation import check_int, fail
 
 
@@ -291,7 +291,7 @@ class FeatureDrafter(nn.Module):
         y: Tensor,
         memory: FeatureMemory | None = None,
     ) -> Tensor:
-        """Feature ``[R, T, D]`` at ``state``; arguments as in :class:`free_kernels.types.Drafter`.
+        """Feature ``[R, T, D]`` at ``state``; arguments as in :class:`free_kernels.protocols.Drafter`.
 
         With a memory, of :meth:`new_memory` for these R rows, the call sees up to W - 1 calls before it and is
         remembered itself; without one it has no past, as the first call for an image.

@@ -16,7 +16,7 @@ class FeatureMemory:
     Holds ``2 depth R C T H Dh`` elements, ``R = branches * slots``: with the shapes of DiT-XL/2 (T = 256, width 1152),
     depth 1, window 4 and 5 drafts that is 9 MiB for each row in bfloat16.
 
-    Satisfies :class:`free_kernels.types.DraftMemory`. Nothing here waits for the device, shapes are fixed and every
+    Satisfies :class:`free_kernels.protocols.DraftMemory`. Nothing here waits for the device, shapes are fixed and every
     tensor is written in place, so calls may be captured in a CUDA graph. Under autograd gradients flow into earlier
     calls, and the graphs of all calls are kept as long as the memory is.
 

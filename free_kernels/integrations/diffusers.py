@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_kernels.noise import PhiloxNoise
-from free_kernels.sampler import sample
-from free_kernels.schedule import DDPMSchedule
+from free_kernels.protocols import Callback, Drafter, RoundInfo, SampleStats
+from free_kernels.sampling.api import sample
+from free_kernels.sampling.noise import PhiloxNoise
+from free_kernels.schedules import DDPMSchedule
 from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
-from free_kernels.types import Callback, Drafter, RoundInfo, SampleStats
 from free_kernels.validation import check_float, describe, fail
 
 try:

@@ -1,8 +1,14 @@
 """The public ops."""
 
 from free_kernels.ops.attention import append_features, feature_attention, rewind_features
-from free_kernels.ops.block import couple_block, couple_block_philox
-from free_kernels.ops.coupling import Coupling, couple, couple_philox, gaussian_transition
+from free_kernels.ops.coupling import (
+    Coupling,
+    couple,
+    couple_block,
+    couple_block_philox,
+    couple_philox,
+    gaussian_transition,
+)
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.random import philox_normal, philox_uniform
 

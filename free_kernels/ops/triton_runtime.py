@@ -9,9 +9,9 @@ import torch
 
 @torch.compiler.assume_constant_result
 def why_no_runtime(stem: str, device_type: str, index: int | None) -> str | None:
-    """Why the kernels of ``free_kernels.triton.<stem>`` cannot take tensors of a device, or None if they can."""
+    """Why the kernels of ``ops.<stem>.triton_launch`` cannot take tensors of a device, or None if they can."""
     try:
-        kernels = importlib.import_module(f"free_kernels.triton.{stem}")
+        kernels = importlib.import_module(f"free_kernels.ops.{stem}.triton_launch")
     except ImportError as error:
         return f"importing Triton failed: {error}"
     if device_type == "cpu" and kernels.INTERPRETED:
@@ -24,7 +24,7 @@ def why_no_runtime(stem: str, device_type: str, index: int | None) -> str | None
 
 
 def use_triton(op: str, stem: str, device: torch.device, backend: str) -> bool:
-    """Whether a backend, one of the op's own, means the kernels of ``free_kernels.triton.<stem>``.
+    """Whether a backend, one of the op's own, means the kernels of ``free_kernels.ops.<stem>.triton_launch``.
 
     ``"auto"`` takes them wherever they run, but never the interpreter for CPU tensors.
 

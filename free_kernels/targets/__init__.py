@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from free_kernels.protocols import Target
 from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
 from free_kernels.targets.dit import DiTTarget, is_dit_module
 from free_kernels.targets.hook import HookTarget
 from free_kernels.targets.sit import SiTTarget
-from free_kernels.types import Target
 from free_kernels.validation import fail
 
 __all__ = [

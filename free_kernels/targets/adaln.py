@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from free_kernels.hoisting import ConditioningTable, TimestepTable, table_fits
+from free_kernels.conditioning import ConditioningTable, TimestepTable, table_fits
 from free_kernels.validation import fail
 
 # Shift, scale and gate of attention and of the MLP; shift and scale of the head.
@@ -44,7 +44,7 @@ def stack_block_modulations(rows: Sequence[Tensor]) -> Tensor:
 
 
 class AdaLNTarget:
-    """Base of the adapters for DiT families; a :class:`free_kernels.types.Target` once a family fills it in.
+    """Base of the adapters for DiT families; a :class:`free_kernels.protocols.Target` once a family fills it in.
 
     A family gives ``dtype``, ``device`` and the methods below that raise; ``self.blocks`` is None where a block has
     other parts than the family's, and its own forward is then all that is used of it.

@@ -21,7 +21,7 @@ def is_diffusers_dit(module: object) -> bool:
 
 
 class DiffusersDiTTarget(AdaLNTarget):
-    """A ``diffusers.DiTTransformer2DModel`` as a :class:`free_kernels.types.Target`.
+    """A ``diffusers.DiTTransformer2DModel`` as a :class:`free_kernels.protocols.Target`.
 
     ``head(features(x, t, y), t, y)`` equals ``module(x, t, y).sample`` to rounding, in diffusers' own arithmetic: it is
     not the original DiT's with the same weights (other timestep frequencies, another epsilon in each block's second

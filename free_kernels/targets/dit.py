@@ -21,7 +21,7 @@ def is_dit_module(module: object) -> bool:
 
 
 class DiTTarget(AdaLNTarget):
-    """An original-style DiT (Peebles & Xie 2022) as a :class:`free_kernels.types.Target`.
+    """An original-style DiT (Peebles & Xie 2022) as a :class:`free_kernels.protocols.Target`.
 
     ``head(features(x, t, y), t, y)`` equals ``module(x, t, y)`` to rounding. Inputs are cast to the module's dtype.
 

@@ -26,7 +26,7 @@ def _plain_call(module: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> object:
 
 
 class HookTarget:
-    """Any network as a :class:`free_kernels.types.Target`, by a forward hook.
+    """Any network as a :class:`free_kernels.protocols.Target`, by a forward hook.
 
     ``features`` runs the module's forward up to the output of ``feature_layer`` and stops there, so that what follows
     is not computed; ``head`` computes what follows. ``head(feature, t, y)`` has to be all that the module does after

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from free_kernels.protocols import TIME_TICKS
 from free_kernels.targets.dit import DiTTarget
-from free_kernels.types import TIME_TICKS
 from free_kernels.validation import check_int
 
 
 class SiTTarget(DiTTarget):
-    """An original-style SiT (Ma et al. 2024) as a :class:`free_kernels.types.Target` for a flow schedule.
+    """An original-style SiT (Ma et al. 2024) as a :class:`free_kernels.protocols.Target` for a flow schedule.
 
     A SiT has the parts of a DiT, so that a module does not tell which of the two it is: wrap it. The module is shown
     ``t / num_train_steps``, a float32 time with 0 at noise and 1 at data. Where its head has 2C channels

@@ -13,8 +13,8 @@ from free_dit.bundled import bundled_names, load_bundled
 from free_dit.networks.families import load_model
 from free_kernels import FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError
+from free_kernels.protocols import Drafter, Target
 from free_kernels.targets import as_target
-from free_kernels.types import Drafter, Target
 
 ACCEPTED = (
     "a bundled model's name ({names}), a model.safetensors written by train, a DiT checkpoint in the original's format "

@@ -22,7 +22,7 @@ PROMPT_S = 10.0
 
 def worker(*arguments: object) -> subprocess.Popen:
     paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
-    command = [sys.executable, str(HERE / "interrupt_worker.py"), *map(str, arguments)]
+    command = [sys.executable, str(HERE / "workers" / "interrupt_worker.py"), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)

@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from test_imports import in_fresh_process
+from fresh_process import in_fresh_process
 
 import free_dit
 

@@ -31,7 +31,7 @@ from free_dit.experiments.scale.prediction import (
 )
 from free_dit.markdown import fill_page
 from free_kernels import DDPMSchedule, sample
-from free_kernels.types import first_drafted_step
+from free_kernels.protocols import first_drafted_step
 
 CONFIGS = Path(free_dit.__file__).parent / "configs"
 # Two-sided, one false alarm in a million of each statistical check.

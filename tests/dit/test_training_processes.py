@@ -20,7 +20,7 @@ from free_dit.training.drafter_loss import DrafterLoss
 from free_dit.training.loop import TrainingLoop, iteration_seed
 from free_kernels import FeatureDrafter
 
-WORKER = Path(__file__).parents[1] / "training_worker.py"
+WORKER = Path(__file__).parents[1] / "workers" / "training_worker.py"
 # One thread: sums in another order would be other bits.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

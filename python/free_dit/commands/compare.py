@@ -10,7 +10,7 @@ from free_dit.commands.shared import console, labels_of
 from free_dit.experiments.compare import compare as run_compare
 from free_dit.experiments.compare import print_report
 from free_dit.loading import load_drafter, load_target
-from free_kernels.types import Drafter
+from free_kernels.protocols import Drafter
 from free_kernels.validation import check_writable
 
 

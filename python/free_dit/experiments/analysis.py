@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from free_kernels import Schedule, ancestral_sample, sample
 from free_kernels.ops.coupling import couple
-from free_kernels.schedule import TransitionColumn
-from free_kernels.types import Drafter, RoundInfo, SampleStats, Target, first_drafted_step
+from free_kernels.protocols import Drafter, RoundInfo, SampleStats, Target, first_drafted_step
+from free_kernels.schedules.ddpm import TransitionColumn
 from free_kernels.validation import check_float, check_int, fail
 
 

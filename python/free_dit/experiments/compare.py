@@ -17,7 +17,7 @@ from free_dit.experiments.plots import acceptance_plot, sample_grids
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_dit.networks.families import schedule_for
 from free_kernels import SampleResult, ancestral_sample, sample
-from free_kernels.types import Drafter, Target
+from free_kernels.protocols import Drafter, Target
 
 
 def compare(

@@ -20,8 +20,8 @@ from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.training.trajectories import Trajectories, collect
 from free_kernels import FeatureDrafter, FrozenDrafter, sample
-from free_kernels.hoisting import hoisted
-from free_kernels.types import Drafter, Target, new_memory
+from free_kernels.conditioning import hoisted
+from free_kernels.protocols import Drafter, Target, new_memory
 from free_kernels.validation import check_int, check_writable, fail
 
 # Name, and what differs from the configuration under study.

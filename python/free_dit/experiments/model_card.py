@@ -18,7 +18,7 @@ from free_dit.networks.families import schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.trajectories import collect
 from free_kernels import FrozenDrafter, ancestral_sample, sample
-from free_kernels.types import Drafter, Target
+from free_kernels.protocols import Drafter, Target
 
 # Not among the seeds of drafter training (from loop.seed * 2**20 upwards): the drafter has not seen this noise.
 EVALUATION_SEED = 2**63 + 7

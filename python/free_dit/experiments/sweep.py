@@ -21,7 +21,7 @@ from free_dit.experiments.model_card import EVALUATION_SEED
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_dit.files import read_json, sha256_of, write_json
 from free_kernels import DDIMSchedule, DDPMSchedule, SampleResult, ancestral_sample, sample
-from free_kernels.types import Drafter, Target
+from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import check_choice, check_int, check_writable, fail
 from free_kernels.version import __version__
 

@@ -23,7 +23,7 @@ from free_dit.generation.sample_folder import NOT_DRAWN, SUMS, WHERE, GenerateSe
 from free_dit.interrupts import deferred_interrupts
 from free_dit.networks.families import schedule_for
 from free_kernels import PhiloxNoise, RoundInfo, SampleResult, ancestral_sample, sample
-from free_kernels.types import Drafter, Target
+from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import check_int, check_writable, fail
 from free_kernels.version import __version__
 

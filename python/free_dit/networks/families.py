@@ -10,9 +10,8 @@ from free_dit.configuration import build
 from free_dit.networks.dit import DiT, DiTConfig
 from free_dit.networks.sit import SiT
 from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoint, load_module, save_checkpoint
-from free_kernels.flow_schedule import FlowSDESchedule
-from free_kernels.schedule import DDPMSchedule
-from free_kernels.types import Target
+from free_kernels.protocols import Target
+from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 
 # By training objective.
 FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}

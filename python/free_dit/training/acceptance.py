@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from free_dit.training.trajectories import Trajectories, guided_transition
-from free_kernels.hoisting import hoisted
-from free_kernels.types import Drafter, Schedule, Target, first_drafted_step, guided_channels, new_memory, null_label
+from free_kernels.conditioning import hoisted
+from free_kernels.protocols import (
+    Drafter,
+    Schedule,
+    Target,
+    first_drafted_step,
+    guided_channels,
+    new_memory,
+    null_label,
+)
 
 
 @torch.no_grad()

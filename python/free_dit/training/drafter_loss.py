@@ -18,7 +18,7 @@ from free_dit.training.shards import ShardStore, ShardWindow, target_fingerprint
 from free_dit.training.trajectories import Trajectories, collect, guided_transition, make_schedule, noised_chains
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
-from free_kernels.types import Target, first_drafted_step, guided_channels, null_label
+from free_kernels.protocols import Target, first_drafted_step, guided_channels, null_label
 from free_kernels.validation import check_choice, check_int
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from free_kernels.flow_schedule import INTERPOLANTS, interpolate
-from free_kernels.schedule import DDPMSchedule, TransitionColumn
+from free_kernels.schedules import DDPMSchedule
+from free_kernels.schedules.ddpm import TransitionColumn
+from free_kernels.schedules.flow import INTERPOLANTS, interpolate
 from free_kernels.validation import check_choice
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from free_dit.files import write_files
 from free_dit.training.trajectories import Trajectories
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError, save_checkpoint
-from free_kernels.types import Target
+from free_kernels.protocols import Target
 from free_kernels.validation import check_int
 
 _SAMPLED_ELEMENTS = 1024

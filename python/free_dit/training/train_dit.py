@@ -13,7 +13,7 @@ from free_dit.networks.dit import DiTConfig
 from free_dit.networks.families import FAMILIES, save_model
 from free_dit.training.image_losses import NoiseLoss, VelocityLoss
 from free_dit.training.loop import LoopConfig, TrainingLoop, iteration_seed
-from free_kernels.schedule import DDPMSchedule
+from free_kernels.schedules import DDPMSchedule
 from free_kernels.validation import check_choice, check_int, check_writable
 
 

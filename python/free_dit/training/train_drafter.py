@@ -15,7 +15,7 @@ from free_dit.training.loop import CHECKPOINT, TrainingLoop, iteration_seed
 from free_dit.training.shards import target_fingerprint
 from free_dit.training.trajectories import collect, image_chunks, make_schedule
 from free_kernels.drafters import FeatureDrafter
-from free_kernels.types import Target
+from free_kernels.protocols import Target
 from free_kernels.validation import check_writable
 
 __all__ = ["DrafterLoss", "DrafterTrainConfig", "calibrate", "train_drafter"]

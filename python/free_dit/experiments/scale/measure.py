@@ -21,9 +21,9 @@ from free_dit.experiments.scale.prediction import Inputs, write_inputs
 from free_dit.experiments.wall_clock import machine
 from free_dit.loading import load_drafter, load_target
 from free_kernels import DDPMSchedule, FrozenDrafter, RoundInfo, ancestral_sample, sample
+from free_kernels.conditioning import hoisted
 from free_kernels.drafters import as_drafter
-from free_kernels.hoisting import hoisted
-from free_kernels.types import Drafter, Target, first_drafted_step, new_memory
+from free_kernels.protocols import Drafter, Target, first_drafted_step, new_memory
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)

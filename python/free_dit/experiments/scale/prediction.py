@@ -136,7 +136,8 @@ def call_seconds(inputs: Inputs, rows: np.ndarray, verify: int = 1, slowdown: fl
     rows = np.asarray(rows, np.float64)
     if verify == 1:
         return slowdown * _seconds(inputs.target, rows)
-    # As free_kernels.verify_parallel shares them: the leader has one of the smallest shares, but never none.
+    # As free_kernels.distributed.verify_parallel shares them: the leader has one of the smallest shares, but never
+    # none.
     share = np.ceil(rows / verify - 1e-9)
     own = np.maximum(np.floor(rows / verify + 1e-9), 1.0)
     away = np.maximum(rows - own, 0.0)

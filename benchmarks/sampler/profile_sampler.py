@@ -1,0 +1,193 @@
+"""Where the time of ``sample`` goes: milliseconds per round and share of each part, beside the ordinary sampler's step.
+
+Run ``python -m benchmarks.sampler.profile_sampler``; writes JSON with the machine's facts to ``--out``. On a GPU every
+part is waited for, so that the parts of a round add up to more than a round of the sampler takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+import free_kernels.sampling.job as chain_module
+import free_kernels.sampling.speculative as speculation
+from benchmarks.report import store
+from free_dit import load_bundled
+from free_dit.experiments.wall_clock import machine, wall_clock_ratio
+from free_kernels import SampleResult, ancestral_sample, sample
+from free_kernels.drafters import FeatureDrafter
+from free_kernels.sampling.job import Chain
+from free_kernels.targets import DiTTarget
+
+# Ops of a round by the part that their time counts for: which ones run depends on device, noise and verification.
+TIMED_OPS = {
+    **dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), "couple"),
+    "pack_drafts": "pack_drafts",
+    "commit_drafts": "commit_drafts",
+}
+
+
+class Clock:
+    """Seconds spent in wrapped callables, by name; on a GPU it waits for the device before and after each."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = {}
+        self._wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, timed."""
+
+        def timed(*arguments: Any, **settings: Any) -> Any:
+            self._wait()
+            started = time.perf_counter()
+            result = call(*arguments, **settings)
+            self._wait()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return timed
+
+
+class TimedTarget:
+    """A target whose features and head are timed; ``hoisted`` passes through."""
+
+    def __init__(self, target: Any, clock: Clock) -> None:
+        self._target, self._clock = target, clock
+        self.features = clock.wrap("target features", target.features)
+        self.head = clock.wrap("target head", target.head)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedTarget:
+        """The hoisted target, timed."""
+        return TimedTarget(self._target.hoisted(timesteps, labels), self._clock)
+
+
+class TimedDrafter:
+    """A drafter whose calls are timed."""
+
+    def __init__(self, drafter: Any, clock: Clock) -> None:
+        self._drafter, self._clock = drafter, clock
+        self._call = clock.wrap("drafter", drafter)
+
+    def __call__(self, *arguments: Any, **settings: Any) -> torch.Tensor:
+        """The drafter's feature."""
+        return self._call(*arguments, **settings)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)
+
+    def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedDrafter:
+        """The hoisted drafter, timed."""
+        return TimedDrafter(self._drafter.hoisted(timesteps, labels), self._clock)
+
+
+def digits(device: str) -> tuple[DiTTarget, FeatureDrafter]:
+    """The bundled pair on a device."""
+    target, drafter = load_bundled("digits")
+    target.module.to(device)
+    return target, drafter.to(device)
+
+
+def profile(device: str, batch: int, draft_length: int, guidance: float, runs: int) -> dict[str, Any]:
+    """Parts of one configuration, over several runs after a warm-up."""
+    target, drafter = digits(device)
+    labels = torch.arange(batch, device=device) % 10
+    settings = {"guidance_scale": guidance}
+    sample(target, labels, drafter=drafter, draft_length=draft_length, **settings)
+    clock, elapsed, rounds, rows, steps = Clock(device), 0.0, 0, 0, []
+    for seed in range(runs):
+        patches = {name: clock.wrap(part, getattr(speculation, name)) for name, part in TIMED_OPS.items()}
+        draw = clock.wrap("noise", Chain.draw)
+        transition = clock.wrap("draft transition", chain_module.gaussian_transition)
+        with (
+            mock.patch.multiple(speculation, **patches),
+            mock.patch.object(chain_module, "gaussian_transition", transition),
+            mock.patch.object(Chain, "draw", draw),
+        ):
+            stats = sample(
+                TimedTarget(target, clock),
+                labels,
+                drafter=TimedDrafter(drafter, clock),
+                draft_length=draft_length,
+                seed=seed,
+                **settings,
+            ).stats
+        elapsed, rounds, rows = elapsed + stats.elapsed_s, rounds + stats.target_calls, rows + stats.target_rows
+        steps.append(ancestral_sample(target, labels, seed=seed, **settings).stats.elapsed_s / 250)
+    clock.seconds["everything else"] = elapsed - sum(clock.seconds.values())
+    parts = dict(sorted(clock.seconds.items(), key=lambda item: -item[1]))
+    return {
+        "batch": batch,
+        "draft_length": draft_length,
+        "guidance": guidance,
+        "rows_per_call": rows / rounds,
+        "ms_per_round": 1e3 * elapsed / rounds,
+        "ms_per_ordinary_step": 1e3 * float(np.median(steps)),
+        "parts": {name: {"ms": 1e3 * s / rounds, "share": s / elapsed} for name, s in parts.items()},
+    }
+
+
+def ratios(device: str, batch: int, lengths: tuple[int, ...], pairs: int) -> list[dict[str, Any]]:
+    """Wall-clock ratios by draft length, interleaved with the ordinary sampler."""
+    target, drafter = digits(device)
+    labels = torch.arange(batch, device=device) % 10
+
+    def ordinary(seed: int) -> SampleResult:
+        return ancestral_sample(target, labels, seed=seed)
+
+    def speculative(length: int) -> Callable[[int], SampleResult]:
+        return lambda seed: sample(target, labels, drafter=drafter, draft_length=length, seed=seed)
+
+    found = [(length, wall_clock_ratio(ordinary, speculative(length), batch, pairs)) for length in lengths]
+    return [{"draft_length": length, **vars(ratio)} for length, ratio in found]
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DEVICE/profile.json")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--only-parts", action="store_true", help="no ratios")
+    arguments = parser.parse_args()
+    device, pairs = arguments.device, arguments.pairs
+    out = arguments.out or store.RESULTS / store.device_slug(device) / "profile.json"
+    facts = machine() if device == "cpu" else machine() | {"gpu": torch.cuda.get_device_name()}
+    cases = ((1, 6, 1.0, 5), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
+    report = {
+        "machine": facts,
+        "command": "python -m benchmarks.sampler.profile_sampler" + (" --device cuda" if device == "cuda" else ""),
+        "profiles": [profile(device, *case) for case in cases],
+        "ratios": []
+        if arguments.only_parts
+        else [*ratios(device, 1, (2, 4, 6, 8, 12), pairs), *ratios(device, 64, (4, 6), min(3, pairs))],
+    }
+    for entry in report["profiles"]:
+        print(
+            f"\nbatch {entry['batch']}, L = {entry['draft_length']}, guidance {entry['guidance']:g}: "
+            f"{entry['ms_per_round']:.2f} ms a round of {entry['rows_per_call']:.2f} rows; "
+            f"an ordinary step takes {entry['ms_per_ordinary_step']:.2f} ms"
+        )
+        for name, part in entry["parts"].items():
+            print(f"  {name:18s} {part['ms']:7.2f} ms {part['share']:6.1%}")
+    print("\nbatch  L  ratio (range)")
+    for entry in report["ratios"]:
+        span = f"({entry['low']:.2f} to {entry['high']:.2f})"
+        print(f"{entry['batch']:5d} {entry['draft_length']:2d}  {entry['median']:.2f} {span}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

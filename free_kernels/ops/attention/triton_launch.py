@@ -1,0 +1,198 @@
+"""``feature_attention`` on the GPU: block sizes, launch, and the configurations that are compiled ahead of time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+from torch import Tensor
+
+from free_kernels.ops.aot import POINTERS, AotConfiguration, Device
+from free_kernels.ops.attention.triton_kernels import feature_attention_kernel
+from free_kernels.ops.triton_device import limits
+
+INTERPRETED = not isinstance(feature_attention_kernel, triton.runtime.JITFunction)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Block sizes and launch options of one problem.
+
+    Attributes:
+        block_m: queries of a program.
+        block_n: keys of a step.
+        block_d, block_e: columns of a head's two parts; ``block_e`` is 0 if the head dimension is a power of two.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline over key blocks.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    block_e: int
+    num_warps: int
+    num_stages: int
+
+
+def configure(
+    dtype: torch.dtype, head_dim: int, tokens: int, row_heads: int, processors: int, shared: int
+) -> Configuration:
+    """Blocks for ``row_heads`` = R * H problems of ``tokens`` queries.
+
+    ``processors`` and ``shared`` are the device's multiprocessors and the bytes of shared memory that a program may
+    have. Depends on shapes and device only, so a captured graph never changes its grid.
+    """
+    block_d = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - block_d
+    block_e = max(16, triton.next_power_of_2(rest)) if rest else 0
+    fits = max(16, triton.next_power_of_2(tokens))
+    if dtype == torch.float32:
+        # Exact float32 products run on the ordinary cores and hold their operands in registers: narrow blocks of keys,
+        # narrower still where masks or a short second part of a head need registers, and of queries too where masks do.
+        block_n = min(32 if block_d < 128 and block_e != 16 and tokens % 32 == 0 else 16, fits)
+        block_m = min(64 if tokens % block_n == 0 else 32, fits)
+        c = Configuration(block_m, block_n, block_d, block_e, 8 if block_m == 64 else 4, 2)
+    else:
+        # Large blocks read keys less often; small ones fill the device when there are few queries.
+        block_m = 128 if row_heads * triton.cdiv(tokens, 128) >= 2 * processors else 64
+        # Of narrow heads' keys 64 with 64 queries would spill on sm_100.
+        block_n = min(32 if block_m == 64 and head_dim < 64 else 64, fits)
+        block_m = min(block_m, fits)
+        # A warp's matrix product has 16 queries: more warps would split narrow heads' keys.
+        num_warps = 8 if block_m == 128 and head_dim > 64 else 2 if block_m == 32 and head_dim < 64 else 4
+        c = Configuration(block_m, block_n, block_d, block_e, num_warps, 3)
+    return _shrink(c, dtype, shared)
+
+
+def _shrink(c: Configuration, dtype: torch.dtype, shared: int) -> Configuration:
+    """The configuration within ``shared`` bytes, or the smallest there is: less prefetched first, then fewer keys.
+
+    No compiler keeps more there than the queries' block, a block of keys and values for each stage and, on sm_100,
+    1 KiB of barriers.
+    """
+
+    def needed(c: Configuration) -> int:
+        return (c.block_m + 2 * c.num_stages * c.block_n) * (c.block_d + c.block_e) * dtype.itemsize + 1024
+
+    while needed(c) > shared:
+        if c.num_stages > 2:
+            c = replace(c, num_stages=c.num_stages - 1)
+        elif c.block_n > 32:
+            c = replace(c, block_n=c.block_n // 2)
+        elif c.block_m > 32:
+            c = replace(c, block_m=c.block_m // 2, num_warps=4)
+        elif c.block_n > 16:
+            c = replace(c, block_n=c.block_n // 2)
+        elif c.num_stages > 1:
+            c = replace(c, num_stages=1)
+        elif c.block_m > 16:
+            c = replace(c, block_m=c.block_m // 2)
+        else:
+            return c
+    return c
+
+
+def _constants(c: Configuration, head_dim: int, tokens: int, cached: bool) -> dict[str, object]:
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": c.block_m,
+        "BLOCK_N": c.block_n,
+        "BLOCK_D": c.block_d,
+        "BLOCK_E": c.block_e,
+        "EVEN": tokens % c.block_n == 0,
+        "CACHED": cached,
+    }
+
+
+def feature_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_k: Tensor | None,
+    cache_v: Tensor | None,
+    cache_length: Tensor | None,
+    cache_position: Tensor | None,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """Contract of :func:`free_kernels.ops.attention.feature_attention`; arguments have been checked."""
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        # The interpreter's bfloat16 arithmetic is wrong.
+        wide = (None if x is None else x.float() for x in (q, k, v, cache_k, cache_v))
+        return feature_attention(*wide, cache_length, cache_position, scale, window).to(q.dtype)
+    rows, tokens, heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    scale = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
+    cached = cache_k is not None and window != 1
+    capacity = cache_k.shape[1] if cached else 1
+    c = configure(q.dtype, head_dim, tokens, rows * heads, *limits(q.device))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        feature_attention_kernel[(rows * heads * triton.cdiv(tokens, c.block_m),)](
+            q,
+            k,
+            v,
+            cache_k if cached else k,
+            cache_v if cached else v,
+            cache_length if cached else k,
+            cache_position if cached else k,
+            out,
+            *strides,
+            tokens,
+            heads,
+            capacity,
+            capacity + 1 if window is None else window,
+            scale,
+            **_constants(c, head_dim, tokens, cached),
+            ALIGN=math.gcd(16 // q.element_size(), head_dim, *strides),
+            num_warps=c.num_warps,
+            num_stages=c.num_stages,
+        )
+    return out
+
+
+def aot_configurations(device: Device) -> list[AotConfiguration]:
+    """Every kind of problem that :func:`configure` tells apart on 132 processors, with and without masks."""
+    small, large = 1, 10**6
+    found = []
+    for head_dim in (32, 64, 72, 96, 128):
+        for tokens, row_heads in ((25, large), (200, large), (256, small), (256, large)):
+            found.append(_aot(device, torch.bfloat16, head_dim, tokens, row_heads, True))
+        for tokens in (25, 256):
+            found.append(_aot(device, torch.float32, head_dim, tokens, large, True))
+    found += [_aot(device, torch.float16, head_dim, 256, large, True) for head_dim in (64, 72)]
+    found.append(_aot(device, torch.bfloat16, 64, 16, large, True))
+    for head_dim, dtype in itertools.product((64, 72), (torch.bfloat16, torch.float32)):
+        found.append(_aot(device, dtype, head_dim, 256, large, False))
+    return found
+
+
+def _aot(
+    device: Device, dtype: torch.dtype, head_dim: int, tokens: int, row_heads: int, cached: bool
+) -> AotConfiguration:
+    """What the launch of a fused qkv of 16 heads compiles."""
+    c = configure(dtype, head_dim, tokens, row_heads, 132, device.shared)
+    constants = _constants(c, head_dim, tokens, cached) | {"ALIGN": 16 // dtype.itemsize}
+    names = [name for name in feature_attention_kernel.arg_names if name not in constants]
+    signature = {name: POINTERS[dtype] if name.startswith("p_") else "i32" for name in names} | {"scale": "fp32"}
+    if cached:
+        signature |= {name: POINTERS[torch.int64] for name in ("p_length", "p_position")}
+    divisible = [name for name in names if name.startswith("p_") or name.endswith("_row")]
+    group = f"feature_attention {POINTERS[dtype][1:]} dim {head_dim}"
+    label = f"{group} T {tokens} {c.block_m} x {c.block_n}"
+    return AotConfiguration(
+        label if cached else f"{label} uncached",
+        group,
+        feature_attention_kernel,
+        signature,
+        # Masks need registers of their own.
+        2 * c.block_m * (c.block_d + c.block_e) * dtype.itemsize + (not constants["EVEN"]),
+        constants,
+        c.num_warps,
+        c.num_stages,
+        divisible,
+    )

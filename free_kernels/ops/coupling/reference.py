@@ -1,0 +1,259 @@
+"""Gaussian transitions and reflection maximal coupling in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Positions of the columns of a transition table (free_kernels.schedules.ddpm.TransitionColumn), repeated as plain ints
+# because the implementations depend on nothing above them.
+MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE = 0, 1, 2, 3
+X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = 4, 5, 6, 7
+
+
+# A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
+MAX_GAP_SQ = 1e30
+# Across the gap of the means half of the draft's variance is compared and half is shared with the target, which costs
+# least where variances differ; along it at least LEAST_SHARED is shared, since roots of less would magnify rounding.
+# A draft is refused outright where the target's variance leaves less than LEAST_LEFT of the draft's to share, and means
+# closer than SMALLEST_MEAN_GAP_SQ give no direction.
+ACROSS, LEAST_LEFT, LEAST_SHARED, SMALLEST_MEAN_GAP_SQ = 0.5, 1 / 64, 1 / 1024, 1e-24
+
+
+class Coupling(NamedTuple):
+    """Outcome of one round for S slots with at most L rows each.
+
+    Figures of rows behind a slot's first refusal are not to be used: whatever they steer would break exactness.
+
+    Attributes:
+        next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
+        committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
+        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack). Not finite where a
+            draft was far off.
+    """
+
+    next_states: Tensor
+    committed: Tensor
+    gap_sq: Tensor
+
+
+def guide(output: Tensor, scale: float, channels: int) -> Tensor:
+    """Classifier-free guidance: ``[2R, ...]`` (conditional rows, then unconditional) to ``[R, ...]``.
+
+    The first ``channels`` channels become ``e_u + scale (e_c - e_u)``, the rest are the conditional branch's.
+    """
+    conditional, unconditional = output.float().chunk(2)
+    if channels == output.shape[1]:
+        return torch.lerp(unconditional, conditional, scale)
+    mixed = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
+    return torch.cat([mixed, conditional[:, channels:]], dim=1)
+
+
+def gaussian_transition(
+    state: Tensor, output: Tensor, columns: Tensor, *, guidance_scale: float, guidance_channels: int, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the next state; see ``free_kernels.ops.gaussian_transition``."""
+    if guidance_scale != 1.0:
+        output = guide(output, guidance_scale, guidance_channels)
+    channels = state.shape[-3]
+    learned = output.shape[-3] == 2 * channels
+    prediction = output.narrow(-3, 0, channels).float()
+    column = columns.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1).unbind(1)
+    if math.isinf(clip):
+        mean = torch.addcmul(column[MEAN_FROM_STATE] * state, column[MEAN_FROM_OUTPUT], prediction)
+    else:
+        x0 = torch.addcmul(column[X0_FROM_STATE] * state, column[X0_FROM_OUTPUT], prediction).clamp_(-clip, clip)
+        mean = torch.addcmul(column[MEAN_FROM_STATE_GIVEN_X0] * state, column[MEAN_FROM_X0], x0)
+    if not learned:
+        return mean, column[LOG_STD].exp().expand_as(mean)
+    variance = output.narrow(-3, channels, channels).float()
+    return mean, torch.addcmul(column[LOG_STD], column[LOG_STD_SLOPE], variance).exp_()
+
+
+def unpack_rows(rows: Tensor, row_offsets: Tensor, branches: int, slots: int, length: int) -> Tensor:
+    """Packed rows ``[B R, ...]`` to a dense ``[B S L, ...]``; entries past a slot's length repeat some other row."""
+    total = rows.shape[0] // branches
+    position = torch.arange(length, device=rows.device)
+    index = (row_offsets[:-1, None] + position).clamp_(max=total - 1).flatten()
+    return rows.unflatten(0, (branches, total)).index_select(1, index).flatten(0, 1)
+
+
+def target_rows(
+    draft_states: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    guidance_scale: float,
+    guidance_channels: int,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation ``[S, L, D]`` that the target gives the step after each row, D = C H W."""
+    slots, length = draft_states.shape[:2]
+    output = unpack_rows(output, row_offsets, 1 if guidance_scale == 1.0 else 2, slots, length)
+    mean, std = gaussian_transition(
+        draft_states.flatten(0, 1),
+        output,
+        columns.flatten(0, 1),
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        clip=clip,
+    )
+    return mean.view(slots, length, -1), std.reshape(slots, length, -1)
+
+
+class Compared(NamedTuple):
+    """Drafts against the target's laws of the same steps, which given the shared slack are unit Gaussians delta apart.
+
+    Attributes:
+        start: ``[S, L - 1, D]``, what the target draws with the draft's noise, given the shared slack.
+        lead: ``[S, L - 1, D]``, by how much that is ahead of the draft: the two centres' difference.
+        gap_sq: ``[S, L - 1]``, delta^2, the squared length of the whitened lead.
+        along: ``[S, L - 1]``, the draft's own noise times the whitened lead.
+        infeasible: bool ``[S, L - 1]``, rows without shared slack: their draft is refused, their step drawn directly.
+    """
+
+    start: Tensor
+    lead: Tensor
+    gap_sq: Tensor
+    along: Tensor
+    infeasible: Tensor
+
+
+def compare(
+    mean_q: Tensor, std_q: Tensor, draft_mean: Tensor, draft_std: Tensor, noise: Tensor, slack_noise: Tensor | None
+) -> Compared:
+    """Compare drafts with the target's transitions ``mean_q, std_q [S, L, D]``; without slack variances are equal."""
+    drafts = draft_mean.shape[1]
+    mean_q, mean_p, std_p = mean_q[:, :drafts], draft_mean.flatten(2), draft_std.flatten(2)
+    lead, z = mean_q - mean_p, noise.flatten(2)[:, :drafts]
+    gap = lead / std_p
+    if slack_noise is None:
+        gap_sq = gap.square().sum(-1)
+        start = torch.addcmul(mean_q, std_p, z)
+        return Compared(start, lead, gap_sq, (z * gap).sum(-1), ~(gap_sq < MAX_GAP_SQ))
+    ratio = (std_q[:, :drafts] / std_p).square_()
+    start, lead, *rest = compare_variances(gap, ratio, z, slack_noise.flatten(2)[:, :drafts])
+    return Compared(torch.addcmul(mean_q, std_p, start), std_p * lead, *rest)
+
+
+def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) -> Compared:
+    """Compare ``N(0, I)``, from which z came, with ``N(gap, diag(ratio))``; all arguments ``[..., D]``.
+
+    ``start`` and ``lead`` are in units of the draft's deviation, ``start`` relative to the target's mean.
+
+    Reflection wants equal covariances. So z is split, by independent noise z' and any matrix Lambda below both:
+
+        ``z1 = Lambda^(1/2) z + (I - Lambda)^(1/2) z'``,  ``z2 = (I - Lambda)^(1/2) z - Lambda^(1/2) z'``.
+
+    These are independent standard normals and ``z = Lambda^(1/2) z1 + (I - Lambda)^(1/2) z2``. The target shares z2:
+    with ``B B^T = diag(ratio) - Lambda`` the draft is N(A_p, Lambda) given z2, the target N(A_q, Lambda),
+
+        ``lead = A_q - A_p = gap + B z2 - (I - Lambda)^(1/2) z2``,  ``Delta = Lambda^(-1/2) lead``.
+
+    Exact for every Lambda that looks at the two laws and not at z. Small Lambda stretches the gap of the means, large
+    Lambda what the variances differ by. The means differ along one direction u and the variances in all of them, hence
+
+        ``Lambda = (I - u u^T) / 2 + h u u^T``,
+
+    h near 1 unless the variance along u differs more than the means. In closed form, with ``c = diag(ratio) - 1/2``,
+    ``w = c^(-1/2) u``, ``kappa = |w|^2``:
+
+        ``B = c^(1/2) (I - (1 - q) w w^T / kappa)``,  ``q^2 = 1 - (h - 1/2) kappa``.
+
+    B exists for h up to ``room = 1/2 + 1/kappa``, what the target's covariance leaves along u; the h below weighs the
+    stretched gap against the error ``room - 1`` of the variance along u as if nothing else were there.
+    """
+    mean_sq = gap.square().sum(-1, keepdim=True)
+    directed = mean_sq > SMALLEST_MEAN_GAP_SQ
+    u = torch.where(directed, gap * mean_sq.rsqrt(), 0.0)
+    left = ratio - ACROSS
+    # Also refused: drafts so far off that products of gap and error would overflow. The rule must not look at noise.
+    far = ~((1 + mean_sq.squeeze(-1)) * (1 + (ratio - 1).square().sum(-1)) < MAX_GAP_SQ)
+    infeasible = far | ~(left.amin(-1) >= LEAST_LEFT)
+    left.clamp_(min=LEAST_LEFT)
+    root, across = left.sqrt(), math.sqrt(ACROSS)
+
+    kappa = torch.where(directed, (u.square() / left).sum(-1, keepdim=True), 1 / (1 - ACROSS))
+    error = 1 / kappa - (1 - ACROSS)
+    longest = (error.square() + 4 * mean_sq).sqrt()
+    # 1 - h, of the draft, and q^2 / kappa, of the target: the variance along u that is shared.
+    shared_p = torch.maximum(error.abs() / (error.abs() + longest), -error) + LEAST_SHARED
+    shared_p = torch.where(directed, shared_p, 1 - ACROSS)
+    own = 1 - shared_p
+    kept_p, kept_q = shared_p.sqrt(), (kappa * (error + shared_p)).sqrt()
+
+    z_u, z_slack_u = (u * z).sum(-1, keepdim=True), (u * z_slack).sum(-1, keepdim=True)
+    z2_u = kept_p * z_u - own.sqrt() * z_slack_u
+    z2 = across * (z - z_slack)
+    z2 = z2 + u * (z2_u - across * (z_u - z_slack_u))
+    w_z2 = (u / root * z2).sum(-1, keepdim=True)
+    moved = (1 - kept_q) * w_z2 / kappa + (kept_p - across) * z2_u
+    # Kept apart from the gap, which may be too large to add anything to.
+    shift = (ratio - 1) / (root + across) * z2 - moved * u
+    lead = gap + shift
+
+    lead_u = (u * lead).sum(-1, keepdim=True)
+    gap_sq = lead.square().sum(-1, keepdim=True) / ACROSS + (1 / own - 1 / ACROSS) * lead_u.square()
+    along = ((z + z_slack) * lead).sum(-1, keepdim=True) + ((shared_p / own).sqrt() - 1) * z_slack_u * lead_u
+    return Compared(z + shift, lead, gap_sq.squeeze(-1), along.squeeze(-1), infeasible)
+
+
+def couple(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    noise: Tensor,
+    slack_noise: Tensor | None,
+    uniform: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    relaxation: Tensor | None,
+    *,
+    guidance_scale: float,
+    guidance_channels: int,
+    clip: float,
+) -> Coupling:
+    """Decide and commit one round; see ``free_kernels.ops.couple``."""
+    slots, length = draft_states.shape[:2]
+    latent = draft_states.shape[2:]
+    lengths = row_offsets.diff()
+    mean_q, std_q = target_rows(
+        draft_states,
+        output,
+        row_offsets,
+        columns,
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        clip=clip,
+    )
+    direct = torch.addcmul(mean_q, std_q, noise.flatten(2))
+    if length == 1:
+        return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), direct.new_zeros(slots, 0))
+
+    drafts, last = length - 1, lengths - 1
+    start, lead, gap_sq, along, infeasible = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
+    if relaxation is None:
+        score = along - gap_sq / 2
+    else:
+        keep = 1 - relaxation[:, :drafts]
+        score = keep * along - keep.square() * gap_sq / 2
+    accepted = uniform[:, :drafts].log() <= score
+    accepted &= ~infeasible
+    # The first row that stops: a refused draft, or the last row. `cumprod` counts the accepted drafts before it.
+    accepted &= torch.arange(drafts, device=direct.device) < last[:, None]
+    first = accepted.cumprod(1).sum(1)
+
+    # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
+    rows = torch.arange(slots, device=direct.device)
+    draft_row = first.clamp(max=drafts - 1)
+    coefficient = 2 * along[rows, draft_row] / gap_sq[rows, draft_row]
+    reflected = torch.addcmul(start[rows, draft_row], coefficient[:, None], lead[rows, draft_row], value=-1)
+    is_direct = (first >= last) | infeasible[rows, draft_row]
+    next_states = torch.where(is_direct[:, None], direct[rows, first], reflected)
+    committed = (first + 1) * (lengths > 0)
+    return Coupling(next_states.view(slots, *latent), committed, gap_sq)

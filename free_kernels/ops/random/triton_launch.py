@@ -1,0 +1,128 @@
+"""``philox_uniform`` and ``philox_normal`` as one Triton kernel: every number is computed where it is stored."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from free_kernels.ops.aot import AotConfiguration, Device
+from free_kernels.ops.random.triton_philox import normals, seed_words, uniforms
+from free_kernels.ops.triton_device import warp_size
+
+# Blocks of four numbers of a program, one a thread: a 16-byte store each. Few numbers are spread over more programs.
+_LARGE, _SMALL = 128, 32
+_WANTED_PROGRAMS = 264
+
+
+@triton.jit(do_not_specialize=["rows", "seed_low", "seed_high", "purpose"])
+def philox_kernel(
+    p_images,
+    p_steps,
+    p_rounds,
+    p_out,
+    seed_low,
+    seed_high,
+    rows,
+    numel,
+    purpose,
+    NORMAL: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """``ROWS`` keys, ``BLOCKS`` Philox blocks of each: elements of a ``[rows, numel]`` float32 tensor."""
+    programs = tl.cdiv(tl.cdiv(numel, 4), BLOCKS)
+    i_row = (tl.program_id(0) // programs).to(tl.int64) * ROWS
+    i_first = (tl.program_id(0) % programs).to(tl.int64) * BLOCKS
+    o_row = (i_row + tl.arange(0, ROWS))[:, None]
+    used = o_row < rows
+    draw_round = 0
+    if ROUNDS:
+        draw_round = tl.load(p_rounds + o_row, mask=used, other=0)
+    image, step = tl.load(p_images + o_row, mask=used, other=0), tl.load(p_steps + o_row, mask=used, other=0)
+    key = (seed_low, seed_high, image, step, draw_round)
+    # Broadcast before the rounds of the generator, whose words are of the shape of the blocks.
+    c0 = tl.broadcast_to((i_first + tl.arange(0, BLOCKS)).to(tl.uint32)[None, :], (ROWS, BLOCKS))
+    b_draws = normals(c0, key, purpose) if NORMAL else uniforms(c0, key, purpose)
+    o = (i_first * 4 + tl.arange(0, 4 * BLOCKS))[None, :]
+    tl.store(p_out + o_row * numel + o, b_draws, mask=used & (o < numel))
+
+
+# Whether the kernel runs in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(philox_kernel, triton.runtime.JITFunction)
+
+
+def launch_shape(rows: int, numel: int) -> tuple[int, int]:
+    """Keys of a program and Philox blocks of each; shapes only, so a graph can hold it."""
+    needed = triton.cdiv(numel, 4)
+    size = _LARGE if rows * needed >= _WANTED_PROGRAMS * _LARGE else _SMALL
+    blocks = min(size, triton.next_power_of_2(needed))
+    return size // blocks, blocks
+
+
+def philox_fill(
+    seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None, normal: bool
+) -> Tensor:
+    """Contract of ``philox_normal`` or ``philox_uniform`` of :mod:`free_kernels.ops.random`; arguments are checked.
+
+    ``seed`` may also be the int64 of the same bits.
+    """
+    rows = images.shape[0]
+    out = torch.empty(rows, numel, dtype=torch.float32, device=images.device)
+    if out.numel() == 0:
+        return out
+    per_program, blocks = launch_shape(rows, numel)
+    grid = (triton.cdiv(rows, per_program) * triton.cdiv(triton.cdiv(numel, 4), blocks),)
+    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+        philox_kernel[grid](
+            images.contiguous(),
+            steps.contiguous(),
+            None if rounds is None else rounds.contiguous(),
+            out,
+            *seed_words(seed),
+            rows,
+            numel,
+            purpose,
+            NORMAL=normal,
+            ROUNDS=rounds is not None,
+            ROWS=per_program,
+            BLOCKS=blocks,
+            num_warps=max(1, per_program * blocks // warp_size(out.device)),
+        )
+    return out
+
+
+def aot_configurations(device: Device) -> list[AotConfiguration]:
+    """Both ops for one number a key, an odd size, a latent of 4096 and more than 2**32 numbers a key."""
+    return [
+        _aot(device, rows, numel, normal, with_rounds)
+        for (rows, numel), normal, with_rounds in itertools.product(
+            ((6, 1), (512, 315), (6, 4096), (512, 16384), (2, 2**33)), (False, True), (False, True)
+        )
+    ]
+
+
+def _aot(device: Device, rows: int, numel: int, normal: bool, with_rounds: bool) -> AotConfiguration:
+    per_program, blocks = launch_shape(rows, numel)
+    constants: dict[str, object] = {"NORMAL": normal, "ROUNDS": with_rounds, "ROWS": per_program, "BLOCKS": blocks}
+    constants |= ({} if with_rounds else {"p_rounds": None}) | ({"numel": 1} if numel == 1 else {})
+    signature = {name: "i32" for name in philox_kernel.arg_names if name not in constants}
+    signature |= {name: "*i64" for name in signature if name.startswith("p_")} | {"p_out": "*fp32"}
+    signature |= {"numel": "i64"} if numel >= 2**31 else {}
+    aligned = ["numel"] if numel % 16 == 0 else []
+    group = f"philox_{'normal' if normal else 'uniform'}"
+    return AotConfiguration(
+        f"{group} {rows}x{numel}{' rounds' if with_rounds else ''}",
+        group,
+        philox_kernel,
+        signature,
+        per_program * blocks * (1 + normal) + with_rounds + ("numel" in signature and signature["numel"] == "i64"),
+        constants,
+        num_warps=max(1, per_program * blocks // device.warp_size),
+        divisible=[name for name in signature if name.startswith("p_")] + aligned,
+    )

@@ -1,0 +1,1 @@
+"""The samplers: one job, its rounds, the speculative loop and the ancestral one."""

@@ -1,0 +1,282 @@
+"""``sample``, ``sample_iter`` and ``ancestral_sample``: the public samplers."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from free_kernels.drafters import as_drafter
+from free_kernels.ops.coupling.api import BACKENDS
+from free_kernels.protocols import Callback, Drafter, SampleResult, Schedule, first_drafted_step
+from free_kernels.sampling.ancestral import run_ordinary
+from free_kernels.sampling.cuda_graphs import check_cuda_graphs
+from free_kernels.sampling.job import make_chain
+from free_kernels.sampling.speculative import Settings, Speculation, packing_backend
+from free_kernels.schedules import DDPMSchedule
+from free_kernels.steering.length_policy import LONGEST, DraftLengthPolicy, knowledge_of
+from free_kernels.steering.relaxation import Relaxation, as_relaxation
+from free_kernels.validation import check_choice, check_int, fail
+
+
+@torch.no_grad()
+def ancestral_sample(
+    target: object,
+    class_labels: Tensor,
+    *,
+    schedule: Schedule = DDPMSchedule(),
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    seed: int = 0,
+    noise: object = None,
+    max_slots: int | None = None,
+    cuda_graphs: bool = False,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> SampleResult:
+    """The ordinary sampler: one target call a step. Shares noise keys, arithmetic and hoisting with :func:`sample`.
+
+    Args: as in :func:`sample`; images are drawn in batches of ``max_slots`` (all at once if None), and with
+        ``cuda_graphs`` a step is one graph.
+
+    Returns:
+        The same :class:`SampleResult`, with ``call_reduction`` 1.
+
+    Raises:
+        ValueError, TypeError, FloatingPointError: as :func:`sample`.
+    """
+    where = "ancestral_sample"
+    started = time.perf_counter()
+    chain = make_chain(where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise)
+    slots = len(chain.labels) if max_slots is None else check_int(where, "max_slots", max_slots, 1)
+    graphs = check_cuda_graphs(where, cuda_graphs, chain.labels.device)
+    result = run_ordinary(chain.hoisted(), slots, graphs, progress, callback)
+    result.stats.elapsed_s = time.perf_counter() - started
+    return result
+
+
+@torch.no_grad()
+def sample(
+    target: object,
+    class_labels: Tensor,
+    *,
+    schedule: Schedule = DDPMSchedule(num_steps=250),
+    drafter: str | Drafter = "frozen",
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    draft_length: int | str = 6,
+    relaxation: float | Relaxation = 0.0,
+    verification: str = "token",
+    seed: int = 0,
+    noise: object = None,
+    max_slots: int | None = None,
+    backend: str = "auto",
+    cuda_graphs: bool = False,
+    progress: bool = False,
+    callback: Callback | None = None,
+) -> SampleResult:
+    """Draw images by speculative sampling; without relaxation their law is exactly that of :func:`ancestral_sample`.
+
+    Args:
+        target: a :class:`Target`, or a DiT module that an adapter recognises.
+        class_labels: int64 ``[N]`` in ``[0, num_classes)``.
+        schedule: the Gaussian transitions.
+        drafter: ``"frozen"`` (repeat the last exact feature), or a drafter such as a trained :class:`FeatureDrafter`.
+        guidance_scale: w in ``e_u + w (e_c - e_u)``; 1 is no guidance and one network row per row instead of two.
+        guidance_channels: leading channels that guidance mixes; None takes the target's own (the original DiT: 3 of 4).
+        draft_length: L, rows of a round for one image, in ``[1, num_steps]``; 1 is the ordinary chain. ``"auto"``
+            chooses it round by round for the most steps per second, from acceptance and measured times, and falls back
+            to ordinary steps where speculation does not pay.
+        relaxation: 0 is lossless; a strength above 0, or a :class:`Relaxation`, accepts more drafts at late, uncertain
+            steps, and ``stats.bias_bound`` bounds the total variation that this costs.
+        verification: ``"token"``: rows are decided one by one. ``"block"``: a round's drafts are decided together,
+            which commits more of them and is as exact.
+        seed: key of all noise, in ``[0, 2**64)``. An image depends on seed and index, not on the batch around it; with
+            ``"auto"`` only its law does not.
+        noise: None, initial states ``[N, C, H, W]``, initial states and step noise ``[N, K, C, H, W]``, or a source.
+        max_slots: images in the making at a time; all of them if None. A finished one makes room for a waiting one.
+        backend: of the coupling: ``"auto"`` (Triton on a GPU), ``"reference"`` (plain PyTorch for every op) or
+            ``"triton"`` (an error where it cannot run).
+        cuda_graphs: replay every round as a CUDA graph: worth it where a round's kernels are shorter than their
+            launches. The first rounds capture; target, drafter and noise source must not wait for the device.
+        progress: show a progress bar.
+        callback: called with a :class:`RoundInfo` after every round.
+
+    Returns:
+        ``samples`` float32 ``[N, C, H, W]`` and ``stats``.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+        FloatingPointError: a network output is not finite; the message names step and image.
+    """
+    started = time.perf_counter()
+    speculation = _speculation(
+        "sample",
+        target,
+        class_labels,
+        schedule=schedule,
+        drafter=drafter,
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        draft_length=draft_length,
+        relaxation=relaxation,
+        verification=verification,
+        seed=seed,
+        noise=noise,
+        max_slots=max_slots,
+        backend=backend,
+        cuda_graphs=cuda_graphs,
+    )
+    speculation.run(progress, callback)
+    speculation.stats.elapsed_s = time.perf_counter() - started
+    return SampleResult(speculation.samples, speculation.stats)
+
+
+class FinishedImage(NamedTuple):
+    """An image that :func:`sample_iter` yields.
+
+    Attributes:
+        index: its place in the class labels.
+        sample: float32 ``[C, H, W]``.
+    """
+
+    index: int
+    sample: Tensor
+
+
+class SampleIterator(Iterator[FinishedImage]):
+    """Images in the order in which they finish.
+
+    Attributes:
+        stats: of the images so far; whole once the iterator is exhausted.
+    """
+
+    def __init__(self, speculation: Speculation, progress: bool, callback: Callback | None) -> None:
+        self.stats = speculation.stats
+        self._speculation = speculation
+        self._started = time.perf_counter()
+        self._rounds = speculation.iterate(progress, callback)
+        self._ready: deque[FinishedImage] = deque()
+
+    def __next__(self) -> FinishedImage:
+        """The next finished image, after as many rounds as it takes."""
+        while not self._ready:
+            finished = next(self._rounds)
+            self._ready.extend(FinishedImage(index, image.clone()) for index, image in finished)
+        self.stats.elapsed_s = time.perf_counter() - self._started
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Give up on the images that are not finished."""
+        self._rounds.close()
+        self._ready.clear()
+
+
+@torch.no_grad()
+def sample_iter(
+    target: object,
+    class_labels: Tensor,
+    *,
+    max_slots: int = 64,
+    progress: bool = False,
+    callback: Callback | None = None,
+    **settings: Any,
+) -> SampleIterator:
+    """:func:`sample`, image by image as they finish, in memory that follows ``max_slots`` and not N.
+
+    An image is the one that :func:`sample` draws for the same seed and index.
+
+    Args:
+        target: as in :func:`sample`.
+        class_labels: int64 ``[N]``.
+        max_slots: images in the making at a time; of three times as many the state is held.
+        progress: show a progress bar.
+        callback: called with a :class:`RoundInfo` after every round.
+        settings: ``schedule``, ``drafter`` and the other arguments of :func:`sample`.
+
+    Returns:
+        An iterator over :class:`FinishedImage`, each once, with the run's ``stats``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: at once, as :func:`sample`.
+        FloatingPointError: while iterating.
+    """
+    unknown = settings.keys() - _DEFAULTS.keys()
+    if unknown:
+        fail("sample_iter", "settings", "arguments of sample", ", ".join(map(repr, sorted(unknown))), TypeError)
+    manner = {**_DEFAULTS, **settings, "max_slots": max_slots}
+    speculation = _speculation("sample_iter", target, class_labels, bounded=True, **manner)
+    return SampleIterator(speculation, progress, callback)
+
+
+# Arguments of a run's manner, with `sample`'s defaults; the rest is the caller's own.
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(sample).parameters.items()
+    if parameter.default is not parameter.empty and name not in ("progress", "callback")
+}
+
+
+def _speculation(
+    where: str,
+    target: object,
+    class_labels: Tensor,
+    *,
+    schedule: Schedule,
+    drafter: str | Drafter,
+    guidance_scale: float,
+    guidance_channels: int | None,
+    draft_length: int | str,
+    relaxation: float | Relaxation,
+    verification: str,
+    seed: int,
+    noise: object,
+    max_slots: int | None,
+    backend: str,
+    cuda_graphs: bool,
+    bounded: bool = False,
+) -> Speculation:
+    """The checked arguments of :func:`sample`, ready to run; ``bounded`` keeps the state of few images only."""
+    check_choice(where, "backend", backend, BACKENDS)
+    chain = make_chain(
+        where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise, packing_backend(backend)
+    )
+    num_steps, slots = len(chain.timesteps), len(chain.labels)
+    if max_slots is not None:
+        slots = min(slots, check_int(where, "max_slots", max_slots, 1))
+    check_choice(where, "verification", verification, ("token", "block"))
+    block = verification == "block"
+    if block and getattr(chain.noise, "covers_steps", False):
+        # A decision that looks at all drafts needs new noise every round; a tensor has one of each step.
+        fail(where, "noise", "initial states only with verification 'block'", "noise of every step")
+    drafting = as_drafter(where, drafter, chain.target)
+    relaxed = as_relaxation(where, relaxation, chain.learned, verification)
+    policy = None
+    if draft_length == "auto":
+        length = min(LONGEST[-1], num_steps)
+        owner = getattr(target, "module", target)
+        manner = (block, relaxed, chain.guidance_scale, chain.learned, str(chain.labels.device), backend, cuda_graphs)
+        known = knowledge_of(owner, drafting, manner, num_steps, slots)
+        policy = DraftLengthPolicy(num_steps, length, known, first_drafted_step(drafting))
+    elif isinstance(draft_length, str):
+        fail(where, "draft_length", "an int or 'auto'", repr(draft_length))
+    else:
+        length = check_int(where, "draft_length", draft_length, 1, num_steps)
+    if length > 1 and chain.is_deterministic:
+        fail(where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without")
+    settings = Settings(
+        length,
+        policy,
+        relaxed,
+        block,
+        backend,
+        cuda_graphs=check_cuda_graphs(where, cuda_graphs, chain.labels.device),
+        pool_rows=3 * slots if bounded else None,
+    )
+    return Speculation(chain, drafting, slots, settings)

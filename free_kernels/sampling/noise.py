@@ -1,0 +1,126 @@
+"""Noise sources: counter-based by default, or tensors that the caller brings."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+from torch import Tensor
+
+from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.protocols import NoiseSource
+from free_kernels.validation import check_int, fail
+
+
+class Purpose(enum.IntEnum):
+    """What a random number is for; part of its key."""
+
+    INITIAL = 0
+    STEP = 1
+    SLACK = 2
+    ACCEPT = 3
+
+
+class PhiloxNoise:
+    """Philox4x32-10 keyed by (seed, image index, step, purpose) (Salmon et al. 2011).
+
+    Args:
+        seed: in ``[0, 2**64)``.
+        first_image: added to every image index, so that parts of one job can be drawn by several calls.
+        backend: of the random ops: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
+    """
+
+    def __init__(self, seed: int, first_image: int = 0, backend: str = "auto") -> None:
+        self.seed = check_int("PhiloxNoise", "seed", seed, 0, 2**64 - 1)
+        self.first_image = check_int("PhiloxNoise", "first_image", first_image, 0)
+        self.backend = backend
+
+    def normal(
+        self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...], rounds: Tensor | None = None
+    ) -> Tensor:
+        """Standard normals ``[M, *shape]``."""
+        keys = images + self.first_image if self.first_image else images
+        count = math.prod(shape)
+        return philox_normal(self.seed, keys, steps, int(purpose), count, rounds, self.backend).view(-1, *shape)
+
+    def uniform(self, images: Tensor, steps: Tensor, purpose: int, rounds: Tensor | None = None) -> Tensor:
+        """Uniforms in (0, 1], ``[M]``."""
+        keys = images + self.first_image if self.first_image else images
+        return philox_uniform(self.seed, keys, steps, int(purpose), 1, rounds, self.backend).view(-1)
+
+
+class TensorNoise:
+    """Noise from a tensor; whatever the tensor does not hold comes from Philox.
+
+    Args:
+        noise: float32 ``[N, C, H, W]`` (initial states only) or ``[N, K, C, H, W]``: entry 0 the initial state, entry
+            k + 1 the noise of step k (the last step needs none; where a schedule gives it noise, there are K + 1).
+        seed: seed of the rest.
+        backend: as in :class:`PhiloxNoise`.
+        first_image: as in :class:`PhiloxNoise`, for the rest; entry 0 of ``noise`` belongs to this image.
+
+    Raises:
+        ValueError, TypeError: another shape or dtype, or a value that is not finite.
+    """
+
+    def __init__(self, noise: Tensor, seed: int, backend: str = "auto", first_image: int = 0) -> None:
+        if noise.dtype != torch.float32:
+            fail("TensorNoise", "noise", "float32", noise, TypeError)
+        if noise.ndim not in (4, 5):
+            fail("TensorNoise", "noise", "[N, C, H, W] or [N, K, C, H, W]", noise)
+        if not bool(noise.isfinite().all()):
+            fail("TensorNoise", "noise", "finite", "a non-finite value")
+        self.noise = noise if noise.ndim == 5 else noise.unsqueeze(1)
+        self.covers_steps = noise.ndim == 5
+        self.rest = PhiloxNoise(seed, first_image, backend)
+
+    def normal(
+        self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...], rounds: Tensor | None = None
+    ) -> Tensor:
+        """Standard normals ``[M, *shape]``; the tensor's own do not depend on ``rounds``."""
+        if purpose == Purpose.INITIAL:
+            return self.noise[images, 0]
+        if purpose == Purpose.STEP and self.covers_steps:
+            # Entries past the end belong to the last step, which multiplies them by zero.
+            return self.noise[images, (steps + 1).clamp(max=self.noise.shape[1] - 1)]
+        return self.rest.normal(images, steps, purpose, shape, rounds)
+
+    def uniform(self, images: Tensor, steps: Tensor, purpose: int, rounds: Tensor | None = None) -> Tensor:
+        """Uniforms in (0, 1], ``[M]``."""
+        return self.rest.uniform(images, steps, purpose, rounds)
+
+
+def as_noise_source(
+    where: str,
+    noise: object,
+    seed: int,
+    latent: tuple[int, ...],
+    count: int,
+    steps: int,
+    device: torch.device,
+    backend: str,
+) -> NoiseSource:
+    """Turn a sampler's ``noise`` and ``seed`` arguments into a source.
+
+    Raises:
+        ValueError, TypeError: the tensor's shape or dtype is wrong, or the object is neither tensor nor source.
+    """
+    check_int(where, "seed", seed, 0, 2**64 - 1)
+    if noise is None:
+        return PhiloxNoise(seed, backend=backend)
+    held = noise
+    if isinstance(noise, TensorNoise):
+        held = noise.noise if noise.covers_steps else noise.noise[:, 0]
+    if isinstance(held, Tensor):
+        shapes = f"float32 {[count, *latent]} or {[count, steps, *latent]}"
+        if held.dtype != torch.float32:
+            fail(where, "noise", shapes, held, TypeError)
+        if tuple(held.shape) not in ((count, *latent), (count, steps, *latent)):
+            fail(where, "noise", shapes, held)
+        if not bool(held.isfinite().all()):
+            fail(where, "noise", "finite", "a non-finite value")
+        return noise if isinstance(noise, TensorNoise) else TensorNoise(held.to(device), seed, backend)
+    if callable(getattr(noise, "normal", None)) and callable(getattr(noise, "uniform", None)):
+        return noise  # type: ignore[return-value]
+    fail(where, "noise", "None, a tensor or a NoiseSource", noise, TypeError)

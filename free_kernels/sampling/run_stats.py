@@ -1,0 +1,77 @@
+"""Figures of a speculative run: what is counted on the host, and what gathers on the device until the end."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from free_kernels.protocols import SampleStats
+from free_kernels.steering.relaxation import bias_of_rows
+
+
+class RunFigures:
+    """The stats of a run in the making.
+
+    Args:
+        images: N.
+        num_steps: K.
+        device: where the rounds are.
+
+    Attributes:
+        stats: counts are up to date after every round; what the device gathers is there after :meth:`finish`.
+        deviation: ``[K]``, sum of the squared deviations of the tested rows of each step.
+        bias: ``[N]``, sum of the biases of each image's tested rows.
+    """
+
+    def __init__(self, images: int, num_steps: int, device: torch.device) -> None:
+        self.deviation = torch.zeros(num_steps, device=device)
+        self.bias = torch.zeros(images, device=device)
+        self.stats = SampleStats(
+            rounds_per_image=np.zeros(images, np.int64),
+            tested_by_step=np.zeros(num_steps, np.int64),
+            accepted_by_step=np.zeros(num_steps, np.int64),
+        )
+
+    def called(self, rows: int, drafter_calls: int = 0) -> None:
+        """Count a round's calls."""
+        self.stats.target_calls += 1
+        self.stats.target_rows += rows
+        self.stats.drafter_calls += drafter_calls
+
+    def count(self, images: list[int], steps: list[int], lengths: list[int], committed: list[int]) -> None:
+        """Count a round of every slot: its image (negative where idle), step, rows and committed steps."""
+        for image, step, length, count in zip(images, steps, lengths, committed, strict=True):
+            if image < 0:
+                continue
+            self.stats.rounds_per_image[image] += 1
+            self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
+            self.stats.accepted_by_step[step : step + count - 1] += 1
+
+    def count_ordinary(self, images: list[int], steps: int) -> None:
+        """Count so many ordinary steps of every slot: its image."""
+        for image in images:
+            self.stats.rounds_per_image[image] += steps
+
+    def gather(self, images: Tensor, steps: Tensor, gap_sq: Tensor, tested: Tensor, weights: Tensor | None) -> None:
+        """Add up a round's deviations and biases; waits for nothing.
+
+        Args:
+            images: int64 ``[S]``.
+            steps: int64 ``[S, L - 1]``.
+            gap_sq: ``[S, L - 1]``, squared whitened deviations.
+            tested: bool ``[S, L - 1]``.
+            weights: ``[S, L - 1]``, of relaxation.
+        """
+        known = torch.where(tested, gap_sq, 0.0).nan_to_num(1e30, 1e30)
+        self.deviation.index_add_(0, steps.reshape(-1), known.view(-1))
+        if weights is not None:
+            bias = torch.where(tested, bias_of_rows(known, weights), 0.0)
+            self.bias.index_add_(0, images, bias.sum(1))
+
+    def finish(self) -> None:
+        """Bring over what the device has gathered."""
+        with np.errstate(invalid="ignore"):
+            self.stats.uncertainty_by_step = self.deviation.double().cpu().numpy() / self.stats.tested_by_step
+        self.stats.bias_bound_per_image = self.bias.double().cpu().numpy()
+        self.stats.bias_bound = float(self.stats.bias_bound_per_image.mean())

@@ -1,0 +1,172 @@
+"""Transitions of flow and interpolant models (SiT, rectified flow): Euler-Maruyama steps of their SDE are Gaussian."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from free_kernels.protocols import TIME_TICKS
+from free_kernels.schedules.ddpm import TransitionColumn
+from free_kernels.validation import check_choice, check_float, check_int, fail
+
+INTERPOLANTS = ("linear", "gvp")
+DIFFUSIONS = ("sigma", "linear", "constant", "decreasing", "increasing-decreasing", "sbdm")
+PREDICTIONS = ("velocity", "noise", "score")
+LAST_STEPS = ("mean", "euler", "tweedie")
+
+
+def interpolate(interpolant: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """alpha, sigma and their time derivatives of ``x_t = alpha data + sigma noise``; t is 0 at noise and 1 at data.
+
+    Args:
+        interpolant: ``"linear"`` (alpha = t, sigma = 1 - t) or ``"gvp"`` (a sine and a cosine: unit total variance).
+        t: any shape, in ``[0, 1]``.
+    """
+    if interpolant == "linear":
+        return t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+    angle = t * (math.pi / 2)
+    alpha, sigma = angle.sin(), angle.cos()
+    return alpha, sigma, sigma * (math.pi / 2), alpha * (-math.pi / 2)
+
+
+@dataclass(frozen=True)
+class FlowSDESchedule:
+    """Euler-Maruyama steps of a flow model's SDE (SiT: Ma et al. 2024, arXiv 2401.08740).
+
+    A path ``x_t = alpha_t data + sigma_t noise`` with t = 0 at noise and t = 1 at data has the velocity
+    ``v = alpha' E[data | x] + sigma' E[noise | x]`` and the score ``s = (alpha v - alpha' x) / (sigma (alpha' sigma -
+    alpha sigma'))``. For any D_t >= 0 the SDE ``dx = (v + D s) dt + sqrt(2 D) dW`` has the path's marginals (the
+    paper's w_t is 2 D_t). Its steps ``x + (v + D s) dt + sqrt(2 D dt) z`` are Gaussian with a mean linear in (x, v).
+
+    The K times are ``linspace(first_time, 1 - last_step_size, K)``, rounded to ticks of ``1 / num_train_steps``, and
+    every coefficient is that of the rounded times, which the network sees. The last step goes from there to the data
+    without noise.
+
+    Args:
+        num_steps: K, network calls of a chain, the last step's included.
+        interpolant: ``"linear"`` or ``"gvp"``; what the network was trained with.
+        diffusion: D_t over ``diffusion_norm``: ``"sigma"`` (sigma_t), ``"linear"`` (1 - t), ``"constant"`` (1),
+            ``"increasing-decreasing"`` (sin^2(pi t)), ``"sbdm"`` (``alpha' sigma^2 / alpha - sigma sigma'``, that of
+            the time-reversed diffusion; infinite at t = 0); or ``"decreasing"``, which is
+            ``(diffusion_norm cos(pi t) + 1)^2 / 4``.
+        diffusion_norm: scale of D_t, above 0.
+        last_step: ``"mean"`` (the SDE's step without its noise), ``"euler"`` (the velocity's step) or ``"tweedie"``
+            (the expected data).
+        last_step_size: time that is left for the last step, in ``(0, 1)``: the score is singular at t = 1.
+        first_time: t of pure noise; above 0 where something is singular at t = 0.
+        prediction: what the network predicts: ``"velocity"``, ``"noise"`` or ``"score"``.
+        num_train_steps: ticks in the unit of time; the target's own (:class:`free_kernels.SiTTarget`).
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of another type, two times share a tick, or a coefficient
+            is infinite at ``first_time``.
+    """
+
+    num_steps: int = 250
+    interpolant: str = "linear"
+    diffusion: str = "sigma"
+    diffusion_norm: float = 1.0
+    last_step: str = "mean"
+    last_step_size: float = 0.04
+    first_time: float = 0.0
+    prediction: str = "velocity"
+    num_train_steps: int = TIME_TICKS
+
+    # Compared with the target's, where it has one.
+    family = "flow"
+    # Bound of the predicted clean sample: none.
+    clip = math.inf
+
+    def __post_init__(self) -> None:
+        where = "FlowSDESchedule"
+        check_int(where, "num_train_steps", self.num_train_steps, 2)
+        check_int(where, "num_steps", self.num_steps, 1, self.num_train_steps - 1)
+        check_choice(where, "interpolant", self.interpolant, INTERPOLANTS)
+        check_choice(where, "diffusion", self.diffusion, DIFFUSIONS)
+        check_choice(where, "last_step", self.last_step, LAST_STEPS)
+        check_choice(where, "prediction", self.prediction, PREDICTIONS)
+        if check_float(where, "diffusion_norm", self.diffusion_norm, 0.0) == 0.0:
+            fail(where, "diffusion_norm", "above 0 (an ODE's steps have no noise to speculate with)", "0")
+        tick = 1 / self.num_train_steps
+        check_float(where, "last_step_size", self.last_step_size, tick, 1 - tick)
+        check_float(where, "first_time", self.first_time, 0.0, 1 - self.last_step_size)
+        if bool((self.timesteps.diff() < 1).any()):
+            room = f"at most the {1 - self.last_step_size - self.first_time:g} x {self.num_train_steps} ticks of time"
+            fail(where, "num_steps", room, str(self.num_steps))
+        if not bool(self.table().narrow(1, 0, 2).isfinite().all()):
+            expectation = f"above 0 with diffusion {self.diffusion!r} and prediction {self.prediction!r}"
+            fail(where, "first_time", expectation, f"{self.first_time:g}")
+
+    @functools.cached_property
+    def timesteps(self) -> Tensor:
+        """Ticks shown to the target at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, ascending."""
+        # A single step starts at noise, and is the last one.
+        times = torch.linspace(self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64)
+        return (times * self.num_train_steps).round().long()
+
+    @property
+    def times(self) -> Tensor:
+        """t of every step, float64 ``[K]``."""
+        return self.timesteps.double() / self.num_train_steps
+
+    def resolve_variance(self, learns_variance: bool) -> str:
+        """The variance type in force: the SDE's own, whatever the network learns."""
+        return "fixed"
+
+    @functools.cached_property
+    def diffusions(self) -> Tensor:
+        """D_t of every step, float64 ``[K]``."""
+        t = self.times
+        alpha, sigma, d_alpha, d_sigma = interpolate(self.interpolant, t)
+        if self.diffusion == "decreasing":
+            return (self.diffusion_norm * (math.pi * t).cos() + 1).square() / 4
+        form = {
+            "sigma": sigma,
+            "linear": 1 - t,
+            "constant": torch.ones_like(t),
+            "increasing-decreasing": (math.pi * t).sin().square(),
+            "sbdm": d_alpha / alpha * sigma.square() - sigma * d_sigma,
+        }
+        return self.diffusion_norm * form[self.diffusion]
+
+    def table(self, variance: str = "fixed") -> Tensor:
+        """Transition coefficients, float32 ``[K, 8]``, rows in sampling order, columns of :class:`TransitionColumn`."""
+        alpha, sigma, d_alpha, d_sigma = interpolate(self.interpolant, self.times)
+        speed = d_alpha * sigma - alpha * d_sigma
+        zero, one = torch.zeros_like(alpha), torch.ones_like(alpha)
+        # Velocity and score as pairs of coefficients, of the state and of the network's output.
+        if self.prediction == "velocity":
+            velocity, score = (zero, one), (-d_alpha / (sigma * speed), alpha / (sigma * speed))
+        else:
+            per_output = -1 / sigma if self.prediction == "noise" else one
+            score = zero, per_output
+            velocity = d_alpha / alpha, speed / alpha * sigma * per_output
+        # The same from the clean sample: noise is (x - alpha clean) / sigma.
+        clean = [(sigma * part - d_sigma * own) / speed for part, own in zip(velocity, (one, zero), strict=True)]
+        velocity_given_clean = d_sigma / sigma, speed / sigma
+        score_given_clean = -1 / sigma.square(), alpha / sigma.square()
+
+        ends = torch.cat([self.times[1:], one[:1]])
+        dt, drift = ends - self.times, self.diffusions.clone()
+        if self.last_step == "euler":
+            drift[-1] = 0.0
+        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64)
+        columns[:, TransitionColumn.MEAN_FROM_STATE] = 1 + dt * (velocity[0] + drift * score[0])
+        columns[:, TransitionColumn.MEAN_FROM_OUTPUT] = dt * (velocity[1] + drift * score[1])
+        columns[:, TransitionColumn.LOG_STD] = (2 * self.diffusions * dt).log() / 2
+        columns[:, TransitionColumn.LOG_STD_SLOPE] = 0.0
+        columns[:, TransitionColumn.X0_FROM_STATE] = clean[0]
+        columns[:, TransitionColumn.X0_FROM_OUTPUT] = clean[1]
+        given = velocity_given_clean[0] + drift * score_given_clean[0]
+        columns[:, TransitionColumn.MEAN_FROM_STATE_GIVEN_X0] = 1 + dt * given
+        columns[:, TransitionColumn.MEAN_FROM_X0] = dt * (velocity_given_clean[1] + drift * score_given_clean[1])
+        if self.last_step == "tweedie":
+            last = columns[-1]
+            last[TransitionColumn.MEAN_FROM_STATE], last[TransitionColumn.MEAN_FROM_OUTPUT] = clean[0][-1], clean[1][-1]
+            last[TransitionColumn.MEAN_FROM_STATE_GIVEN_X0], last[TransitionColumn.MEAN_FROM_X0] = 0.0, 1.0
+        columns[-1, TransitionColumn.LOG_STD] = -torch.inf
+        return columns.float()

@@ -1,0 +1,1 @@
+"""What steers a round: draft lengths, the times they follow, relaxed acceptance."""

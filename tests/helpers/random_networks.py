@@ -1,0 +1,18 @@
+"""Small networks with random weights."""
+
+from __future__ import annotations
+
+import torch
+
+from free_dit import DiT, DiTConfig
+
+CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=3, num_heads=4, num_classes=5)
+
+
+def random_dit(config: DiTConfig = CONFIG, seed: int = 0) -> DiT:
+    """A DiT whose every weight is random: adaLN-Zero's zeros would hide mistakes."""
+    torch.manual_seed(seed)
+    module = DiT(config).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return module

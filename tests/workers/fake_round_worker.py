@@ -1,0 +1,231 @@
+"""Rounds of ``sample`` on fake CUDA tensors: ``python fake_round_worker.py`` prints a line of JSON for each case.
+
+A run plays some rounds on the CPU, so that all of its buffers are there; then everything that it holds is moved, and
+the round that a CUDA graph would capture is played once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from fake_cuda import Launches, Mover, allow_cuda_devices, new_mode, on_fake_gpu
+from torch import Tensor
+
+import free_kernels.sampling.job as chain_module
+from free_dit import load_bundled
+from free_kernels import DDPMSchedule, DrafterConfig, FeatureDrafter, FrozenDrafter, extension
+from free_kernels import conditioning as hoisting
+from free_kernels.sampling import speculative as speculation
+from free_kernels.sampling.ancestral import _Batch
+from free_kernels.sampling.job import Chain, make_chain
+from free_kernels.sampling.speculative import Settings, Speculation
+from free_kernels.schedules import FlowSDESchedule
+from free_kernels.steering.relaxation import Relaxation
+
+LENGTH, STEPS = 6, 20
+PARTS = {
+    **dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), "couple"),
+    "pack_drafts": "pack",
+    "commit_drafts": "commit",
+}
+
+
+class Fixed(FeatureDrafter):
+    """What ``_modulations`` must not do: constants that come from the host in every call."""
+
+    def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        rows = super()._modulations(t, y)
+        return rows + torch.tensor([0.0] * rows.shape[1], device=t.device).view(1, -1, 1, 1)
+
+
+class Peeking(FrozenDrafter):
+    """Looks at a value."""
+
+    def __call__(self, feature: Tensor, *rest: Tensor) -> Tensor:
+        return feature * (1.0 if rest[1].sum().item() > 0 else 2.0)
+
+
+class Fetching(FrozenDrafter):
+    """Computes on the host."""
+
+    def __call__(self, feature: Tensor, *rest: Tensor) -> Tensor:
+        return feature + rest[1].cpu().numel()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run.
+
+    Attributes:
+        model: bundled pair of networks.
+        drafter: kind of the drafter.
+        guidance: its scale.
+        slots: S; two images for each.
+        settings: more of the run's.
+        tables: whether what depends on (t, y) is hoisted.
+        whole: the round as it is called, not only what is captured.
+        rows: rows a slot of the round.
+        blocks: of the target; few, as ours do not depend on them.
+    """
+
+    model: str = "digits"
+    drafter: str = "learned"
+    guidance: float = 1.0
+    slots: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    tables: bool = True
+    whole: bool = False
+    rows: int = LENGTH
+    blocks: int = 2
+
+
+CASES = {
+    "learned": Case(blocks=16),
+    "frozen": Case(drafter="frozen"),
+    "guided": Case(guidance=2.0, slots=4),
+    "windowed": Case(drafter="windowed", slots=4),
+    "block": Case(slots=4, settings={"block": True}),
+    "relaxed by deviation": Case(slots=4, settings={"relaxation": Relaxation(0.5)}),
+    "relaxed by variance": Case(slots=4, settings={"relaxation": Relaxation(0.5, source="variance")}),
+    "by the reference": Case(slots=4, settings={"backend": "reference"}),
+    "without tables": Case(tables=False),
+    "windowed without tables": Case(drafter="windowed", slots=4, guidance=2.0, tables=False),
+    "flow": Case(model="digits_sit", slots=4),
+    "flow without tables": Case(model="digits_sit", slots=4, guidance=2.0, tables=False),
+    "a row a slot": Case(rows=1, slots=4),
+    "whole": Case(whole=True, slots=4),
+    "control: copies": Case(drafter="fixed", tables=False),
+    "control: looks": Case(drafter="peeking"),
+    "control: fetches": Case(drafter="fetching"),
+}
+
+
+def drafter_of(case: Case, target: Any, bundled: FeatureDrafter) -> Any:
+    plain = {"frozen": FrozenDrafter, "peeking": Peeking, "fetching": Fetching}
+    if case.drafter in plain:
+        return plain[case.drafter]()
+    if case.drafter == "learned":
+        return bundled
+    kind = Fixed if case.drafter == "fixed" else FeatureDrafter
+    config = DrafterConfig(width=96, window=3 if case.drafter == "windowed" else 1)
+    drafter = kind(target.latent_shape, target.feature_shape, target.num_classes, config)
+    return drafter.eval().requires_grad_(False)
+
+
+def networks(model: str, blocks: int) -> tuple[Any, FeatureDrafter]:
+    """A bundled pair, the target with its first blocks only."""
+    target, drafter = load_bundled(model)
+    assert blocks <= len(target.module.blocks)
+    target.module.blocks = target.module.blocks[:blocks]
+    return type(target)(target.module), drafter
+
+
+def make_run(case: Case) -> Speculation:
+    """A run after three rounds on the CPU."""
+    target, bundled = networks(case.model, case.blocks)
+    schedule = FlowSDESchedule(STEPS) if case.model.endswith("sit") else DDPMSchedule(STEPS)
+    labels = torch.arange(2 * case.slots) % 10
+    chain = make_chain("sample", target, labels, schedule, case.guidance, None, 0, None)
+    settings = Settings(LENGTH, dense=True, **case.settings)
+    run = Speculation(chain, drafter_of(case, target, bundled), case.slots, settings)
+    for _ in zip(range(3), run.iterate(False, None), strict=False):
+        pass
+    return run
+
+
+@contextlib.contextmanager
+def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
+    """Launches count for the parts of the round that cause them."""
+    target, drafter, wrap = run.chain.target, run.drafter, launches.wrap
+    target.features, target.head = wrap("target", target.features), wrap("target", target.head)
+
+    class Drafter:
+        __call__ = staticmethod(wrap("drafter", drafter))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(drafter, name)
+
+    run.drafter = Drafter()
+    with contextlib.ExitStack() as stack:
+
+        def patch(owner: object, name: str, part: str) -> None:
+            stack.enter_context(mock.patch.object(owner, name, wrap(part, getattr(owner, name))))
+
+        for name, part in PARTS.items():
+            patch(speculation, name, part)
+        patch(chain_module, "gaussian_transition", "draft transition")
+        patch(Chain, "draw", "noise")
+        patch(Speculation, "_learn", "learning")
+        if run.refused is not None:
+            patch(run.refused, "keep", "refused drafts")
+            patch(run.refused, "first_drafts", "refused drafts")
+        yield
+
+
+def play(case: Case) -> dict[str, Any]:
+    """A round on fake tensors: launches by part, copies, reads, or the error that it raises."""
+    with mock.patch.object(hoisting, "MAX_TABLE_BYTES", hoisting.MAX_TABLE_BYTES if case.tables else 0):
+        run = make_run(case)
+    mode, launches = new_mode(), Launches()
+    Mover(mode)(run)
+    # As on a GPU, where the coupling draws its numbers itself.
+    run.makes_noise = case.settings.get("backend") != "reference"
+    rows = case.rows * case.slots
+    with on_fake_gpu(mode, launches), counted_parts(run, launches):
+        return outcome(
+            launches, lambda: run._round([case.rows] * case.slots) if case.whole else run._play(case.rows, rows)
+        )
+
+
+def outcome(launches: Launches, call: Callable[[], Any]) -> dict[str, Any]:
+    """What a call did."""
+    error = None
+    try:
+        result = call()
+        device = str(getattr(result, "report", result).device)
+    except Exception as caught:
+        error, device = f"{type(caught).__name__}: {caught}", ""
+    found = {"parts": launches.by_part, "ops": launches.by_op, "copies": launches.copies, "reads": launches.reads}
+    return found | {"error": error, "device": device}
+
+
+def ordinary_step(guidance: float, slots: int) -> dict[str, Any]:
+    """The step that ``ancestral_sample`` captures."""
+    target, _ = networks("digits", 2)
+    images = torch.arange(slots)
+    chain = make_chain("ancestral_sample", target, images % 10, DDPMSchedule(STEPS), guidance, None, 0, None).hoisted()
+    batch = _Batch(chain, images, chain.initial_states(images))
+    mode, launches = new_mode(), Launches()
+    Mover(mode)(batch)
+    target = batch.chain.target
+    target.features, target.head = (launches.wrap("target", call) for call in (target.features, target.head))
+    with on_fake_gpu(mode, launches):
+        return outcome(launches, batch.advance)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    try:
+        allow_cuda_devices()
+    except RuntimeError as error:
+        sys.exit(f"skip: {error}")
+    compiled = extension.has_extension()
+    if compiled:
+        # The CUDA kernels' fakes are those of the CPU's; a CPU build of the extension has the ops.
+        extension._kernels |= {(op, "cuda"): None for op in ("pack_drafts", "commit_drafts")}
+    for name, case in CASES.items():
+        print(json.dumps({"case": name, "compiled": compiled} | play(case)), flush=True)
+    for guidance, slots in ((1.0, 1), (2.0, 4)):
+        step = ordinary_step(guidance, slots)
+        print(json.dumps({"case": f"ordinary {guidance:g}", "compiled": compiled} | step), flush=True)
+
+
+if __name__ == "__main__":
+    main()
