@@ -2,7 +2,8 @@
 
 from free_kernels import ops
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
-from free_kernels.protocols import Drafter, NoiseSource, RoundInfo, SampleResult, SampleStats, Schedule, Target
+from free_kernels.protocols import Drafter, NoiseSource, Schedule, Target
+from free_kernels.results import RoundInfo, SampleResult, SampleStats
 from free_kernels.sampling.api import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
 from free_kernels.sampling.noise import PhiloxNoise, Purpose, TensorNoise
 from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from free_kernels.distributed.verify_parallel import VerifyParallelTarget
-from free_kernels.protocols import SampleResult, SampleStats
+from free_kernels.results import SampleResult, SampleStats
 from free_kernels.sampling.api import sample as sample_here
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
 from free_kernels.targets import as_target

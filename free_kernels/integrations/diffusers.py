@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_kernels.protocols import Callback, Drafter, RoundInfo, SampleStats
+from free_kernels.protocols import Drafter
+from free_kernels.results import Callback, RoundInfo, SampleStats
 from free_kernels.sampling.api import sample
 from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.schedules import DDPMSchedule

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_kernels.protocols import Callback, RoundInfo, SampleResult, SampleStats
+from free_kernels.results import Callback, RoundInfo, SampleResult, SampleStats
 from free_kernels.sampling.cuda_graphs import CapturedCalls
 from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Chain
 from free_kernels.sampling.noise import Purpose

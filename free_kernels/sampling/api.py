@@ -13,7 +13,8 @@ from torch import Tensor
 
 from free_kernels.drafters import as_drafter
 from free_kernels.ops.coupling.api import BACKENDS
-from free_kernels.protocols import Callback, Drafter, SampleResult, Schedule, first_drafted_step
+from free_kernels.protocols import Drafter, Schedule, first_drafted_step
+from free_kernels.results import Callback, SampleResult
 from free_kernels.sampling.ancestral import run_ordinary
 from free_kernels.sampling.cuda_graphs import check_cuda_graphs
 from free_kernels.sampling.job import make_chain

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from free_kernels.conditioning import hoisted
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.protocols import NoiseSource, Target, guided_channels, null_label
 from free_kernels.sampling.noise import Purpose, as_noise_source
-from free_kernels.schedules.ddpm import TransitionColumn
 from free_kernels.targets import as_target
 from free_kernels.validation import check_float, check_int, check_labels, describe, fail
 

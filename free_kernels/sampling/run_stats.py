@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from free_kernels.protocols import SampleStats
+from free_kernels.results import SampleStats
 from free_kernels.steering.relaxation import bias_of_rows
 
 

@@ -16,7 +16,8 @@ from free_kernels.conditioning import hoisted
 from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
-from free_kernels.protocols import Callback, Drafter, RoundInfo, SampleStats, first_drafted_step, new_memory
+from free_kernels.protocols import Drafter, first_drafted_step, new_memory
+from free_kernels.results import Callback, RoundInfo, SampleStats
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
 from free_kernels.sampling.drafting import Drafts, RefusedDrafts, draft_states
 from free_kernels.sampling.image_pool import ImagePool

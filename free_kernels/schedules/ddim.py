@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from free_kernels.schedules.ddpm import SPACINGS, TransitionColumn, linear_betas, spaced_timesteps
+from free_kernels.constants import TransitionColumn
+from free_kernels.schedules.timesteps import SPACINGS, linear_betas, spaced_timesteps
 from free_kernels.validation import check_choice, check_float, check_int, fail
 
 

@@ -6,7 +6,6 @@ coefficients (:class:`TransitionColumn`), so that rows at different steps can be
 
 from __future__ import annotations
 
-import enum
 import functools
 import math
 from collections.abc import Mapping
@@ -16,42 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from free_kernels.constants import TransitionColumn
+from free_kernels.schedules.timesteps import SPACINGS, linear_betas, spaced_timesteps
 from free_kernels.validation import check_choice, check_float, check_int, describe, fail
 
 VARIANCES = ("auto", "fixed_small", "fixed_large", "learned_range")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-SPACINGS = ("improved_ddpm", "linspace", "leading", "trailing")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 # diffusers bounds a variance from below before it takes the logarithm.
 SMALLEST_VARIANCE = 1e-20
 # The cosine schedule bounds its betas from above, where the cumulative product comes near zero.
 LARGEST_COSINE_BETA = 0.999
-
-
-class TransitionColumn(enum.IntEnum):
-    """Columns of a transition table ``[K, 8]``.
-
-    With e the network's output, whatever it predicts: without clipping, ``mean = MEAN_FROM_STATE x + MEAN_FROM_OUTPUT
-    e``; with clipping, ``x0 = clamp(X0_FROM_STATE x + X0_FROM_OUTPUT e)`` and ``mean = MEAN_FROM_X0 x0 +
-    MEAN_FROM_STATE_GIVEN_X0 x``. In both, ``log std = LOG_STD + LOG_STD_SLOPE v`` with v the network's variance
-    channels; a fixed variance has slope 0, and a step without noise, as the last one mostly is, ``LOG_STD = -inf``.
-    """
-
-    MEAN_FROM_STATE = 0
-    MEAN_FROM_OUTPUT = 1
-    LOG_STD = 2
-    LOG_STD_SLOPE = 3
-    X0_FROM_STATE = 4
-    X0_FROM_OUTPUT = 5
-    MEAN_FROM_X0 = 6
-    MEAN_FROM_STATE_GIVEN_X0 = 7
-
-
-def linear_betas(num_train_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """The linear beta schedule of Ho et al. 2020, scaled to any length as in improved DDPM; float64 ``[T]``."""
-    scale = 1000 / num_train_steps
-    return np.linspace(scale * beta_start, scale * beta_end, num_train_steps, dtype=np.float64)
 
 
 def scaled_linear_betas(num_train_steps: int, beta_start: float, beta_end: float) -> np.ndarray:
@@ -65,40 +40,6 @@ def cosine_betas(num_train_steps: int) -> np.ndarray:
     edges = np.arange(num_train_steps + 1, dtype=np.float64) / num_train_steps
     alphas_cumprod = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1.0 - alphas_cumprod[1:] / alphas_cumprod[:-1], LARGEST_COSINE_BETA)
-
-
-def respaced_timesteps(num_train_steps: int, num_steps: int) -> list[int]:
-    """The ``num_steps`` training timesteps kept by improved DDPM's even respacing, ascending.
-
-    The first and the last training step are always kept (one step keeps only the first); the points between are
-    accumulated strides rounded half to even, as in Nichol & Dhariwal 2021.
-    """
-    if num_steps == 1:
-        return [0]
-    stride = (num_train_steps - 1) / (num_steps - 1)
-    position, kept = 0.0, []
-    for _ in range(num_steps):
-        kept.append(round(position))
-        position += stride
-    return kept
-
-
-def spaced_timesteps(num_train_steps: int, num_steps: int, spacing: str, steps_offset: int = 0) -> list[int]:
-    """The ``num_steps`` training timesteps of a spacing rule, ascending.
-
-    ``"linspace"``, ``"leading"`` and ``"trailing"`` are those of diffusers (Lin et al. 2023, table 2). ``"linspace"``
-    is ``"improved_ddpm"`` but for points halfway between two timesteps, where the latter has accumulated rounding;
-    they occur for odd ``num_steps``.
-    """
-    if spacing == "improved_ddpm":
-        return respaced_timesteps(num_train_steps, num_steps)
-    if spacing == "linspace":
-        return np.linspace(0, num_train_steps - 1, num_steps).round().astype(int).tolist()
-    if spacing == "leading":
-        return [step * (num_train_steps // num_steps) + steps_offset for step in range(num_steps)]
-    # The stride's rounding can leave diffusers' grid with one more point, at -1, which is no timestep.
-    grid = np.arange(num_train_steps, 0, -num_train_steps / num_steps)[:num_steps]
-    return (grid.round().astype(int) - 1)[::-1].tolist()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from free_kernels.protocols import TIME_TICKS
-from free_kernels.schedules.ddpm import TransitionColumn
+from free_kernels.constants import TIME_TICKS, TransitionColumn
 from free_kernels.validation import check_choice, check_float, check_int, fail
 
 INTERPOLANTS = ("linear", "gvp")

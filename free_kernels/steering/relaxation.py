@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import Coupling
-from free_kernels.schedules.ddpm import TransitionColumn
 from free_kernels.validation import check_choice, check_float, fail
 
 SOURCES = ("deviation", "variance")

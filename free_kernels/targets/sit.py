@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from free_kernels.protocols import TIME_TICKS
+from free_kernels.constants import TIME_TICKS
 from free_kernels.targets.dit import DiTTarget
 from free_kernels.validation import check_int
 

@@ -16,7 +16,7 @@ from analytic import GaussianTarget
 
 from free_kernels import sample
 from free_kernels.distributed import api as distributed
-from free_kernels.protocols import SampleStats
+from free_kernels.results import SampleStats
 
 HERE = Path(__file__).parents[1]
 

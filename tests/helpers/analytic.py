@@ -9,8 +9,8 @@ import numpy as np
 import scipy.stats
 import torch
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.schedules import DDPMSchedule
-from free_kernels.schedules.ddpm import TransitionColumn
 
 # Chance of a false alarm of one statistical test, and how small a negative control's p-value has to be.
 FALSE_ALARM = 1e-3

@@ -31,8 +31,8 @@ from free_kernels import (
     FeatureDrafter,
     ancestral_sample,
 )
+from free_kernels.constants import TransitionColumn
 from free_kernels.integrations.diffusers import AcceleratedDiTPipeline, accelerate
-from free_kernels.schedules.ddpm import TransitionColumn
 
 STEPS = 10
 LABELS = [3, 999, 0]

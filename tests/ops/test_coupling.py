@@ -10,9 +10,9 @@ import slack_by_matrices
 import torch
 from analytic import DETECTED, FALSE_ALARM
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple, gaussian_transition, reference
 from free_kernels.ops.coupling.reference import compare_variances
-from free_kernels.schedules.ddpm import TransitionColumn
 
 LATENT = (1, 4, 4)
 ELEMENTS = math.prod(LATENT)

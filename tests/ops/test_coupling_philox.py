@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops import couple, couple_philox
 from free_kernels.sampling.noise import PhiloxNoise, Purpose
-from free_kernels.schedules.ddpm import TransitionColumn
 
 LATENT = (2, 3, 3)
 LENGTHS = (4, 0, 1, 3)

@@ -13,8 +13,9 @@ from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, Perfe
 import free_kernels.sampling.speculative
 from free_dit import cli, load_bundled
 from free_kernels import DDIMSchedule, DDPMSchedule, ancestral_sample, sample
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.schedules.ddpm import TransitionColumn, spaced_timesteps
+from free_kernels.schedules.timesteps import spaced_timesteps
 
 IMAGES, LABEL = 3000, 1
 LABELS = torch.full((IMAGES,), LABEL)

@@ -33,9 +33,8 @@ from free_kernels import (
     ancestral_sample,
     sample,
 )
+from free_kernels.constants import TIME_TICKS, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.protocols import TIME_TICKS
-from free_kernels.schedules.ddpm import TransitionColumn
 from free_kernels.schedules.flow import DIFFUSIONS, interpolate
 from free_kernels.targets import as_target
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from free_kernels import DDPMSchedule
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.schedules.ddpm import TransitionColumn, respaced_timesteps
+from free_kernels.schedules.timesteps import respaced_timesteps
 
 
 @pytest.mark.parametrize("steps", [20, 50, 100, 250, 1000])

@@ -10,8 +10,8 @@ import torch
 from analytic import GaussianTarget, PerfectDrafter
 
 from free_kernels import DDPMSchedule, ancestral_sample, sample
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.schedules.ddpm import TransitionColumn
 
 pytest.importorskip("diffusers")
 

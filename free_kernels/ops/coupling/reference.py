@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Positions of the columns of a transition table (free_kernels.schedules.ddpm.TransitionColumn), repeated as plain ints
+# Positions of the columns of a transition table (free_kernels.constants.TransitionColumn), repeated as plain ints
 # because the implementations depend on nothing above them.
 MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE = 0, 1, 2, 3
 X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = 4, 5, 6, 7

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from free_kernels.ops.random.triton_philox import normals
 
-# Columns of a transition table (free_kernels.schedules.ddpm.TransitionColumn).
+# Columns of a transition table (free_kernels.constants.TransitionColumn).
 MEAN_FROM_STATE, MEAN_FROM_OUTPUT = tl.constexpr(0), tl.constexpr(1)
 LOG_STD, LOG_STD_SLOPE = tl.constexpr(2), tl.constexpr(3)
 X0_FROM_STATE, X0_FROM_OUTPUT = tl.constexpr(4), tl.constexpr(5)

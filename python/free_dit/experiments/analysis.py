@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from free_kernels import Schedule, ancestral_sample, sample
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple
-from free_kernels.protocols import Drafter, RoundInfo, SampleStats, Target, first_drafted_step
-from free_kernels.schedules.ddpm import TransitionColumn
+from free_kernels.protocols import Drafter, Target, first_drafted_step
+from free_kernels.results import RoundInfo, SampleStats
 from free_kernels.validation import check_float, check_int, fail
 
 

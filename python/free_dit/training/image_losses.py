@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.schedules import DDPMSchedule
-from free_kernels.schedules.ddpm import TransitionColumn
 from free_kernels.schedules.flow import INTERPOLANTS, interpolate
 from free_kernels.validation import check_choice
 

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from free_dit.networks.families import schedule_for
 from free_kernels.conditioning import hoisted
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.protocols import Schedule, Target, guided_channels, null_label
 from free_kernels.sampling.noise import PhiloxNoise, Purpose
 from free_kernels.schedules import DDPMSchedule
-from free_kernels.schedules.ddpm import TransitionColumn
 from free_kernels.validation import check_choice, check_int, fail
 
 # Schedules that a configuration can name, for a target and a number of steps; "auto" is that of the target's family.
