@@ -1,4 +1,4 @@
-"""Runs the numerical tests as other CPUs would compute them: ``python tests/helpers/portable.py [--fast] [--each] [FILE ...]``.
+"""Runs the numerical tests as other CPUs compute them: ``python tests/helpers/portable.py [--fast] [--each] [FILE ...]``.
 
 A CPU's vector units decide which kernels of PyTorch, NumPy and the BLAS libraries run, and the number of threads how
 sums are split. Both move results by rounding, and bounds that one machine meets by luck are missed on another. By
@@ -21,21 +21,28 @@ from pathlib import Path
 
 import numpy as np
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 # They compare no numbers that were computed in floating point: files, processes, messages, builds.
 NOT_NUMERICAL = {
     "test_build",
+    "test_benchmark_kernels",
     "test_cli",
     "test_distribution",
     "test_fuzzed_files",
     "test_hashes",
     "test_imports",
     "test_interrupts",
+    "test_layers",
     "test_loading",
     "test_out_of_memory",
+    "test_portable",
     "test_reliability_page",
+    "test_run_gpu",
     "test_soak",
+    "test_toolkit",
     "test_triton_aot",
+    "test_triton_launches",
+    "test_wheel",
 }
 # Minutes each: kernels in Triton's interpreter, training, and whole runs of the command line.
 LONG = {
@@ -113,7 +120,7 @@ def main() -> None:
     parser.add_argument("--jobs", default="2", help="processes that share the files")
     asked = parser.parse_args()
     left_out = NOT_NUMERICAL | (LONG if asked.fast else set())
-    files = asked.files or [path for path in sorted(TESTS.glob("test_*.py")) if path.stem not in left_out]
+    files = asked.files or [path for path in sorted(TESTS.glob("**/test_*.py")) if path.stem not in left_out]
     command = [sys.executable, "-m", "pytest", "-q", "-n", asked.jobs, "--dist", "loadfile"]
     command += ["-m", "not slow"] if asked.fast else []
 
