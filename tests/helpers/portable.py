@@ -1,4 +1,4 @@
-"""Runs the numerical tests as other CPUs compute them: ``python tests/helpers/portable.py [--fast] [--each] [FILE ...]``.
+"""The numerical tests as other CPUs compute them: ``python tests/helpers/portable.py [--fast] [--each] [FILE ...]``.
 
 A CPU's vector units decide which kernels of PyTorch, NumPy and the BLAS libraries run, and the number of threads how
 sums are split. Both move results by rounding, and bounds that one machine meets by luck are missed on another. By
