@@ -6,7 +6,7 @@ default two settings hold everything: the plainest kernels on one thread, and AV
 at a time, to find what a failure comes from.
 
 Numerical is every test file but those of ``NOT_NUMERICAL``, so a new file is until it is named there. ``--fast`` leaves
-out tests marked slow and the files of ``LONG``.
+out tests marked slow, the files of ``LONG`` and the setting that most machines are like, AVX2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ NOT_NUMERICAL = {
     "test_build",
     "test_benchmark_kernels",
     "test_cli",
+    "test_cuda_emulator",
     "test_distribution",
+    "test_fake_round",
     "test_fuzzed_files",
     "test_hashes",
     "test_imports",
@@ -44,13 +46,15 @@ NOT_NUMERICAL = {
     "test_triton_launches",
     "test_wheel",
 }
-# Minutes each: kernels in Triton's interpreter, training, and whole runs of the command line.
+# Half a minute and more each: kernels in Triton's interpreter, training, and whole runs of the command line.
 LONG = {
+    "test_analysis",
     "test_attention",
     "test_checkpoints",
     "test_diffusers_pipeline",
     "test_distributed",
     "test_generate",
+    "test_non_finite",
     "test_report",
     "test_scale_model",
     "test_study",
@@ -128,7 +132,10 @@ def main() -> None:
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     failed = []
     print(f"NumPy {np.__version__}, {platform.machine()}, {len(files)} files")
-    for name, values in settings(asked.each).items():
+    chosen = settings(asked.each)
+    if asked.fast and not asked.each:
+        del chosen["avx2"]
+    for name, values in chosen.items():
         print(f"== {name}:", " ".join(f"{key}='{value}'" for key, value in values.items()), flush=True)
         begin = time.perf_counter()
         if subprocess.run([*command, *map(str, files)], env={**inherited, **values}).returncode:
