@@ -43,11 +43,15 @@ PYTHONS = other_pythons() or [
 ]
 
 
-def run(*command: object, cwd: Path, **environment: str) -> str:
+def run_any(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ("FREE_KERNELS_NO_EXT", "PYTHONPATH")}
-    result = subprocess.run(
+    return subprocess.run(
         list(map(str, command)), cwd=cwd, env=inherited | environment, capture_output=True, text=True, timeout=900
     )
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    result = run_any(*command, cwd=cwd, **environment)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -114,7 +118,7 @@ def test_one_wheel_under_another_release(python, wheel, cases, tmp_path):
 def test_a_cuda_build_keeps_its_cpu_ops_under_a_cpu_torch(python, cases, tmp_path):
     _, torch_version, cuda = about(python, tmp_path)
     find = "import pathlib, free_kernels; print(pathlib.Path(free_kernels.__file__).parent)"
-    found = subprocess.run([python, "-c", find], cwd=tmp_path, capture_output=True, text=True)
+    found = run_any(python, "-c", find, cwd=tmp_path)
     if found.returncode or not list(Path(found.stdout.strip()).glob("_C_cuda.*")):
         pytest.skip(f"{python} holds no free_kernels with CUDA ops (torch {torch_version}, CUDA {cuda})")
     shutil.copytree(found.stdout.strip(), tmp_path / "site" / "free_kernels")
