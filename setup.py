@@ -6,6 +6,7 @@ Metadata is in ``pyproject.toml``. Environment: ``FREE_KERNELS_NO_EXT=1`` instal
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import subprocess
@@ -36,6 +37,7 @@ def stop(problem: str) -> None:
     raise SystemExit(1)
 
 
+@functools.cache
 def check_compiler() -> None:
     """Compile a trivial program, so that a missing compiler is reported in one line rather than in a traceback."""
     compiler = os.environ.get("CXX") or "c++"

@@ -29,7 +29,7 @@ from free_kernels import extension
 from free_kernels.ops.packing import pack_drafts
 device = sys.argv[2]
 assert free_kernels.__file__.startswith(sys.argv[1]), f"imported from {free_kernels.__file__}"
-ops = ("pack_drafts", "commit_drafts") + (("philox_uniform", "philox_normal") if device == "cpu" else ())
+ops = extension.CUDA_OPS if device == "cuda" else extension.OPS
 missing = [f"{op}: {why}" for op in ops if (why := extension.why_no_kernel(op, device)) is not None]
 if missing:
     sys.exit(f"no compiled op for {device} tensors: " + "; ".join(missing))
