@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from free_kernels.protocols import TargetDefaults
 
 MAX_TABLE_BYTES = 1 << 30
 # Bounds the intermediate activations while a table is made.
@@ -60,7 +63,6 @@ def table_fits(timesteps: Tensor, labels: Tensor, bytes_per_row: int) -> bool:
     return len(timesteps) * len(labels) * bytes_per_row <= MAX_TABLE_BYTES
 
 
-def hoisted(network: object, timesteps: Tensor, labels: Tensor) -> object:
-    """``network.hoisted(timesteps, labels)`` where the network offers it, else the network itself."""
-    offer = getattr(network, "hoisted", None)
-    return offer(timesteps, labels) if callable(offer) else network
+def hoisted(network: Any, timesteps: Tensor, labels: Tensor) -> Any:
+    """``network.hoisted(timesteps, labels)`` of a target or drafter; without such a method itself."""
+    return TargetDefaults.read(network, "hoisted")(timesteps, labels)

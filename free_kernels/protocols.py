@@ -1,18 +1,47 @@
-"""Protocols that targets, drafters and noise sources satisfy, and the results of sampling."""
+"""Protocols that schedules, targets, drafters and noise sources satisfy, with the members that they may leave out.
+
+A protocol has the members that every implementation needs. The optional ones are declared in the ``...Defaults`` class
+beside it, each with the value that stands where it is left out: a class may inherit the defaults or ignore them.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+
+class _Defaults:
+    """Base of the classes that declare optional members."""
+
+    @classmethod
+    def read(cls, holder: object, name: str) -> Any:
+        """Member ``name`` of an object that may lack it: its own, or the default of this class."""
+        if hasattr(holder, name):
+            return getattr(holder, name)
+        default = getattr(cls, name)
+        return MethodType(default, holder) if isinstance(default, FunctionType) else default
+
+
+class ScheduleDefaults(_Defaults):
+    """Optional members of a :class:`Schedule`.
+
+    Attributes:
+        family: which targets it goes with, "diffusion" or "flow" (velocity models).
+        num_train_steps: of the targets that it goes with; a target with another number is refused. None: any.
+    """
+
+    family: str = "diffusion"
+    num_train_steps: int | None = None
 
 
 @runtime_checkable
 class Schedule(Protocol):
     """The Gaussian transitions of a sampler's K steps; row k of everything belongs to step k, 0 being pure noise.
 
-    A schedule may also define ``family`` ("flow" for velocity models; "diffusion" if absent), and where it does
-    ``num_train_steps``: a target with other ones is refused.
+    :class:`ScheduleDefaults` has the optional members.
 
     Attributes:
         num_steps: K.
@@ -41,15 +70,47 @@ class Schedule(Protocol):
         ...
 
 
+# A packed target call whose features arrive after its output: the output, and what waits for the features.
+PackedCall = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Callable[[], Tensor]]]
+
+
+class TargetDefaults(_Defaults):
+    """Optional members of a :class:`Target`.
+
+    Attributes:
+        device: where it takes its tensors; None: where the class labels are.
+        guidance_channels: how many leading channels guidance mixes; None: all.
+        has_null_label: False for a network that cannot be guided.
+        family: which schedules it goes with, "diffusion" or "flow"; None: any.
+        num_train_steps: of those schedules; None: any.
+        packed_call: ``packed_call(x, t, y) -> (output, wait)`` for all rows of a round at once, where the features
+            arrive after the output: ``wait()`` returns them, and is called before the next packed call. None:
+            ``features``, then ``head``.
+    """
+
+    device: Any = None
+    guidance_channels: int | None = None
+    has_null_label: bool = True
+    family: str | None = None
+    num_train_steps: int | None = None
+    packed_call: PackedCall | None = None
+
+    def hoisted(self, timesteps: Tensor, labels: Tensor) -> Any:
+        """A copy with everything that depends on timestep and label only computed once; by default the target itself.
+
+        Args:
+            timesteps: int64 ``[K]``, all that will be asked for.
+            labels: int64 ``[Y]``, all that will be asked for.
+        """
+        return self
+
+
 @runtime_checkable
 class Target(Protocol):
     """The frozen DiT, split at its top block.
 
     Both methods are called with tensors on the device of the class labels, or on ``device`` where the target has that
-    attribute. A target may also define ``guidance_channels`` (how many leading channels guidance mixes; all if absent),
-    ``has_null_label`` (False: it cannot be guided), ``hoisted(timesteps, labels) -> Target`` (a copy with everything
-    that depends on (t, y) only computed once), ``family`` (which schedules it goes with, "diffusion" or "flow"; any if
-    absent) and ``num_train_steps`` (of those schedules; any if absent).
+    attribute. :class:`TargetDefaults` has the optional members.
 
     Attributes:
         latent_shape: (C, H, W).
@@ -72,6 +133,39 @@ class Target(Protocol):
         ...
 
 
+class DrafterDefaults(_Defaults):
+    """Optional members of a :class:`Drafter`.
+
+    Attributes:
+        is_free: it costs nothing, so its calls are not counted.
+        drafts_first_step: an image's first step, which has no parent feature, is drafted too, from
+            ``initial_feature(state) -> [R, T, D]`` and with ``previous`` the state itself.
+        calibration: acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead, where
+            ``draft_length="auto"`` begins; None: unknown.
+    """
+
+    is_free: bool = False
+    drafts_first_step: bool = False
+    calibration: Any = None
+
+    def hoisted(self, timesteps: Tensor, labels: Tensor) -> Any:
+        """As for targets."""
+        return self
+
+    def check_target(self, target: Target, where: str = "") -> None:
+        """Raise ValueError, in the name of the function ``where``, if made for another target; by default it fits."""
+
+    def new_memory(self, slots: int, branches: int, drafts: int) -> DraftMemory | None:
+        """An empty memory for ``branches * slots`` rows, conditional ones first, or None for a drafter without.
+
+        It survives the refusal of up to ``drafts`` calls. Calls take it as the argument ``memory``, with all of its
+        rows, may look at the calls remembered there, and add themselves. The caller rewinds it past refused drafts
+        before the next round: otherwise discarded noise, which is used again, would steer later drafts, and the images
+        would no longer have the target's law.
+        """
+        return None
+
+
 @runtime_checkable
 class Drafter(Protocol):
     """Predicts the target's next top-block feature.
@@ -80,15 +174,7 @@ class Drafter(Protocol):
     changes from round to round, up to two of each slot and guidance branch. A drafter that remembers states of earlier
     calls has seen the noise of discarded drafts, which is used again: the images would no longer have the target's law.
 
-    A drafter may also define ``check_target(target)`` (raise if made for another one), ``hoisted`` as for targets,
-    ``is_free = True`` (it costs nothing, so its calls are not counted),
-    ``drafts_first_step = True`` with ``initial_feature(state) -> [R, T, D]``: an image's first step, which has no
-    parent feature, is drafted too, from this and with ``previous`` the state itself, and
-    ``new_memory(slots, branches, drafts) -> DraftMemory | None``: an empty memory for ``branches * slots`` rows,
-    conditional ones first, that survives the refusal of up to ``drafts`` calls. Where that is not None, calls take it
-    as the argument ``memory``, with all of its rows, may look at the calls remembered there, and add themselves. The
-    caller rewinds it past refused drafts before the next round: otherwise discarded noise, which is used again, would
-    steer later drafts, and the images would no longer have the target's law.
+    :class:`DrafterDefaults` has the optional members.
     """
 
     def __call__(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -118,8 +204,24 @@ class DraftMemory(Protocol):
         ...
 
 
+class NoiseDefaults(_Defaults):
+    """Optional members of a :class:`NoiseSource`.
+
+    Attributes:
+        covers_steps: whether the noise of a step is the same in every round, whatever ``rounds`` says.
+        philox: a :class:`free_kernels.PhiloxNoise` with the same numbers, which kernels may draw themselves; None:
+            there is none.
+    """
+
+    covers_steps: bool = False
+    philox: Any = None
+
+
 class NoiseSource(Protocol):
-    """Random numbers that depend on the image and the step, not on the batch."""
+    """Random numbers that depend on the image and the step, not on the batch.
+
+    :class:`NoiseDefaults` has the optional members.
+    """
 
     def normal(
         self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...], rounds: Tensor | None = None
@@ -135,15 +237,14 @@ class NoiseSource(Protocol):
         ...
 
 
-def new_memory(drafter: Drafter, slots: int, branches: int, drafts: int) -> DraftMemory | None:
-    """``drafter.new_memory(slots, branches, drafts)`` where the drafter offers it, else None."""
-    offer = getattr(drafter, "new_memory", None)
-    return offer(slots, branches, drafts) if callable(offer) else None
+def new_memory(drafter: object, slots: int, branches: int, drafts: int) -> DraftMemory | None:
+    """``drafter.new_memory(slots, branches, drafts)``, or None for a drafter without a memory."""
+    return DrafterDefaults.read(drafter, "new_memory")(slots, branches, drafts)
 
 
 def first_drafted_step(drafter: object) -> int:
     """0 for a drafter that drafts an image's first step, which has no parent feature, else 1."""
-    return 0 if getattr(drafter, "drafts_first_step", False) else 1
+    return 0 if DrafterDefaults.read(drafter, "drafts_first_step") else 1
 
 
 def null_label(target: Target) -> int:
@@ -153,4 +254,5 @@ def null_label(target: Target) -> int:
 
 def guided_channels(target: Target) -> int:
     """How many leading channels guidance mixes unless the caller says otherwise."""
-    return getattr(target, "guidance_channels", target.latent_shape[0])
+    channels = TargetDefaults.read(target, "guidance_channels")
+    return target.latent_shape[0] if channels is None else channels

@@ -17,14 +17,15 @@ from unittest import mock
 import numpy as np
 import torch
 
-import free_kernels.sampling.job as chain_module
-import free_kernels.sampling.speculative as speculation
+import free_kernels.sampling.job as job_module
 from benchmarks.report import store
 from free_dit import load_bundled
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_kernels import SampleResult, ancestral_sample, sample
 from free_kernels.drafters import FeatureDrafter
-from free_kernels.sampling.job import Chain
+from free_kernels.sampling import round as round_module
+from free_kernels.sampling import slots as slots_module
+from free_kernels.sampling.job import Job
 from free_kernels.targets import DiTTarget
 
 # Ops of a round by the part that their time counts for: which ones run depends on device, noise and verification.
@@ -98,6 +99,12 @@ def digits(device: str) -> tuple[DiTTarget, FeatureDrafter]:
     return target, drafter.to(device)
 
 
+def timed_ops(module: Any, clock: Clock) -> Any:
+    """The ops that a module calls, timed within a ``with`` block."""
+    calls = {name: clock.wrap(part, getattr(module, name)) for name, part in TIMED_OPS.items() if hasattr(module, name)}
+    return mock.patch.multiple(module, **calls)
+
+
 def profile(device: str, batch: int, draft_length: int, guidance: float, runs: int) -> dict[str, Any]:
     """Parts of one configuration, over several runs after a warm-up."""
     target, drafter = digits(device)
@@ -106,13 +113,13 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
     sample(target, labels, drafter=drafter, draft_length=draft_length, **settings)
     clock, elapsed, rounds, rows, steps = Clock(device), 0.0, 0, 0, []
     for seed in range(runs):
-        patches = {name: clock.wrap(part, getattr(speculation, name)) for name, part in TIMED_OPS.items()}
-        draw = clock.wrap("noise", Chain.draw)
-        transition = clock.wrap("draft transition", chain_module.gaussian_transition)
+        draw = clock.wrap("noise", Job.draw)
+        transition = clock.wrap("draft transition", job_module.gaussian_transition)
         with (
-            mock.patch.multiple(speculation, **patches),
-            mock.patch.object(chain_module, "gaussian_transition", transition),
-            mock.patch.object(Chain, "draw", draw),
+            timed_ops(round_module, clock),
+            timed_ops(slots_module, clock),
+            mock.patch.object(job_module, "gaussian_transition", transition),
+            mock.patch.object(Job, "draw", draw),
         ):
             stats = sample(
                 TimedTarget(target, clock),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from free_kernels.distributed.verify_parallel import VerifyParallelTarget
+from free_kernels.protocols import TargetDefaults
 from free_kernels.results import SampleResult, SampleStats
 from free_kernels.sampling.api import sample as sample_here
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
@@ -68,7 +69,7 @@ def sample(
     where = "distributed.sample"
     adapted = as_target(where, target)
     labels = check_labels(where, class_labels, adapted.num_classes)
-    device = torch.device(getattr(adapted, "device", labels.device))
+    device = torch.device(TargetDefaults.read(adapted, "device") or labels.device)
     mesh = sample_mesh(device_type=device.type) if mesh is None else mesh
     if mesh.mesh_dim_names != (DATA, VERIFY):
         fail(where, "mesh", f"one with dimensions {(DATA, VERIFY)}, of sample_mesh", str(mesh.mesh_dim_names))

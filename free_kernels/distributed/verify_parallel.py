@@ -41,8 +41,8 @@ class VerifyParallelTarget:
     """A target whose packed calls are shared by all processes of a group.
 
     Every process makes one around its own copy of the target. The leader, rank 0 of the group, gives it to ``sample``
-    and calls :meth:`stop` in the end; the others call :meth:`serve`, which returns then. Calls of the head that follow
-    no packed call (drafting) stay with the leader.
+    and calls :meth:`stop` in the end; the others call :meth:`serve`, which returns then. Calls of the head alone, for
+    drafts, stay with the leader.
 
     Images are those of one process up to the network's rounding in batches of another size. Not for ``cuda_graphs``.
 
@@ -55,8 +55,6 @@ class VerifyParallelTarget:
     def __init__(self, target: Target, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.target, self._group, self.device = target, group, device
         self._size, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        self._features: Tensor | None = None
-        self._output: Tensor | None = None
         self._told: list[tuple[dist.Work, Tensor, int]] = []
         self._outputs_due: list[dist.Work] = []
         self._features_due: list[dist.Work] = []
@@ -77,9 +75,15 @@ class VerifyParallelTarget:
         clone.target = hoisted(self.target, timesteps, labels)  # type: ignore[assignment]
         return clone
 
-    def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Features ``[R, T, D]``; whole only after :meth:`settle`, as the other processes' rows are on their way."""
-        self.settle()
+    def packed_call(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Output ``[R, C or 2C, H, W]`` of all rows, and what waits for the features ``[R, T, D]`` on their way.
+
+        Args:
+            x: ``[R, C, H, W]``.
+            t: int64 ``[R]``.
+            y: int64 ``[R]``.
+        """
+        self._settle()
         shares = self._shares(len(x))
         self._order(_Order.CALL, len(x), 0)
         begin = shares[0]
@@ -90,30 +94,29 @@ class VerifyParallelTarget:
                 self._send(peer, torch.stack([t[part], y[part]]))
                 begin += rows
         own = slice(shares[0])
-        features = self.target.features(x[own], t[own], y[own])
-        output = self.target.head(features, t[own], y[own])
-        self._features = features.new_empty(len(x), *features.shape[1:])
-        self._output = output.new_empty(len(x), *output.shape[1:])
-        self._features[own], self._output[own] = features, output
+        own_features = self.target.features(x[own], t[own], y[own])
+        own_output = self.target.head(own_features, t[own], y[own])
+        features = own_features.new_empty(len(x), *own_features.shape[1:])
+        output = own_output.new_empty(len(x), *own_output.shape[1:])
+        features[own], output[own] = own_features, own_output
         begin = shares[0]
         for peer, rows in enumerate(shares[1:], start=1):
             if rows:
                 part, failed = slice(begin, begin + rows), torch.empty(1, dtype=torch.int64, device=self.device)
                 self._told.append((self._receive(peer, failed), failed, peer))
-                self._outputs_due.append(self._receive(peer, self._output[part]))
-                self._features_due.append(self._receive(peer, self._features[part]))
+                self._outputs_due.append(self._receive(peer, output[part]))
+                self._features_due.append(self._receive(peer, features[part]))
                 begin += rows
-        return self._features
-
-    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Output ``[R, C or 2C, H, W]``; of a packed call's features the one that came with them."""
-        if h is not self._features:
-            return self.target.head(h, t, y)
         self._wait_for_outputs()
-        return self._output
 
-    def settle(self) -> None:
-        """Wait until the features of the last packed call are whole."""
+        def wait() -> Tensor:
+            self._settle()
+            return features
+
+        return output, wait
+
+    def _settle(self) -> None:
+        """Wait for all that is on its way."""
         self._wait_for_outputs()
         self._wait(self._features_due)
         for work, _ in self._sent:
@@ -123,7 +126,7 @@ class VerifyParallelTarget:
     def stop(self) -> None:
         """Let the other processes return from :meth:`serve`."""
         if not self._told:
-            self.settle()
+            self._settle()
         self._order(_Order.STOP, 0, 0)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from free_kernels.drafters.feature import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.frozen import FrozenDrafter
-from free_kernels.protocols import Drafter, Target
+from free_kernels.protocols import Drafter, DrafterDefaults, Target
 from free_kernels.validation import fail
 
 __all__ = ["DrafterConfig", "FeatureDrafter", "FrozenDrafter", "as_drafter"]
@@ -23,7 +23,5 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
         return FrozenDrafter()
     if not callable(drafter) or isinstance(drafter, type):
         fail(where, "drafter", "'frozen' or a callable drafter", drafter, TypeError)
-    check = getattr(drafter, "check_target", None)
-    if callable(check):
-        check(target, where)
+    DrafterDefaults.read(drafter, "check_target")(target, where)
     return drafter

@@ -19,7 +19,7 @@ from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, r
 from free_kernels.conditioning import ConditioningTable, table_fits
 from free_kernels.drafters.memory import FeatureMemory, check_memory
 from free_kernels.ops.attention import feature_attention
-from free_kernels.protocols import Target
+from free_kernels.protocols import DrafterDefaults, Target, TargetDefaults
 from free_kernels.validation import check_int, fail
 
 
@@ -160,7 +160,7 @@ def _check_types(config: DrafterConfig) -> None:
             raise TypeError(f"a config with {field.name} {value!r}")
 
 
-class FeatureDrafter(nn.Module):
+class FeatureDrafter(nn.Module, DrafterDefaults):
     """Predicts the target's top-block feature at a state from the feature one step before.
 
     Needs the target's shapes and nothing of its insides. Untrained, it returns the parent feature, as the frozen
@@ -360,7 +360,7 @@ class FeatureDrafter(nn.Module):
             mine, theirs = getattr(self, name), getattr(target, name)
             if mine != (tuple(theirs) if isinstance(mine, tuple) else theirs):
                 fail(where, "drafter", f"one made for a target with {name} {theirs}", f"one made for {mine}")
-        device = getattr(target, "device", None)
+        device = TargetDefaults.read(target, "device")
         if where != "FeatureDrafter.load" and device is not None and self.positions.device != device:
             fail(where, "drafter", f"on {device} like the target", f"one on {self.positions.device}")
 
@@ -399,7 +399,7 @@ class FeatureDrafter(nn.Module):
         drafter.calibration = calibration
         if target is not None:
             drafter.check_target(target, "FeatureDrafter.load")
-            drafter.to(getattr(target, "device", "cpu"))
+            drafter.to(TargetDefaults.read(target, "device") or "cpu")
         return drafter.eval().requires_grad_(False)
 
     def _fold(self) -> _Folded:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from free_kernels.protocols import DrafterDefaults
 
-class FrozenDrafter:
+
+class FrozenDrafter(DrafterDefaults):
     """Drafts with the last exact feature: the top block's output changes little from step to step."""
 
     is_free = True

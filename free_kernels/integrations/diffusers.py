@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_kernels.protocols import Drafter
+from free_kernels.protocols import Drafter, DrafterDefaults
 from free_kernels.results import Callback, RoundInfo, SampleStats
 from free_kernels.sampling.api import sample
 from free_kernels.sampling.noise import PhiloxNoise
+from free_kernels.sampling.options import Options
 from free_kernels.schedules import DDPMSchedule
 from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
 from free_kernels.validation import check_float, describe, fail
@@ -25,10 +25,9 @@ except ImportError as error:
         "free_kernels.integrations.diffusers needs diffusers: pip install free-kernels[diffusers]"
     ) from error
 
-# Arguments of `sample` that a call of the pipeline determines.
-_OURS = ("target", "class_labels", "schedule", "drafter", "guidance_scale", "seed", "noise", "progress")
-_SETTINGS = tuple(name for name in inspect.signature(sample).parameters if name not in _OURS)
-_DRAFT_LENGTH = inspect.signature(sample).parameters["draft_length"].default
+# Options of `sample` that a call of the pipeline determines.
+_OURS = ("schedule", "drafter", "guidance_scale", "seed", "noise", "progress")
+_SETTINGS = tuple(name for name in Options.names() if name not in _OURS)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -77,7 +76,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
         schedule = _schedule(self.scheduler, num_inference_steps)
         scale = check_float(where, "guidance_scale", guidance_scale, 0.0)
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        settings = {"draft_length": _DRAFT_LENGTH, **self.settings}
+        settings = {"draft_length": Options.draft_length, **self.settings}
         if isinstance(settings["draft_length"], int):
             settings["draft_length"] = min(settings["draft_length"], schedule.num_steps)
         with _Progress(self, len(labels) * schedule.num_steps, settings.pop("callback", None)) as progress:
@@ -136,9 +135,7 @@ def accelerate(pipe: DiTPipeline, drafter: str | Drafter = "frozen", **settings:
         # Hooks move weights in when the module's own forward begins, which is never called here.
         fail(where, "pipe", "without CPU offload of its transformer", "an offloaded one")
     _schedule(pipe.scheduler, 1)
-    check = getattr(drafter, "check_target", None)
-    if callable(check):
-        check(_target(pipe.transformer), where)
+    DrafterDefaults.read(drafter, "check_target")(_target(pipe.transformer), where)
     fast = _copied(AcceleratedDiTPipeline, pipe)
     fast.drafter, fast.settings = drafter, settings
     return fast
@@ -174,22 +171,6 @@ class _Progress:
             self.also(info)
 
 
-class _OwnKeys(PhiloxNoise):
-    """Noise whose images are keyed by numbers of their own instead of their places in the batch."""
-
-    def __init__(self, seed: int, keys: Tensor) -> None:
-        super().__init__(seed)
-        self.keys = keys
-
-    def normal(self, images: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """Standard normals ``[M, *shape]``."""
-        return super().normal(self.keys[images], *arguments, **keywords)
-
-    def uniform(self, images: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """Uniforms in (0, 1], ``[M]``."""
-        return super().uniform(self.keys[images], *arguments, **keywords)
-
-
 def _target(transformer: Any) -> DiffusersDiTTarget:
     """The transformer's adapter; a compiled module is seen through."""
     module = getattr(transformer, "_orig_mod", transformer)
@@ -219,7 +200,7 @@ def _randomness(where: str, generator: Generators, labels: Tensor) -> dict[str, 
         fail(where, "generator", f"one, or a list of {len(labels)}, one for each label", f"a list of {len(generator)}")
     # An image's key has 32 bits: two unlike generators of n give the same image with a chance of n^2 / 2^33.
     keys = torch.tensor([_drawn(one, 2**32) for one in generator], device=labels.device)
-    return {"noise": _OwnKeys(0, keys)}
+    return {"noise": PhiloxNoise(0, image_keys=keys)}
 
 
 def _drawn(generator: torch.Generator | None, below: int) -> int:

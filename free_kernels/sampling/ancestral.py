@@ -1,4 +1,4 @@
-"""The ordinary chain: one target call a step for every image of a batch."""
+"""The ordinary sampler: one target call a step for every image of a batch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_kernels.results import Callback, RoundInfo, SampleResult, SampleStats
+from free_kernels.results import RoundInfo, SampleResult, SampleStats
 from free_kernels.sampling.cuda_graphs import CapturedCalls
-from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Chain
+from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Job
 from free_kernels.sampling.noise import Purpose
 
 
@@ -17,56 +17,55 @@ class _Batch:
     """Images at the same step.
 
     Args:
-        chain: the job, hoisted.
+        job: the job, hoisted.
         images: int64 ``[B]``.
         state: ``[B, C, H, W]``, their initial states; becomes the images.
     """
 
-    def __init__(self, chain: Chain, images: Tensor, state: Tensor) -> None:
-        self.chain, self.images, self.state = chain, images.clone(), state
-        self.labels = chain.branched(chain.labels[images])
+    def __init__(self, job: Job, images: Tensor, state: Tensor) -> None:
+        self.job, self.images, self.state = job, images.clone(), state
+        self.labels = job.branched(job.labels[images])
         self.step = torch.zeros(1, dtype=torch.int64, device=state.device)
 
     def load(self, images: Tensor, state: Tensor) -> None:
         """Take other images, as many, in place: a captured step stays valid."""
         self.images.copy_(images)
         self.state.copy_(state)
-        self.labels.copy_(self.chain.branched(self.chain.labels[images]))
+        self.labels.copy_(self.job.branched(self.job.labels[images]))
         self.step.zero_()
 
     def advance(self, noise: Tensor | None = None) -> Tensor:
         """One step, in place, with ``noise [B, C, H, W]`` (drawn here if None); returns the target's output."""
-        chain = self.chain
+        job = self.job
         if noise is None:
             keys = self.images.unsqueeze(1)
-            noise = chain.draw(Purpose.STEP, keys, self.step.repeat(len(keys)).unsqueeze(1)).squeeze(1)
-        t = chain.timesteps.index_select(0, self.step).expand(len(self.labels))
-        output = chain.head(chain.features(chain.doubled(self.state), t, self.labels), t, self.labels)
-        mean, std = chain.transition(self.state, output, chain.table.index_select(0, self.step))
-        torch.addcmul(mean, std, noise, out=self.state)
+            noise = job.draw(Purpose.STEP, keys, self.step.repeat(len(keys)).unsqueeze(1)).squeeze(1)
+        t = job.timesteps.index_select(0, self.step).expand(len(self.labels))
+        columns = job.table.index_select(0, self.step)
+        output = job.ordinary_step(job.verify, self.state, t, self.labels, columns, noise, out=self.state).output
         self.step += 1
         return output
 
 
-def run_ordinary(
-    chain: Chain, slots: int, cuda_graphs: bool, progress: bool, callback: Callback | None
-) -> SampleResult:
-    """All images of a hoisted job in batches of ``slots``."""
-    count, num_steps = len(chain.labels), len(chain.timesteps)
+def run_ordinary(job: Job) -> SampleResult:
+    """All images of a hoisted job, in batches of ``max_slots``."""
+    options, callback = job.options, job.options.callback
+    slots = options.max_slots or len(job.labels)
+    count, num_steps = len(job.labels), len(job.timesteps)
     stats = SampleStats(
         rounds_per_image=np.full(count, num_steps),
         tested_by_step=np.zeros(num_steps, np.int64),
         accepted_by_step=np.zeros(num_steps, np.int64),
     )
-    samples = chain.initial_states(torch.arange(count, device=chain.labels.device))
-    with tqdm(total=count * num_steps, desc="ancestral_sample", unit="step", disable=not progress) as bar:
+    samples = job.initial_states(torch.arange(count, device=job.labels.device))
+    with tqdm(total=count * num_steps, desc="ancestral_sample", unit="step", disable=not options.progress) as bar:
         batch: _Batch | None = None
         for images in torch.arange(count, device=samples.device).split(slots):
             if batch is not None and len(images) == len(batch.images):
                 batch.load(images, samples[images])
             else:
-                batch, graph = _Batch(chain, images, samples[images]), None
-                if cuda_graphs:
+                batch, graph = _Batch(job, images, samples[images]), None
+                if options.cuda_graphs:
                     preserved = [batch.state, batch.step]
                     graph = CapturedCalls(lambda _, one=batch: one.advance(), preserved, lambda: None, samples.device)
             chunk = max(1, NOISE_CHUNK_ELEMENTS // batch.state.numel())
@@ -77,9 +76,9 @@ def run_ordinary(
                     if step % chunk == 0:
                         ahead = torch.arange(step, min(step + chunk, num_steps), device=samples.device)
                         keys = images.unsqueeze(1).repeat(1, len(ahead))
-                        draws = chain.draw(Purpose.STEP, keys, ahead.repeat(len(images), 1))
+                        draws = job.draw(Purpose.STEP, keys, ahead.repeat(len(images), 1))
                     output = batch.advance(draws[:, step % chunk])
-                chain.check_output(output, step, images)
+                job.check_output(output, step, images)
                 stats.target_calls += 1
                 stats.target_rows += len(images)
                 bar.update(len(images))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -11,18 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from free_kernels.drafters import as_drafter
-from free_kernels.ops.coupling.api import BACKENDS
-from free_kernels.protocols import Drafter, Schedule, first_drafted_step
+from free_kernels.protocols import Drafter, Schedule
 from free_kernels.results import Callback, SampleResult
 from free_kernels.sampling.ancestral import run_ordinary
 from free_kernels.sampling.cuda_graphs import check_cuda_graphs
-from free_kernels.sampling.job import make_chain
-from free_kernels.sampling.speculative import Settings, Speculation, packing_backend
+from free_kernels.sampling.job import make_job
+from free_kernels.sampling.options import Options
+from free_kernels.sampling.speculative import Speculation
 from free_kernels.schedules import DDPMSchedule
-from free_kernels.steering.length_policy import LONGEST, DraftLengthPolicy, knowledge_of
-from free_kernels.steering.relaxation import Relaxation, as_relaxation
-from free_kernels.validation import check_choice, check_int, fail
+from free_kernels.steering.relaxation import Relaxation
 
 
 @torch.no_grad()
@@ -53,10 +49,21 @@ def ancestral_sample(
     """
     where = "ancestral_sample"
     started = time.perf_counter()
-    chain = make_chain(where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise)
-    slots = len(chain.labels) if max_slots is None else check_int(where, "max_slots", max_slots, 1)
-    graphs = check_cuda_graphs(where, cuda_graphs, chain.labels.device)
-    result = run_ordinary(chain.hoisted(), slots, graphs, progress, callback)
+    options = Options(
+        schedule=schedule,
+        guidance_scale=guidance_scale,
+        guidance_channels=guidance_channels,
+        draft_length=1,
+        seed=seed,
+        noise=noise,
+        max_slots=max_slots,
+        cuda_graphs=cuda_graphs,
+        progress=progress,
+        callback=callback,
+    )
+    job = make_job(where, target, class_labels, options)
+    check_cuda_graphs(where, cuda_graphs, job.labels.device)
+    result = run_ordinary(job.hoisted())
     result.stats.elapsed_s = time.perf_counter() - started
     return result
 
@@ -111,30 +118,42 @@ def sample(
     Returns:
         ``samples`` float32 ``[N, C, H, W]`` and ``stats``.
 
+    Example:
+        Two digits of the bundled model, in the latent space of which they are 8 x 8 pictures::
+
+            from free_dit import load_bundled
+            from free_kernels import DDPMSchedule, ancestral_sample, sample
+
+            target, drafter = load_bundled("digits")
+            result = sample(target, torch.tensor([3, 7]), drafter=drafter, draft_length=12, seed=1)
+            result.samples.shape  # torch.Size([2, 1, 8, 8])
+            result.stats.call_reduction  # steps that a target call committed, on average
+            ancestral_sample(target, torch.tensor([3, 7]), schedule=DDPMSchedule(250), seed=1)  # the same law
+
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
         FloatingPointError: a network output is not finite; the message names step and image.
     """
     started = time.perf_counter()
-    speculation = _speculation(
-        "sample",
-        target,
-        class_labels,
-        schedule=schedule,
-        drafter=drafter,
-        guidance_scale=guidance_scale,
-        guidance_channels=guidance_channels,
-        draft_length=draft_length,
-        relaxation=relaxation,
-        verification=verification,
-        seed=seed,
-        noise=noise,
-        max_slots=max_slots,
-        backend=backend,
-        cuda_graphs=cuda_graphs,
+    options = Options(
+        schedule,
+        drafter,
+        guidance_scale,
+        guidance_channels,
+        draft_length,
+        relaxation,
+        verification,
+        seed,
+        noise,
+        max_slots,
+        backend,
+        cuda_graphs,
+        progress,
+        callback,
     )
-    speculation.run(progress, callback)
+    speculation = Speculation(make_job("sample", target, class_labels, options))
+    speculation.run()
     speculation.stats.elapsed_s = time.perf_counter() - started
     return SampleResult(speculation.samples, speculation.stats)
 
@@ -158,11 +177,10 @@ class SampleIterator(Iterator[FinishedImage]):
         stats: of the images so far; whole once the iterator is exhausted.
     """
 
-    def __init__(self, speculation: Speculation, progress: bool, callback: Callback | None) -> None:
+    def __init__(self, speculation: Speculation) -> None:
         self.stats = speculation.stats
-        self._speculation = speculation
         self._started = time.perf_counter()
-        self._rounds = speculation.iterate(progress, callback)
+        self._rounds = speculation.iterate()
         self._ready: deque[FinishedImage] = deque()
 
     def __next__(self) -> FinishedImage:
@@ -185,8 +203,6 @@ def sample_iter(
     class_labels: Tensor,
     *,
     max_slots: int = 64,
-    progress: bool = False,
-    callback: Callback | None = None,
     **settings: Any,
 ) -> SampleIterator:
     """:func:`sample`, image by image as they finish, in memory that follows ``max_slots`` and not N.
@@ -197,9 +213,7 @@ def sample_iter(
         target: as in :func:`sample`.
         class_labels: int64 ``[N]``.
         max_slots: images in the making at a time; of three times as many the state is held.
-        progress: show a progress bar.
-        callback: called with a :class:`RoundInfo` after every round.
-        settings: ``schedule``, ``drafter`` and the other arguments of :func:`sample`.
+        settings: ``schedule``, ``drafter``, ``progress`` and the other arguments of :func:`sample`.
 
     Returns:
         An iterator over :class:`FinishedImage`, each once, with the run's ``stats``.
@@ -208,76 +222,6 @@ def sample_iter(
         ValueError, TypeError, RuntimeError: at once, as :func:`sample`.
         FloatingPointError: while iterating.
     """
-    unknown = settings.keys() - _DEFAULTS.keys()
-    if unknown:
-        fail("sample_iter", "settings", "arguments of sample", ", ".join(map(repr, sorted(unknown))), TypeError)
-    manner = {**_DEFAULTS, **settings, "max_slots": max_slots}
-    speculation = _speculation("sample_iter", target, class_labels, bounded=True, **manner)
-    return SampleIterator(speculation, progress, callback)
-
-
-# Arguments of a run's manner, with `sample`'s defaults; the rest is the caller's own.
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(sample).parameters.items()
-    if parameter.default is not parameter.empty and name not in ("progress", "callback")
-}
-
-
-def _speculation(
-    where: str,
-    target: object,
-    class_labels: Tensor,
-    *,
-    schedule: Schedule,
-    drafter: str | Drafter,
-    guidance_scale: float,
-    guidance_channels: int | None,
-    draft_length: int | str,
-    relaxation: float | Relaxation,
-    verification: str,
-    seed: int,
-    noise: object,
-    max_slots: int | None,
-    backend: str,
-    cuda_graphs: bool,
-    bounded: bool = False,
-) -> Speculation:
-    """The checked arguments of :func:`sample`, ready to run; ``bounded`` keeps the state of few images only."""
-    check_choice(where, "backend", backend, BACKENDS)
-    chain = make_chain(
-        where, target, class_labels, schedule, guidance_scale, guidance_channels, seed, noise, packing_backend(backend)
-    )
-    num_steps, slots = len(chain.timesteps), len(chain.labels)
-    if max_slots is not None:
-        slots = min(slots, check_int(where, "max_slots", max_slots, 1))
-    check_choice(where, "verification", verification, ("token", "block"))
-    block = verification == "block"
-    if block and getattr(chain.noise, "covers_steps", False):
-        # A decision that looks at all drafts needs new noise every round; a tensor has one of each step.
-        fail(where, "noise", "initial states only with verification 'block'", "noise of every step")
-    drafting = as_drafter(where, drafter, chain.target)
-    relaxed = as_relaxation(where, relaxation, chain.learned, verification)
-    policy = None
-    if draft_length == "auto":
-        length = min(LONGEST[-1], num_steps)
-        owner = getattr(target, "module", target)
-        manner = (block, relaxed, chain.guidance_scale, chain.learned, str(chain.labels.device), backend, cuda_graphs)
-        known = knowledge_of(owner, drafting, manner, num_steps, slots)
-        policy = DraftLengthPolicy(num_steps, length, known, first_drafted_step(drafting))
-    elif isinstance(draft_length, str):
-        fail(where, "draft_length", "an int or 'auto'", repr(draft_length))
-    else:
-        length = check_int(where, "draft_length", draft_length, 1, num_steps)
-    if length > 1 and chain.is_deterministic:
-        fail(where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without")
-    settings = Settings(
-        length,
-        policy,
-        relaxed,
-        block,
-        backend,
-        cuda_graphs=check_cuda_graphs(where, cuda_graphs, chain.labels.device),
-        pool_rows=3 * slots if bounded else None,
-    )
-    return Speculation(chain, drafting, slots, settings)
+    where = "sample_iter"
+    options = Options.of(where, {**settings, "max_slots": max_slots})
+    return SampleIterator(Speculation(make_job(where, target, class_labels, options), bounded=True))

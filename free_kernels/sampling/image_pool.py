@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from free_kernels.sampling.job import Chain
+from free_kernels.sampling.job import Job
 
 
 class ImagePool:
@@ -14,7 +14,7 @@ class ImagePool:
     every slot at once, rows of finished images are given to the next ones.
 
     Args:
-        chain: the job.
+        job: all images.
         slots: S; its first images take the slots at once.
         rows: B, at least 2 S; all of the images if None.
 
@@ -25,13 +25,13 @@ class ImagePool:
         queue: int64 ``[1]``, the row of the image that enters next.
     """
 
-    def __init__(self, chain: Chain, slots: int, rows: int | None = None) -> None:
-        self._chain, self._slots = chain, slots
-        count, device = len(chain.labels), chain.labels.device
+    def __init__(self, job: Job, slots: int, rows: int | None = None) -> None:
+        self._job, self._slots = job, slots
+        count, device = len(job.labels), job.labels.device
         held = count if rows is None else min(rows, count)
         self.indices = torch.arange(held, device=device)
-        self.labels = chain.labels[:held].clone()
-        self.samples = chain.initial_states(self.indices)
+        self.labels = job.labels[:held].clone()
+        self.samples = job.initial_states(self.indices)
         self.queue = torch.tensor([slots], device=device)
         self._loaded, self._entered = held, slots
         self.images = list(range(held))
@@ -51,7 +51,7 @@ class ImagePool:
             The rows that the images in the slots have moved to, or None if all are where they were.
         """
         self._entered = max(self._entered, max(slots) + 1)
-        left = len(self._chain.labels) - self._loaded
+        left = len(self._job.labels) - self._loaded
         if not left or self.rows - self._entered >= self._slots:
             return None
         # Every slot is busy here: so far more images waited than there are slots.
@@ -64,8 +64,8 @@ class ImagePool:
         for buffer in (self.samples, self.labels, self.indices):
             buffer[first:between] = buffer[order]
         new = torch.arange(self._loaded, self._loaded + fresh, device=device)
-        self.indices[between:], self.labels[between:] = new, self._chain.labels[new]
-        self.samples[between:] = self._chain.initial_states(new)
+        self.indices[between:], self.labels[between:] = new, self._job.labels[new]
+        self.samples[between:] = self._job.initial_states(new)
         self.images[first:between] = [self.images[row] for row in kept]
         self.images[between:] = range(self._loaded, self._loaded + fresh)
         self._loaded += fresh

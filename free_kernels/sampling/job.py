@@ -1,11 +1,11 @@
-"""What ``sample`` and ``ancestral_sample`` share: the checked target, its transitions, its labels and its noise."""
+"""What ``sample`` and ``ancestral_sample`` share: the checked target, transitions, labels and noise; a step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,22 +13,55 @@ from torch import Tensor
 from free_kernels.conditioning import hoisted
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.protocols import NoiseSource, Target, guided_channels, null_label
+from free_kernels.protocols import (
+    NoiseSource,
+    Schedule,
+    ScheduleDefaults,
+    Target,
+    TargetDefaults,
+    guided_channels,
+    null_label,
+)
 from free_kernels.sampling.noise import Purpose, as_noise_source
+from free_kernels.sampling.options import Options
 from free_kernels.targets import as_target
-from free_kernels.validation import check_float, check_int, check_labels, describe, fail
+from free_kernels.validation import check_float, check_int, check_labels, fail
 
 # Noise is drawn for several steps or images at once, up to this many elements.
 NOISE_CHUNK_ELEMENTS = 1 << 22
-_SCHEDULE_MEMBERS = ("num_steps", "timesteps", "table", "resolve_variance", "clip")
+
+
+class Verified(NamedTuple):
+    """What the target says of a round's rows.
+
+    Attributes:
+        output: ``[B R, C or 2C, H, W]``.
+        wait: returns the features ``[B R, T, D]``, which may arrive after the output.
+    """
+
+    output: Tensor
+    wait: Callable[[], Tensor]
+
+
+# A packed call of the target: states, timesteps and labels of all of its rows.
+Network = Callable[[Tensor, Tensor, Tensor], Verified]
+
+
+class Step(NamedTuple):
+    """What an ordinary step leaves: ``state [S, C, H, W]`` after it, and the target's ``output`` and ``features``."""
+
+    state: Tensor
+    output: Tensor
+    features: Tensor
 
 
 @dataclass(frozen=True)
-class Chain:
-    """One job: N images, K steps.
+class Job:
+    """N images, K steps.
 
     Attributes:
         where: name of the public function, which begins error messages.
+        options: the caller's.
         target: the network.
         labels: int64 ``[N]``.
         noise: where random numbers come from.
@@ -41,6 +74,7 @@ class Chain:
     """
 
     where: str
+    options: Options
     target: Target
     labels: Tensor
     noise: NoiseSource
@@ -72,7 +106,7 @@ class Chain:
         """Whether a step between the first and the last adds no noise, so that no draft of it is ever accepted."""
         return bool(self.table[1:-1, TransitionColumn.LOG_STD].isneginf().any())
 
-    def hoisted(self) -> Chain:
+    def hoisted(self) -> Job:
         """The same job on a target whose (t, y)-only work is done."""
         return replace(self, target=hoisted(self.target, self.timesteps, self.used_labels))
 
@@ -86,19 +120,32 @@ class Chain:
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's features, of the shape it promised."""
-        h = self.target.features(x, t, y)
-        if h.shape != (len(x), *self.target.feature_shape):
-            fail(self.where, "target.features", f"[R, T, D] = {[len(x), *self.target.feature_shape]}", h)
-        return h.contiguous()
+        return self._checked_features(self.target.features(x, t, y), len(x))
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's output, of the shape it promised; without variance channels where the variance is fixed."""
+        return self._checked_output(self.target.head(h, t, y), len(h))
+
+    def _checked_features(self, h: Tensor, rows: int) -> Tensor:
+        if h.shape != (rows, *self.target.feature_shape):
+            fail(self.where, "target.features", f"[R, T, D] = {[rows, *self.target.feature_shape]}", h)
+        return h.contiguous()
+
+    def _checked_output(self, output: Tensor, rows: int) -> Tensor:
         channels, height, width = self.target.latent_shape
         outputs = 2 * channels if self.target.learns_variance else channels
-        output = self.target.head(h, t, y)
-        if output.shape != (len(h), outputs, height, width):
-            fail(self.where, "target.head", f"[R, C or 2C, H, W] = {[len(h), outputs, height, width]}", output)
+        if output.shape != (rows, outputs, height, width):
+            fail(self.where, "target.head", f"[R, C or 2C, H, W] = {[rows, outputs, height, width]}", output)
         return output if self.learned else output[:, :channels]
+
+    def verify(self, x: Tensor, t: Tensor, y: Tensor) -> Verified:
+        """The target's output and features of rows ``x [B R, C, H, W]``, ``t`` and ``y [B R]``."""
+        packed = TargetDefaults.read(self.target, "packed_call")
+        if packed is not None:
+            output, wait = packed(x, t, y)
+            return Verified(self._checked_output(output, len(x)), lambda: self._checked_features(wait(), len(x)))
+        features = self.features(x, t, y)
+        return Verified(self.head(features, t, y), lambda: features)
 
     def draw(self, purpose: Purpose, images: Tensor, steps: Tensor, rounds: Tensor | None = None) -> Tensor:
         """Normals ``[S, L, C, H, W]`` for images, steps and perhaps rounds ``[S, L]``, all contiguous."""
@@ -127,6 +174,31 @@ class Chain:
             clip=self.clip,
         )
 
+    def ordinary_step(
+        self,
+        network: Network,
+        state: Tensor,
+        t: Tensor,
+        y: Tensor,
+        columns: Tensor,
+        noise: Tensor,
+        out: Tensor | None = None,
+    ) -> Step:
+        """A step of the ordinary sampler.
+
+        Args:
+            network: the target's packed call.
+            state: ``[S, C, H, W]``.
+            t: int64 ``[B S]``, timesteps of both branches.
+            y: int64 ``[B S]``, labels of both branches.
+            columns: ``[S, 8]`` or ``[1, 8]``, transition coefficients.
+            noise: ``[S, C, H, W]``.
+            out: where the next state goes, which may be ``state``; a new tensor if None.
+        """
+        output, wait = network(self.doubled(state), t, y)
+        mean, std = self.transition(state, output, columns)
+        return Step(torch.addcmul(mean, std, noise, out=out), output, wait())
+
     def check_output(self, output: Tensor, steps: Sequence[int] | int, images: Sequence[int] | Tensor) -> None:
         """Raise FloatingPointError unless the target's output ``[B R, ...]`` is finite; waits for the device.
 
@@ -145,58 +217,48 @@ class Chain:
         )
 
 
-def _check_family(where: str, schedule: object, target: Target) -> None:
+def _check_family(where: str, schedule: Schedule, target: Target) -> None:
     """Raise ValueError where the schedule's steps would misread the target's output or timesteps."""
-    steps = getattr(schedule, "family", "diffusion")
-    network = getattr(target, "family", steps)
+    steps = ScheduleDefaults.read(schedule, "family")
+    network = TargetDefaults.read(target, "family") or steps
     if steps != network:
         example = {"flow": "FlowSDESchedule()", "diffusion": "DDPMSchedule()"}.get(network, "of its own")
         fail(where, "schedule", f"one for a {network} model such as {example}", f"one for a {steps} model")
-    own = getattr(schedule, "num_train_steps", None)
-    wanted = getattr(target, "num_train_steps", own)
+    own = ScheduleDefaults.read(schedule, "num_train_steps")
+    wanted = TargetDefaults.read(target, "num_train_steps")
     if own is not None and wanted is not None and own != wanted:
         fail(where, "schedule", f"one with the target's num_train_steps {wanted}", f"{own}")
 
 
-def make_chain(
-    where: str,
-    target: object,
-    class_labels: object,
-    schedule: object,
-    guidance_scale: object,
-    guidance_channels: object,
-    seed: object,
-    noise: object,
-    backend: str = "auto",
-) -> Chain:
+def make_job(where: str, target: object, class_labels: object, options: Options) -> Job:
     """Check a sampler's arguments and put them together.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message begins with ``where`` and names it.
     """
+    options.check(where)
     adapted = as_target(where, target)
     labels = check_labels(where, class_labels, adapted.num_classes)
-    if isinstance(schedule, type) or not all(hasattr(schedule, name) for name in _SCHEDULE_MEMBERS):
-        fail(where, "schedule", "a schedule such as DDPMSchedule()", describe(schedule), TypeError)
+    schedule = options.schedule
     _check_family(where, schedule, adapted)
-    scale = check_float(where, "guidance_scale", guidance_scale, 0.0)
-    if scale != 1.0 and not getattr(adapted, "has_null_label", True):
+    scale = check_float(where, "guidance_scale", options.guidance_scale, 0.0)
+    if scale != 1.0 and not TargetDefaults.read(adapted, "has_null_label"):
         fail(where, "guidance_scale", "1 for a target trained without label dropout", f"{scale:g}")
-    if guidance_channels is None:
-        guidance_channels = guided_channels(adapted)
-    guided = check_int(where, "guidance_channels", guidance_channels, 1, adapted.latent_shape[0])
-    device = torch.device(getattr(adapted, "device", labels.device))
+    channels = guided_channels(adapted) if options.guidance_channels is None else options.guidance_channels
+    guided = check_int(where, "guidance_channels", channels, 1, adapted.latent_shape[0])
+    device = torch.device(TargetDefaults.read(adapted, "device") or labels.device)
     labels = labels.to(device).contiguous()
-    latent, steps = tuple(adapted.latent_shape), schedule.num_steps
     variance = schedule.resolve_variance(adapted.learns_variance)
     table = schedule.table(variance).to(device)
     # A tensor of noise holds the initial state and the noise of every step that adds some.
-    held = steps + int(table[-1, TransitionColumn.LOG_STD] > -torch.inf)
-    return Chain(
+    held = schedule.num_steps + int(table[-1, TransitionColumn.LOG_STD] > -torch.inf)
+    shapes = (len(labels), *adapted.latent_shape), (len(labels), held, *adapted.latent_shape)
+    return Job(
         where,
+        options,
         adapted,
         labels,
-        as_noise_source(where, noise, seed, latent, len(labels), held, device, backend),
+        as_noise_source(where, options.noise, options.seed, shapes, device, options.packing_backend),
         schedule.timesteps.to(device),
         table,
         variance == "learned_range",

@@ -29,25 +29,40 @@ class PhiloxNoise:
         seed: in ``[0, 2**64)``.
         first_image: added to every image index, so that parts of one job can be drawn by several calls.
         backend: of the random ops: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
+        image_keys: int64 ``[N]`` in ``[0, 2**32)``, what stands in the key for each image's index; None: the index.
     """
 
-    def __init__(self, seed: int, first_image: int = 0, backend: str = "auto") -> None:
+    def __init__(
+        self, seed: int, first_image: int = 0, backend: str = "auto", image_keys: Tensor | None = None
+    ) -> None:
         self.seed = check_int("PhiloxNoise", "seed", seed, 0, 2**64 - 1)
         self.first_image = check_int("PhiloxNoise", "first_image", first_image, 0)
         self.backend = backend
+        self.image_keys = image_keys
+
+    @property
+    def philox(self) -> PhiloxNoise | None:
+        """Itself, for kernels that draw the same numbers; None for a class of its own numbers."""
+        plain = type(self).normal is PhiloxNoise.normal and type(self).uniform is PhiloxNoise.uniform
+        return self if plain else None
+
+    def keys(self, images: Tensor) -> Tensor:
+        """What stands in the key for images ``[M]``."""
+        shifted = images + self.first_image if self.first_image else images
+        return shifted if self.image_keys is None else self.image_keys[shifted]
 
     def normal(
         self, images: Tensor, steps: Tensor, purpose: int, shape: tuple[int, ...], rounds: Tensor | None = None
     ) -> Tensor:
         """Standard normals ``[M, *shape]``."""
-        keys = images + self.first_image if self.first_image else images
         count = math.prod(shape)
-        return philox_normal(self.seed, keys, steps, int(purpose), count, rounds, self.backend).view(-1, *shape)
+        return philox_normal(self.seed, self.keys(images), steps, int(purpose), count, rounds, self.backend).view(
+            -1, *shape
+        )
 
     def uniform(self, images: Tensor, steps: Tensor, purpose: int, rounds: Tensor | None = None) -> Tensor:
         """Uniforms in (0, 1], ``[M]``."""
-        keys = images + self.first_image if self.first_image else images
-        return philox_uniform(self.seed, keys, steps, int(purpose), 1, rounds, self.backend).view(-1)
+        return philox_uniform(self.seed, self.keys(images), steps, int(purpose), 1, rounds, self.backend).view(-1)
 
 
 class TensorNoise:
@@ -92,32 +107,32 @@ class TensorNoise:
 
 
 def as_noise_source(
-    where: str,
-    noise: object,
-    seed: int,
-    latent: tuple[int, ...],
-    count: int,
-    steps: int,
-    device: torch.device,
-    backend: str,
+    where: str, noise: object, seed: int, shapes: tuple[tuple[int, ...], ...], device: torch.device, backend: str
 ) -> NoiseSource:
     """Turn a sampler's ``noise`` and ``seed`` arguments into a source.
+
+    Args:
+        where: the public function.
+        noise: the argument.
+        seed: the argument, checked.
+        shapes: those that a tensor may have, without and with the noise of the steps.
+        device: where the tensor is needed.
+        backend: of the random ops.
 
     Raises:
         ValueError, TypeError: the tensor's shape or dtype is wrong, or the object is neither tensor nor source.
     """
-    check_int(where, "seed", seed, 0, 2**64 - 1)
     if noise is None:
         return PhiloxNoise(seed, backend=backend)
     held = noise
     if isinstance(noise, TensorNoise):
         held = noise.noise if noise.covers_steps else noise.noise[:, 0]
     if isinstance(held, Tensor):
-        shapes = f"float32 {[count, *latent]} or {[count, steps, *latent]}"
+        expectation = "float32 " + " or ".join(str(list(shape)) for shape in shapes)
         if held.dtype != torch.float32:
-            fail(where, "noise", shapes, held, TypeError)
-        if tuple(held.shape) not in ((count, *latent), (count, steps, *latent)):
-            fail(where, "noise", shapes, held)
+            fail(where, "noise", expectation, held, TypeError)
+        if tuple(held.shape) not in shapes:
+            fail(where, "noise", expectation, held)
         if not bool(held.isfinite().all()):
             fail(where, "noise", "finite", "a non-finite value")
         return noise if isinstance(noise, TensorNoise) else TensorNoise(held.to(device), seed, backend)

@@ -1,4 +1,4 @@
-"""Figures of a speculative run: what is counted on the host, and what gathers on the device until the end."""
+"""The stats of a speculative run: what is counted on the host, and what is summed on the device until the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from free_kernels.results import SampleStats
 from free_kernels.steering.relaxation import bias_of_rows
 
 
-class RunFigures:
+class RunStats:
     """The stats of a run in the making.
 
     Args:

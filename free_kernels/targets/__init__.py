@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from free_kernels.protocols import Target
+from free_kernels.protocols import Target, TargetDefaults
 from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
 from free_kernels.targets.dit import DiTTarget, is_dit_module
 from free_kernels.targets.hook import HookTarget
@@ -29,7 +29,7 @@ def as_target(where: str, target: object) -> Target:
         TypeError: neither.
     """
     if is_dit_module(target):
-        kind = SiTTarget if getattr(target, "family", None) == "flow" else DiTTarget
+        kind = SiTTarget if TargetDefaults.read(target, "family") == "flow" else DiTTarget
         return kind(target)  # type: ignore[arg-type]
     if is_diffusers_dit(target):
         return DiffusersDiTTarget(target)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from free_kernels.conditioning import ConditioningTable, TimestepTable, table_fits
+from free_kernels.protocols import TargetDefaults
 from free_kernels.validation import fail
 
 # Shift, scale and gate of attention and of the MLP; shift and scale of the head.
@@ -43,7 +44,7 @@ def stack_block_modulations(rows: Sequence[Tensor]) -> Tensor:
     return stacked.flatten(1, 2)
 
 
-class AdaLNTarget:
+class AdaLNTarget(TargetDefaults):
     """Base of the adapters for DiT families; a :class:`free_kernels.protocols.Target` once a family fills it in.
 
     A family gives ``dtype``, ``device`` and the methods below that raise; ``self.blocks`` is None where a block has

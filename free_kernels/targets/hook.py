@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from free_kernels.protocols import TargetDefaults
 from free_kernels.validation import check_int, describe, fail
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], object]
@@ -25,7 +26,7 @@ def _plain_call(module: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> object:
     return module(x, t, y)
 
 
-class HookTarget:
+class HookTarget(TargetDefaults):
     """Any network as a :class:`free_kernels.protocols.Target`, by a forward hook.
 
     ``features`` runs the module's forward up to the output of ``feature_layer`` and stops there, so that what follows

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import free_kernels.sampling.speculative
+import free_kernels.sampling.round
 from free_dit import load_bundled
 from free_dit.bundled import MODELS, bundled_names
 from free_dit.data import load_digits
@@ -131,7 +131,7 @@ def test_images_are_drawn_from_the_same_distribution(digits, monkeypatch):
     speculative = sample(target, labels, schedule=schedule, drafter=drafter, seed=2, max_slots=128)
     assert speculative.stats.acceptance < 0.98, "enough refusals for a wrong reflection to show"
     assert kernel_test_p_value(ordinary, speculative.samples) > 1e-3
-    monkeypatch.setattr(free_kernels.sampling.speculative, "couple", mutations.always_accept)
+    monkeypatch.setattr(free_kernels.sampling.round, "couple", mutations.always_accept)
     wrong = sample(target, labels, schedule=schedule, drafter="frozen", seed=2, max_slots=128)
     assert kernel_test_p_value(ordinary, wrong.samples) < 1e-3
 

@@ -11,7 +11,7 @@ import slack_by_matrices
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, law_p_value
 
-import free_kernels.sampling.speculative
+import free_kernels.sampling.round
 from free_kernels import DDPMSchedule, PhiloxNoise, ancestral_sample, sample
 from free_kernels.ops.coupling import couple, reference
 
@@ -65,7 +65,7 @@ def test_closed_form_law_holds_for_the_ordinary_sampler(variance):
 def test_wrong_couplings_are_found(variance, mutation, monkeypatch):
     target, schedule, drafter = setting(variance)
     torch.manual_seed(0)
-    monkeypatch.setattr(free_kernels.sampling.speculative, "couple", mutation)
+    monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
     result = run(target, schedule, drafter)
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED
 
@@ -93,7 +93,7 @@ def test_law_of_shared_slack(bug, monkeypatch, uncorrected):
         return outcome
 
     monkeypatch.setattr(reference, "compare_variances", recorded)
-    monkeypatch.setattr(free_kernels.sampling.speculative, "couple", counted)
+    monkeypatch.setattr(free_kernels.sampling.round, "couple", counted)
     result = run(target, schedule, drafter)
     p_value = law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction)
     if bug:
@@ -197,7 +197,7 @@ def test_figures_behind_the_first_refusal_steer_nothing(monkeypatch):
         outcome.gap_sq[behind] = 1e3
         return outcome
 
-    monkeypatch.setattr(free_kernels.sampling.speculative, "couple", poisoned)
+    monkeypatch.setattr(free_kernels.sampling.round, "couple", poisoned)
     assert torch.equal(sample(target, labels, **settings).samples, expected)
 
 

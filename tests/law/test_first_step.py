@@ -8,7 +8,7 @@ import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
-import free_kernels.sampling.speculative
+import free_kernels.sampling.round
 from free_kernels import DDPMSchedule, FeatureDrafter, PhiloxNoise, ancestral_sample, sample, sample_iter
 from free_kernels.drafters import DrafterConfig
 from free_kernels.ops.coupling import couple
@@ -85,7 +85,7 @@ def test_first_drafts_kept_untested_are_found(monkeypatch):
     biased = BiasedDrafter(target, eps_bias=0.01)
     law, labels = target.final_law(schedule, 1), torch.full((3000,), 1)
     for mutation in (couple, mutations.draft_kept_on_some_rejections, mutations.always_accept):
-        monkeypatch.setattr(free_kernels.sampling.speculative, "couple", mutation)
+        monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
         torch.manual_seed(0)
         result = sample(target, labels, drafter=FromTheFirst(biased), draft_length=2, schedule=schedule, seed=21)
         p_value = law_p_value(result.samples, *law, biased.direction)

@@ -18,7 +18,8 @@ from torch import Tensor
 from free_kernels import DDPMSchedule, extension, sample, sample_iter
 from free_kernels.ops.packing import commit_drafts, pack_drafts
 from free_kernels.sampling.image_pool import ImagePool
-from free_kernels.sampling.job import make_chain
+from free_kernels.sampling.job import make_job
+from free_kernels.sampling.options import Options
 
 needs_extension = pytest.mark.skipif(
     not extension.has_extension(), reason=f"no compiled extension: {extension.why_no_extension()}"
@@ -322,9 +323,9 @@ def test_pool_hands_out_every_image_once(slots: int, spare: int, count: int, see
     slots = min(slots, count)
     dice = random.Random(seed)
     labels = torch.tensor([dice.randrange(3) for _ in range(count)])
-    chain = make_chain("sample", TARGET, labels, DDPMSchedule(2), 1.0, None, seed, None)
-    noise = chain.initial_states(torch.arange(count)).flatten(1).tolist()
-    pool = ImagePool(chain, slots, 2 * slots + spare)
+    job = make_job("sample", TARGET, labels, Options(schedule=DDPMSchedule(2), seed=seed))
+    noise = job.initial_states(torch.arange(count)).flatten(1).tolist()
+    pool = ImagePool(job, slots, 2 * slots + spare)
     waiting, finished = list(range(slots, count)), []
     rows, held = list(range(slots)), list(range(slots))
     while max(rows) >= 0:

@@ -12,8 +12,9 @@ from analytic import BiasedDrafter, GaussianTarget
 
 from free_kernels import DDPMSchedule, sample
 from free_kernels.sampling.cuda_graphs import CapturedCalls
-from free_kernels.sampling.job import make_chain
-from free_kernels.sampling.target_call import PackedCall
+from free_kernels.sampling.job import make_job
+from free_kernels.sampling.options import Options
+from free_kernels.sampling.target_call import TargetCall
 
 LABELS = torch.arange(6) % 3
 STEPS = DDPMSchedule(15)
@@ -69,10 +70,11 @@ def test_a_failure_for_a_moment(fault_log):
 
 def test_rows_are_halved_and_the_limit_is_kept():
     target = Small(3, torch.OutOfMemoryError("CUDA out of memory"))
-    chain = make_chain("sample", target, torch.zeros(20, dtype=torch.int64), STEPS, 1.0, None, 0, None)
-    network = PackedCall(chain)
-    x, t, y = torch.randn(20, *target.latent_shape), chain.timesteps[:1].repeat(20), torch.zeros(20, dtype=torch.int64)
-    features, output = network(x, t, y)
+    job = make_job("sample", target, torch.zeros(20, dtype=torch.int64), Options(schedule=STEPS))
+    network = TargetCall(job)
+    x, t, y = torch.randn(20, *target.latent_shape), job.timesteps[:1].repeat(20), torch.zeros(20, dtype=torch.int64)
+    output, wait = network(x, t, y)
+    features = wait()
     assert network.most_rows == 3
     assert target.calls == [3] * 6 + [2]
     torch.testing.assert_close(features, GaussianTarget.features(target, x, t, y))
@@ -128,10 +130,10 @@ def captured_call(monkeypatch, rows: int, error: Exception, cuda: Cuda):
     """A capture of a packed call of twelve rows, with a target that holds ``rows``."""
     cuda.patch(monkeypatch)
     target = Small(rows, error)
-    chain = make_chain("sample", target, torch.zeros(12, dtype=torch.int64), STEPS, 1.0, None, 0, None)
-    network = PackedCall(chain)
+    job = make_job("sample", target, torch.zeros(12, dtype=torch.int64), Options(schedule=STEPS))
+    network = TargetCall(job)
     x = torch.randn(12, *target.latent_shape).as_subclass(OnCuda)
-    t, y = chain.timesteps[:1].repeat(12), torch.zeros(12, dtype=torch.int64)
+    t, y = job.timesteps[:1].repeat(12), torch.zeros(12, dtype=torch.int64)
     calls = CapturedCalls(lambda key: network(x, t, y), [], lambda: None, torch.device("cuda"))
     return target, network, calls._capture(0)
 
@@ -165,7 +167,7 @@ def test_memory_is_given_back_at_once_outside_of_captures(monkeypatch):
     cuda = Cuda()
     cuda.patch(monkeypatch)
     target = Small(3, torch.OutOfMemoryError("CUDA out of memory"))
-    chain = make_chain("sample", target, torch.zeros(12, dtype=torch.int64), STEPS, 1.0, None, 0, None)
+    job = make_job("sample", target, torch.zeros(12, dtype=torch.int64), Options(schedule=STEPS))
     x = torch.randn(12, *target.latent_shape).as_subclass(OnCuda)
-    PackedCall(chain)(x, chain.timesteps[:1].repeat(12), torch.zeros(12, dtype=torch.int64))
+    TargetCall(job)(x, job.timesteps[:1].repeat(12), torch.zeros(12, dtype=torch.int64))
     assert cuda.done == ["empty, capturing False"] * 2

@@ -13,10 +13,11 @@ from analytic import BiasedDrafter, GaussianTarget
 
 from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
 from free_kernels.sampling import ancestral as ordinary
-from free_kernels.sampling import speculative as speculation
+from free_kernels.sampling import round as rounds
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
-from free_kernels.sampling.job import make_chain
-from free_kernels.sampling.speculative import Settings, Speculation
+from free_kernels.sampling.job import make_job
+from free_kernels.sampling.options import Options
+from free_kernels.sampling.speculative import Speculation
 
 LABELS = torch.arange(7) % 3
 STEPS = DDPMSchedule(15)
@@ -51,12 +52,13 @@ class PlayedCalls(CapturedCalls):
         return replay, Latest()
 
 
-def run(target, guidance, slots=None, drafter=None, **options):
-    chain = make_chain("sample", target, LABELS, STEPS, guidance, None, 5, None)
+def run(target, guidance, slots=None, drafter=None, dense=False, **options):
     drafter = drafter or BiasedDrafter(target, variance_bias=0.1 if target.learns_variance else 0.0)
-    speculation = Speculation(chain, drafter, slots or len(LABELS), Settings(4, **options))
+    manner = {"schedule": STEPS, "guidance_scale": guidance, "seed": 5, "draft_length": 4, "max_slots": slots}
+    job = make_job("sample", target, LABELS, Options(drafter=drafter, **manner, **options))
+    speculation = Speculation(job, dense=dense)
     with torch.no_grad():
-        speculation.run(False, None)
+        speculation.run()
     return speculation
 
 
@@ -64,11 +66,13 @@ def run(target, guidance, slots=None, drafter=None, **options):
 @pytest.mark.parametrize("slots", [1, 3, 7])
 @pytest.mark.parametrize(("guidance", "learned"), SETTINGS)
 def test_dense_and_captured_rounds_give_the_ragged_rounds_images(monkeypatch, guidance, learned, slots, block):
-    monkeypatch.setattr(speculation, "CapturedCalls", PlayedCalls)
+    monkeypatch.setattr(rounds, "CapturedCalls", PlayedCalls)
+    monkeypatch.setattr("free_kernels.sampling.speculative.check_cuda_graphs", lambda where, wanted, device: wanted)
     target = GaussianTarget(learns_variance=learned)
-    ragged = run(target, guidance, slots, block=block)
+    manner = {"verification": "block" if block else "token"}
+    ragged = run(target, guidance, slots, **manner)
     for options in ({"dense": True}, {"cuda_graphs": True}):
-        fixed = run(target, guidance, slots, block=block, **options)
+        fixed = run(target, guidance, slots, **manner, **options)
         torch.testing.assert_close(fixed.samples, ragged.samples, rtol=1e-5, atol=1e-5)
         for figure in ("rounds_per_image", "tested_by_step", "accepted_by_step", "target_calls", "target_rows"):
             np.testing.assert_array_equal(getattr(fixed.stats, figure), getattr(ragged.stats, figure))
@@ -116,12 +120,13 @@ def on_meta(speculation: Speculation) -> Speculation:
             if isinstance(getattr(holder, name), torch.Tensor):
                 object.__setattr__(holder, name, getattr(holder, name).to("meta"))
 
-    move(speculation, list(vars(speculation)))
-    move(speculation.figures, ["deviation", "bias"])
-    move(speculation.refused, ["known", "_state", "_feature"])
-    move(speculation.pool, ["samples", "labels", "indices", "queue"])
-    move(speculation.chain, ["labels", "timesteps", "table"])
-    move(speculation.chain.target, ["means", "stds", "tilt", "alphas"])
+    slots, job = speculation.slots, speculation.job
+    move(slots, list(vars(slots)))
+    move(speculation.run_stats, ["deviation", "bias"])
+    move(speculation.rounds.refused, ["known", "_state", "_feature"])
+    move(slots.pool, ["samples", "labels", "indices", "queue"])
+    move(job, ["labels", "timesteps", "table"])
+    move(job.target, ["means", "stds", "tilt", "alphas"])
     return speculation
 
 
@@ -136,10 +141,10 @@ def test_a_round_waits_for_nothing(guidance, learned):
         with torch.no_grad():
             if waits:
                 with pytest.raises(RuntimeError, match="meta"):
-                    one._play(4, 12)
+                    one.rounds.play_on_device(4, 12)
             else:
-                assert one._play(4, 12).report.shape == (3 * len(LABELS) + 1,)
-                assert one._play(1, 7).report.device.type == "meta"
+                assert one.rounds.play_on_device(4, 12).report.shape == (3 * len(LABELS) + 1,)
+                assert one.rounds.play_on_device(1, 7).report.device.type == "meta"
 
 
 def test_buckets_hold_their_rows_and_are_few():

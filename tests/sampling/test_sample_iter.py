@@ -9,7 +9,8 @@ from analytic import BiasedDrafter, GaussianTarget
 
 from free_kernels import DDPMSchedule, RoundInfo, sample, sample_iter
 from free_kernels.sampling.image_pool import ImagePool
-from free_kernels.sampling.job import make_chain
+from free_kernels.sampling.job import make_job
+from free_kernels.sampling.options import Options
 
 LABELS = torch.arange(23) % 3
 STEPS = DDPMSchedule(12)
@@ -69,8 +70,8 @@ def test_pool_by_a_plain_model():
     target, random = GaussianTarget(), np.random.default_rng(0)
     for slots, rows, count in ((1, 2, 9), (3, 6, 40), (3, 9, 10), (4, 12, 100), (5, 10, 11)):
         labels = torch.from_numpy(random.integers(0, 3, count))
-        chain = make_chain("sample", target, labels, STEPS, 1.0, None, 5, None)
-        pool, everything = ImagePool(chain, slots, rows), chain.initial_states(torch.arange(count))
+        job = make_job("sample", target, labels, Options(schedule=STEPS, seed=5))
+        pool, everything = ImagePool(job, slots, rows), job.initial_states(torch.arange(count))
         inside, entered = list(range(slots)), slots
         while True:
             rows_now = [-1 if row is None else row for row in inside]

@@ -358,13 +358,19 @@ def test_block_verification_in_the_sampler(target):
 
 
 def test_dense_block_rounds(target):
-    from free_kernels.sampling.job import make_chain
-    from free_kernels.sampling.speculative import Settings, Speculation
+    from free_kernels.sampling.job import make_job
+    from free_kernels.sampling.options import Options
+    from free_kernels.sampling.speculative import Speculation
 
     drafter = BiasedDrafter(target, variance_bias=0.1)
     want = sample(target, LABELS, schedule=STEPS, drafter=drafter, verification="block", seed=8)
-    chain = make_chain("sample", target, LABELS, STEPS, 1.0, None, 8, None)
-    dense = Speculation(chain, drafter, 3, Settings(6, block=True, dense=True))
+    job = make_job(
+        "sample",
+        target,
+        LABELS,
+        Options(schedule=STEPS, seed=8, drafter=drafter, draft_length=6, max_slots=3, verification="block"),
+    )
+    dense = Speculation(job, dense=True)
     with torch.no_grad():
-        dense.run(False, None)
+        dense.run()
     torch.testing.assert_close(dense.samples, want.samples, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
-import free_kernels.sampling.speculative
+import free_kernels.sampling.round
 from free_dit import cli, load_bundled
 from free_kernels import DDIMSchedule, DDPMSchedule, ancestral_sample, sample
 from free_kernels.constants import TransitionColumn
@@ -117,7 +117,7 @@ def test_wrong_couplings_are_found(mutation, monkeypatch):
     torch.manual_seed(0)
     target = GaussianTarget()
     drafter, schedule = BiasedDrafter(target, eps_bias=0.4), DDIMSchedule(8, 1.0)
-    monkeypatch.setattr(free_kernels.sampling.speculative, "couple", mutation)
+    monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
     result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11)
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED
 

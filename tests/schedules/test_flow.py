@@ -11,7 +11,7 @@ import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
 
-import free_kernels.sampling.speculative
+import free_kernels.sampling.round
 from free_dit import DiT, DiTConfig, cli, load_bundled
 from free_dit.bundled import MODELS
 from free_dit.data import load_digits
@@ -243,7 +243,7 @@ class TestExactness:
         torch.manual_seed(0)
         target = GaussianFlow()
         drafter, schedule = BiasedDrafter(target, eps_bias=2.0), FlowSDESchedule(8)
-        monkeypatch.setattr(free_kernels.sampling.speculative, "couple", mutation)
+        monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
         result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11)
         assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED
 

@@ -390,9 +390,9 @@ def test_ordinary_steps_are_taken_at_once(monkeypatch):
     runs: list[int] = []
     original = Speculation._ordinary_steps
 
-    def noted(self, images, steps, count):
+    def noted(self, now, count):
         runs.append(count)
-        return original(self, images, steps, count)
+        return original(self, now, count)
 
     monkeypatch.setattr(Speculation, "_ordinary_steps", noted)
     for verification in ("token", "block"):

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from analytic import BiasedDrafter, GaussianTarget
 
-import free_kernels.sampling.speculative
+import free_kernels.sampling.round
 from free_kernels import DDPMSchedule, Relaxation, sample
 from free_kernels.ops import couple
 from free_kernels.steering.relaxation import bias_of_rows
@@ -116,7 +116,7 @@ def test_rows_behind_a_refusal_change_no_weight(monkeypatch):
         outcome.gap_sq[behind] = torch.nan
         return outcome
 
-    monkeypatch.setattr(free_kernels.sampling.speculative, "couple", poisoned)
+    monkeypatch.setattr(free_kernels.sampling.round, "couple", poisoned)
     result = sample(target, LABELS, **settings)
     assert torch.equal(result.samples, expected.samples)
     assert result.stats.bias_bound == expected.stats.bias_bound

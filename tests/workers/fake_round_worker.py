@@ -18,14 +18,17 @@ import torch
 from fake_cuda import Launches, Mover, allow_cuda_devices, new_mode, on_fake_gpu
 from torch import Tensor
 
-import free_kernels.sampling.job as chain_module
+import free_kernels.sampling.job as job_module
 from free_dit import load_bundled
 from free_kernels import DDPMSchedule, DrafterConfig, FeatureDrafter, FrozenDrafter, extension
 from free_kernels import conditioning as hoisting
-from free_kernels.sampling import speculative as speculation
+from free_kernels.sampling import round as round_module
+from free_kernels.sampling import slots as slots_module
 from free_kernels.sampling.ancestral import _Batch
-from free_kernels.sampling.job import Chain, make_chain
-from free_kernels.sampling.speculative import Settings, Speculation
+from free_kernels.sampling.job import Job, make_job
+from free_kernels.sampling.options import Options
+from free_kernels.sampling.round import RoundReport, Rounds
+from free_kernels.sampling.speculative import Speculation
 from free_kernels.schedules import FlowSDESchedule
 from free_kernels.steering.relaxation import Relaxation
 
@@ -91,7 +94,7 @@ CASES = {
     "frozen": Case(drafter="frozen"),
     "guided": Case(guidance=2.0, slots=4),
     "windowed": Case(drafter="windowed", slots=4),
-    "block": Case(slots=4, settings={"block": True}),
+    "block": Case(slots=4, settings={"verification": "block"}),
     "relaxed by deviation": Case(slots=4, settings={"relaxation": Relaxation(0.5)}),
     "relaxed by variance": Case(slots=4, settings={"relaxation": Relaxation(0.5, source="variance")}),
     "by the reference": Case(slots=4, settings={"backend": "reference"}),
@@ -132,10 +135,16 @@ def make_run(case: Case) -> Speculation:
     target, bundled = networks(case.model, case.blocks)
     schedule = FlowSDESchedule(STEPS) if case.model.endswith("sit") else DDPMSchedule(STEPS)
     labels = torch.arange(2 * case.slots) % 10
-    chain = make_chain("sample", target, labels, schedule, case.guidance, None, 0, None)
-    settings = Settings(LENGTH, dense=True, **case.settings)
-    run = Speculation(chain, drafter_of(case, target, bundled), case.slots, settings)
-    for _ in zip(range(3), run.iterate(False, None), strict=False):
+    options = Options(
+        schedule=schedule,
+        drafter=drafter_of(case, target, bundled),
+        guidance_scale=case.guidance,
+        draft_length=LENGTH,
+        max_slots=case.slots,
+        **case.settings,
+    )
+    run = Speculation(make_job("sample", target, labels, options), dense=True)
+    for _ in zip(range(3), run.iterate(), strict=False):
         pass
     return run
 
@@ -143,7 +152,8 @@ def make_run(case: Case) -> Speculation:
 @contextlib.contextmanager
 def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
     """Launches count for the parts of the round that cause them."""
-    target, drafter, wrap = run.chain.target, run.drafter, launches.wrap
+    rounds, wrap = run.rounds, launches.wrap
+    target, drafter = run.job.target, rounds.drafter
     target.features, target.head = wrap("target", target.features), wrap("target", target.head)
 
     class Drafter:
@@ -152,20 +162,20 @@ def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
         def __getattr__(self, name: str) -> Any:
             return getattr(drafter, name)
 
-    run.drafter = Drafter()
+    rounds.drafter = Drafter()
     with contextlib.ExitStack() as stack:
 
         def patch(owner: object, name: str, part: str) -> None:
             stack.enter_context(mock.patch.object(owner, name, wrap(part, getattr(owner, name))))
 
         for name, part in PARTS.items():
-            patch(speculation, name, part)
-        patch(chain_module, "gaussian_transition", "draft transition")
-        patch(Chain, "draw", "noise")
-        patch(Speculation, "_learn", "learning")
-        if run.refused is not None:
-            patch(run.refused, "keep", "refused drafts")
-            patch(run.refused, "first_drafts", "refused drafts")
+            patch(round_module if hasattr(round_module, name) else slots_module, name, part)
+        patch(job_module, "gaussian_transition", "draft transition")
+        patch(Job, "draw", "noise")
+        patch(Rounds, "_learn", "learning")
+        if rounds.refused is not None:
+            patch(rounds.refused, "keep", "refused drafts")
+            patch(rounds.refused, "first_drafts", "refused drafts")
         yield
 
 
@@ -176,11 +186,17 @@ def play(case: Case) -> dict[str, Any]:
     mode, launches = new_mode(), Launches()
     Mover(mode)(run)
     # As on a GPU, where the coupling draws its numbers itself.
-    run.makes_noise = case.settings.get("backend") != "reference"
+    run.rounds.kernel_noise = None if case.settings.get("backend") == "reference" else run.job.noise
     rows = case.rows * case.slots
+    before = RoundReport([], [0] * case.slots, [0] * case.slots)
     with on_fake_gpu(mode, launches), counted_parts(run, launches):
         return outcome(
-            launches, lambda: run._round([case.rows] * case.slots) if case.whole else run._play(case.rows, rows)
+            launches,
+            lambda: (
+                run.rounds.play([case.rows] * case.slots, before)
+                if case.whole
+                else run.rounds.play_on_device(case.rows, rows)
+            ),
         )
 
 
@@ -200,11 +216,12 @@ def ordinary_step(guidance: float, slots: int) -> dict[str, Any]:
     """The step that ``ancestral_sample`` captures."""
     target, _ = networks("digits", 2)
     images = torch.arange(slots)
-    chain = make_chain("ancestral_sample", target, images % 10, DDPMSchedule(STEPS), guidance, None, 0, None).hoisted()
-    batch = _Batch(chain, images, chain.initial_states(images))
+    options = Options(schedule=DDPMSchedule(STEPS), guidance_scale=guidance)
+    job = make_job("ancestral_sample", target, images % 10, options).hoisted()
+    batch = _Batch(job, images, job.initial_states(images))
     mode, launches = new_mode(), Launches()
     Mover(mode)(batch)
-    target = batch.chain.target
+    target = batch.job.target
     target.features, target.head = (launches.wrap("target", call) for call in (target.features, target.head))
     with on_fake_gpu(mode, launches):
         return outcome(launches, batch.advance)

@@ -153,7 +153,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
 
     for module in (triton_runtime, coupling_dispatch, random):
         patch(mock.patch.object(module, "use_triton", chosen))
-    patch(mock.patch("free_kernels.sampling.speculative.use_triton", chosen))
+    patch(mock.patch("free_kernels.sampling.round.use_triton", chosen))
     patch(mock.patch.object(attention, "_use_triton", return_value=True))
     implementations = {}
     for op, (on_cpu, in_triton) in coupling_dispatch._IMPLEMENTATIONS.items():

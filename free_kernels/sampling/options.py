@@ -1,0 +1,85 @@
+"""The keywords of the samplers as one object, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from free_kernels.ops.coupling.api import BACKENDS
+from free_kernels.protocols import Drafter, Schedule
+from free_kernels.results import Callback
+from free_kernels.schedules import DDPMSchedule
+from free_kernels.steering.relaxation import Relaxation
+from free_kernels.validation import check_choice, check_float, check_int, describe, fail
+
+_SCHEDULE_MEMBERS = ("num_steps", "timesteps", "table", "resolve_variance", "clip")
+_SCHEDULE = DDPMSchedule(num_steps=250)
+VERIFICATIONS = ("token", "block")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every keyword of :func:`free_kernels.sample`, which says what each one means, with its default."""
+
+    schedule: Schedule = _SCHEDULE
+    drafter: str | Drafter = "frozen"
+    guidance_scale: float = 1.0
+    guidance_channels: int | None = None
+    draft_length: int | str = 6
+    relaxation: float | Relaxation = 0.0
+    verification: str = "token"
+    seed: int = 0
+    noise: object = None
+    max_slots: int | None = None
+    backend: str = "auto"
+    cuda_graphs: bool = False
+    progress: bool = False
+    callback: Callback | None = None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The keywords."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def of(cls, where: str, keywords: Mapping[str, Any]) -> Options:
+        """Options from keywords that a caller hands on.
+
+        Raises:
+            TypeError: a keyword that :func:`free_kernels.sample` does not have.
+        """
+        unknown = keywords.keys() - set(cls.names())
+        if unknown:
+            fail(where, "settings", "arguments of sample", ", ".join(map(repr, sorted(unknown))), TypeError)
+        return cls(**keywords)
+
+    @property
+    def block(self) -> bool:
+        """Whether a round's drafts are decided together."""
+        return self.verification == "block"
+
+    @property
+    def packing_backend(self) -> str:
+        """Of packing, which has no Triton kernels, and of noise, which has several: the best one or the reference."""
+        return "reference" if self.backend == "reference" else "auto"
+
+    def check(self, where: str) -> None:
+        """Check what can be checked without a target.
+
+        Raises:
+            ValueError, TypeError: an option is wrong; the message begins with ``where`` and names it.
+        """
+        check_choice(where, "backend", self.backend, BACKENDS)
+        check_choice(where, "verification", self.verification, VERIFICATIONS)
+        if isinstance(self.schedule, type) or not all(hasattr(self.schedule, name) for name in _SCHEDULE_MEMBERS):
+            fail(where, "schedule", "a schedule such as DDPMSchedule()", describe(self.schedule), TypeError)
+        check_float(where, "guidance_scale", self.guidance_scale, 0.0)
+        check_int(where, "seed", self.seed, 0, 2**64 - 1)
+        if self.max_slots is not None:
+            check_int(where, "max_slots", self.max_slots, 1)
+        if isinstance(self.draft_length, str):
+            if self.draft_length != "auto":
+                fail(where, "draft_length", "an int or 'auto'", repr(self.draft_length))
+        else:
+            check_int(where, "draft_length", self.draft_length, 1, self.schedule.num_steps)

@@ -1,0 +1,272 @@
+"""A round: drafting, one packed target call, coupling and commit, on the slots of a speculative run."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
+from free_kernels.ops.packing import pack_drafts
+from free_kernels.ops.triton_runtime import use_triton
+from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, new_memory
+from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
+from free_kernels.sampling.drafting import Drafts, RefusedDrafts, draft_states
+from free_kernels.sampling.job import Job, Network
+from free_kernels.sampling.noise import Purpose
+from free_kernels.sampling.run_stats import RunStats
+from free_kernels.sampling.slots import Slots
+from free_kernels.steering.length_policy import LONGEST
+from free_kernels.steering.relaxation import Relaxation, RelaxationPolicy
+
+
+class RoundReport(NamedTuple):
+    """What the host learns of a round, in one read.
+
+    Attributes:
+        committed: steps that each slot committed.
+        images: the pool's row in each slot after the round; negative where it is idle.
+        steps: the step of each slot after the round.
+        finite: whether the target's output and the next states are finite.
+    """
+
+    committed: list[int]
+    images: list[int]
+    steps: list[int]
+    finite: bool = True
+
+    @staticmethod
+    def pack(committed: Tensor, slots: Slots, finite: Tensor) -> Tensor:
+        """The report as one tensor, int64 ``[3 S + 1]``, still on the device."""
+        return torch.cat([committed, slots.images, slots.steps, finite.to(torch.int64).view(1)])
+
+    @classmethod
+    def read(cls, packed: Tensor) -> RoundReport:
+        """A packed report; waits for the device."""
+        *columns, finite = packed.tolist()
+        count = len(columns) // 3
+        return cls(*(columns[first : first + count] for first in range(0, 3 * count, count)), bool(finite))
+
+
+class Played(NamedTuple):
+    """What a round leaves on the device.
+
+    Attributes:
+        drafts: of the drafting pass.
+        output: ``[B R, C or 2C, H, W]``, the packed target call's.
+        coupling: what was decided.
+        report: a packed :class:`RoundReport`.
+    """
+
+    drafts: Drafts
+    output: Tensor
+    coupling: Coupling
+    report: Tensor
+
+
+class Rounds:
+    """Plays rounds on the slots of a run.
+
+    Args:
+        job: the job, hoisted.
+        slots: written by every round.
+        drafter: drafts features.
+        network: the target's packed call.
+        stats: of the run; every round adds to them.
+        length: L, the most rows of a round for one image.
+        relaxation: loosens acceptance; None is lossless.
+        dense: every slot drafts in every pass, whether its drafts are used or not, and row counts come in few sizes,
+            so that all shapes are fixed: what a CUDA graph and a drafter with a memory need anyway.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        slots: Slots,
+        drafter: Drafter,
+        network: Network,
+        stats: RunStats,
+        *,
+        length: int,
+        relaxation: Relaxation | None,
+        dense: bool,
+    ) -> None:
+        self.job, self.slots, self.drafter, self.network = job, slots, drafter, network
+        self.stats, self.options, self.length = stats, job.options, length
+        self._drafter_is_free = DrafterDefaults.read(drafter, "is_free")
+        # A kernel that draws its noise itself saves two tensors of the size of all drafts.
+        op, device = "couple_block" if job.options.block else "couple", slots.state.device
+        in_kernel = use_triton(op, "coupling", device, job.options.backend)
+        self.kernel_noise = NoiseDefaults.read(job.noise, "philox") if in_kernel else None
+        self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, len(slots), device)
+        self.memory = new_memory(drafter, len(slots), job.branches, length - 1) if length > 1 else None
+        # A memory holds one call of the drafter a step, so there is none for a refused draft.
+        self.refused = RefusedDrafts(slots.state, job.branches) if length > 1 and self.memory is None else None
+        self.dense = dense or job.options.cuda_graphs or self.memory is not None
+        self.graphs = self._captured() if job.options.cuda_graphs else None
+
+    def play(self, lengths: list[int], before: RoundReport) -> RoundReport:
+        """A round of so many rows of each slot.
+
+        Args:
+            lengths: rows of each slot.
+            before: the last round's report, for error messages.
+
+        Raises:
+            FloatingPointError: a row that was decided holds a NaN or an infinity.
+        """
+        longest, rows = max(lengths), sum(lengths)
+        self.slots.lengths.copy_(torch.tensor(lengths))
+        if not self.dense:
+            played = self.play_on_device(longest, rows, lengths)
+        else:
+            longest = self._bucket_length(longest)
+            rows = row_bucket(rows, longest * len(lengths))
+            played = self.play_on_device(longest, rows) if self.graphs is None else self.graphs((longest, rows))
+        self.stats.called(sum(lengths), 0 if self._drafter_is_free else longest - 1)
+        report = RoundReport.read(played.report)
+        if not report.finite:
+            self._check_committed(played, lengths, report.committed, before)
+        if self.refused is not None:
+            pairs = enumerate(zip(report.committed, lengths, strict=True))
+            self.refused.slots = [slot for slot, (count, length) in pairs if count < length]
+        return report
+
+    def play_on_device(self, longest: int, rows: int, lengths: list[int] | None = None) -> Played:
+        """A round of at most ``longest`` rows a slot and ``rows`` in all; without ``lengths`` shapes are fixed.
+
+        Nothing here waits for the device, and with fixed shapes nothing comes from the host.
+        """
+        job, slots = self.job, self.slots
+        steps = slots.steps_ahead(longest)
+        columns = job.table[steps]
+        noise = None if self.kernel_noise is not None else self._draw(Purpose.STEP, steps)
+        drawn = self._draw_one if noise is None else lambda steps, j: noise[:, j]
+        drafts = draft_states(
+            job, self.drafter, slots, steps, columns, lengths, drawn, memory=self.memory, refused=self.refused
+        )
+        x, t, y, row_offsets = pack_drafts(
+            drafts.states, slots.lengths, slots.steps, slots.labels, job.timesteps, rows, job.null, slots.backend
+        )
+        output, wait = self.network(x, t, y)
+        weights = None
+        if self.relaxation is not None and longest > 1:
+            weights = self.relaxation.weights(drafts.std, columns)
+        coupling = self._couple(drafts, noise, steps, output, row_offsets, columns, weights)
+        finite = output.isfinite().all() & coupling.next_states.isfinite().all()
+        if longest > 1:
+            self._learn(coupling, steps, weights)
+        features = wait()
+        if self.refused is not None:
+            decided = coupling.committed, slots.lengths, coupling.next_states
+            self.refused.keep(drafts.states, features, row_offsets, *decided)
+        fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
+        self._forget_past(fresh, coupling.committed, longest - 1)
+        return Played(drafts, output, coupling, RoundReport.pack(coupling.committed, slots, finite))
+
+    def _couple(
+        self,
+        drafts: Drafts,
+        noise: Tensor | None,
+        steps: Tensor,
+        output: Tensor,
+        row_offsets: Tensor,
+        columns: Tensor,
+        weights: Tensor | None,
+    ) -> Coupling:
+        """Decide the round's rows, with the noise of the drafts or with a kernel that draws it again."""
+        job, slots, block = self.job, self.slots, self.options.block
+        settings: dict[str, Any] = {
+            "guidance_scale": job.guidance_scale,
+            "guidance_channels": job.guidance_channels,
+            "clip": job.clip,
+            "backend": self.options.backend,
+        }
+        if noise is None:
+            source = self.kernel_noise
+            given = (*drafts, source.seed, source.keys(slots.noise_keys()), steps, output, row_offsets, columns)
+            if block:
+                return couple_block_philox(*given, rounds=slots.rounds, **settings)
+            return couple_philox(*given, relaxation=weights, **settings)
+        slack = self._draw(Purpose.SLACK, steps) if job.learned and steps.shape[1] > 1 else None
+        keys, rounds = self._keys(steps)
+        flat = None if rounds is None else rounds.view(-1)
+        uniform = job.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT, flat).view_as(steps)
+        given = (*drafts, noise, slack, uniform, output, row_offsets, columns)
+        return couple_block(*given, **settings) if block else couple(*given, relaxation=weights, **settings)
+
+    def _learn(self, coupling: Coupling, steps: Tensor, weights: Tensor | None) -> None:
+        """Take in the tested rows: those up to and including a slot's first refused one."""
+        drafts = coupling.gap_sq.shape[1]
+        count = torch.minimum(coupling.committed, self.slots.lengths - 1)
+        tested = torch.arange(drafts, device=count.device) < count.unsqueeze(1)
+        if weights is not None:
+            self.relaxation.update(coupling, tested)
+            weights = weights[:, :drafts]
+        self.stats.gather(self.slots.noise_keys(), steps[:, :drafts], coupling.gap_sq, tested, weights)
+
+    def commit_steps(self, after: Tensor, features: Tensor) -> None:
+        """Commit an ordinary step of every slot, after ``after [S, C, H, W]`` and ``features [B S, T, D]``."""
+        slots = self.slots
+        rows = torch.arange(len(slots) + 1, device=after.device)
+        committed = torch.ones_like(slots.steps)
+        fresh = slots.commit(committed, after, slots.state.unsqueeze(1), features, rows)
+        self._forget_past(fresh, committed, 0)
+        if self.refused is not None:
+            self.refused.forget()
+
+    def _forget_past(self, fresh: Tensor, committed: Tensor, drafts: int) -> None:
+        """After a commit, forget what belongs to finished images, and the drafter's calls at refused drafts."""
+        if self.relaxation is not None:
+            self.relaxation.reset(fresh)
+        if self.memory is not None:
+            # Call j saw the state of row j, which is final if that row was committed; a new image has no past at all.
+            kept = torch.minimum(committed, self.slots.lengths - 1).clamp_(0, drafts)
+            self.memory.rewind(drafts - kept.masked_fill_(fresh, -len(self.job.timesteps)))
+
+    def _keys(self, steps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Image of each row, and with block verification its round; both ``[S, L]`` like ``steps``."""
+        width = steps.shape[1]
+        images = self.slots.noise_keys().unsqueeze(1).repeat(1, width)
+        return images, self.slots.rounds.unsqueeze(1).repeat(1, width) if self.options.block else None
+
+    def _draw(self, purpose: Purpose, steps: Tensor) -> Tensor:
+        """Standard normals ``[S, L, C, H, W]`` of rows at ``steps [S, L]``."""
+        images, rounds = self._keys(steps)
+        return self.job.draw(purpose, images, steps, rounds)
+
+    def _draw_one(self, steps: Tensor, j: int) -> Tensor:
+        """Noise ``[S, C, H, W]`` of draft ``j`` of every slot, whose rows are at ``steps [S, L]``."""
+        return self._draw(Purpose.STEP, steps[:, j : j + 1].contiguous()).squeeze(1)
+
+    def _bucket_length(self, longest: int) -> int:
+        """Drafts come in few lengths where shapes are fixed."""
+        if longest == 1 or self.options.draft_length != "auto":
+            return 1 if longest == 1 else self.length
+        return next((length for length in LONGEST if length >= longest), self.length)
+
+    def _captured(self) -> CapturedCalls[Played]:
+        """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""
+        slots = self.slots
+        preserved = [slots.lengths, slots.rounds]
+        if self.relaxation is not None:
+            preserved.append(self.relaxation.running)
+        return CapturedCalls(lambda key: self.play_on_device(*key), preserved, slots.lengths.zero_, slots.state.device)
+
+    def _check_committed(self, played: Played, lengths: list[int], committed: list[int], before: RoundReport) -> None:
+        """Raise if a row that was decided holds a NaN or an infinity; discarded rows may hold anything."""
+        drafts, next_states, first = played.drafts, played.coupling.next_states, 0
+        for slot, length in enumerate(lengths):
+            for j in range(committed[slot]):
+                row = played.output.unflatten(0, (self.job.branches, -1))[:, first + j]
+                drafted = (drafts.mean[slot, j], drafts.std[slot, j]) if j < length - 1 else ()
+                for culprit, parts in (
+                    ("the output drafted by drafter and head", drafted),
+                    ("the target's output", (row,)),
+                    ("the next state", (next_states[slot],) if j == committed[slot] - 1 else ()),
+                ):
+                    if not all(bool(part.isfinite().all()) for part in parts):
+                        image = self.slots.pool.images[before.images[slot]]
+                        self.job.raise_non_finite(culprit, before.steps[slot] + j, image)
+            first += length
