@@ -138,6 +138,7 @@ class DrafterDefaults(_Defaults):
 
     Attributes:
         is_free: it costs nothing, so its calls are not counted.
+        repeats_feature: its output is ``feature``, whatever the state.
         drafts_first_step: an image's first step, which has no parent feature, is drafted too, from
             ``initial_feature(state) -> [R, T, D]`` and with ``previous`` the state itself.
         calibration: acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead, where
@@ -145,6 +146,7 @@ class DrafterDefaults(_Defaults):
     """
 
     is_free: bool = False
+    repeats_feature: bool = False
     drafts_first_step: bool = False
     calibration: Any = None
 
@@ -171,8 +173,9 @@ class Drafter(Protocol):
     """Predicts the target's next top-block feature.
 
     A row of its output may depend on that row of its arguments only, which it must not modify: how many rows a call has
-    changes from round to round, up to two of each slot and guidance branch. A drafter that remembers states of earlier
-    calls has seen the noise of discarded drafts, which is used again: the images would no longer have the target's law.
+    changes from round to round, up to the draft length for each slot and guidance branch. A drafter that remembers
+    states of earlier calls has seen the noise of discarded drafts, which is used again: the images would no longer have
+    the target's law.
 
     :class:`DrafterDefaults` has the optional members.
     """

@@ -10,12 +10,13 @@ import os
 import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from render_reliability import write_log
 
-from free_kernels.sampling.drafting import RefusedDrafts
+from free_kernels.sampling.speculative import Speculation
 
 HELPERS = str(Path(__file__).parent / "helpers")
 LOGS = pytest.StashKey[dict[str, dict]]()
@@ -80,4 +81,9 @@ def pytest_runtest_makereport(item: pytest.Item):
 @pytest.fixture
 def uncorrected(monkeypatch):
     """Drafts after a refusal are the drafter's own: for drafters whose very errors are looked at."""
-    monkeypatch.setattr(RefusedDrafts, "first_drafts", lambda self, drafter, inputs, *_: drafter(*inputs))
+    begin = Speculation.__init__
+
+    def without(self, job, **settings):
+        begin(self, replace(job, options=replace(job.options, reuse_refused=False)), **settings)
+
+    monkeypatch.setattr(Speculation, "__init__", without)

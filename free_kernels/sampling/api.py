@@ -85,6 +85,7 @@ def sample(
     max_slots: int | None = None,
     backend: str = "auto",
     cuda_graphs: bool = False,
+    reuse_refused: bool = True,
     progress: bool = False,
     callback: Callback | None = None,
 ) -> SampleResult:
@@ -112,6 +113,9 @@ def sample(
             ``"triton"`` (an error where it cannot run).
         cuda_graphs: replay every round as a CUDA graph: worth it where a round's kernels are shorter than their
             launches. The first rounds capture; target, drafter and noise source must not wait for the device.
+        reuse_refused: what the target said at rows that a round refused drafts the same steps of the next ones, as
+            exactly. Block verification draws new noise every round, so there it is the refused draft's own row only;
+            drafters with a memory go without.
         progress: show a progress bar.
         callback: called with a :class:`RoundInfo` after every round.
 
@@ -149,6 +153,7 @@ def sample(
         max_slots,
         backend,
         cuda_graphs,
+        reuse_refused,
         progress,
         callback,
     )

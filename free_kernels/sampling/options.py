@@ -34,6 +34,7 @@ class Options:
     max_slots: int | None = None
     backend: str = "auto"
     cuda_graphs: bool = False
+    reuse_refused: bool = True
     progress: bool = False
     callback: Callback | None = None
 
@@ -76,6 +77,8 @@ class Options:
             fail(where, "schedule", "a schedule such as DDPMSchedule()", describe(self.schedule), TypeError)
         check_float(where, "guidance_scale", self.guidance_scale, 0.0)
         check_int(where, "seed", self.seed, 0, 2**64 - 1)
+        if not isinstance(self.reuse_refused, bool):
+            fail(where, "reuse_refused", "a bool", self.reuse_refused, TypeError)
         if self.max_slots is not None:
             check_int(where, "max_slots", self.max_slots, 1)
         if isinstance(self.draft_length, str):

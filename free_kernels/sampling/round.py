@@ -12,9 +12,11 @@ from free_kernels.ops.packing import pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
-from free_kernels.sampling.drafting import Drafts, RefusedDrafts, draft_states
+from free_kernels.sampling.draft_sources import draft_source, further_calls
+from free_kernels.sampling.drafting import Drafts, draft_states
 from free_kernels.sampling.job import Job, Network
 from free_kernels.sampling.noise import Purpose
+from free_kernels.sampling.refused_rows import RefusedRows
 from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.slots import Slots
 from free_kernels.steering.length_policy import LONGEST
@@ -28,25 +30,27 @@ class RoundReport(NamedTuple):
         committed: steps that each slot committed.
         images: the pool's row in each slot after the round; negative where it is idle.
         steps: the step of each slot after the round.
+        ahead: how many of the steps ahead of each slot have a refused row.
         finite: whether the target's output and the next states are finite.
     """
 
     committed: list[int]
     images: list[int]
     steps: list[int]
+    ahead: list[int]
     finite: bool = True
 
     @staticmethod
-    def pack(committed: Tensor, slots: Slots, finite: Tensor) -> Tensor:
-        """The report as one tensor, int64 ``[3 S + 1]``, still on the device."""
-        return torch.cat([committed, slots.images, slots.steps, finite.to(torch.int64).view(1)])
+    def pack(committed: Tensor, slots: Slots, ahead: Tensor, finite: Tensor) -> Tensor:
+        """The report as one tensor, int64 ``[4 S + 1]``, still on the device."""
+        return torch.cat([committed, slots.images, slots.steps, ahead, finite.to(torch.int64).view(1)])
 
     @classmethod
     def read(cls, packed: Tensor) -> RoundReport:
         """A packed report; waits for the device."""
         *columns, finite = packed.tolist()
-        count = len(columns) // 3
-        return cls(*(columns[first : first + count] for first in range(0, 3 * count, count)), bool(finite))
+        count = len(columns) // 4
+        return cls(*(columns[first : first + count] for first in range(0, 4 * count, count)), bool(finite))
 
 
 class Played(NamedTuple):
@@ -101,8 +105,11 @@ class Rounds:
         self.kernel_noise = NoiseDefaults.read(job.noise, "philox") if in_kernel else None
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, len(slots), device)
         self.memory = new_memory(drafter, len(slots), job.branches, length - 1) if length > 1 else None
-        # A memory holds one call of the drafter a step, so there is none for a refused draft.
-        self.refused = RefusedDrafts(slots.state, job.branches) if length > 1 and self.memory is None else None
+        self.refused: RefusedRows | None = None
+        # A memory holds one call of the drafter a step, so there is none for a refused row.
+        if job.options.reuse_refused and length > 1 and self.memory is None:
+            # With new noise every round only the refused draft's own row stays near the states of the next one.
+            self.refused = RefusedRows(len(slots), job.branches, 2 if job.options.block else length, device)
         self.dense = dense or job.options.cuda_graphs or self.memory is not None
         self.graphs = self._captured() if job.options.cuda_graphs else None
 
@@ -118,19 +125,19 @@ class Rounds:
         """
         longest, rows = max(lengths), sum(lengths)
         self.slots.lengths.copy_(torch.tensor(lengths))
+        further = further_calls(self.drafter, self.refused, lengths, self.dense)
         if not self.dense:
             played = self.play_on_device(longest, rows, lengths)
         else:
             longest = self._bucket_length(longest)
             rows = row_bucket(rows, longest * len(lengths))
             played = self.play_on_device(longest, rows) if self.graphs is None else self.graphs((longest, rows))
-        self.stats.called(sum(lengths), 0 if self._drafter_is_free else longest - 1)
+        self.stats.called(sum(lengths), 0 if self._drafter_is_free else longest - 1 + further)
         report = RoundReport.read(played.report)
         if not report.finite:
             self._check_committed(played, lengths, report.committed, before)
         if self.refused is not None:
-            pairs = enumerate(zip(report.committed, lengths, strict=True))
-            self.refused.slots = [slot for slot, (count, length) in pairs if count < length]
+            self.refused.counts = report.ahead
         return report
 
     def play_on_device(self, longest: int, rows: int, lengths: list[int] | None = None) -> Played:
@@ -143,9 +150,9 @@ class Rounds:
         columns = job.table[steps]
         noise = None if self.kernel_noise is not None else self._draw(Purpose.STEP, steps)
         drawn = self._draw_one if noise is None else lambda steps, j: noise[:, j]
-        drafts = draft_states(
-            job, self.drafter, slots, steps, columns, lengths, drawn, memory=self.memory, refused=self.refused
-        )
+        known = {"memory": self.memory, "refused": self.refused}
+        source = draft_source(job, self.drafter, slots, steps, lengths, **known)
+        drafts = draft_states(job, source, slots, steps, columns, lengths, drawn)
         x, t, y, row_offsets = pack_drafts(
             drafts.states, slots.lengths, slots.steps, slots.labels, job.timesteps, rows, job.null, slots.backend
         )
@@ -159,11 +166,12 @@ class Rounds:
             self._learn(coupling, steps, weights)
         features = wait()
         if self.refused is not None:
-            decided = coupling.committed, slots.lengths, coupling.next_states
-            self.refused.keep(drafts.states, features, row_offsets, *decided)
+            decided = coupling.committed, slots.lengths, slots.steps
+            self.refused.keep(drafts.states, features, output, row_offsets, *decided)
         fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
         self._forget_past(fresh, coupling.committed, longest - 1)
-        return Played(drafts, output, coupling, RoundReport.pack(coupling.committed, slots, finite))
+        ahead = torch.zeros_like(slots.steps) if self.refused is None else self.refused.ahead
+        return Played(drafts, output, coupling, RoundReport.pack(coupling.committed, slots, ahead, finite))
 
     def _couple(
         self,
@@ -218,6 +226,8 @@ class Rounds:
 
     def _forget_past(self, fresh: Tensor, committed: Tensor, drafts: int) -> None:
         """After a commit, forget what belongs to finished images, and the drafter's calls at refused drafts."""
+        if self.refused is not None:
+            self.refused.begin(self.slots.steps, fresh)
         if self.relaxation is not None:
             self.relaxation.reset(fresh)
         if self.memory is not None:

@@ -58,8 +58,9 @@ class Speculation:
         self.policy: DraftLengthPolicy | None = None
         if automatic:
             owner = getattr(job.target, "module", job.target)
-            kind = options.block, relaxation, job.guidance_scale, job.learned, str(job.labels.device)
-            known = knowledge_of(owner, drafter, (*kind, options.backend, options.cuda_graphs), num_steps, slots)
+            kind = options.block, options.backend, options.cuda_graphs, options.reuse_refused, relaxation
+            kind += job.guidance_scale, job.learned, str(job.labels.device)
+            known = knowledge_of(owner, drafter, kind, num_steps, slots)
             self.policy = DraftLengthPolicy(num_steps, length, known, first_drafted_step(drafter))
         self.job, self.length = job.hoisted(), length
         self._first_drafted, self._drafter_is_hoisted = first_drafted_step(drafter), False
@@ -99,7 +100,7 @@ class Speculation:
         """
         num_steps, count, pool = len(self.job.timesteps), len(self.job.labels), self.slots.pool
         callback, done, played = self.job.options.callback, 0, 0
-        now = RoundReport([], self.slots.images.tolist(), self.slots.steps.tolist())
+        now = RoundReport([], self.slots.images.tolist(), self.slots.steps.tolist(), [])
         with tqdm(total=count * num_steps, desc="sample", unit="step", disable=not self.job.options.progress) as bar:
             while done < count:
                 began = time.perf_counter()
@@ -195,4 +196,4 @@ class Speculation:
         slots.steps += count - 1
         slots.rounds += count - 1
         self.rounds.commit_steps(step.state, step.features)
-        return RoundReport([count] * len(slots), slots.images.tolist(), slots.steps.tolist())
+        return RoundReport([count] * len(slots), slots.images.tolist(), slots.steps.tolist(), [0] * len(slots))

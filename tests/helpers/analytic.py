@@ -105,6 +105,16 @@ class BiasedDrafter:
         return torch.stack([eps, exact[..., 1] + self.variance_bias], dim=-1)
 
 
+class SwingingDrafter(BiasedDrafter):
+    """Off to the side to which the last step did not go: an error that differs between rows of a step."""
+
+    def __call__(self, feature, previous, state, t, y):
+        biased = super().__call__(feature, previous, state, t, y)
+        axis = torch.from_numpy(self.direction).float()
+        forth = ((state - previous).flatten(1) @ axis > 0).view(-1, 1, 1)
+        return torch.where(forth, 2 * self.target.features(state, t, y) - biased, biased)
+
+
 class PerfectDrafter:
     """Predicts the target's own features."""
 

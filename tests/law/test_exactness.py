@@ -33,7 +33,8 @@ def setting(variance: str, steps: int = 8, variance_bias: float = 0.3):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_law_is_the_ordinary_samplers(variance, guidance):
+def test_law_is_the_ordinary_samplers(variance, guidance, uncorrected):
+    """Of the drafter's own drafts; with refused rows in ``test_refused_rows``."""
     target, schedule, drafter = setting(variance)
     law = target.final_law(schedule, LABEL, guidance)
     result = run(target, schedule, drafter, guidance)

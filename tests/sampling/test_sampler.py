@@ -364,12 +364,8 @@ def test_dense_block_rounds(target):
 
     drafter = BiasedDrafter(target, variance_bias=0.1)
     want = sample(target, LABELS, schedule=STEPS, drafter=drafter, verification="block", seed=8)
-    job = make_job(
-        "sample",
-        target,
-        LABELS,
-        Options(schedule=STEPS, seed=8, drafter=drafter, draft_length=6, max_slots=3, verification="block"),
-    )
+    options = Options(schedule=STEPS, seed=8, drafter=drafter, draft_length=6, max_slots=3, verification="block")
+    job = make_job("sample", target, LABELS, options)
     dense = Speculation(job, dense=True)
     with torch.no_grad():
         dense.run()

@@ -1,0 +1,266 @@
+"""Rows that were refused draft again: what is kept, what it is worth, that it is exact, and how far it may look."""
+
+from __future__ import annotations
+
+import pytest
+import scipy.stats
+import torch
+from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, SwingingDrafter, law_p_value
+
+from free_kernels import DDPMSchedule, PhiloxNoise, sample
+from free_kernels.sampling.draft_sources import Corrected, serving_rows
+from free_kernels.sampling.refused_rows import RefusedRows
+from free_kernels.sampling.speculative import Speculation
+
+IMAGES, LABEL = 3000, 1
+OFFSETS, LENGTHS, COMMITTED = torch.tensor([0, 4, 6, 6, 9]), torch.tensor([4, 2, 0, 3]), torch.tensor([1, 2, 0, 2])
+
+
+def a_round(branches: int = 1, shift: float = 0.0) -> tuple[torch.Tensor, ...]:
+    """Drafts ``10 slot + row``, features and outputs ``100 branch + packed row``, of lengths 4, 2, 0 and 3."""
+    drafts = (10.0 * torch.arange(4).unsqueeze(1) + torch.arange(4) + shift).view(4, 4, 1, 1, 1)
+    packed = (100.0 * torch.arange(branches).unsqueeze(1) + torch.arange(9) + shift).flatten()
+    drafts, features = drafts.expand(-1, -1, 1, 2, 2).contiguous(), packed.view(-1, 1, 1).expand(-1, 4, 2).contiguous()
+    return drafts, features, features.reshape(-1, 2, 2, 2).contiguous()
+
+
+STEPS = torch.tensor([5, 0, 9, 7])
+
+
+def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
+    """After a round from ``STEPS`` with room for four rows; ``spoil`` is what row 2 of slot 0 holds."""
+    refused = RefusedRows(4, branches, 4, torch.device("cpu"))
+    drafts, features, outputs = a_round(branches)
+    if spoil is not None:
+        features[2, 0, 0] = spoil
+    refused.keep(drafts, features, outputs, OFFSETS, COMMITTED, LENGTHS, STEPS)
+    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    return refused
+
+
+def held(refused: RefusedRows, slot: int, step: int) -> list[float]:
+    """The first values of the state, and of each branch's feature and output, of a slot's row at a step."""
+    rows = refused.row_ahead(0, torch.full((4,), step))
+    lists = rows.state[slot, 0, 0, :1], rows.feature[:, slot, 0, 0], rows.output[:, slot, 0, 0, 0]
+    return torch.cat(lists).tolist()
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_rows_behind_the_last_committed_one_are_kept_with_it(branches):
+    """Slot 0 commits row 0 and keeps it and 1 to 3; slot 1 commits both of its rows; slot 3 has one behind."""
+    refused = kept(branches)
+    assert refused.ahead.tolist() == [3, 0, 0, 1]
+    for slot, first_step, first_draft, first_row, rows in ((0, 5, 0, 0, 4), (1, 1, 11, 5, 1), (3, 8, 31, 7, 2)):
+        for j in range(rows):
+            said = [100.0 * branch + first_row + j for branch in range(branches)]
+            assert held(refused, slot, first_step + j) == [first_draft + j, *said, *said]
+
+
+def test_rows_of_rounds_before_serve_behind_those_of_the_last():
+    """Slot 0's next round is one row and commits it: the rest stay where they are. Idle slots keep theirs."""
+    refused, none = kept(), torch.zeros(4, dtype=torch.bool)
+    drafts, features, outputs = a_round(shift=0.5)
+    lengths, offsets, steps = torch.tensor([1, 0, 0, 0]), torch.tensor([0, 1, 1, 1, 1]), STEPS + COMMITTED
+    refused.keep(drafts[:, :1], features[:1], outputs[:1], offsets, lengths, lengths, steps)
+    refused.begin(steps + lengths, none)
+    assert refused.ahead.tolist() == [2, 0, 0, 1]
+    assert [held(refused, 0, step)[0] for step in (6, 7, 8)] == [0.5, 2, 3]
+    assert [held(refused, 3, step)[0] for step in (8, 9)] == [31, 32]
+
+
+def test_rows_of_a_finished_image_are_dropped():
+    refused = kept()
+    refused.begin(torch.tensor([0, 2, 9, 9]), torch.tensor([True, False, False, False]))
+    assert refused.ahead.tolist() == [0, 0, 0, 1]
+    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    assert refused.ahead.tolist() == [0, 0, 0, 1]
+    refused.forget()
+    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    assert refused.ahead.tolist() == [0, 0, 0, 0]
+
+
+def test_fewer_places_than_rows_keep_the_nearest():
+    """Two places: the last committed row and the refused one."""
+    refused = RefusedRows(4, 1, 2, torch.device("cpu"))
+    refused.keep(*a_round(), OFFSETS, COMMITTED, LENGTHS, STEPS)
+    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    assert refused.ahead.tolist() == [1, 0, 0, 1]
+    assert [held(refused, 0, step)[0] for step in (5, 6)] == [0, 1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_and_those_behind_it_are_not_used(value):
+    assert kept(spoil=value).ahead.tolist() == [1, 0, 0, 1]
+
+
+def test_bytes_are_those_of_slots_times_rows():
+    """The figure of the docstring: DiT-XL/2 at 256 x 256 in bfloat16, 12 rows and the place of what is not kept."""
+    for branches, mebibytes in ((1, 7.71875), (2, 15.234375)):
+        refused = RefusedRows(1, branches, 12, torch.device("cpu"))
+        features = torch.zeros(branches, 256, 1152, dtype=torch.bfloat16)
+        outputs = torch.zeros(branches, 8, 32, 32, dtype=torch.bfloat16)
+        one, offsets = torch.ones(1, dtype=torch.int64), torch.tensor([0, 1])
+        refused.keep(torch.zeros(1, 1, 4, 32, 32), features, outputs, offsets, one, one, one)
+        assert refused.nbytes == mebibytes * 2**20
+
+
+def test_serving_rows():
+    assert serving_rows([3, 0, 5, 1, 2], [6, 6, 4, 1, 0]) == [3, 0, 3, 0, 0]
+
+
+def law(target, schedule, result, drafter, guidance: float = 1.0) -> float:
+    return law_p_value(result.samples, *target.final_law(schedule, LABEL, guidance), drafter.direction)
+
+
+def drawn(target, schedule, drafter, **settings):
+    return sample(target, torch.full((IMAGES,), LABEL), schedule=schedule, drafter=drafter, seed=11, **settings)
+
+
+@pytest.mark.parametrize("drafter", [SwingingDrafter, BiasedDrafter, "frozen"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_law_with_refused_rows(variance, guidance, drafter):
+    target = GaussianTarget(learns_variance=variance == "learned_range")
+    schedule, used = DDPMSchedule(16, variance=variance), drafter if drafter == "frozen" else drafter(target)
+    result = drawn(target, schedule, used, guidance_scale=guidance, draft_length=8)
+    assert result.stats.acceptance < 0.95, "drafts have to be refused"
+    assert law(target, schedule, result, BiasedDrafter(target), guidance) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 12, 32])
+@pytest.mark.parametrize("dense", [False, True])
+def test_law_for_every_length_and_ragged_slots(length, dense, monkeypatch):
+    target, schedule = GaussianTarget(learns_variance=True), DDPMSchedule(40)
+    if dense:
+        monkeypatch.setattr("free_kernels.sampling.api.Speculation", lambda job: Speculation(job, dense=True))
+    drafter = SwingingDrafter(target)
+    result = drawn(target, schedule, drafter, draft_length=length, max_slots=701)
+    assert law(target, schedule, result, drafter) > FALSE_ALARM
+
+
+def looking_ahead(refused: RefusedRows) -> None:
+    """The row at step k + 1 stands at the place of step k: what drafts step k was made with its noise."""
+    for buffer, places in ((refused._states, 1), (refused._features, 2), (refused._outputs, 2)):
+        buffer.narrow(places, 0, refused.rows).copy_(buffer.narrow(places, 0, refused.rows).roll(-1, places))
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_the_row_behind_a_step_must_not_draft_it(variance, monkeypatch):
+    target, schedule = GaussianTarget(learns_variance=variance == "learned_range"), DDPMSchedule(16, variance=variance)
+    keep = RefusedRows.keep
+
+    def keep_one_too_far(self, *arguments):
+        keep(self, *arguments)
+        looking_ahead(self)
+
+    monkeypatch.setattr(RefusedRows, "keep", keep_one_too_far)
+    drafter = SwingingDrafter(target)
+    assert law(target, schedule, drawn(target, schedule, drafter), drafter) < DETECTED
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_length_must_not_look_at_discarded_rows(looks, monkeypatch):
+    """Steps are drawn directly, untested, where a discarded row shows their noise to point along the drafter's error.
+
+    As many steps are drawn directly at random where the length does not look, which changes nothing.
+    """
+    target, schedule = GaussianTarget(), DDPMSchedule(16)
+    drafter, choose = SwingingDrafter(target), Speculation._lengths
+    axis = torch.from_numpy(drafter.direction).float()
+    coin = torch.Generator().manual_seed(3)
+
+    def chosen(self, now):
+        lengths, refused, job = choose(self, now), self.rounds.refused, self.job
+        if refused.is_empty:
+            return lengths
+        at = torch.tensor(now.steps)
+        rows, behind = refused.row_ahead(0, at), refused.row_ahead(1, at + 1)
+        mean, _ = job.transition(rows.state, rows.output[0], job.table[at.clamp(max=schedule.num_steps - 1)])
+        noise = (behind.state - mean).flatten(1) @ axis
+        direct = noise > 0 if looks else torch.rand(len(noise), generator=coin) < 0.5
+        direct &= refused.ahead >= 2
+        return [min(length, 1) if stop else length for length, stop in zip(lengths, direct.tolist(), strict=True)]
+
+    monkeypatch.setattr(Speculation, "_lengths", chosen)
+    p_value = law(target, schedule, drawn(target, schedule, drafter), drafter)
+    assert p_value < DETECTED if looks else p_value > FALSE_ALARM
+
+
+@pytest.mark.parametrize("keyed", [True, False], ids=["fresh noise", "the same noise again"])
+def test_old_rows_and_blocks(keyed, monkeypatch):
+    """A block's decision looks at all of its noise: rows of old rounds may draft while noise is new, else they may not.
+
+    With new noise every row is of the past, so even all rows of a round may be kept; it does not pay.
+    """
+    target, schedule = GaussianTarget(), DDPMSchedule(12, variance="fixed_large")
+    begin, draw, uniform = RefusedRows.__init__, PhiloxNoise.normal, PhiloxNoise.uniform
+
+    def all_rows(self, slots, branches, rows, device):
+        begin(self, slots, branches, 4, device)
+
+    monkeypatch.setattr(RefusedRows, "__init__", all_rows)
+    if not keyed:
+        monkeypatch.setattr(PhiloxNoise, "normal", lambda self, i, s, p, shape, rounds=None: draw(self, i, s, p, shape))
+        monkeypatch.setattr(PhiloxNoise, "uniform", lambda self, i, s, p, rounds=None: uniform(self, i, s, p))
+    drafter, labels = SwingingDrafter(target), torch.full((4 * IMAGES,), LABEL)
+    settings = {"drafter": drafter, "verification": "block", "seed": 11, "draft_length": 4}
+    p_value = law(target, schedule, sample(target, labels, schedule=schedule, **settings), drafter)
+    assert p_value > FALSE_ALARM if keyed else p_value < DETECTED
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_rows_leave_with_their_image(leaves, monkeypatch):
+    """Images do not depend on the slots; with another image's rows in a slot they do (in law they would not)."""
+    target, schedule, begin = GaussianTarget(), DDPMSchedule(20), RefusedRows.begin
+
+    if not leaves:
+        # Rows of the image before pass for rows of the steps ahead.
+        def with_all(self, steps, fresh):
+            begin(self, steps, torch.zeros_like(fresh))
+            self.ahead.copy_(torch.where(fresh, self.rows - 1, self.ahead))
+
+        monkeypatch.setattr(RefusedRows, "begin", with_all)
+    labels = torch.arange(9) % 3
+    runs = [
+        sample(target, labels, schedule=schedule, drafter=SwingingDrafter(target), max_slots=slots).samples
+        for slots in (9, 2)
+    ]
+    difference = float((runs[0] - runs[1]).abs().max())
+    assert difference < 1e-4 if leaves else difference > 1e-2
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_constant_error_cancels(guidance):
+    """A drafter that is off by the same everywhere drafts perfectly after a refusal."""
+    target, schedule = GaussianTarget(), DDPMSchedule(40)
+    labels, settings = torch.arange(200) % 3, {"schedule": schedule, "guidance_scale": guidance}
+    corrected, plain = (
+        sample(target, labels, drafter=BiasedDrafter(target), reuse_refused=reuse, **settings).stats.rounds_per_image
+        for reuse in (True, False)
+    )
+    gain = plain - corrected
+    assert gain.mean() / gain.std() * len(gain) ** 0.5 > scipy.stats.norm.isf(DETECTED)
+
+
+def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch):
+    """Wherever a row is from its state, the two are the same drafts up to rounding."""
+    target, schedule = GaussianTarget(), DDPMSchedule(40)
+    monkeypatch.setattr(Corrected, "nearer", staticmethod(lambda state, previous, there: torch.tensor(True)))
+    settings = {"schedule": schedule, "seed": 4, "draft_length": 8}
+    replayed, corrected = (
+        sample(target, torch.arange(20) % 3, drafter=drafter, **settings)
+        for drafter in ("frozen", lambda feature, *_: feature)
+    )
+    torch.testing.assert_close(replayed.samples, corrected.samples, rtol=1e-3, atol=1e-3)
+    assert (replayed.stats.rounds_per_image == corrected.stats.rounds_per_image).all()
+
+
+def test_a_perfect_drafter_stays_perfect():
+    target, schedule = GaussianTarget(), DDPMSchedule(20)
+    stats = sample(target, torch.arange(3), schedule=schedule, drafter=PerfectDrafter(target)).stats
+    assert stats.acceptance == 1
+
+
+def test_reuse_refused_is_a_bool():
+    with pytest.raises(TypeError, match=r"^sample: reuse_refused must be a bool, got 1"):
+        sample(GaussianTarget(), torch.tensor([0]), schedule=DDPMSchedule(4), reuse_refused=1)
