@@ -92,7 +92,9 @@ class _FromRows(Fresh):
 class Replayed(_FromRows):
     """The target's own output at the refused row of the same step, without any call; the drafter where there is none.
 
-    For a drafter that says the same at all states of a step: then this is what :class:`Corrected` comes to.
+    For a drafter that says the same at all states of a step: then this is what :class:`Corrected` comes to. Where the
+    step was asked about twice, the output follows the line through both rows to the point nearest to the state (a
+    secant), but no further from the latest row than the two are apart.
     """
 
     def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
@@ -100,7 +102,7 @@ class Replayed(_FromRows):
         rows = self._rows(j, active)
         if rows is None:
             return super().__call__(j, inputs, active)
-        feature, output = rows.feature.flatten(0, 1), rows.output.flatten(0, 1)
+        feature, output = self._on_the_secant(rows, self._refused.replaced_row(j, self._steps[:, j]).of(active), inputs)
         if self._lengths is not None:
             pairs = zip(self._refused.counts, self._lengths, strict=True)
             if all(count > j for count, length in pairs if length > j + 1):
@@ -111,6 +113,21 @@ class Replayed(_FromRows):
             torch.where(known.view(-1, 1, 1), feature.to(fresh.feature.dtype), fresh.feature),
             torch.where(known.view(-1, 1, 1, 1), output.to(fresh.output.dtype), fresh.output),
         )
+
+    @staticmethod
+    def _on_the_secant(latest: Held, earlier: Held, inputs: DraftInputs) -> Drafted:
+        """Feature and output at the states, from two rows of the same step, or from the latest where there is one."""
+        state = inputs.state[: len(latest.known)]
+        apart = (latest.state - earlier.state).flatten(1)
+        along = ((state - latest.state).flatten(1) * apart).sum(1)
+        share = along / apart.square().sum(1).clamp(min=torch.finfo(apart.dtype).tiny)
+        share = torch.where(earlier.known, share.clamp(-1.0, 1.0), 0.0)
+
+        def follow(now: Tensor, before: Tensor) -> Tensor:
+            scaled = share.to(now.dtype).view(1, -1, *[1] * (now.ndim - 2)) * (now - before)
+            return torch.where(earlier.known.view(1, -1, *[1] * (now.ndim - 2)), now + scaled, now).flatten(0, 1)
+
+        return Drafted(follow(latest.feature, earlier.feature), follow(latest.output, earlier.output))
 
 
 class Corrected(_FromRows):

@@ -30,6 +30,34 @@ class Held(NamedTuple):
         return Held(self.known[slots], self.state[slots], self.feature[:, slots], self.output[:, slots])
 
 
+class _Generation:
+    """Rows by slot and place, and the step that each belongs to (-1: there is none).
+
+    Args:
+        at: int64 ``[S, M + 1]``.
+        states: ``[S, M + 1, C, H, W]``.
+        features: ``[B, S, M + 1, T, D]``.
+        outputs: ``[B, S, M + 1, C or 2C, H, W]``.
+    """
+
+    def __init__(self, at: Tensor, states: Tensor, features: Tensor, outputs: Tensor) -> None:
+        self.at, self.states, self.features, self.outputs = at, states, features, outputs
+
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States ``[n, C, H, W]``, features ``[B, n, T, D]`` and outputs at ``index [n]`` of all places."""
+        return (
+            self.states.flatten(0, 1).index_select(0, index),
+            self.features.flatten(1, 2).index_select(1, index),
+            self.outputs.flatten(1, 2).index_select(1, index),
+        )
+
+    def write(self, index: Tensor, states: Tensor, features: Tensor, outputs: Tensor) -> None:
+        """The opposite of :meth:`read`, in place."""
+        self.states.flatten(0, 1).index_copy_(0, index, states)
+        self.features.flatten(1, 2).index_copy_(1, index, features)
+        self.outputs.flatten(1, 2).index_copy_(1, index, outputs)
+
+
 class RefusedRows:
     """State, feature and output of the rows behind the last refusal of each slot, and of the row before them.
 
@@ -43,15 +71,17 @@ class RefusedRows:
     stopping, which decide how noise is tested that has not been looked at.
 
     The row of step k stands at place ``k % M`` of its slot, so that nothing moves when steps are committed. One more
-    place takes what is not kept. Buffers hold ``S (M + 1)`` rows: with the shapes of DiT-XL/2 at 256 x 256 in bfloat16
-    (T = 256, width 1152, C = 4, learned variance) and M = 12 that is 7.7 MiB for each slot, 15.2 MiB with guidance.
-    Nothing waits for the device, shapes are fixed and every tensor is written in place, so rounds may be captured in a
-    CUDA graph.
+    place takes what is not kept. Where two generations are kept, a step that was asked about twice has its row of the
+    time before too. A generation holds ``S (M + 1)`` rows: with the shapes of DiT-XL/2 at 256 x 256 in bfloat16 (T =
+    256, width 1152, C = 4, learned variance) and M = 12 that is 7.7 MiB for each slot, 15.2 MiB with guidance. Nothing
+    waits for the device, shapes are fixed and every tensor is written in place, so rounds may be captured in a CUDA
+    graph.
 
     Args:
         slots: S.
         branches: B, of guidance.
         rows: M, how many are kept, the last committed one among them; those of a whole round are its L.
+        generations: 1, or 2 to keep the row that another one of the same step replaces.
         device: where the slots are.
 
     Attributes:
@@ -60,26 +90,23 @@ class RefusedRows:
         ahead: the same on the device, int64 ``[S]``.
     """
 
-    def __init__(self, slots: int, branches: int, rows: int, device: torch.device) -> None:
-        self.rows, self._branches = rows, branches
+    def __init__(self, slots: int, branches: int, rows: int, generations: int, device: torch.device) -> None:
+        self.rows, self._branches, self._count = rows, branches, generations
         self.counts = [0] * slots
         self.ahead = torch.zeros(slots, dtype=torch.int64, device=device)
-        # The step of the row at each place; -1: none.
-        self._at = torch.full((slots, rows + 1), -1, dtype=torch.int64, device=device)
         self._slot = torch.arange(slots, device=device).unsqueeze(1)
-        self._states: Tensor | None = None
-        self._features: Tensor | None = None
-        self._outputs: Tensor | None = None
+        # The latest first; made with the first round.
+        self._generations: list[_Generation] = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers hold."""
-        return sum(b.nbytes for b in (self._states, self._features, self._outputs) if b is not None)
+        """Bytes that states, features and outputs take."""
+        return sum(g.states.nbytes + g.features.nbytes + g.outputs.nbytes for g in self._generations)
 
     @property
     def is_empty(self) -> bool:
         """Whether no round has been kept yet."""
-        return self._states is None
+        return not self._generations
 
     def keep(
         self,
@@ -114,11 +141,14 @@ class RefusedRows:
         taken = (j >= first) & (j < first + self.rows) & (j < lengths.unsqueeze(1))
         step = steps.unsqueeze(1) + j
         place = torch.where(taken, step % self.rows, self.rows)
-        self._at.scatter_(1, place, torch.where(taken & finite, step, -1))
         index = (self._slot * (self.rows + 1) + place).flatten()
-        self._states.flatten(0, 1).index_copy_(0, index, states.flatten(0, 1))
-        self._features.flatten(1, 2).index_copy_(1, index, features)
-        self._outputs.flatten(1, 2).index_copy_(1, index, outputs)
+        latest = self._generations[0]
+        for earlier in self._generations[1:]:
+            replaced = latest.at.gather(1, place)
+            earlier.at.scatter_(1, place, torch.where(replaced == step, step, -1))
+            earlier.write(index, *latest.read(index))
+        latest.at.scatter_(1, place, torch.where(taken & finite, step, -1))
+        latest.write(index, states.flatten(0, 1), features, outputs)
 
     def begin(self, steps: Tensor, fresh: Tensor) -> None:
         """After the commit: count the rows ahead.
@@ -127,40 +157,51 @@ class RefusedRows:
             steps: int64 ``[S]``, the step of each slot now.
             fresh: bool ``[S]``, slots whose image is at its first step; the rows of the image before are dropped.
         """
-        self._at.masked_fill_(fresh.unsqueeze(1), -1)
-        ahead = torch.arange(self.rows - 1, device=steps.device)
-        steps = steps.unsqueeze(1) + ahead
-        known = self._at.gather(1, steps % self.rows) == steps
+        if self.is_empty:
+            return
+        for generation in self._generations:
+            generation.at.masked_fill_(fresh.unsqueeze(1), -1)
+        steps = steps.unsqueeze(1) + torch.arange(self.rows - 1, device=steps.device)
+        known = self._generations[0].at.gather(1, steps % self.rows) == steps
         self.ahead.copy_(known.to(torch.int64).cumprod(1).sum(1))
 
     def forget(self) -> None:
         """Steps were taken without drafts: what was kept is of earlier ones."""
         self.counts = [0] * len(self.counts)
-        self._at.fill_(-1)
         self.ahead.zero_()
+        for generation in self._generations:
+            generation.at.fill_(-1)
 
     def row_ahead(self, j: int, steps: Tensor) -> Held:
         """The rows of the ``j``-th step ahead, which is ``steps [S]``; the first one is number 0."""
-        index = self._slot.squeeze(1) * (self.rows + 1) + steps % self.rows
-        return Held(
-            self.ahead > j,
-            self._states.flatten(0, 1).index_select(0, index),
-            self._features.flatten(1, 2).index_select(1, index),
-            self._outputs.flatten(1, 2).index_select(1, index),
-        )
+        return Held(self.ahead > j, *self._generations[0].read(self._index(self._slot.squeeze(1), steps)))
+
+    def replaced_row(self, j: int, steps: Tensor) -> Held:
+        """As :meth:`row_ahead`, the rows of the same steps of the time before; with two generations only."""
+        earlier = self._generations[1]
+        known = earlier.at.gather(1, (steps % self.rows).unsqueeze(1)).squeeze(1) == steps
+        return Held(known & (self.ahead > j), *earlier.read(self._index(self._slot.squeeze(1), steps)))
 
     def gathered(self, slots: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """States ``[M, C, H, W]`` and features ``[B, M, T, D]`` of the rows at ``steps [M]`` of ``slots [M]``."""
-        index = slots * (self.rows + 1) + steps % self.rows
-        return self._states.flatten(0, 1).index_select(0, index), self._features.flatten(1, 2).index_select(1, index)
+        """States ``[n, C, H, W]`` and features ``[B, n, T, D]`` of the rows at ``steps [n]`` of ``slots [n]``."""
+        return self._generations[0].read(self._index(slots, steps))[:2]
+
+    def _index(self, slots: Tensor, steps: Tensor) -> Tensor:
+        return slots * (self.rows + 1) + steps % self.rows
 
     def _allocate(self, states: Tensor, features: Tensor, outputs: Tensor) -> None:
         """Buffers for rows like these, where there are none or they are of another dtype."""
-        count = (len(states), self.rows + 1)
-        for name, rows in (("_states", states[:, 0]), ("_features", features), ("_outputs", outputs)):
-            held = getattr(self, name)
-            lead = count if name == "_states" else (self._branches, *count)
-            if held is None:
-                setattr(self, name, rows.new_zeros(*lead, *rows.shape[len(lead) - 1 :]))
-            elif held.dtype != rows.dtype:
-                setattr(self, name, held.to(rows.dtype))
+        count, slots = (len(states), self.rows + 1), self._slot
+        while len(self._generations) < self._count:
+            both = (self._branches, *count)
+            self._generations.append(
+                _Generation(
+                    torch.full(count, -1, dtype=torch.int64, device=slots.device),
+                    states.new_zeros(*count, *states.shape[2:]),
+                    features.new_zeros(*both, *features.shape[2:]),
+                    outputs.new_zeros(*both, *outputs.shape[2:]),
+                )
+            )
+        for held in self._generations:
+            if held.features.dtype != features.dtype or held.outputs.dtype != outputs.dtype:
+                held.features, held.outputs = held.features.to(features.dtype), held.outputs.to(outputs.dtype)

@@ -109,7 +109,9 @@ class Rounds:
         # A memory holds one call of the drafter a step, so there is none for a refused row.
         if job.options.reuse_refused and length > 1 and self.memory is None:
             # With new noise every round only the refused draft's own row stays near the states of the next one.
-            self.refused = RefusedRows(len(slots), job.branches, 2 if job.options.block else length, device)
+            rows = 2 if job.options.block else length
+            generations = 2 if DrafterDefaults.read(drafter, "repeats_feature") else 1
+            self.refused = RefusedRows(len(slots), job.branches, rows, generations, device)
         self.dense = dense or job.options.cuda_graphs or self.memory is not None
         self.graphs = self._captured() if job.options.cuda_graphs else None
 

@@ -8,8 +8,8 @@ import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, SwingingDrafter, law_p_value
 
 from free_kernels import DDPMSchedule, PhiloxNoise, sample
-from free_kernels.sampling.draft_sources import Corrected, serving_rows
-from free_kernels.sampling.refused_rows import RefusedRows
+from free_kernels.sampling.draft_sources import Corrected, Drafted, DraftInputs, Replayed, serving_rows
+from free_kernels.sampling.refused_rows import Held, RefusedRows
 from free_kernels.sampling.speculative import Speculation
 
 IMAGES, LABEL = 3000, 1
@@ -29,7 +29,7 @@ STEPS = torch.tensor([5, 0, 9, 7])
 
 def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
     """After a round from ``STEPS`` with room for four rows; ``spoil`` is what row 2 of slot 0 holds."""
-    refused = RefusedRows(4, branches, 4, torch.device("cpu"))
+    refused = RefusedRows(4, branches, 4, 2, torch.device("cpu"))
     drafts, features, outputs = a_round(branches)
     if spoil is not None:
         features[2, 0, 0] = spoil
@@ -81,7 +81,7 @@ def test_rows_of_a_finished_image_are_dropped():
 
 def test_fewer_places_than_rows_keep_the_nearest():
     """Two places: the last committed row and the refused one."""
-    refused = RefusedRows(4, 1, 2, torch.device("cpu"))
+    refused = RefusedRows(4, 1, 2, 1, torch.device("cpu"))
     refused.keep(*a_round(), OFFSETS, COMMITTED, LENGTHS, STEPS)
     refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
     assert refused.ahead.tolist() == [1, 0, 0, 1]
@@ -96,7 +96,7 @@ def test_a_row_that_is_not_finite_and_those_behind_it_are_not_used(value):
 def test_bytes_are_those_of_slots_times_rows():
     """The figure of the docstring: DiT-XL/2 at 256 x 256 in bfloat16, 12 rows and the place of what is not kept."""
     for branches, mebibytes in ((1, 7.71875), (2, 15.234375)):
-        refused = RefusedRows(1, branches, 12, torch.device("cpu"))
+        refused = RefusedRows(1, branches, 12, 1, torch.device("cpu"))
         features = torch.zeros(branches, 256, 1152, dtype=torch.bfloat16)
         outputs = torch.zeros(branches, 8, 32, 32, dtype=torch.bfloat16)
         one, offsets = torch.ones(1, dtype=torch.int64), torch.tensor([0, 1])
@@ -140,7 +140,8 @@ def test_law_for_every_length_and_ragged_slots(length, dense, monkeypatch):
 
 def looking_ahead(refused: RefusedRows) -> None:
     """The row at step k + 1 stands at the place of step k: what drafts step k was made with its noise."""
-    for buffer, places in ((refused._states, 1), (refused._features, 2), (refused._outputs, 2)):
+    rows = refused._generations[0]
+    for buffer, places in ((rows.states, 1), (rows.features, 2), (rows.outputs, 2)):
         buffer.narrow(places, 0, refused.rows).copy_(buffer.narrow(places, 0, refused.rows).roll(-1, places))
 
 
@@ -195,14 +196,14 @@ def test_old_rows_and_blocks(keyed, monkeypatch):
     target, schedule = GaussianTarget(), DDPMSchedule(12, variance="fixed_large")
     begin, draw, uniform = RefusedRows.__init__, PhiloxNoise.normal, PhiloxNoise.uniform
 
-    def all_rows(self, slots, branches, rows, device):
-        begin(self, slots, branches, 4, device)
+    def all_rows(self, slots, branches, rows, generations, device):
+        begin(self, slots, branches, 4, generations, device)
 
     monkeypatch.setattr(RefusedRows, "__init__", all_rows)
     if not keyed:
         monkeypatch.setattr(PhiloxNoise, "normal", lambda self, i, s, p, shape, rounds=None: draw(self, i, s, p, shape))
         monkeypatch.setattr(PhiloxNoise, "uniform", lambda self, i, s, p, rounds=None: uniform(self, i, s, p))
-    drafter, labels = SwingingDrafter(target), torch.full((4 * IMAGES,), LABEL)
+    drafter, labels = BiasedDrafter(target), torch.full((4 * IMAGES,), LABEL)
     settings = {"drafter": drafter, "verification": "block", "seed": 11, "draft_length": 4}
     p_value = law(target, schedule, sample(target, labels, schedule=schedule, **settings), drafter)
     assert p_value > FALSE_ALARM if keyed else p_value < DETECTED
@@ -214,10 +215,14 @@ def test_rows_leave_with_their_image(leaves, monkeypatch):
     target, schedule, begin = GaussianTarget(), DDPMSchedule(20), RefusedRows.begin
 
     if not leaves:
-        # Rows of the image before pass for rows of the steps ahead.
+        # At an image's first steps, what the image before left at each place passes for the row of a step ahead.
         def with_all(self, steps, fresh):
             begin(self, steps, torch.zeros_like(fresh))
-            self.ahead.copy_(torch.where(fresh, self.rows - 1, self.ahead))
+            for rows in self._generations:
+                ahead = (torch.arange(self.rows) - steps.unsqueeze(1)) % self.rows
+                young = (steps <= 1).unsqueeze(1)
+                rows.at[:, :-1] = torch.where(young, steps.unsqueeze(1) + ahead, rows.at[:, :-1])
+            self.ahead.copy_(torch.where(steps <= 1, self.rows - 1, self.ahead))
 
         monkeypatch.setattr(RefusedRows, "begin", with_all)
     labels = torch.arange(9) % 3
@@ -243,9 +248,10 @@ def test_a_constant_error_cancels(guidance):
 
 
 def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch):
-    """Wherever a row is from its state, the two are the same drafts up to rounding."""
+    """Wherever a row is from its state, the two are the same drafts up to rounding, where a step is asked once."""
     target, schedule = GaussianTarget(), DDPMSchedule(40)
     monkeypatch.setattr(Corrected, "nearer", staticmethod(lambda state, previous, there: torch.tensor(True)))
+    monkeypatch.setattr(Replayed, "_on_the_secant", staticmethod(lambda rows, *_: Drafted(*map(flat, rows[2:]))))
     settings = {"schedule": schedule, "seed": 4, "draft_length": 8}
     replayed, corrected = (
         sample(target, torch.arange(20) % 3, drafter=drafter, **settings)
@@ -253,6 +259,31 @@ def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch)
     )
     torch.testing.assert_close(replayed.samples, corrected.samples, rtol=1e-3, atol=1e-3)
     assert (replayed.stats.rounds_per_image == corrected.stats.rounds_per_image).all()
+
+
+def flat(rows: torch.Tensor) -> torch.Tensor:
+    return rows.flatten(0, 1)
+
+
+def test_the_secant_is_exact_for_a_linear_target_on_the_line_of_two_rows():
+    """Output ``3 x + 1`` per element; states on the line through both rows, up to as far behind the latest."""
+    generator = torch.Generator().manual_seed(0)
+    origin, way = torch.randn(2, 1, 2, 2, generator=generator), torch.randn(2, 1, 2, 2, generator=generator)
+
+    def row(place: float, known: bool = True) -> Held:
+        state = origin + place * way
+        said = (3 * state + 1).expand(2, -1, -1, -1, -1)
+        return Held(torch.full((2,), known), state, said.flatten(3), said)
+
+    for place, reached in ((0.0, 0.0), (0.5, 0.5), (1.7, 1.7), (5.0, 2.0), (-3.0, 0.0)):
+        state = origin + place * way
+        inputs = DraftInputs(None, None, state.repeat(2, 1, 1, 1), None, None)
+        drafted = Replayed._on_the_secant(row(1.0), row(0.0), inputs)
+        torch.testing.assert_close(drafted.output, (3 * (origin + reached * way) + 1).repeat(2, 1, 1, 1))
+        torch.testing.assert_close(drafted.feature.flatten(1), drafted.output.flatten(1))
+    unknown = row(0.0, known=False)
+    alone = Replayed._on_the_secant(row(1.0), unknown._replace(output=unknown.output * torch.nan), inputs)
+    torch.testing.assert_close(alone.output, row(1.0).output.flatten(0, 1))
 
 
 def test_a_perfect_drafter_stays_perfect():
