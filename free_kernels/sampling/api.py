@@ -184,6 +184,7 @@ class SampleIterator(Iterator[FinishedImage]):
 
     def __init__(self, speculation: Speculation) -> None:
         self.stats = speculation.stats
+        self._speculation = speculation
         self._started = time.perf_counter()
         self._rounds = speculation.iterate()
         self._ready: deque[FinishedImage] = deque()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from free_kernels.protocols import Drafter, DrafterDefaults, DraftMemory
 from free_kernels.sampling.job import Job
-from free_kernels.sampling.refused_rows import Held, RefusedRows
+from free_kernels.sampling.refused_rows import HeldRows, RefusedRows
 from free_kernels.sampling.slots import Slots
 from free_kernels.validation import fail
 
@@ -64,136 +64,130 @@ class Fresh:
         return drafted
 
 
-class _FromRows(Fresh):
-    """Base of the sources that know refused rows.
-
-    Args:
-        job: the job.
-        drafter: drafts what the rows do not.
-        refused: the rows; not empty.
-        steps: int64 ``[S, L]``, the steps of the round.
-        lengths: rows that each slot wants; with None shapes are fixed.
-    """
-
-    def __init__(
-        self, job: Job, drafter: Drafter, refused: RefusedRows, steps: Tensor, lengths: list[int] | None
-    ) -> None:
-        super().__init__(job, drafter)
-        self._refused, self._steps, self._lengths = refused, steps, lengths
-
-    def _rows(self, j: int, active: Tensor | None) -> Held | None:
-        """The rows at the step of draft ``j``; None where the host knows that no slot has one."""
-        most = min(self._refused.rows, self._steps.shape[1]) - 1
-        if self._lengths is not None:
-            most = min(most, max(serving_rows(self._refused.counts, self._lengths)))
-        return self._refused.row_ahead(j, self._steps[:, j]).of(active) if j < most else None
-
-
-class Replayed(_FromRows):
+class Replayed(Fresh):
     """The target's own output at the refused row of the same step, without any call; the drafter where there is none.
 
     For a drafter that says the same at all states of a step: then this is what :class:`Corrected` comes to. Where the
     step was asked about twice, the output follows the line through both rows to the point nearest to the state (a
     secant), but no further from the latest row than the two are apart.
+
+    Args:
+        job: the job.
+        drafter: drafts what the rows do not.
+        refused: the rows; not empty.
+        slots: where the images are.
+        drafts: how many drafts the round makes, at most.
+        lengths: rows that each slot wants; with None shapes are fixed.
     """
+
+    def __init__(
+        self, job: Job, drafter: Drafter, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None
+    ) -> None:
+        super().__init__(job, drafter)
+        serving = serving_rows(refused, lengths, drafts)
+        self._count = max(serving)
+        # Drafts up to this one come from rows in every slot that makes them.
+        self._without_drafter = 0
+        if lengths is not None:
+            wanted = [drafts if have >= length - 1 else have for have, length in zip(serving, lengths, strict=True)]
+            self._without_drafter = min(self._count, *wanted)
+        if self._count:
+            self._latest = refused.latest(slots.steps, self._count)
+            self._replaced = refused.replaced(slots.steps, self._count)
 
     def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
         """As :meth:`Fresh.__call__`."""
-        rows = self._rows(j, active)
-        if rows is None:
+        if j >= self._count:
             return super().__call__(j, inputs, active)
-        feature, output = self._on_the_secant(rows, self._refused.replaced_row(j, self._steps[:, j]).of(active), inputs)
-        if self._lengths is not None:
-            pairs = zip(self._refused.counts, self._lengths, strict=True)
-            if all(count > j for count, length in pairs if length > j + 1):
-                return Drafted(feature, output)
+        latest, replaced = (rows_at(rows, j + 1, active) for rows in (self._latest, self._replaced))
+        share = self._share(inputs.state[: len(latest.known)], latest, replaced)
+        feature, output = (
+            _follow(share, replaced.known, *pair).flatten(0, 1)
+            for pair in ((latest.features, replaced.features), (latest.outputs, replaced.outputs))
+        )
+        if j < self._without_drafter:
+            return Drafted(feature, output)
         fresh = super().__call__(j, inputs, active)
-        known = rows.known.repeat(len(rows.feature))
+        known = latest.known.repeat(len(latest.features))
         return Drafted(
             torch.where(known.view(-1, 1, 1), feature.to(fresh.feature.dtype), fresh.feature),
             torch.where(known.view(-1, 1, 1, 1), output.to(fresh.output.dtype), fresh.output),
         )
 
     @staticmethod
-    def _on_the_secant(latest: Held, earlier: Held, inputs: DraftInputs) -> Drafted:
-        """Feature and output at the states, from two rows of the same step, or from the latest where there is one."""
-        state = inputs.state[: len(latest.known)]
-        apart = (latest.state - earlier.state).flatten(1)
-        along = ((state - latest.state).flatten(1) * apart).sum(1)
-        share = along / apart.square().sum(1).clamp(min=torch.finfo(apart.dtype).tiny)
-        share = torch.where(earlier.known, share.clamp(-1.0, 1.0), 0.0)
-
-        def follow(now: Tensor, before: Tensor) -> Tensor:
-            scaled = share.to(now.dtype).view(1, -1, *[1] * (now.ndim - 2)) * (now - before)
-            return torch.where(earlier.known.view(1, -1, *[1] * (now.ndim - 2)), now + scaled, now).flatten(0, 1)
-
-        return Drafted(follow(latest.feature, earlier.feature), follow(latest.output, earlier.output))
+    def _share(state: Tensor, latest: HeldRows, replaced: HeldRows) -> Tensor:
+        """How far states ``[R, C, H, W]`` lie along the way from replaced to latest rows, in its lengths, ``[R]``."""
+        way = (latest.states - replaced.states).flatten(1)
+        along = ((state - latest.states).flatten(1) * way).sum(1)
+        return (along / way.square().sum(1).clamp(min=torch.finfo(way.dtype).tiny)).clamp(-1.0, 1.0)
 
 
-class Corrected(_FromRows):
+def _follow(share: Tensor, known: Tensor, latest: Tensor, replaced: Tensor) -> Tensor:
+    """What the line through two rows says at ``share [R]``; the latest ``[B, R, ...]`` where the other is not known."""
+    shape = (1, -1, *[1] * (latest.ndim - 2))
+    ahead = latest + share.to(latest.dtype).view(shape) * (latest - replaced)
+    return torch.where(known.view(shape), ahead, latest)
+
+
+class Corrected(Fresh):
     """The drafter's feature plus what it gets wrong at the refused row of the same step: an error at both cancels.
 
     A row serves where it is nearer to the state than the state one step before: a drafter that is far off could
     otherwise lead itself further and further astray. One further call of the drafter, on all rows that serve in the
     round, gives their errors.
+
+    Args: as in :class:`Replayed`.
     """
 
     def __init__(
-        self,
-        job: Job,
-        drafter: Drafter,
-        refused: RefusedRows,
-        steps: Tensor,
-        lengths: list[int] | None,
-        labels: Tensor,
+        self, job: Job, drafter: Drafter, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None
     ) -> None:
-        super().__init__(job, drafter, refused, steps, lengths)
-        if lengths is None:
-            serving = [min(steps.shape[1], refused.rows) - 1] * len(steps)
-        else:
-            serving = serving_rows(refused.counts, lengths)
-        # [B, S, m, T, D]; None where no row serves.
-        self._errors = self._errors_of(serving, labels) if max(serving) > 0 else None
+        super().__init__(job, drafter)
+        serving = serving_rows(refused, lengths, drafts)
+        self._count = max(serving)
+        if self._count:
+            self._rows = refused.latest(slots.steps, self._count)
+            self._errors = self._errors_of(serving, slots, whole=lengths is None or min(serving) == self._count)
 
-    def _errors_of(self, serving: list[int], labels: Tensor) -> Tensor:
-        """What the drafter gets wrong at the first rows of each slot, ``[B, S, m, T, D]``; zero at the rest."""
-        job, most, slots, device = self._job, max(serving), len(serving), labels.device
-        whole = min(serving) == most
-        if whole:
-            slot = torch.arange(slots, device=device).repeat_interleave(most)
-            ahead = torch.arange(most, device=device).repeat(slots)
-        else:
-            pairs = [(slot, ahead) for slot, count in enumerate(serving) for ahead in range(count)]
-            slot, ahead = torch.tensor(pairs, device=device).unbind(1)
-        steps = self._steps[slot, ahead]
-        previous, before = self._refused.gathered(slot, (steps - 1).clamp_(min=0))
-        state, exact = self._refused.gathered(slot, steps)
+    def _errors_of(self, serving: list[int], slots: Slots, whole: bool) -> Tensor:
+        """What the drafter gets wrong at the first rows of each slot, ``[B, n, S, T, D]``; zero at the rest."""
+        job, rows, count = self._job, self._rows, len(serving)
+        steps = slots.steps_ahead(self._count).T.flatten()
+        previous, state = rows.states[:-1].flatten(0, 1), rows.states[1:].flatten(0, 1)
+        before, exact = rows.features[:, :-1].flatten(1, 2), rows.features[:, 1:].flatten(1, 2)
+        labels = slots.labels.repeat(self._count)
+        if not whole:
+            pairs = ((ahead, slot) for ahead in range(self._count) for slot in range(count))
+            chosen = [ahead * count + slot for ahead, slot in pairs if serving[slot] > ahead]
+            index = torch.tensor(chosen, device=steps.device)
+            previous, state, labels, steps = previous[index], state[index], labels[index], steps[index]
+            before, exact = before[:, index], exact[:, index]
         drafted = self._feature(
             DraftInputs(
                 before.flatten(0, 1),
                 job.doubled(previous),
                 job.doubled(state),
                 job.doubled(job.timesteps[steps]),
-                job.branched(labels[slot]),
+                job.branched(labels),
             )
         )
         errors = (exact.flatten(0, 1).to(drafted.dtype) - drafted).unflatten(0, (job.branches, -1))
         # What a row that is not finite leads to must not spoil a draft.
         errors = errors.nan_to_num(0.0, 0.0, 0.0)
-        if whole:
-            return errors.unflatten(1, (slots, most))
-        full = errors.new_zeros(job.branches, slots * most, *errors.shape[2:])
-        return full.index_copy_(1, slot * most + ahead, errors).unflatten(1, (slots, most))
+        if not whole:
+            full = errors.new_zeros(job.branches, self._count * count, *errors.shape[2:])
+            errors = full.index_copy_(1, index, errors)
+        return errors.unflatten(1, (self._count, count))
 
     def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
         """As :meth:`Fresh.__call__`."""
         drafted = self._feature(inputs)
-        if self._errors is not None and j < self._errors.shape[2]:
-            rows = self._refused.row_ahead(j, self._steps[:, j]).of(active)
-            errors = self._errors[:, :, j] if active is None else self._errors[:, active, j]
-            count = len(rows.known)
-            nearer = self.nearer(inputs.state[:count], inputs.previous[:count], rows.state)
-            serves = (rows.known & nearer).view(-1, 1, 1)
+        if j < self._count:
+            known, there, errors = self._rows.known[j + 1], self._rows.states[j + 1], self._errors[:, j]
+            if active is not None:
+                known, there, errors = known[active], there[active], errors[:, active]
+            nearer = self.nearer(inputs.state[: len(known)], inputs.previous[: len(known)], there)
+            serves = (known & nearer).view(-1, 1, 1)
             drafted = drafted + torch.where(serves, errors, 0.0).flatten(0, 1).to(drafted.dtype)
         return Drafted(drafted, self._job.head(drafted, inputs.t, inputs.y))
 
@@ -203,23 +197,41 @@ class Corrected(_FromRows):
         return (state - there).flatten(1).norm(dim=1) < (state - previous).flatten(1).norm(dim=1)
 
 
-def serving_rows(counts: list[int], lengths: list[int]) -> list[int]:
-    """How many drafts of each slot have a refused row, given the known rows and the round's rows of each."""
-    return [max(0, min(count, length - 1)) for count, length in zip(counts, lengths, strict=True)]
+def rows_at(rows: HeldRows, number: int, active: Tensor | None) -> HeldRows:
+    """One row of R slots, all or ``active [R]``: ``known [R]``, ``states [R, ...]``, the rest ``[B, R, ...]``."""
+    known, states = rows.known[number], rows.states[number]
+    features, outputs = rows.features[:, number], rows.outputs[:, number]
+    if active is None:
+        return HeldRows(known, states, features, outputs)
+    return HeldRows(known[active], states[active], features[:, active], outputs[:, active])
+
+
+def serving_rows(refused: RefusedRows, lengths: list[int] | None, drafts: int) -> list[int]:
+    """How many drafts of each slot may have a refused row.
+
+    Args:
+        refused: the rows.
+        lengths: rows that each slot wants; with None shapes are fixed, and so is the number.
+        drafts: how many drafts the round makes, at most.
+    """
+    if lengths is None:
+        return [min(drafts, refused.rows - 1)] * len(refused.counts)
+    return [max(0, min(count, length - 1)) for count, length in zip(refused.counts, lengths, strict=True)]
 
 
 def further_calls(drafter: object, refused: RefusedRows | None, lengths: list[int], dense: bool) -> int:
     """Calls of the drafter's network that a round of ``lengths`` makes besides one for each draft."""
-    if refused is None or refused.is_empty or max(lengths) < 2 or DrafterDefaults.read(drafter, "repeats_feature"):
+    drafts = max(lengths) - 1
+    if refused is None or refused.is_empty or not drafts or DrafterDefaults.read(drafter, "repeats_feature"):
         return 0
-    return int(dense or max(serving_rows(refused.counts, lengths)) > 0)
+    return int(max(serving_rows(refused, None if dense else lengths, drafts)) > 0)
 
 
 def draft_source(
     job: Job,
     drafter: Drafter,
     slots: Slots,
-    steps: Tensor,
+    drafts: int,
     lengths: list[int] | None,
     *,
     memory: DraftMemory | None,
@@ -231,13 +243,12 @@ def draft_source(
         job: the job.
         drafter: drafts features.
         slots: where the images are.
-        steps: int64 ``[S, L]``.
+        drafts: how many drafts the round makes, at most.
         lengths: rows that each slot wants; with None shapes are fixed.
         memory: the drafter's, where it has one; it holds one call a step, so refused rows do not go with it.
         refused: rows of earlier rounds; None drafts without.
     """
-    if refused is None or refused.is_empty:
+    if refused is None or refused.is_empty or not drafts:
         return Fresh(job, drafter, memory)
-    if DrafterDefaults.read(drafter, "repeats_feature"):
-        return Replayed(job, drafter, refused, steps, lengths)
-    return Corrected(job, drafter, refused, steps, lengths, slots.labels)
+    kind = Replayed if DrafterDefaults.read(drafter, "repeats_feature") else Corrected
+    return kind(job, drafter, refused, slots, drafts, lengths)

@@ -8,54 +8,20 @@ import torch
 from torch import Tensor
 
 
-class Held(NamedTuple):
-    """Rows of one step ahead in every slot.
+class HeldRows(NamedTuple):
+    """Rows at n steps one after the other, the same number of every slot.
 
     Attributes:
-        known: bool ``[S]``, whether the slot has a row there.
-        state: ``[S, C, H, W]``.
-        feature: ``[B, S, T, D]``.
-        output: ``[B, S, C or 2C, H, W]``.
+        known: bool ``[n, S]``, whether the slot has the row.
+        states: ``[n, S, C, H, W]``.
+        features: ``[B, n, S, T, D]``.
+        outputs: ``[B, n, S, C or 2C, H, W]``.
     """
 
     known: Tensor
-    state: Tensor
-    feature: Tensor
-    output: Tensor
-
-    def of(self, slots: Tensor | None) -> Held:
-        """The rows of some slots (int64 ``[R]``); of all if None."""
-        if slots is None:
-            return self
-        return Held(self.known[slots], self.state[slots], self.feature[:, slots], self.output[:, slots])
-
-
-class _Generation:
-    """Rows by slot and place, and the step that each belongs to (-1: there is none).
-
-    Args:
-        at: int64 ``[S, M + 1]``.
-        states: ``[S, M + 1, C, H, W]``.
-        features: ``[B, S, M + 1, T, D]``.
-        outputs: ``[B, S, M + 1, C or 2C, H, W]``.
-    """
-
-    def __init__(self, at: Tensor, states: Tensor, features: Tensor, outputs: Tensor) -> None:
-        self.at, self.states, self.features, self.outputs = at, states, features, outputs
-
-    def read(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """States ``[n, C, H, W]``, features ``[B, n, T, D]`` and outputs at ``index [n]`` of all places."""
-        return (
-            self.states.flatten(0, 1).index_select(0, index),
-            self.features.flatten(1, 2).index_select(1, index),
-            self.outputs.flatten(1, 2).index_select(1, index),
-        )
-
-    def write(self, index: Tensor, states: Tensor, features: Tensor, outputs: Tensor) -> None:
-        """The opposite of :meth:`read`, in place."""
-        self.states.flatten(0, 1).index_copy_(0, index, states)
-        self.features.flatten(1, 2).index_copy_(1, index, features)
-        self.outputs.flatten(1, 2).index_copy_(1, index, outputs)
+    states: Tensor
+    features: Tensor
+    outputs: Tensor
 
 
 class RefusedRows:
@@ -71,11 +37,11 @@ class RefusedRows:
     stopping, which decide how noise is tested that has not been looked at.
 
     The row of step k stands at place ``k % M`` of its slot, so that nothing moves when steps are committed. One more
-    place takes what is not kept. Where two generations are kept, a step that was asked about twice has its row of the
-    time before too. A generation holds ``S (M + 1)`` rows: with the shapes of DiT-XL/2 at 256 x 256 in bfloat16 (T =
-    256, width 1152, C = 4, learned variance) and M = 12 that is 7.7 MiB for each slot, 15.2 MiB with guidance. Nothing
-    waits for the device, shapes are fixed and every tensor is written in place, so rounds may be captured in a CUDA
-    graph.
+    place takes what is not kept. Where two generations are kept, which take turns, a step that was asked about twice
+    has its row of the time before too. A generation holds ``S (M + 1)`` rows: with the shapes of DiT-XL/2 at 256 x 256
+    in bfloat16 (T = 256, width 1152, C = 4, learned variance) and M = 12 that is 7.7 MiB for each slot, 15.2 MiB with
+    guidance. Nothing waits for the device, shapes are fixed and every tensor is written in place, so rounds may be
+    captured in a CUDA graph.
 
     Args:
         slots: S.
@@ -91,22 +57,30 @@ class RefusedRows:
     """
 
     def __init__(self, slots: int, branches: int, rows: int, generations: int, device: torch.device) -> None:
-        self.rows, self._branches, self._count = rows, branches, generations
+        self.rows, self._branches, self._generations = rows, branches, generations
         self.counts = [0] * slots
         self.ahead = torch.zeros(slots, dtype=torch.int64, device=device)
-        self._slot = torch.arange(slots, device=device).unsqueeze(1)
-        # The latest first; made with the first round.
-        self._generations: list[_Generation] = []
+        places = slots, rows + 1
+        # By generation, slot and place: the step of the row, -1 where there is none.
+        self._at = torch.full((generations, *places), -1, dtype=torch.int64, device=device)
+        # The generation of each place's latest row.
+        self._latest = torch.zeros(places, dtype=torch.int64, device=device)
+        self._first_places = torch.arange(slots, device=device) * (rows + 1)
+        self._numbers = torch.arange(-1, rows, device=device)
+        # By generation, slot and place, and before that by branch; made with the first round.
+        self._states: Tensor | None = None
+        self._features: Tensor | None = None
+        self._outputs: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that states, features and outputs take."""
-        return sum(g.states.nbytes + g.features.nbytes + g.outputs.nbytes for g in self._generations)
+        return sum(b.nbytes for b in (self._states, self._features, self._outputs) if b is not None)
 
     @property
     def is_empty(self) -> bool:
         """Whether no round has been kept yet."""
-        return not self._generations
+        return self._states is None
 
     def keep(
         self,
@@ -137,18 +111,17 @@ class RefusedRows:
         # A row behind a refusal may hold anything. A sum overflows at most where the row is of no use either.
         sums = features.flatten(2).sum(2, dtype=torch.float32) + outputs.flatten(2).sum(2, dtype=torch.float32)
         finite = sums.isfinite().all(0).view(len(steps), -1)
-        first = committed.unsqueeze(1) - 1
-        taken = (j >= first) & (j < first + self.rows) & (j < lengths.unsqueeze(1))
+        behind = j - committed.unsqueeze(1)
+        taken = (behind >= -1) & (behind < self.rows - 1) & (j < lengths.unsqueeze(1))
         step = steps.unsqueeze(1) + j
-        place = torch.where(taken, step % self.rows, self.rows)
-        index = (self._slot * (self.rows + 1) + place).flatten()
-        latest = self._generations[0]
-        for earlier in self._generations[1:]:
-            replaced = latest.at.gather(1, place)
-            earlier.at.scatter_(1, place, torch.where(replaced == step, step, -1))
-            earlier.write(index, *latest.read(index))
-        latest.at.scatter_(1, place, torch.where(taken & finite, step, -1))
-        latest.write(index, states.flatten(0, 1), features, outputs)
+        place = (torch.where(taken, step % self.rows, self.rows) + self._first_places.unsqueeze(1)).flatten()
+        index = self._index(place, turns=1)
+        if self._generations > 1:
+            self._latest.view(-1).index_copy_(0, place, index // self._latest.numel())
+        self._at.view(-1).index_copy_(0, index, torch.where(taken & finite, step, -1).flatten())
+        self._states.flatten(0, 2).index_copy_(0, index, states.flatten(0, 1))
+        self._features.flatten(1, 3).index_copy_(1, index, features)
+        self._outputs.flatten(1, 3).index_copy_(1, index, outputs)
 
     def begin(self, steps: Tensor, fresh: Tensor) -> None:
         """After the commit: count the rows ahead.
@@ -157,51 +130,62 @@ class RefusedRows:
             steps: int64 ``[S]``, the step of each slot now.
             fresh: bool ``[S]``, slots whose image is at its first step; the rows of the image before are dropped.
         """
-        if self.is_empty:
-            return
-        for generation in self._generations:
-            generation.at.masked_fill_(fresh.unsqueeze(1), -1)
-        steps = steps.unsqueeze(1) + torch.arange(self.rows - 1, device=steps.device)
-        known = self._generations[0].at.gather(1, steps % self.rows) == steps
-        self.ahead.copy_(known.to(torch.int64).cumprod(1).sum(1))
+        self._at.masked_fill_(fresh.unsqueeze(1), -1)
+        known = self._has(*self._places(steps, self._numbers[1:-1]), turns=0)
+        self.ahead.copy_(known.to(torch.int64).cumprod(0).sum(0))
 
     def forget(self) -> None:
         """Steps were taken without drafts: what was kept is of earlier ones."""
         self.counts = [0] * len(self.counts)
         self.ahead.zero_()
-        for generation in self._generations:
-            generation.at.fill_(-1)
+        self._at.fill_(-1)
 
-    def row_ahead(self, j: int, steps: Tensor) -> Held:
-        """The rows of the ``j``-th step ahead, which is ``steps [S]``; the first one is number 0."""
-        return Held(self.ahead > j, *self._generations[0].read(self._index(self._slot.squeeze(1), steps)))
+    def latest(self, steps: Tensor, count: int) -> HeldRows:
+        """The last rows at ``count`` steps from ``steps [S]`` on, and before them at the step just before ``steps``.
 
-    def replaced_row(self, j: int, steps: Tensor) -> Held:
-        """As :meth:`row_ahead`, the rows of the same steps of the time before; with two generations only."""
-        earlier = self._generations[1]
-        known = earlier.at.gather(1, (steps % self.rows).unsqueeze(1)).squeeze(1) == steps
-        return Held(known & (self.ahead > j), *earlier.read(self._index(self._slot.squeeze(1), steps)))
+        That first one, the last committed row, is there wherever the next one is known, and called known itself.
+        """
+        numbers = self._numbers[: count + 1]
+        _, place = self._places(steps, numbers)
+        return self._read(self._index(place, turns=0), self.ahead > numbers.unsqueeze(1))
 
-    def gathered(self, slots: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """States ``[n, C, H, W]`` and features ``[B, n, T, D]`` of the rows at ``steps [n]`` of ``slots [n]``."""
-        return self._generations[0].read(self._index(slots, steps))[:2]
+    def replaced(self, steps: Tensor, count: int) -> HeldRows:
+        """As :meth:`latest`, the rows that those replaced; with two generations only."""
+        numbers = self._numbers[: count + 1]
+        step, place = self._places(steps, numbers)
+        known = self._has(step, place, turns=1) & (self.ahead > numbers.unsqueeze(1))
+        return self._read(self._index(place, turns=1), known)
 
-    def _index(self, slots: Tensor, steps: Tensor) -> Tensor:
-        return slots * (self.rows + 1) + steps % self.rows
+    def _places(self, steps: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps ``[n, S]`` at ``steps [S]`` plus each number ``[n]``, and their places among all slots' ``[n S]``."""
+        step = steps + numbers.unsqueeze(1)
+        return step, (step % self.rows + self._first_places).flatten()
+
+    def _index(self, place: Tensor, turns: int) -> Tensor:
+        """Where the rows at places ``[n]`` of all slots are: the latest ones, or ``turns`` generations on."""
+        if self._generations == 1:
+            return place
+        generation = (self._latest.view(-1).index_select(0, place) + turns) % self._generations
+        return place + generation * self._latest.numel()
+
+    def _has(self, step: Tensor, place: Tensor, turns: int) -> Tensor:
+        """Whether there are rows of the steps ``[n, S]``."""
+        return self._at.view(-1).index_select(0, self._index(place, turns)).view_as(step) == step
+
+    def _read(self, index: Tensor, known: Tensor) -> HeldRows:
+        return HeldRows(
+            known,
+            self._states.flatten(0, 2).index_select(0, index).unflatten(0, known.shape),
+            self._features.flatten(1, 3).index_select(1, index).unflatten(1, known.shape),
+            self._outputs.flatten(1, 3).index_select(1, index).unflatten(1, known.shape),
+        )
 
     def _allocate(self, states: Tensor, features: Tensor, outputs: Tensor) -> None:
         """Buffers for rows like these, where there are none or they are of another dtype."""
-        count, slots = (len(states), self.rows + 1), self._slot
-        while len(self._generations) < self._count:
-            both = (self._branches, *count)
-            self._generations.append(
-                _Generation(
-                    torch.full(count, -1, dtype=torch.int64, device=slots.device),
-                    states.new_zeros(*count, *states.shape[2:]),
-                    features.new_zeros(*both, *features.shape[2:]),
-                    outputs.new_zeros(*both, *outputs.shape[2:]),
-                )
-            )
-        for held in self._generations:
-            if held.features.dtype != features.dtype or held.outputs.dtype != outputs.dtype:
-                held.features, held.outputs = held.features.to(features.dtype), held.outputs.to(outputs.dtype)
+        places = self._at.shape
+        if self._states is None:
+            self._states = states.new_zeros(*places, *states.shape[2:])
+            self._features = features.new_zeros(self._branches, *places, *features.shape[2:])
+            self._outputs = outputs.new_zeros(self._branches, *places, *outputs.shape[2:])
+        elif self._features.dtype != features.dtype or self._outputs.dtype != outputs.dtype:
+            self._features, self._outputs = self._features.to(features.dtype), self._outputs.to(outputs.dtype)

@@ -106,6 +106,7 @@ class Rounds:
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, len(slots), device)
         self.memory = new_memory(drafter, len(slots), job.branches, length - 1) if length > 1 else None
         self.refused: RefusedRows | None = None
+        self._no_rows = torch.zeros_like(slots.steps)
         # A memory holds one call of the drafter a step, so there is none for a refused row.
         if job.options.reuse_refused and length > 1 and self.memory is None:
             # With new noise every round only the refused draft's own row stays near the states of the next one.
@@ -125,6 +126,16 @@ class Rounds:
         Raises:
             FloatingPointError: a row that was decided holds a NaN or an infinity.
         """
+        played = self.start(lengths)
+        report = RoundReport.read(played.report)
+        if not report.finite:
+            self._check_committed(played, lengths, report.committed, before)
+        if self.refused is not None:
+            self.refused.counts = report.ahead
+        return report
+
+    def start(self, lengths: list[int]) -> Played:
+        """The device's part of a round of so many rows of each slot; only the lengths are sent there."""
         longest, rows = max(lengths), sum(lengths)
         self.slots.lengths.copy_(torch.tensor(lengths))
         further = further_calls(self.drafter, self.refused, lengths, self.dense)
@@ -135,12 +146,7 @@ class Rounds:
             rows = row_bucket(rows, longest * len(lengths))
             played = self.play_on_device(longest, rows) if self.graphs is None else self.graphs((longest, rows))
         self.stats.called(sum(lengths), 0 if self._drafter_is_free else longest - 1 + further)
-        report = RoundReport.read(played.report)
-        if not report.finite:
-            self._check_committed(played, lengths, report.committed, before)
-        if self.refused is not None:
-            self.refused.counts = report.ahead
-        return report
+        return played
 
     def play_on_device(self, longest: int, rows: int, lengths: list[int] | None = None) -> Played:
         """A round of at most ``longest`` rows a slot and ``rows`` in all; without ``lengths`` shapes are fixed.
@@ -153,7 +159,7 @@ class Rounds:
         noise = None if self.kernel_noise is not None else self._draw(Purpose.STEP, steps)
         drawn = self._draw_one if noise is None else lambda steps, j: noise[:, j]
         known = {"memory": self.memory, "refused": self.refused}
-        source = draft_source(job, self.drafter, slots, steps, lengths, **known)
+        source = draft_source(job, self.drafter, slots, longest - 1, lengths, **known)
         drafts = draft_states(job, source, slots, steps, columns, lengths, drawn)
         x, t, y, row_offsets = pack_drafts(
             drafts.states, slots.lengths, slots.steps, slots.labels, job.timesteps, rows, job.null, slots.backend
@@ -172,7 +178,7 @@ class Rounds:
             self.refused.keep(drafts.states, features, output, row_offsets, *decided)
         fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
         self._forget_past(fresh, coupling.committed, longest - 1)
-        ahead = torch.zeros_like(slots.steps) if self.refused is None else self.refused.ahead
+        ahead = self._no_rows if self.refused is None else self.refused.ahead
         return Played(drafts, output, coupling, RoundReport.pack(coupling.committed, slots, ahead, finite))
 
     def _couple(
@@ -240,8 +246,8 @@ class Rounds:
     def _keys(self, steps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Image of each row, and with block verification its round; both ``[S, L]`` like ``steps``."""
         width = steps.shape[1]
-        images = self.slots.noise_keys().unsqueeze(1).repeat(1, width)
-        return images, self.slots.rounds.unsqueeze(1).repeat(1, width) if self.options.block else None
+        images = self.slots.noise_keys().unsqueeze(1).expand(-1, width).contiguous()
+        return images, self.slots.rounds.unsqueeze(1).expand(-1, width).contiguous() if self.options.block else None
 
     def _draw(self, purpose: Purpose, steps: Tensor) -> Tensor:
         """Standard normals ``[S, L, C, H, W]`` of rows at ``steps [S, L]``."""

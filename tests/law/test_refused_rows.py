@@ -8,8 +8,9 @@ import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, SwingingDrafter, law_p_value
 
 from free_kernels import DDPMSchedule, PhiloxNoise, sample
-from free_kernels.sampling.draft_sources import Corrected, Drafted, DraftInputs, Replayed, serving_rows
-from free_kernels.sampling.refused_rows import Held, RefusedRows
+from free_kernels.sampling import draft_sources
+from free_kernels.sampling.draft_sources import Corrected, Replayed, _follow, serving_rows
+from free_kernels.sampling.refused_rows import HeldRows, RefusedRows
 from free_kernels.sampling.speculative import Speculation
 
 IMAGES, LABEL = 3000, 1
@@ -40,8 +41,8 @@ def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
 
 def held(refused: RefusedRows, slot: int, step: int) -> list[float]:
     """The first values of the state, and of each branch's feature and output, of a slot's row at a step."""
-    rows = refused.row_ahead(0, torch.full((4,), step))
-    lists = rows.state[slot, 0, 0, :1], rows.feature[:, slot, 0, 0], rows.output[:, slot, 0, 0, 0]
+    rows = refused.latest(torch.full((4,), step), 1)
+    lists = rows.states[1, slot, 0, 0, :1], rows.features[:, 1, slot, 0, 0], rows.outputs[:, 1, slot, 0, 0, 0]
     return torch.cat(lists).tolist()
 
 
@@ -105,7 +106,10 @@ def test_bytes_are_those_of_slots_times_rows():
 
 
 def test_serving_rows():
-    assert serving_rows([3, 0, 5, 1, 2], [6, 6, 4, 1, 0]) == [3, 0, 3, 0, 0]
+    refused = RefusedRows(5, 1, 8, 1, torch.device("cpu"))
+    refused.counts = [3, 0, 5, 1, 2]
+    assert serving_rows(refused, [6, 6, 4, 1, 0], 5) == [3, 0, 3, 0, 0]
+    assert serving_rows(refused, None, 5) == [5] * 5
 
 
 def law(target, schedule, result, drafter, guidance: float = 1.0) -> float:
@@ -140,8 +144,7 @@ def test_law_for_every_length_and_ragged_slots(length, dense, monkeypatch):
 
 def looking_ahead(refused: RefusedRows) -> None:
     """The row at step k + 1 stands at the place of step k: what drafts step k was made with its noise."""
-    rows = refused._generations[0]
-    for buffer, places in ((rows.states, 1), (rows.features, 2), (rows.outputs, 2)):
+    for buffer, places in ((refused._states, 2), (refused._features, 3), (refused._outputs, 3)):
         buffer.narrow(places, 0, refused.rows).copy_(buffer.narrow(places, 0, refused.rows).roll(-1, places))
 
 
@@ -175,9 +178,9 @@ def test_a_length_must_not_look_at_discarded_rows(looks, monkeypatch):
         if refused.is_empty:
             return lengths
         at = torch.tensor(now.steps)
-        rows, behind = refused.row_ahead(0, at), refused.row_ahead(1, at + 1)
-        mean, _ = job.transition(rows.state, rows.output[0], job.table[at.clamp(max=schedule.num_steps - 1)])
-        noise = (behind.state - mean).flatten(1) @ axis
+        rows = refused.latest(at, 2)
+        mean, _ = job.transition(rows.states[1], rows.outputs[0, 1], job.table[at.clamp(max=schedule.num_steps - 1)])
+        noise = (rows.states[2] - mean).flatten(1) @ axis
         direct = noise > 0 if looks else torch.rand(len(noise), generator=coin) < 0.5
         direct &= refused.ahead >= 2
         return [min(length, 1) if stop else length for length, stop in zip(lengths, direct.tolist(), strict=True)]
@@ -218,10 +221,9 @@ def test_rows_leave_with_their_image(leaves, monkeypatch):
         # At an image's first steps, what the image before left at each place passes for the row of a step ahead.
         def with_all(self, steps, fresh):
             begin(self, steps, torch.zeros_like(fresh))
-            for rows in self._generations:
-                ahead = (torch.arange(self.rows) - steps.unsqueeze(1)) % self.rows
-                young = (steps <= 1).unsqueeze(1)
-                rows.at[:, :-1] = torch.where(young, steps.unsqueeze(1) + ahead, rows.at[:, :-1])
+            ahead = (torch.arange(self.rows) - steps.unsqueeze(1)) % self.rows
+            young = (steps <= 1).unsqueeze(1)
+            self._at[:, :, :-1] = torch.where(young, steps.unsqueeze(1) + ahead, self._at[:, :, :-1])
             self.ahead.copy_(torch.where(steps <= 1, self.rows - 1, self.ahead))
 
         monkeypatch.setattr(RefusedRows, "begin", with_all)
@@ -251,7 +253,7 @@ def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch)
     """Wherever a row is from its state, the two are the same drafts up to rounding, where a step is asked once."""
     target, schedule = GaussianTarget(), DDPMSchedule(40)
     monkeypatch.setattr(Corrected, "nearer", staticmethod(lambda state, previous, there: torch.tensor(True)))
-    monkeypatch.setattr(Replayed, "_on_the_secant", staticmethod(lambda rows, *_: Drafted(*map(flat, rows[2:]))))
+    monkeypatch.setattr(draft_sources, "_follow", lambda share, known, latest, replaced: latest)
     settings = {"schedule": schedule, "seed": 4, "draft_length": 8}
     replayed, corrected = (
         sample(target, torch.arange(20) % 3, drafter=drafter, **settings)
@@ -261,29 +263,23 @@ def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch)
     assert (replayed.stats.rounds_per_image == corrected.stats.rounds_per_image).all()
 
 
-def flat(rows: torch.Tensor) -> torch.Tensor:
-    return rows.flatten(0, 1)
-
-
 def test_the_secant_is_exact_for_a_linear_target_on_the_line_of_two_rows():
     """Output ``3 x + 1`` per element; states on the line through both rows, up to as far behind the latest."""
     generator = torch.Generator().manual_seed(0)
     origin, way = torch.randn(2, 1, 2, 2, generator=generator), torch.randn(2, 1, 2, 2, generator=generator)
 
-    def row(place: float, known: bool = True) -> Held:
+    def row(place: float) -> HeldRows:
         state = origin + place * way
         said = (3 * state + 1).expand(2, -1, -1, -1, -1)
-        return Held(torch.full((2,), known), state, said.flatten(3), said)
+        return HeldRows(torch.ones(2, dtype=torch.bool), state, said.flatten(3), said)
 
     for place, reached in ((0.0, 0.0), (0.5, 0.5), (1.7, 1.7), (5.0, 2.0), (-3.0, 0.0)):
-        state = origin + place * way
-        inputs = DraftInputs(None, None, state.repeat(2, 1, 1, 1), None, None)
-        drafted = Replayed._on_the_secant(row(1.0), row(0.0), inputs)
-        torch.testing.assert_close(drafted.output, (3 * (origin + reached * way) + 1).repeat(2, 1, 1, 1))
-        torch.testing.assert_close(drafted.feature.flatten(1), drafted.output.flatten(1))
-    unknown = row(0.0, known=False)
-    alone = Replayed._on_the_secant(row(1.0), unknown._replace(output=unknown.output * torch.nan), inputs)
-    torch.testing.assert_close(alone.output, row(1.0).output.flatten(0, 1))
+        share = Replayed._share(origin + place * way, row(1.0), row(0.0))
+        said = _follow(share, row(0.0).known, row(1.0).outputs, row(0.0).outputs)
+        torch.testing.assert_close(said[0], 3 * (origin + reached * way) + 1)
+        torch.testing.assert_close(said[1], said[0])
+    nothing = torch.full_like(said, torch.nan)
+    assert torch.equal(_follow(share, torch.tensor([False, False]), row(1.0).outputs, nothing), row(1.0).outputs)
 
 
 def test_a_perfect_drafter_stays_perfect():

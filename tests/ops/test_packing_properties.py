@@ -323,7 +323,7 @@ def test_pool_hands_out_every_image_once(slots: int, spare: int, count: int, see
     slots = min(slots, count)
     dice = random.Random(seed)
     labels = torch.tensor([dice.randrange(3) for _ in range(count)])
-    job = make_job("sample", TARGET, labels, Options(schedule=DDPMSchedule(2), seed=seed))
+    job = make_job("sample", TARGET, labels, Options(schedule=DDPMSchedule(2), draft_length=1, seed=seed))
     noise = job.initial_states(torch.arange(count)).flatten(1).tolist()
     pool = ImagePool(job, slots, 2 * slots + spare)
     waiting, finished = list(range(slots, count)), []

@@ -141,14 +141,14 @@ def captured_call(monkeypatch, rows: int, error: Exception, cuda: Cuda):
 @pytest.mark.parametrize("end_fails", [False, True])
 def test_memory_is_given_back_between_captures_never_within(monkeypatch, end_fails):
     cuda = Cuda(end_fails)
-    target, network, (_, (features, output)) = captured_call(
+    target, network, (_, (output, wait)) = captured_call(
         monkeypatch, 3, torch.OutOfMemoryError("CUDA out of memory"), cuda
     )
     # Twelve rows, then six, then three: each size is captured from its beginning.
     empty = "empty, capturing False"
     assert cuda.done == ["abandoned", empty, "abandoned", empty, "captured"]
     assert (network.most_rows, target.calls) == (3, [3] * 4)
-    assert len(features) == len(output) == 12
+    assert len(wait()) == len(output) == 12
 
 
 @pytest.mark.parametrize("end_fails", [False, True])

@@ -123,7 +123,7 @@ def on_meta(speculation: Speculation) -> Speculation:
     slots, job = speculation.slots, speculation.job
     move(slots, list(vars(slots)))
     move(speculation.run_stats, ["deviation", "bias"])
-    move(speculation.rounds.refused, ["known", "_state", "_feature"])
+    move(speculation.rounds.refused, list(vars(speculation.rounds.refused)))
     move(slots.pool, ["samples", "labels", "indices", "queue"])
     move(job, ["labels", "timesteps", "table"])
     move(job.target, ["means", "stds", "tilt", "alphas"])
@@ -143,7 +143,7 @@ def test_a_round_waits_for_nothing(guidance, learned):
                 with pytest.raises(RuntimeError, match="meta"):
                     one.rounds.play_on_device(4, 12)
             else:
-                assert one.rounds.play_on_device(4, 12).report.shape == (3 * len(LABELS) + 1,)
+                assert one.rounds.play_on_device(4, 12).report.shape == (4 * len(LABELS) + 1,)
                 assert one.rounds.play_on_device(1, 7).report.device.type == "meta"
 
 

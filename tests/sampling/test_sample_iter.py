@@ -57,7 +57,7 @@ def test_a_slot_never_waits_and_memory_follows_the_slots():
     images = sample_iter(
         target, labels, max_slots=4, schedule=STEPS, drafter=BiasedDrafter(target), draft_length=3, callback=seen.append
     )
-    assert len(images._speculation.pool.samples) == 12
+    assert len(images._speculation.samples) == 12
     count = sum(1 for _ in images)
     assert count == 400
     busy = [len(info.images) for info in seen if info.images_done <= 396]

@@ -100,7 +100,7 @@ def test_deterministic_chains_approach_the_data():
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_law_is_the_ordinary_samplers(eta):
+def test_law_is_the_ordinary_samplers(eta, uncorrected):
     target = GaussianTarget()
     drafter, schedule = BiasedDrafter(target, eps_bias=0.4 if eta == 1.0 else 0.2), DDIMSchedule(8, eta)
     result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11)

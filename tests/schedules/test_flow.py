@@ -219,7 +219,7 @@ class TestExactness:
             ({"prediction": "score", "first_time": 0.02, "diffusion": "sbdm"}, 1.0),
         ],
     )
-    def test_law_is_the_ordinary_samplers(self, settings, guidance):
+    def test_law_is_the_ordinary_samplers(self, settings, guidance, uncorrected):
         target = GaussianFlow(
             interpolant=settings.get("interpolant", "linear"), prediction=settings.get("prediction", "velocity")
         )

@@ -27,7 +27,7 @@ from free_kernels.sampling import slots as slots_module
 from free_kernels.sampling.ancestral import _Batch
 from free_kernels.sampling.job import Job, make_job
 from free_kernels.sampling.options import Options
-from free_kernels.sampling.round import RoundReport, Rounds
+from free_kernels.sampling.round import Rounds
 from free_kernels.sampling.speculative import Speculation
 from free_kernels.schedules import FlowSDESchedule
 from free_kernels.steering.relaxation import Relaxation
@@ -102,6 +102,7 @@ CASES = {
     "windowed without tables": Case(drafter="windowed", slots=4, guidance=2.0, tables=False),
     "flow": Case(model="digits_sit", slots=4),
     "flow without tables": Case(model="digits_sit", slots=4, guidance=2.0, tables=False),
+    "without reuse": Case(settings={"reuse_refused": False}),
     "a row a slot": Case(rows=1, slots=4),
     "whole": Case(whole=True, slots=4),
     "control: copies": Case(drafter="fixed", tables=False),
@@ -174,8 +175,8 @@ def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
         patch(Job, "draw", "noise")
         patch(Rounds, "_learn", "learning")
         if rounds.refused is not None:
-            patch(rounds.refused, "keep", "refused drafts")
-            patch(rounds.refused, "first_drafts", "refused drafts")
+            for name in ("keep", "begin", "latest", "replaced"):
+                patch(rounds.refused, name, "refused rows")
         yield
 
 
@@ -188,14 +189,11 @@ def play(case: Case) -> dict[str, Any]:
     # As on a GPU, where the coupling draws its numbers itself.
     run.rounds.kernel_noise = None if case.settings.get("backend") == "reference" else run.job.noise
     rows = case.rows * case.slots
-    before = RoundReport([], [0] * case.slots, [0] * case.slots)
     with on_fake_gpu(mode, launches), counted_parts(run, launches):
         return outcome(
             launches,
             lambda: (
-                run.rounds.play([case.rows] * case.slots, before)
-                if case.whole
-                else run.rounds.play_on_device(case.rows, rows)
+                run.rounds.start([case.rows] * case.slots) if case.whole else run.rounds.play_on_device(case.rows, rows)
             ),
         )
 

@@ -1,4 +1,4 @@
-"""A target in closed form whose drafts are as hard as photographs are: the exact denoiser of crops of two photographs.
+"""A target in closed form whose drafts are as hard as photographs are: the exact denoiser of crops of photographs.
 
 Data is ``sum_i N(crop_i, width^2 I) / n``; its noise prediction is a softmax over crops. Nothing has to be trained.
 """
