@@ -83,9 +83,9 @@ from dataclasses import replace
 from free_kernels.ops.aot import DEVICES, compile_configuration, why_unfit
 from free_kernels.ops.attention.triton_launch import aot_configurations
 
-for name in ("sm_80", "gfx942"):
+for name, label in (("sm_80", "T 256 64 x 64"), ("gfx942", "T 256 128 x 64 uncached")):
     every = aot_configurations(DEVICES[name])
-    spilling = next(c for c in every if "bf16 dim 128 T 256 64" in c.label)
+    spilling = next(c for c in every if c.label.endswith(f"bf16 dim 64 {label}"))
     report = compile_configuration(replace(spilling, num_warps=1), DEVICES[name])
     print(name, why_unfit(report))
     fits = report._replace(spilled=0, stack=0, shared=DEVICES[name].shared, registers=DEVICES[name].registers)
