@@ -142,4 +142,5 @@ class Stages:
     def _profile_sampler(self, limit_s: float) -> Stage:
         out = str(self.out / "profile.json")
         command = self.python("profile_sampler", "--device", self.device, "--only-parts", "--out", out)
+        command += ("--quick",) if self.dry else ()
         return Stage("profile_sampler", limit_s, (command,), SAMPLER_PACKAGES)
