@@ -92,6 +92,24 @@ class AotConfiguration:
     divisible: Sequence[str] = ()
 
 
+def configuration(
+    kernel: Any, types: Mapping[str, str], values: Mapping[str, object], aligned: Sequence[str] = (), **rest: Any
+) -> AotConfiguration:
+    """A configuration from what the launch of a kernel knows.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        types: of arguments that are neither constants nor ``"i32"``.
+        values: of constants; those that the kernel does not have are left out.
+        aligned: multiples of 16 besides the pointers, whose names begin with ``p_``.
+        rest: the other fields of an :class:`AotConfiguration`.
+    """
+    constants = {name: value for name, value in values.items() if name in kernel.arg_names}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    divisible = [name for name in signature if name.startswith("p_") or name in aligned]
+    return AotConfiguration(kernel=kernel, signature=signature, constants=constants, divisible=divisible, **rest)
+
+
 class AotReport(NamedTuple):
     """What the assembler says about one configuration on one device; sizes in bytes.
 

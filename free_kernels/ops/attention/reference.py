@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from free_kernels.ops.attention.arguments import AttentionArguments
+
 
 def valid_slots(cache_length: Tensor, cache_position: Tensor, capacity: int, window: int | None = None) -> Tensor:
     """bool ``[R, C]``: which of a ring's ``C`` slots hold one of the latest ``window - 1`` valid steps.
@@ -34,18 +36,9 @@ def _visible(valid: Tensor, tokens: int) -> Tensor:
     return visible.flatten(1)[:, None, None]
 
 
-def feature_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_k: Tensor | None = None,
-    cache_v: Tensor | None = None,
-    cache_length: Tensor | None = None,
-    cache_position: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+def feature_attention(arguments: AttentionArguments) -> Tensor:
     """Contract of :func:`free_kernels.ops.attention.feature_attention`; differentiable, float64 too."""
+    q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window = arguments
     mask = None
     if cache_k is not None and window != 1:
         valid = valid_slots(cache_length, cache_position, cache_k.shape[1], window)
@@ -56,16 +49,7 @@ def feature_attention(
 
 
 def feature_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_k: Tensor | None,
-    cache_v: Tensor | None,
-    cache_length: Tensor | None,
-    cache_position: Tensor | None,
-    scale: float | None,
-    window: int | None,
+    grad: Tensor, arguments: AttentionArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of :func:`feature_attention` by its closed form, for kernels that have no backward.
 
@@ -73,11 +57,13 @@ def feature_attention_backward(
     ``dk = scale dS^T q``. Holds P whole, ``[R, H, T, (1 + C) T]``; float32 at least.
 
     Args:
-        grad: ``[R, T, H, Dh]``, gradient of the output; the rest as in :func:`feature_attention`.
+        grad: ``[R, T, H, Dh]``, gradient of the output.
+        arguments: as in :func:`feature_attention`.
 
     Returns:
         Gradients of q, k, v, cache_k and cache_v (None without a cache; zero in slots out of use).
     """
+    q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window = arguments
     wide = torch.promote_types(q.dtype, torch.float32)
     tokens, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     cached = cache_k is not None and window != 1

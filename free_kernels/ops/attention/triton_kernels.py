@@ -38,27 +38,10 @@ def _load(p_rows, o_d, mask, HEAD_DIM: tl.constexpr, FULL: tl.constexpr, MASKED:
 
 @triton.jit
 def _attend(
-    b_acc,
-    b_rest,
-    b_max,
-    b_sum,
-    b_q,
-    b_q_rest,
-    p_k,
-    p_v,
-    stride_k,
-    stride_v,
-    first,
-    ring,
-    num_keys,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    EVEN: tl.constexpr,
-    WRAP: tl.constexpr,
-):
+    b_acc, b_rest, b_max, b_sum, b_q, b_q_rest, p_k, p_v, stride_k, stride_v, first, ring, num_keys, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    EVEN: tl.constexpr, WRAP: tl.constexpr,
+):  # fmt: skip
     """Fold ``num_keys`` keys, from row ``first`` of a ring of ``ring`` rows on, into the online softmax.
 
     A head is split into BLOCK_D + BLOCK_E columns, powers of two: 72 as 64 + 16 multiplies 80 columns instead of the
@@ -112,37 +95,12 @@ _PLAIN = ["tokens", "heads", "capacity", "window", "stride_q_token", "stride_k_t
 
 @triton.jit(do_not_specialize=_PLAIN)
 def feature_attention_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_cache_k,
-    p_cache_v,
-    p_length,
-    p_position,
-    p_out,
-    stride_q_row,
-    stride_q_token,
-    stride_q_head,
-    stride_k_row,
-    stride_k_token,
-    stride_k_head,
-    stride_v_row,
-    stride_v_token,
-    stride_v_head,
-    tokens,
-    heads,
-    capacity,
-    window,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    EVEN: tl.constexpr,
-    CACHED: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    p_q, p_k, p_v, p_cache_k, p_cache_v, p_length, p_position, p_out,
+    stride_q_row, stride_q_token, stride_q_head, stride_k_row, stride_k_token, stride_k_head,
+    stride_v_row, stride_v_token, stride_v_head, tokens, heads, capacity, window, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    EVEN: tl.constexpr, CACHED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """``softmax(scale q k^T) v`` in base 2 (``scale`` holds log2 e) for one block of queries of one head.
 
     ALIGN: elements that every stride is a multiple of; head strides such as 72 are known to allow 16-byte accesses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -11,9 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
-from free_kernels.ops.aot import POINTERS, AotConfiguration, Device
+from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configuration
+from free_kernels.ops.attention.arguments import AttentionArguments
 from free_kernels.ops.attention.triton_kernels import feature_attention_kernel
-from free_kernels.ops.triton_device import limits
+from free_kernels.ops.triton_device import current, limits
 
 INTERPRETED = not isinstance(feature_attention_kernel, triton.runtime.JITFunction)
 
@@ -108,22 +108,13 @@ def _constants(c: Configuration, head_dim: int, tokens: int, cached: bool) -> di
     }
 
 
-def feature_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_k: Tensor | None,
-    cache_v: Tensor | None,
-    cache_length: Tensor | None,
-    cache_position: Tensor | None,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
+def feature_attention(arguments: AttentionArguments) -> Tensor:
     """Contract of :func:`free_kernels.ops.attention.feature_attention`; arguments have been checked."""
+    q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window = arguments
     if INTERPRETED and q.dtype == torch.bfloat16:
         # The interpreter's bfloat16 arithmetic is wrong.
-        wide = (None if x is None else x.float() for x in (q, k, v, cache_k, cache_v))
-        return feature_attention(*wide, cache_length, cache_position, scale, window).to(q.dtype)
+        wide = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments)
+        return feature_attention(AttentionArguments(*wide)).to(q.dtype)
     rows, tokens, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scale = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
@@ -131,7 +122,7 @@ def feature_attention(
     capacity = cache_k.shape[1] if cached else 1
     c = configure(q.dtype, head_dim, tokens, rows * heads, *limits(q.device))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with current(q):
         feature_attention_kernel[(rows * heads * triton.cdiv(tokens, c.block_m),)](
             q,
             k,
@@ -176,23 +167,21 @@ def _aot(
 ) -> AotConfiguration:
     """What the launch of a fused qkv of 16 heads compiles."""
     c = configure(dtype, head_dim, tokens, row_heads, 132, device.shared)
-    constants = _constants(c, head_dim, tokens, cached) | {"ALIGN": 16 // dtype.itemsize}
-    names = [name for name in feature_attention_kernel.arg_names if name not in constants]
-    signature = {name: POINTERS[dtype] if name.startswith("p_") else "i32" for name in names} | {"scale": "fp32"}
+    values = _constants(c, head_dim, tokens, cached) | {"ALIGN": 16 // dtype.itemsize}
+    pointers = [name for name in feature_attention_kernel.arg_names if name.startswith("p_")]
+    types = dict.fromkeys(pointers, POINTERS[dtype]) | {"scale": "fp32"}
     if cached:
-        signature |= {name: POINTERS[torch.int64] for name in ("p_length", "p_position")}
-    divisible = [name for name in names if name.startswith("p_") or name.endswith("_row")]
+        types |= dict.fromkeys(("p_length", "p_position"), POINTERS[torch.int64])
     group = f"feature_attention {POINTERS[dtype][1:]} dim {head_dim}"
-    label = f"{group} T {tokens} {c.block_m} x {c.block_n}"
-    return AotConfiguration(
-        label if cached else f"{label} uncached",
-        group,
+    return configuration(
         feature_attention_kernel,
-        signature,
+        types,
+        values,
+        ["stride_q_row", "stride_k_row", "stride_v_row"],
+        label=f"{group} T {tokens} {c.block_m} x {c.block_n}{'' if cached else ' uncached'}",
+        group=group,
         # Masks need registers of their own.
-        2 * c.block_m * (c.block_d + c.block_e) * dtype.itemsize + (not constants["EVEN"]),
-        constants,
-        c.num_warps,
-        c.num_stages,
-        divisible,
+        size=2 * c.block_m * (c.block_d + c.block_e) * dtype.itemsize + (not values["EVEN"]),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
     )

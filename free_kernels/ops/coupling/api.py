@@ -4,51 +4,15 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from free_kernels.ops.coupling import dispatch, reference
-from free_kernels.ops.coupling.reference import Coupling
+from free_kernels.ops.coupling import reference
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
+from free_kernels.ops.coupling.dispatch import BACKENDS, decide
 from free_kernels.ops.random.api import signed_seed
-from free_kernels.validation import check_choice, check_int, fail
+from free_kernels.validation import fail
 
-BACKENDS = ("auto", "reference", "triton")
-NUM_COLUMNS = 8
-_OPTIONAL = ("slack_noise", "relaxation", "rounds")
-_INTEGERS = ("images", "steps", "rounds", "row_offsets")
-
-
-def check_round(op: str, draft_states: Tensor, output: Tensor, guidance_scale: float, **others: Tensor | None) -> None:
-    """Shapes, integer dtypes and devices of everything beside ``draft_states [S, L, C, H, W]``."""
-    slots, length, channels, height, width = draft_states.shape
-    shapes = {name: [slots, length] for name in ("uniform", "steps", "relaxation")}
-    shapes |= {name: [slots, length, channels, height, width] for name in ("noise", "slack_noise")}
-    shapes |= {name: [slots, length - 1, channels, height, width] for name in ("draft_mean", "draft_std")}
-    shapes |= {
-        "images": [slots],
-        "rounds": [slots],
-        "row_offsets": [slots + 1],
-        "columns": [slots, length, NUM_COLUMNS],
-    }
-    for name, tensor in others.items():
-        if tensor is None and name in _OPTIONAL:
-            continue
-        kind = "int64" if name in _INTEGERS else "float32"
-        if not isinstance(tensor, Tensor):
-            fail(op, name, f"{kind} {shapes[name]}", tensor, TypeError)
-        if name in _INTEGERS and tensor.dtype != torch.int64:
-            fail(op, name, f"int64 {shapes[name]}", tensor, TypeError)
-        if list(tensor.shape) != shapes[name]:
-            fail(op, name, f"{kind} {shapes[name]}", tensor)
-        if tensor.device != draft_states.device:
-            fail(op, name, f"on {draft_states.device} like draft_states", f"a tensor on {tensor.device}")
-    rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if guidance_scale == 1.0 else 2) == 0
-    if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
-        fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
-    learned = output.shape[1] == 2 * channels
-    if "slack_noise" in others and (others["slack_noise"] is not None) != learned and (length > 1 or not learned):
-        given = "none" if learned else others["slack_noise"]
-        fail(op, "slack_noise", "given exactly where output has 2 C channels, so that variances are learned", given)
+__all__ = ["BACKENDS", "Coupling", "couple", "couple_philox", "gaussian_transition"]
 
 
 def gaussian_transition(
@@ -152,25 +116,10 @@ def couple(
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    check_choice("couple", "backend", backend, BACKENDS)
-    check_round(
-        "couple",
-        draft_states,
-        output,
-        guidance_scale,
-        draft_mean=draft_mean,
-        draft_std=draft_std,
-        noise=noise,
-        slack_noise=slack_noise,
-        uniform=uniform,
-        row_offsets=row_offsets,
-        columns=columns,
-        relaxation=relaxation,
-    )
-    run = dispatch.implementation("couple", draft_states.device, backend)
-    drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, guidance_scale, guided, clip))
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, relaxation, *settings)
+    return decide("couple", CouplingArguments(*given), backend)
 
 
 def couple_philox(
@@ -224,23 +173,8 @@ def couple_philox(
         ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    check_choice("couple_philox", "backend", backend, BACKENDS)
-    check_int("couple_philox", "seed", seed, 0, 2**64 - 1)
-    check_round(
-        "couple_philox",
-        draft_states,
-        output,
-        guidance_scale,
-        draft_mean=draft_mean,
-        draft_std=draft_std,
-        images=images,
-        steps=steps,
-        row_offsets=row_offsets,
-        columns=columns,
-        relaxation=relaxation,
-        rounds=rounds,
-    )
-    run = dispatch.implementation("couple_philox", draft_states.device, backend)
-    drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, rounds, guidance_scale, guided, clip))
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    keys = (signed_seed("couple_philox", seed), images, steps)
+    given = (*drafts, *keys, output, row_offsets, columns, relaxation, rounds, *settings)
+    return decide("couple_philox", KeyedCouplingArguments(*given), backend)

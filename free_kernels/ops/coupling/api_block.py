@@ -6,11 +6,10 @@ import math
 
 from torch import Tensor
 
-from free_kernels.ops.coupling import dispatch
-from free_kernels.ops.coupling.api import BACKENDS, check_round
-from free_kernels.ops.coupling.reference import Coupling
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
+from free_kernels.ops.coupling.dispatch import decide
 from free_kernels.ops.random.api import signed_seed
-from free_kernels.validation import check_choice, check_int, fail
+from free_kernels.validation import fail
 
 
 def couple_block(
@@ -64,24 +63,10 @@ def couple_block(
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    check_choice("couple_block", "backend", backend, BACKENDS)
-    check_round(
-        "couple_block",
-        draft_states,
-        output,
-        guidance_scale,
-        draft_mean=draft_mean,
-        draft_std=draft_std,
-        noise=noise,
-        slack_noise=slack_noise,
-        uniform=uniform,
-        row_offsets=row_offsets,
-        columns=columns,
-    )
-    run = dispatch.implementation("couple_block", draft_states.device, backend)
-    drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return Coupling(*run(*drawn, output, row_offsets, columns, guidance_scale, guided, clip))
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, None, *settings)
+    return decide("couple_block", CouplingArguments(*given), backend)
 
 
 def couple_block_philox(
@@ -130,24 +115,10 @@ def couple_block_philox(
         ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    check_choice("couple_block_philox", "backend", backend, BACKENDS)
-    check_int("couple_block_philox", "seed", seed, 0, 2**64 - 1)
     if rounds is None:
         fail("couple_block_philox", "rounds", "int64 [S], since noise must be fresh in each round", rounds, TypeError)
-    check_round(
-        "couple_block_philox",
-        draft_states,
-        output,
-        guidance_scale,
-        draft_mean=draft_mean,
-        draft_std=draft_std,
-        images=images,
-        steps=steps,
-        row_offsets=row_offsets,
-        columns=columns,
-        rounds=rounds,
-    )
-    run = dispatch.implementation("couple_block_philox", draft_states.device, backend)
-    drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
     guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return Coupling(*run(*drawn, output, row_offsets, columns, rounds, guidance_scale, guided, clip))
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    keys = (signed_seed("couple_block_philox", seed), images, steps)
+    given = (*drafts, *keys, output, row_offsets, columns, None, rounds, *settings)
+    return decide("couple_block_philox", KeyedCouplingArguments(*given), backend)

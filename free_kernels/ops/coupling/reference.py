@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Positions of the columns of a transition table (free_kernels.constants.TransitionColumn), repeated as plain ints
-# because the implementations depend on nothing above them.
-MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE = 0, 1, 2, 3
-X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = 4, 5, 6, 7
+from free_kernels.constants import TransitionColumn
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments
 
-
+# The columns of a transition table as plain ints: torch.compile cannot index by an enumeration.
+MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE, *_OF_CLEAN_SAMPLE = map(int, TransitionColumn)
+X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = _OF_CLEAN_SAMPLE
 # A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
 MAX_GAP_SQ = 1e30
 # Across the gap of the means half of the draft's variance is compared and half is shared with the target, which costs
@@ -21,23 +21,6 @@ MAX_GAP_SQ = 1e30
 # A draft is refused outright where the target's variance leaves less than LEAST_LEFT of the draft's to share, and means
 # closer than SMALLEST_MEAN_GAP_SQ give no direction.
 ACROSS, LEAST_LEFT, LEAST_SHARED, SMALLEST_MEAN_GAP_SQ = 0.5, 1 / 64, 1 / 1024, 1e-24
-
-
-class Coupling(NamedTuple):
-    """Outcome of one round for S slots with at most L rows each.
-
-    Figures of rows behind a slot's first refusal are not to be used: whatever they steer would break exactness.
-
-    Attributes:
-        next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
-        committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
-        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack). Not finite where a
-            draft was far off.
-    """
-
-    next_states: Tensor
-    committed: Tensor
-    gap_sq: Tensor
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:
@@ -81,26 +64,17 @@ def unpack_rows(rows: Tensor, row_offsets: Tensor, branches: int, slots: int, le
     return rows.unflatten(0, (branches, total)).index_select(1, index).flatten(0, 1)
 
 
-def target_rows(
-    draft_states: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-) -> tuple[Tensor, Tensor]:
+def target_rows(arguments: CouplingArguments) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``[S, L, D]`` that the target gives the step after each row, D = C H W."""
-    slots, length = draft_states.shape[:2]
-    output = unpack_rows(output, row_offsets, 1 if guidance_scale == 1.0 else 2, slots, length)
+    slots, length = arguments.draft_states.shape[:2]
+    branches = 1 if arguments.guidance_scale == 1.0 else 2
     mean, std = gaussian_transition(
-        draft_states.flatten(0, 1),
-        output,
-        columns.flatten(0, 1),
-        guidance_scale=guidance_scale,
-        guidance_channels=guidance_channels,
-        clip=clip,
+        arguments.draft_states.flatten(0, 1),
+        unpack_rows(arguments.output, arguments.row_offsets, branches, slots, length),
+        arguments.columns.flatten(0, 1),
+        guidance_scale=arguments.guidance_scale,
+        guidance_channels=arguments.guidance_channels,
+        clip=arguments.clip,
     )
     return mean.view(slots, length, -1), std.reshape(slots, length, -1)
 
@@ -123,20 +97,22 @@ class Compared(NamedTuple):
     infeasible: Tensor
 
 
-def compare(
-    mean_q: Tensor, std_q: Tensor, draft_mean: Tensor, draft_std: Tensor, noise: Tensor, slack_noise: Tensor | None
-) -> Compared:
-    """Compare drafts with the target's transitions ``mean_q, std_q [S, L, D]``; without slack variances are equal."""
-    drafts = draft_mean.shape[1]
-    mean_q, mean_p, std_p = mean_q[:, :drafts], draft_mean.flatten(2), draft_std.flatten(2)
-    lead, z = mean_q - mean_p, noise.flatten(2)[:, :drafts]
+def compare(mean_q: Tensor, std_q: Tensor, arguments: CouplingArguments) -> Compared:
+    """Compare drafts with the target's transitions ``mean_q, std_q [S, L, D]``.
+
+    Without slack noise the deviations are taken to be equal.
+    """
+    mean_p, std_p = arguments.draft_mean.flatten(2), arguments.draft_std.flatten(2)
+    drafts = mean_p.shape[1]
+    mean_q = mean_q[:, :drafts]
+    lead, z = mean_q - mean_p, arguments.noise.flatten(2)[:, :drafts]
     gap = lead / std_p
-    if slack_noise is None:
+    if arguments.slack_noise is None:
         gap_sq = gap.square().sum(-1)
         start = torch.addcmul(mean_q, std_p, z)
         return Compared(start, lead, gap_sq, (z * gap).sum(-1), ~(gap_sq < MAX_GAP_SQ))
     ratio = (std_q[:, :drafts] / std_p).square_()
-    start, lead, *rest = compare_variances(gap, ratio, z, slack_noise.flatten(2)[:, :drafts])
+    start, lead, *rest = compare_variances(gap, ratio, z, arguments.slack_noise.flatten(2)[:, :drafts])
     return Compared(torch.addcmul(mean_q, std_p, start), std_p * lead, *rest)
 
 
@@ -202,47 +178,23 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
     return Compared(z + shift, lead, gap_sq.squeeze(-1), along.squeeze(-1), infeasible)
 
 
-def couple(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    noise: Tensor,
-    slack_noise: Tensor | None,
-    uniform: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    relaxation: Tensor | None,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-) -> Coupling:
+def couple(arguments: CouplingArguments) -> Coupling:
     """Decide and commit one round; see ``free_kernels.ops.couple``."""
-    slots, length = draft_states.shape[:2]
-    latent = draft_states.shape[2:]
-    lengths = row_offsets.diff()
-    mean_q, std_q = target_rows(
-        draft_states,
-        output,
-        row_offsets,
-        columns,
-        guidance_scale=guidance_scale,
-        guidance_channels=guidance_channels,
-        clip=clip,
-    )
-    direct = torch.addcmul(mean_q, std_q, noise.flatten(2))
+    slots, length, *latent = arguments.draft_states.shape
+    lengths = arguments.row_offsets.diff()
+    mean_q, std_q = target_rows(arguments)
+    direct = torch.addcmul(mean_q, std_q, arguments.noise.flatten(2))
     if length == 1:
         return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), direct.new_zeros(slots, 0))
 
     drafts, last = length - 1, lengths - 1
-    start, lead, gap_sq, along, infeasible = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
-    if relaxation is None:
+    start, lead, gap_sq, along, infeasible = compare(mean_q, std_q, arguments)
+    if arguments.relaxation is None:
         score = along - gap_sq / 2
     else:
-        keep = 1 - relaxation[:, :drafts]
+        keep = 1 - arguments.relaxation[:, :drafts]
         score = keep * along - keep.square() * gap_sq / 2
-    accepted = uniform[:, :drafts].log() <= score
+    accepted = arguments.uniform[:, :drafts].log() <= score
     accepted &= ~infeasible
     # The first row that stops: a refused draft, or the last row. `cumprod` counts the accepted drafts before it.
     accepted &= torch.arange(drafts, device=direct.device) < last[:, None]

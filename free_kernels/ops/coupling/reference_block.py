@@ -31,7 +31,8 @@ import math
 import torch
 from torch import Tensor
 
-from free_kernels.ops.coupling.reference import Coupling, compare, couple, target_rows
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments
+from free_kernels.ops.coupling.reference import compare, couple, target_rows
 
 # Where the logarithm of P counts as that of zero, and the smallest gap: both keep float64 arithmetic finite.
 LOWEST_LOG_WEIGHT, SMALLEST_GAP = -1e4, 1e-30
@@ -114,31 +115,16 @@ def decide(gap_sq: Tensor, along: Tensor, uniform: Tensor, tested: Tensor) -> tu
     return tau, ~direct[rows, tau], (drawn - along[rows, draft_row] / at_delta) / at_delta
 
 
-def couple_block(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    noise: Tensor,
-    slack_noise: Tensor | None,
-    uniform: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-) -> Coupling:
+def couple_block(arguments: CouplingArguments) -> Coupling:
     """Decide and commit one round; see ``free_kernels.ops.couple_block``."""
-    settings = {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
-    slots, length = draft_states.shape[:2]
+    slots, length, *latent = arguments.draft_states.shape
     if length == 1:
-        inputs = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform, output, row_offsets, columns)
-        return couple(*inputs, None, **settings)
-    mean_q, std_q = target_rows(draft_states, output, row_offsets, columns, **settings)
-    drafted = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
+        return couple(arguments)
+    mean_q, std_q = target_rows(arguments)
+    drafted = compare(mean_q, std_q, arguments)
+    noise, uniform = arguments.noise, arguments.uniform
 
-    lengths, drafts = row_offsets.diff(), length - 1
+    lengths, drafts = arguments.row_offsets.diff(), length - 1
     position = torch.arange(length, device=noise.device)
     tested = ~drafted.infeasible & (position[:drafts] < lengths[:, None] - 1)
     tau, replaced, ahead = decide(drafted.gap_sq, drafted.along, uniform, tested)
@@ -147,5 +133,5 @@ def couple_block(
     start, lead = drafted.start[rows, draft_row], drafted.lead[rows, draft_row]
     residual = torch.addcmul(start, ahead.float()[:, None], lead)
     fresh = torch.addcmul(mean_q[rows, tau], std_q[rows, tau], noise.flatten(2)[rows, tau])
-    next_states = torch.where(replaced[:, None], residual, fresh).view(slots, *draft_states.shape[2:])
+    next_states = torch.where(replaced[:, None], residual, fresh).view(slots, *latent)
     return Coupling(next_states, (tau + 1) * (lengths > 0), drafted.gap_sq)

@@ -37,11 +37,11 @@ _UNSPECIALIZED = ["slots", "length", "output_rows", "seed_low", "seed_high"] + [
 
 
 @triton.jit
-def _joined(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
-    """``[BLOCK, 8]``, columns in the arguments' order: each join adds the last, fastest axis."""
-    b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
-    b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
-    return tl.reshape(tl.join(b_even, b_odd), [b_0.shape[0], 8])
+def _joined(b_first, b_second, b_third, b_fourth, b_fifth, b_sixth, b_seventh, b_eighth):
+    """``[BLOCK, 8]`` with one argument a column, in their order: each join adds a last axis, which is the fastest."""
+    b_even = tl.join(tl.join(b_first, b_fifth), tl.join(b_third, b_seventh))
+    b_odd = tl.join(tl.join(b_second, b_sixth), tl.join(b_fourth, b_eighth))
+    return tl.reshape(tl.join(b_even, b_odd), [b_first.shape[0], 8])
 
 
 @triton.jit
@@ -57,37 +57,12 @@ def _totals(b_figures):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def coupling_rows_kernel(
-    p_states,
-    p_draft_mean,
-    p_draft_std,
-    p_noise,
-    p_slack_noise,
-    p_images,
-    p_steps,
-    p_rounds,
-    p_output,
-    p_row_offsets,
-    p_columns,
-    p_partials,
-    seed_low,
-    seed_high,
-    slots,
-    length,
-    numel,
-    guided_numel,
-    output_rows,
-    output_stride,
-    guidance_scale,
-    clip,
-    LEARNED: tl.constexpr,
-    GUIDED: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    PHILOX: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-):
+    p_states, p_draft_mean, p_draft_std, p_noise, p_slack_noise, p_images, p_steps, p_rounds, p_output, p_row_offsets,
+    p_columns, p_partials, seed_low, seed_high, slots, length, numel, guided_numel, output_rows, output_stride,
+    guidance_scale, clip,
+    LEARNED: tl.constexpr, GUIDED: tl.constexpr, CLIPPED: tl.constexpr, PHILOX: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, NUM_SPLITS: tl.constexpr,
+):  # fmt: skip
     """Partial figures of one drafted row over ``CHUNKS * BLOCK`` of its elements."""
     i_split = tl.program_id(0) % NUM_SPLITS
     i_row = tl.program_id(0) // NUM_SPLITS
@@ -134,19 +109,8 @@ def coupling_rows_kernel(
         b_mean_p = tl.load(p_draft_mean + draft_row * numel + o, mask=mask, other=0.0)
         b_std_p = tl.load(p_draft_std + draft_row * numel + o, mask=mask, other=1.0)
         b_z = noise_block(p_noise, row_start, key, o, mask, i_first, PURPOSE_STEP, BLOCK, PHILOX)
-        b_mean_q = target_mean(
-            p_states + row_start,
-            p_output_row,
-            unconditional,
-            p_columns_row,
-            o,
-            mask,
-            guided_numel,
-            guidance_scale,
-            clip,
-            GUIDED,
-            CLIPPED,
-        )
+        given = (p_states + row_start, p_output_row, unconditional, p_columns_row)
+        b_mean_q = target_mean(given, o, mask, guided_numel, guidance_scale, clip, GUIDED, CLIPPED)
         if LEARNED:
             b_z_slack = noise_block(p_slack_noise, row_start, key, o, mask, i_first, PURPOSE_SLACK, BLOCK, PHILOX)
             b_std_q = target_std(p_output_row, p_columns_row, o, mask, numel, LEARNED)
@@ -190,8 +154,12 @@ def coupling_rows_kernel(
 
 
 @triton.jit
-def _sum(p_partials, plane, i_figure, o_rows, valid, NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr):
-    """``[rows]`` sums of one figure's partials; 0 where a row is not valid."""
+def _sum(partials, i_figure, NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr):
+    """``[rows]`` sums of one figure's partials; 0 where a row is not valid.
+
+    ``partials``: pointer to all partials, number of one figure's, the rows' numbers, which of them are valid.
+    """
+    p_partials, plane, o_rows, valid = partials
     o_splits = tl.arange(0, PADDED_SPLITS)
     mask = valid[:, None] & (o_splits < NUM_SPLITS)[None, :]
     p_figure = p_partials + plane * i_figure
@@ -201,50 +169,15 @@ def _sum(p_partials, plane, i_figure, o_rows, valid, NUM_SPLITS: tl.constexpr, P
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def coupling_commit_kernel(
-    p_states,
-    p_draft_mean,
-    p_draft_std,
-    p_noise,
-    p_slack_noise,
-    p_images,
-    p_steps,
-    p_rounds,
-    p_output,
-    p_row_offsets,
-    p_columns,
-    p_partials,
-    seed_low,
-    seed_high,
-    slots,
-    length,
-    numel,
-    guided_numel,
-    output_rows,
-    output_stride,
-    guidance_scale,
-    clip,
-    p_uniform,
-    p_relaxation,
-    p_next_states,
-    p_committed,
-    p_gap_sq,
-    relaxation_stride_s,
-    relaxation_stride_l,
-    uniform_stride_s,
-    uniform_stride_l,
-    LEARNED: tl.constexpr,
-    GUIDED: tl.constexpr,
-    CLIPPED: tl.constexpr,
-    RELAXED: tl.constexpr,
-    JOINT: tl.constexpr,
-    PHILOX: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    PADDED_SPLITS: tl.constexpr,
-    PADDED_LENGTH: tl.constexpr,
-):
+    p_states, p_draft_mean, p_draft_std, p_noise, p_slack_noise, p_images, p_steps, p_rounds, p_output, p_row_offsets,
+    p_columns, p_partials, seed_low, seed_high, slots, length, numel, guided_numel, output_rows, output_stride,
+    guidance_scale, clip,
+    p_uniform, p_relaxation, p_next_states, p_committed, p_gap_sq,
+    relaxation_stride_s, relaxation_stride_l, uniform_stride_s, uniform_stride_l,
+    LEARNED: tl.constexpr, GUIDED: tl.constexpr, CLIPPED: tl.constexpr, RELAXED: tl.constexpr, JOINT: tl.constexpr,
+    PHILOX: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr, PADDED_LENGTH: tl.constexpr,
+):  # fmt: skip
     """Decision of one slot, which each of its programs comes to by itself, and ``BLOCK`` elements of its new state.
 
     ``JOINT``: drafts are decided together and not one by one.
@@ -260,30 +193,30 @@ def coupling_commit_kernel(
     # The second bound keeps reads inside the tensors whatever the offsets say.
     drafted = (o_l < count - 1) & (o_l < drafts)
     draft_rows = wide_slot * drafts + o_l
-    plane = slots.to(tl.int64) * drafts * NUM_SPLITS
-    b_0 = _sum(p_partials, plane, 0, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
-    b_1 = _sum(p_partials, plane, 1, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
+    partials = (p_partials, slots.to(tl.int64) * drafts * NUM_SPLITS, draft_rows, drafted)
+    b_mean_sq = _sum(partials, 0, NUM_SPLITS, PADDED_SPLITS)
+    b_along_z = _sum(partials, 1, NUM_SPLITS, PADDED_SPLITS)
     if LEARNED:
         b_gap_sq, b_along, b_weight_gap, b_weight_error = compare_rows(
-            b_0,
-            b_1,
-            _sum(p_partials, plane, 2, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 3, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 4, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 5, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 6, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 7, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 8, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 9, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 10, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 11, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
-            _sum(p_partials, plane, 12, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS),
+            b_mean_sq,
+            b_along_z,
+            along_slack=_sum(partials, 2, NUM_SPLITS, PADDED_SPLITS),
+            over_left=_sum(partials, 3, NUM_SPLITS, PADDED_SPLITS),
+            over_root=_sum(partials, 4, NUM_SPLITS, PADDED_SPLITS),
+            shared_root=_sum(partials, 5, NUM_SPLITS, PADDED_SPLITS),
+            e_shared_sq=_sum(partials, 6, NUM_SPLITS, PADDED_SPLITS),
+            e_sq_shared=_sum(partials, 7, NUM_SPLITS, PADDED_SPLITS),
+            e_sq=_sum(partials, 8, NUM_SPLITS, PADDED_SPLITS),
+            e_m_shared=_sum(partials, 9, NUM_SPLITS, PADDED_SPLITS),
+            e_m_sq=_sum(partials, 10, NUM_SPLITS, PADDED_SPLITS),
+            e_shared_z=_sum(partials, 11, NUM_SPLITS, PADDED_SPLITS),
+            e_z=_sum(partials, 12, NUM_SPLITS, PADDED_SPLITS),
         )
-        b_error_sq = _sum(p_partials, plane, ERROR_SQ, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
-        b_narrow = _sum(p_partials, plane, NARROW, draft_rows, drafted, NUM_SPLITS, PADDED_SPLITS)
-        feasible = (b_narrow == 0.0) & ((1.0 + b_0) * (1.0 + b_error_sq) < MAX_GAP_SQ)
+        b_error_sq = _sum(partials, ERROR_SQ, NUM_SPLITS, PADDED_SPLITS)
+        b_narrow = _sum(partials, NARROW, NUM_SPLITS, PADDED_SPLITS)
+        feasible = (b_narrow == 0.0) & ((1.0 + b_mean_sq) * (1.0 + b_error_sq) < MAX_GAP_SQ)
     else:
-        b_gap_sq, b_along = b_0, b_1
+        b_gap_sq, b_along = b_mean_sq, b_along_z
         feasible = b_gap_sq < MAX_GAP_SQ
 
     image, draw_round = 0, 0
@@ -335,19 +268,8 @@ def coupling_commit_kernel(
         step = tl.load(p_steps + state_row)
     key = (seed_low, seed_high, image, step, draw_round)
     b_z = noise_block(p_noise, row_start, key, o, mask, i_first, PURPOSE_STEP, BLOCK, PHILOX)
-    b_mean_q = target_mean(
-        p_states + row_start,
-        p_output_row,
-        output_rows.to(tl.int64) * output_stride,
-        p_columns_row,
-        o,
-        mask,
-        guided_numel,
-        guidance_scale,
-        clip,
-        GUIDED,
-        CLIPPED,
-    )
+    given = (p_states + row_start, p_output_row, output_rows.to(tl.int64) * output_stride, p_columns_row)
+    b_mean_q = target_mean(given, o, mask, guided_numel, guidance_scale, clip, GUIDED, CLIPPED)
     b_std_q = target_std(p_output_row, p_columns_row, o, mask, numel, LEARNED)
     b_next = b_mean_q + b_std_q * b_z
     if replaced:

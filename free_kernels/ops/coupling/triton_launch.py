@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from typing import NamedTuple
@@ -11,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from free_kernels.ops.aot import POINTERS, AotConfiguration, Device
+from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configuration
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.coupling.triton_kernels import (
     FIXED_FIGURES,
     LEARNED_FIGURES,
@@ -19,7 +19,7 @@ from free_kernels.ops.coupling.triton_kernels import (
     coupling_rows_kernel,
 )
 from free_kernels.ops.random.triton_philox import seed_words
-from free_kernels.ops.triton_device import warp_size
+from free_kernels.ops.triton_device import current, warp_size
 
 # Enough programs to give every multiprocessor of a large GPU two.
 _WANTED_PROGRAMS = 264
@@ -71,160 +71,69 @@ def warps_for(block: int, warp: int) -> int:
     return max(1, block // (4 * warp))
 
 
-class _Noise(NamedTuple):
-    """Where random numbers come from: three tensors, or keys."""
+def couple(arguments: CouplingArguments | KeyedCouplingArguments) -> Coupling:
+    """Contract of :func:`free_kernels.ops.couple` or ``couple_philox``; arguments have been checked.
 
-    noise: Tensor | None = None
-    slack_noise: Tensor | None = None
-    uniform: Tensor | None = None
-    images: Tensor | None = None
-    steps: Tensor | None = None
-    rounds: Tensor | None = None
-    seed: int = 0
-
-
-def couple(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    noise: Tensor,
-    slack_noise: Tensor | None,
-    uniform: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    relaxation: Tensor | None,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-    joint: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract of :func:`free_kernels.ops.couple`, or of ``couple_block`` if ``joint``, then without ``relaxation``.
-
-    Arguments have been checked.
-
-    Returns:
-        ``(next_states, committed, gap_sq)``: the fields of a ``Coupling``. The gap of a row without a draft is 0,
-        and so is the state of an idle slot.
+    The gap of a row without a draft is 0, and so is the state of an idle slot.
     """
-    drawn = _Noise(
-        noise=noise.contiguous(),
-        slack_noise=None if slack_noise is None else slack_noise.contiguous(),
-        uniform=uniform,
-    )
-    rest = (output, row_offsets, columns, relaxation)
-    return _launch((draft_states, draft_mean, draft_std), drawn, rest, joint, guidance_scale, guidance_channels, clip)
+    return _launch(arguments, False)
 
 
-def couple_philox(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    seed: int,
-    images: Tensor,
-    steps: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    relaxation: Tensor | None,
-    rounds: Tensor | None = None,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-    joint: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`couple` with noise, slack noise and uniforms made where they are used, never in memory.
-
-    Contract of :func:`free_kernels.ops.couple_philox`, or of ``couple_block_philox`` if ``joint``; arguments have been
-    checked, and ``seed`` may also be the int64 of the same bits.
-
-    Returns:
-        As :func:`couple`.
-    """
-    drawn = _Noise(
-        images=images.contiguous(),
-        steps=steps.contiguous(),
-        rounds=None if rounds is None else rounds.contiguous(),
-        seed=seed,
-    )
-    rest = (output, row_offsets, columns, relaxation)
-    return _launch((draft_states, draft_mean, draft_std), drawn, rest, joint, guidance_scale, guidance_channels, clip)
+def couple_block(arguments: CouplingArguments | KeyedCouplingArguments) -> Coupling:
+    """Contract of :func:`free_kernels.ops.couple_block` or ``couple_block_philox``; otherwise as :func:`couple`."""
+    return _launch(arguments, True)
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else tensor.stride()
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _launch(
-    drafts: tuple[Tensor, Tensor, Tensor],
-    drawn: _Noise,
-    rest: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    joint: bool,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    states, mean, std = (tensor.contiguous() for tensor in drafts)
-    output, row_offsets, columns, relaxation = rest
-    columns, row_offsets = columns.contiguous(), row_offsets.contiguous()
+def _launch(a: CouplingArguments | KeyedCouplingArguments, joint: bool) -> Coupling:
+    drafts = _contiguous(a.draft_states, a.draft_mean, a.draft_std)
+    states, keyed = drafts[0], isinstance(a, KeyedCouplingArguments)
+    if keyed:
+        noise, keys, uniform, seed = (None, None), _contiguous(a.images, a.steps, a.rounds), None, a.seed
+    else:
+        noise, keys, uniform, seed = _contiguous(a.noise, a.slack_noise), (None, None, None), a.uniform, 0
     slots, length, *latent = states.shape
-    numel = math.prod(latent)
+    numel, rows = math.prod(latent), slots * (length - 1)
     # Rows may lie apart (leading channels of a wider output), elements of a row may not.
-    if not output[0].is_contiguous():
-        output = output.contiguous()
-    branches = 1 if guidance_scale == 1.0 else 2
+    output = a.output if a.output[0].is_contiguous() else a.output.contiguous()
+    branches = 1 if a.guidance_scale == 1.0 else 2
     learned = output.shape[1] == 2 * latent[0]
-    rows = slots * (length - 1)
 
     shape = launch_shape(slots, length, numel)
     new = states.new_empty
-    next_states, gap_sq = new(slots, *latent), new(slots, length - 1)
-    committed = torch.empty(slots, dtype=torch.int64, device=states.device)
+    outcome = Coupling(new(slots, *latent), new(slots, dtype=torch.int64), new(slots, length - 1))
     partials = new(LEARNED_FIGURES if learned else FIXED_FIGURES, rows, shape.num_splits)
-
-    pointers = (
-        states,
-        mean,
-        std,
-        drawn.noise,
-        drawn.slack_noise,
-        drawn.images,
-        drawn.steps,
-        drawn.rounds,
-        output,
-        row_offsets,
-        columns,
-        partials,
+    guided_numel = a.guidance_channels * numel // latent[0]
+    common = (
+        *(*drafts, *noise, *keys, output, *_contiguous(a.row_offsets, a.columns), partials),
+        *seed_words(seed),
+        *(slots, length, numel, guided_numel, output.shape[0] // branches, output.stride(0)),
+        *(float(a.guidance_scale), float(a.clip)),
     )
-    guided = guidance_channels * numel // latent[0]
-    sizes = (slots, length, numel, guided, output.shape[0] // branches, output.stride(0))
+    strides = [stride for x in (a.relaxation, uniform) for stride in ((0, 0) if x is None else x.stride())]
     flags = {
         "LEARNED": learned,
         "GUIDED": branches == 2,
-        "CLIPPED": not math.isinf(clip),
-        "PHILOX": drawn.images is not None,
-        "ROUNDS": drawn.rounds is not None,
+        "CLIPPED": not math.isinf(a.clip),
+        "PHILOX": keyed,
+        "ROUNDS": keyed and a.rounds is not None,
         "NUM_SPLITS": shape.num_splits,
     }
-    common = (*pointers, *seed_words(drawn.seed), *sizes, float(guidance_scale), float(clip))
-    written = (drawn.uniform, relaxation, next_states, committed, gap_sq)
     num_blocks = triton.cdiv(numel, shape.commit_block)
     warp = warp_size(states.device)
-    with torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext():
+    with current(states):
         if rows > 0:
             coupling_rows_kernel[(rows * shape.num_splits,)](
                 *common, **flags, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=warps_for(shape.block, warp)
             )
         if slots > 0:
             coupling_commit_kernel[(slots * num_blocks,)](
-                *common,
-                *written,
-                *_strides(relaxation),
-                *_strides(drawn.uniform),
+                *(*common, uniform, a.relaxation, *outcome, *strides),
                 **flags,
-                RELAXED=relaxation is not None,
+                RELAXED=a.relaxation is not None,
                 JOINT=joint,
                 BLOCK=shape.commit_block,
                 NUM_BLOCKS=num_blocks,
@@ -232,7 +141,7 @@ def _launch(
                 PADDED_LENGTH=triton.next_power_of_2(length),
                 num_warps=warps_for(shape.commit_block, warp),
             )
-    return next_states, committed, gap_sq
+    return outcome
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
@@ -271,10 +180,11 @@ def _aot_pair(
     length: int = 6,
 ) -> list[AotConfiguration]:
     shape = launch_shape(slots, length, numel)
-    types = {f"p_{name}": "*fp32" for name in ("states", "draft_mean", "draft_std", "columns", "partials", "gap_sq")}
-    types |= {f"p_{name}": "*fp32" for name in ("noise", "slack_noise", "uniform", "relaxation", "next_states")}
+    floats = ("states", "draft_mean", "draft_std", "columns", "partials", "gap_sq")
+    floats += ("noise", "slack_noise", "uniform", "relaxation", "next_states")
+    types = {f"p_{name}": "*fp32" for name in floats} | {"guidance_scale": "fp32", "clip": "fp32"}
     types |= {f"p_{name}": "*i64" for name in ("images", "steps", "rounds", "row_offsets", "committed")}
-    types |= {"p_output": POINTERS[dtype], "guidance_scale": "fp32", "clip": "fp32"}
+    types |= {"p_output": POINTERS[dtype]}
     flags = {"LEARNED": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare}
     flags |= {"JOINT": joint, "PHILOX": philox, "ROUNDS": philox and (rare or joint)}
     absent = {"p_noise", "p_slack_noise", "p_uniform"} if philox else {"p_images", "p_steps"}
@@ -289,23 +199,16 @@ def _aot_pair(
         "PADDED_LENGTH": triton.next_power_of_2(length),
     }
     said = [str(dtype).removeprefix("torch."), *(name.lower() for name, value in flags.items() if value)]
-    kind = f"{'joint ' if joint else ''}{'learned' if learned else 'fixed'}"
-    pair = []
-    for kernel, block in ((coupling_rows_kernel, shape.block), (coupling_commit_kernel, shape.commit_block)):
-        values: dict[str, object] = {**flags, **sizes, "BLOCK": block} | dict.fromkeys(absent)
-        constants = {name: value for name, value in values.items() if name in kernel.arg_names}
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        aligned = ["numel", "guided_numel", "output_stride"] if numel % 16 == 0 else []
-        pair.append(
-            AotConfiguration(
-                f"{kernel.__name__} {slots}x{length}x{numel} {' '.join(said)}",
-                f"{kernel.__name__.removesuffix('_kernel')} {kind}",
-                kernel,
-                signature,
-                block * (1 + sum(flags.values())),
-                constants,
-                num_warps=warps_for(block, device.warp_size),
-                divisible=[name for name in signature if name.startswith("p_")] + aligned,
-            )
+    return [
+        configuration(
+            kernel,
+            types,
+            {**flags, **sizes, "BLOCK": block} | dict.fromkeys(absent),
+            ["numel", "guided_numel", "output_stride"] if numel % 16 == 0 else [],
+            label=f"{kernel.__name__} {slots}x{length}x{numel} {' '.join(said)}",
+            group=f"{kernel.__name__.removesuffix('_kernel')} {'joint ' * joint}{'learned' if learned else 'fixed'}",
+            size=block * (1 + sum(flags.values())),
+            num_warps=warps_for(block, device.warp_size),
         )
-    return pair
+        for kernel, block in ((coupling_rows_kernel, shape.block), (coupling_commit_kernel, shape.commit_block))
+    ]

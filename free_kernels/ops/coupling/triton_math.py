@@ -5,14 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.random.triton_philox import normals
 
 # Columns of a transition table (free_kernels.constants.TransitionColumn).
-MEAN_FROM_STATE, MEAN_FROM_OUTPUT = tl.constexpr(0), tl.constexpr(1)
-LOG_STD, LOG_STD_SLOPE = tl.constexpr(2), tl.constexpr(3)
-X0_FROM_STATE, X0_FROM_OUTPUT = tl.constexpr(4), tl.constexpr(5)
-MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = tl.constexpr(6), tl.constexpr(7)
-NUM_COLUMNS = tl.constexpr(8)
+MEAN_FROM_STATE = tl.constexpr(int(TransitionColumn.MEAN_FROM_STATE))
+MEAN_FROM_OUTPUT = tl.constexpr(int(TransitionColumn.MEAN_FROM_OUTPUT))
+LOG_STD = tl.constexpr(int(TransitionColumn.LOG_STD))
+LOG_STD_SLOPE = tl.constexpr(int(TransitionColumn.LOG_STD_SLOPE))
+X0_FROM_STATE = tl.constexpr(int(TransitionColumn.X0_FROM_STATE))
+X0_FROM_OUTPUT = tl.constexpr(int(TransitionColumn.X0_FROM_OUTPUT))
+MEAN_FROM_X0 = tl.constexpr(int(TransitionColumn.MEAN_FROM_X0))
+MEAN_FROM_STATE_GIVEN_X0 = tl.constexpr(int(TransitionColumn.MEAN_FROM_STATE_GIVEN_X0))
+NUM_COLUMNS = tl.constexpr(len(TransitionColumn))
 # As in free_kernels.ops.coupling.reference.
 ACROSS, ROOT_ACROSS = tl.constexpr(0.5), tl.constexpr(0.5**0.5)
 LEAST_LEFT, LEAST_SHARED = tl.constexpr(1 / 64), tl.constexpr(1 / 1024)
@@ -30,20 +35,13 @@ def _exp(x):
 
 
 @triton.jit
-def target_mean(
-    p_state,
-    p_output,
-    unconditional,
-    p_columns,
-    o,
-    mask,
-    guided_numel,
-    scale,
-    clip,
-    GUIDED: tl.constexpr,
-    CLIPPED: tl.constexpr,
-):
-    """Mean of the target's transition for elements ``o`` of one row; ``p_*`` point at the row."""
+def target_mean(given, o, mask, guided_numel, scale, clip, GUIDED: tl.constexpr, CLIPPED: tl.constexpr):
+    """Mean of the target's transition for elements ``o`` of one row.
+
+    ``given``: pointers to the row's state and to its output; how many elements after that the unconditional output is;
+    pointer to the row's columns.
+    """
+    p_state, p_output, unconditional, p_columns = given
     b_state = tl.load(p_state + o, mask=mask, other=0.0)
     b_output = tl.load(p_output + o, mask=mask, other=0.0).to(tl.float32)
     if GUIDED:
@@ -91,8 +89,9 @@ def compare_elements(b_gap_mean, b_std_p, b_std_q, b_z, b_z_slack, mask):
 
 @triton.jit
 def compare_rows(
-    mean_sq, z, slack, over_left, over_root, shared, e_shared_sq, e_sq_shared, e_sq, e_m_shared, e_m_sq, e_shared_z, e_z
-):
+    mean_sq, along_z, along_slack, over_left, over_root, shared_root,
+    e_shared_sq, e_sq_shared, e_sq, e_m_shared, e_m_sq, e_shared_z, e_z,
+):  # fmt: skip
     """delta^2, ``<z1, Delta>`` and two weights of rows from sums over their elements.
 
     With m the gap of the means, e the error of the shared root, v the noise ``sqrt(1/2) (z - z')``, in this order: sums
@@ -112,10 +111,10 @@ def compare_rows(
     own = 1.0 - shared_p
     kept_p, kept_q = tl.sqrt_rn(shared_p), tl.sqrt_rn(kappa * (error + shared_p))
 
-    z_u, slack_u = inverse * z, inverse * slack
+    z_u, slack_u = inverse * along_z, inverse * along_slack
     z2_u = kept_p * z_u - tl.sqrt_rn(own) * slack_u
     turned = z2_u - ROOT_ACROSS * (z_u - slack_u)
-    w_z2 = inverse * shared + turned * inverse * inverse * over_root
+    w_z2 = inverse * shared_root + turned * inverse * inverse * over_root
     moved = tl.div_rn((1.0 - kept_q) * w_z2, kappa) + (kept_p - ROOT_ACROSS) * z2_u
     a, b = moved * inverse, turned * inverse
 
@@ -124,7 +123,12 @@ def compare_rows(
     lead_sq = kept * kept * mean_sq + e_shared_sq + b * b * e_sq
     lead_sq += 2.0 * (kept * e_m_shared + b * (kept * e_m_sq + e_sq_shared))
     gap_sq = lead_sq / ACROSS + (tl.div_rn(1.0, own) - 1.0 / ACROSS) * lead_u * lead_u
-    along = kept * (z + slack) + e_shared_z + b * e_z + (tl.sqrt_rn(tl.div_rn(shared_p, own)) - 1.0) * slack_u * lead_u
+    along = (
+        kept * (along_z + along_slack)
+        + e_shared_z
+        + b * e_z
+        + (tl.sqrt_rn(tl.div_rn(shared_p, own)) - 1.0) * slack_u * lead_u
+    )
     # Rounding may leave a little less than nothing; a NaN stays.
     return tl.where(gap_sq < 0.0, 0.0, gap_sq), along, a, b
 
