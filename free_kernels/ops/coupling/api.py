@@ -1,4 +1,4 @@
-"""Public coupling ops: what a step does with the network's output, and how a round of drafts is decided."""
+"""Public coupling ops: a step's Gaussian from the network's output, and the decision on a round of drafts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from torch import Tensor
 
 from free_kernels.ops.coupling import reference
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
-from free_kernels.ops.coupling.dispatch import BACKENDS, decide
+from free_kernels.ops.coupling.dispatch import BACKENDS as BACKENDS
+from free_kernels.ops.coupling.dispatch import decide
 from free_kernels.ops.random.api import signed_seed
 from free_kernels.validation import fail
-
-__all__ = ["BACKENDS", "Coupling", "couple", "couple_philox", "gaussian_transition"]
 
 
 def gaussian_transition(
@@ -77,20 +76,20 @@ def couple(
     clip: float = math.inf,
     backend: str = "auto",
 ) -> Coupling:
-    """Decide one round of drafts by reflection maximal coupling and commit up to the first refusal.
+    """Decide one round of drafts by reflection maximal coupling and commit up to the first refused draft.
 
     Row j of slot s is the state ``draft_states[s, j]``; its draft is ``draft_states[s, j + 1] = draft_mean[s, j] +
     draft_std[s, j] noise[s, j]``. A draft is accepted iff ``log u <= <z1, Delta> - |Delta|^2 / 2``; the first refused
     one is replaced by its reflection, whose law is exactly the target's. A slot's last row has no draft and is drawn
     from the target with ``noise``.
 
-    Where variances are learned they differ, and reflection wants equal ones. Then z is split by z', another noise, into
-    z1, which is compared and reflected, and z2, which the target shares: half and half, except that along the gap of
-    the means z1 gets nearly all, less where the variance along it differs much, so that this gap, most of what there is
-    to accept or refuse, is not stretched (``free_kernels.ops.coupling.reference.compare_variances`` derives it).
+    Learned variances of draft and target differ, but reflection needs equal ones. Then z is split, with the help of
+    other noise z', into z1, which is compared and reflected, and z2, which the target shares. Each gets half of the
+    variance, except along the gap of the means: there z1 gets nearly all, unless the variances along it differ much.
+    This keeps the gap, on which acceptance mostly depends, small in units of z1's deviation
+    (``free_kernels.ops.coupling.reference.compare_variances`` has the derivation).
 
-    Source: reflection maximal coupling (arXiv 2501.05370); DESIGN 3.3 for the shared slack, whose split by direction is
-    our own.
+    Source: reflection maximal coupling (arXiv 2501.05370). The shared slack and its split by direction are our own.
 
     Args:
         draft_states: float32 ``[S, L, C, H, W]``.
@@ -140,7 +139,7 @@ def couple_philox(
     clip: float = math.inf,
     backend: str = "auto",
 ) -> Coupling:
-    """:func:`couple` with numbers made from their keys: in Triton where they are used, never in memory.
+    """:func:`couple` with random numbers made from keys; in Triton inside the kernels, so that they need no memory.
 
     Equivalent to :func:`couple` with numbers of :mod:`free_kernels.ops.random` keyed by (seed, image, step, purpose,
     round): ``noise`` and ``slack_noise`` are ``philox_normal`` with purposes 1 (step) and 2 (slack), ``uniform`` is the
@@ -153,7 +152,7 @@ def couple_philox(
         draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
         seed: in ``[0, 2**64)``.
         images: int64 ``[S]``, image index of each slot, to which the caller has added the ``first_image`` of a
-            :class:`~free_kernels.sampling.noise.PhiloxNoise`; that of an idle slot is of no matter.
+            :class:`~free_kernels.sampling.noise.PhiloxNoise`; any value for an idle slot.
         steps: int64 ``[S, L]``, step of each row.
         output: as in :func:`couple`.
         row_offsets: as in :func:`couple`.
@@ -178,3 +177,113 @@ def couple_philox(
     keys = (signed_seed("couple_philox", seed), images, steps)
     given = (*drafts, *keys, output, row_offsets, columns, relaxation, rounds, *settings)
     return decide("couple_philox", KeyedCouplingArguments(*given), backend)
+
+
+def couple_block(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    noise: Tensor,
+    slack_noise: Tensor | None,
+    uniform: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip: float = math.inf,
+    backend: str = "auto",
+) -> Coupling:
+    """Decide one round of drafts together: the same law as :func:`couple`, and on average at least as many commits.
+
+    Rows and drafts are those of :func:`couple`. With ``P_i = min(1, P_{i-1} q_i / p_i)`` over the drafts, the last
+    draft with ``u_i <= h_i(P_i, delta_i)`` and all drafts before it are committed; the step after it is drawn from
+    ``(P q - p)+``, or from q itself at a slot's last row. Source: block verification (Sun et al., arXiv 2403.10444; for
+    diffusion arXiv 2606.13426); ``free_kernels.ops.coupling.reference_block`` has the derivation with shared slack.
+
+    Whether a draft is committed depends on the drafts after it. So ``noise``, ``slack_noise`` and ``uniform`` must be
+    new in each round, also for a step that was drafted before and not committed. In return everything that a round
+    computed may steer later rounds, rows after the committed ones included.
+
+    Args:
+        draft_states: float32 ``[S, L, C, H, W]``.
+        draft_mean: float32 ``[S, L - 1, C, H, W]``.
+        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
+        noise: float32 ``[S, L, C, H, W]``, z.
+        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None where ``output`` has C channels;
+            may be None where L = 1.
+        uniform: float32 ``[S, L]`` in (0, 1]; entry 0 draws the residual, entry i > 0 tests draft i.
+        output: target output of the packed rows, ``[B R, C or 2C, H, W]``, conditional rows first.
+        row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.
+        columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
+        guidance_scale: as in :func:`gaussian_transition`.
+        guidance_channels: as in :func:`gaussian_transition`.
+        clip: as in :func:`gaussian_transition`.
+        backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
+
+    Returns:
+        A :class:`Coupling`.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+    """
+    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, None, *settings)
+    return decide("couple_block", CouplingArguments(*given), backend)
+
+
+def couple_block_philox(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    rounds: Tensor,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip: float = math.inf,
+    backend: str = "auto",
+) -> Coupling:
+    """:func:`couple_block` with random numbers made from keys; in Triton inside the kernels.
+
+    Equivalent to :func:`couple_block` with numbers of :mod:`free_kernels.ops.random`, as :func:`couple_philox` has
+    them; the drafts must have been made with the same noise. Source: as :func:`couple_block`; Salmon et al. 2011.
+
+    Args:
+        draft_states: float32 ``[S, L, C, H, W]``.
+        draft_mean: float32 ``[S, L - 1, C, H, W]``.
+        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
+        seed: in ``[0, 2**64)``.
+        images: as in :func:`couple_philox`.
+        steps: int64 ``[S, L]``, step of each row.
+        output: as in :func:`couple_block`.
+        row_offsets: as in :func:`couple_block`.
+        columns: as in :func:`couple_block`.
+        rounds: int64 ``[S]`` in ``[0, 2**24)``, another number in each round of an image.
+        guidance_scale: as in :func:`gaussian_transition`.
+        guidance_channels: as in :func:`gaussian_transition`.
+        clip: as in :func:`gaussian_transition`.
+        backend: as in :func:`couple_block`; ``"reference"`` draws with the reference too.
+
+    Returns:
+        A :class:`Coupling`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+    """
+    if rounds is None:
+        fail("couple_block_philox", "rounds", "int64 [S], since noise must be fresh in each round", rounds, TypeError)
+    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    keys = (signed_seed("couple_block_philox", seed), images, steps)
+    given = (*drafts, *keys, output, row_offsets, columns, None, rounds, *settings)
+    return decide("couple_block_philox", KeyedCouplingArguments(*given), backend)

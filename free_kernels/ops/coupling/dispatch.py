@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,21 +68,13 @@ def draw_noise(arguments: KeyedCouplingArguments, backend: str = "auto") -> Coup
         return numbers.view(slots, length, *shape)
 
     learned = arguments.output.shape[1] == 2 * channels
-    return CouplingArguments(
-        draft_states=arguments.draft_states,
-        draft_mean=arguments.draft_mean,
-        draft_std=arguments.draft_std,
-        noise=draw(philox_normal, PURPOSE_STEP, channels, height, width),
-        slack_noise=draw(philox_normal, PURPOSE_SLACK, channels, height, width) if learned else None,
-        uniform=draw(philox_uniform, PURPOSE_ACCEPT, 1).squeeze(2),
-        output=arguments.output,
-        row_offsets=arguments.row_offsets,
-        columns=arguments.columns,
-        relaxation=arguments.relaxation,
-        guidance_scale=arguments.guidance_scale,
-        guidance_channels=arguments.guidance_channels,
-        clip=arguments.clip,
-    )
+    drawn = {
+        "noise": draw(philox_normal, PURPOSE_STEP, channels, height, width),
+        "slack_noise": draw(philox_normal, PURPOSE_SLACK, channels, height, width) if learned else None,
+        "uniform": draw(philox_uniform, PURPOSE_ACCEPT, 1).squeeze(2),
+    }
+    shared = {name: value for name, value in arguments._asdict().items() if name in CouplingArguments._fields}
+    return CouplingArguments(**shared, **drawn)
 
 
 def _fake(arguments: CouplingArguments | KeyedCouplingArguments) -> Coupling:
@@ -91,19 +84,18 @@ def _fake(arguments: CouplingArguments | KeyedCouplingArguments) -> Coupling:
     return Coupling(states.new_empty(slots, *latent), committed, states.new_empty(slots, length - 1))
 
 
+def _declare(name: str, arguments: type, run: Callable[[Any], Coupling], launch: str) -> Op:
+    return Op(name, arguments, run, _fake, f"coupling.{launch}", "(Tensor, Tensor, Tensor)")
+
+
+_TOKEN, _BLOCK = reference.couple, block.couple_block
 OPS = {
-    name: Op(name, arguments, run, _fake, f"coupling.{launch}", "(Tensor, Tensor, Tensor)")
-    for name, arguments, run, launch in (
-        ("couple", CouplingArguments, reference.couple, "couple"),
-        ("couple_block", CouplingArguments, block.couple_block, "couple_block"),
-        ("couple_philox", KeyedCouplingArguments, lambda keyed: reference.couple(draw_noise(keyed)), "couple"),
-        (
-            "couple_block_philox",
-            KeyedCouplingArguments,
-            lambda keyed: block.couple_block(draw_noise(keyed)),
-            "couple_block",
-        ),
-    )
+    "couple": _declare("couple", CouplingArguments, _TOKEN, "couple"),
+    "couple_block": _declare("couple_block", CouplingArguments, _BLOCK, "couple_block"),
+    "couple_philox": _declare("couple_philox", KeyedCouplingArguments, lambda a: _TOKEN(draw_noise(a)), "couple"),
+    "couple_block_philox": _declare(
+        "couple_block_philox", KeyedCouplingArguments, lambda a: _BLOCK(draw_noise(a)), "couple_block"
+    ),
 }
 
 

@@ -14,19 +14,20 @@ from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments
 # The columns of a transition table as plain ints: torch.compile cannot index by an enumeration.
 MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE, *_OF_CLEAN_SAMPLE = map(int, TransitionColumn)
 X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = _OF_CLEAN_SAMPLE
-# A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
+# A draft with a larger squared gap is refused without a test: its acceptance probability rounds to zero.
 MAX_GAP_SQ = 1e30
-# Across the gap of the means half of the draft's variance is compared and half is shared with the target, which costs
-# least where variances differ; along it at least LEAST_SHARED is shared, since roots of less would magnify rounding.
-# A draft is refused outright where the target's variance leaves less than LEAST_LEFT of the draft's to share, and means
-# closer than SMALLEST_MEAN_GAP_SQ give no direction.
+# In units of the draft's variance. ACROSS: what is compared in directions orthogonal to the gap of the means; the rest
+# is shared with the target. One half gives the highest acceptance where variances differ. LEAST_SHARED: the least that
+# is shared along the gap, because roots of smaller numbers would magnify rounding errors. LEAST_LEFT: the least that the
+# target's variance must have beyond ACROSS, else the draft is refused without a test. SMALLEST_MEAN_GAP_SQ: means with a
+# smaller squared gap give no direction.
 ACROSS, LEAST_LEFT, LEAST_SHARED, SMALLEST_MEAN_GAP_SQ = 0.5, 1 / 64, 1 / 1024, 1e-24
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:
     """Classifier-free guidance: ``[2R, ...]`` (conditional rows, then unconditional) to ``[R, ...]``.
 
-    The first ``channels`` channels become ``e_u + scale (e_c - e_u)``, the rest are the conditional branch's.
+    The first ``channels`` channels become ``e_u + scale (e_c - e_u)``; the others are taken from the conditional rows.
     """
     conditional, unconditional = output.float().chunk(2)
     if channels == output.shape[1]:
@@ -57,7 +58,7 @@ def gaussian_transition(
 
 
 def unpack_rows(rows: Tensor, row_offsets: Tensor, branches: int, slots: int, length: int) -> Tensor:
-    """Packed rows ``[B R, ...]`` to a dense ``[B S L, ...]``; entries past a slot's length repeat some other row."""
+    """Packed rows ``[B R, ...]`` to ``[B S L, ...]``; entries past a slot's length repeat some other row."""
     total = rows.shape[0] // branches
     position = torch.arange(length, device=rows.device)
     index = (row_offsets[:-1, None] + position).clamp_(max=total - 1).flatten()
@@ -80,14 +81,15 @@ def target_rows(arguments: CouplingArguments) -> tuple[Tensor, Tensor]:
 
 
 class Compared(NamedTuple):
-    """Drafts against the target's laws of the same steps, which given the shared slack are unit Gaussians delta apart.
+    """Drafts and the target's laws of the same steps: given the shared slack, unit Gaussians with means delta apart.
 
     Attributes:
         start: ``[S, L - 1, D]``, what the target draws with the draft's noise, given the shared slack.
-        lead: ``[S, L - 1, D]``, by how much that is ahead of the draft: the two centres' difference.
-        gap_sq: ``[S, L - 1]``, delta^2, the squared length of the whitened lead.
-        along: ``[S, L - 1]``, the draft's own noise times the whitened lead.
-        infeasible: bool ``[S, L - 1]``, rows without shared slack: their draft is refused, their step drawn directly.
+        lead: ``[S, L - 1, D]``, ``start`` minus the draft, which is the difference of the two means.
+        gap_sq: ``[S, L - 1]``, delta^2, the squared norm of the whitened lead.
+        along: ``[S, L - 1]``, inner product of the draft's own noise and the whitened lead.
+        infeasible: bool ``[S, L - 1]``, rows without shared slack, whose draft is refused and whose step is drawn
+            directly from the target.
     """
 
     start: Tensor
@@ -121,7 +123,8 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
 
     ``start`` and ``lead`` are in units of the draft's deviation, ``start`` relative to the target's mean.
 
-    Reflection wants equal covariances. So z is split, by independent noise z' and any matrix Lambda below both:
+    Reflection needs equal covariances. So z is split, with independent noise z' and a matrix Lambda that is at most as
+    large as both covariances:
 
         ``z1 = Lambda^(1/2) z + (I - Lambda)^(1/2) z'``,  ``z2 = (I - Lambda)^(1/2) z - Lambda^(1/2) z'``.
 
@@ -130,24 +133,25 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
 
         ``lead = A_q - A_p = gap + B z2 - (I - Lambda)^(1/2) z2``,  ``Delta = Lambda^(-1/2) lead``.
 
-    Exact for every Lambda that looks at the two laws and not at z. Small Lambda stretches the gap of the means, large
-    Lambda what the variances differ by. The means differ along one direction u and the variances in all of them, hence
+    This is exact for every Lambda that depends on the two laws and not on z. A small Lambda magnifies the gap of the
+    means, a large Lambda the difference of the variances. The means differ along one direction u, the variances in all
+    directions, hence
 
         ``Lambda = (I - u u^T) / 2 + h u u^T``,
 
-    h near 1 unless the variance along u differs more than the means. In closed form, with ``c = diag(ratio) - 1/2``,
+    with h near 1 unless the variance along u differs more than the means. In closed form, ``c = diag(ratio) - 1/2``,
     ``w = c^(-1/2) u``, ``kappa = |w|^2``:
 
         ``B = c^(1/2) (I - (1 - q) w w^T / kappa)``,  ``q^2 = 1 - (h - 1/2) kappa``.
 
-    B exists for h up to ``room = 1/2 + 1/kappa``, what the target's covariance leaves along u; the h below weighs the
-    stretched gap against the error ``room - 1`` of the variance along u as if nothing else were there.
+    B exists for h up to ``room = 1/2 + 1/kappa``, which is what the target's covariance leaves along u. The h below is
+    the best one for the gap and for the error ``room - 1`` of the variance along u, other directions not considered.
     """
     mean_sq = gap.square().sum(-1, keepdim=True)
     directed = mean_sq > SMALLEST_MEAN_GAP_SQ
     u = torch.where(directed, gap * mean_sq.rsqrt(), 0.0)
     left = ratio - ACROSS
-    # Also refused: drafts so far off that products of gap and error would overflow. The rule must not look at noise.
+    # Drafts so far off that products of gap and error would overflow are refused, too. The rule must not depend on z.
     far = ~((1 + mean_sq.squeeze(-1)) * (1 + (ratio - 1).square().sum(-1)) < MAX_GAP_SQ)
     infeasible = far | ~(left.amin(-1) >= LEAST_LEFT)
     left.clamp_(min=LEAST_LEFT)
@@ -168,7 +172,7 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
     z2 = z2 + u * (z2_u - across * (z_u - z_slack_u))
     w_z2 = (u / root * z2).sum(-1, keepdim=True)
     moved = (1 - kept_q) * w_z2 / kappa + (kept_p - across) * z2_u
-    # Kept apart from the gap, which may be too large to add anything to.
+    # Added to z below and not only to the gap, which may be so large that the sum rounds the shift away.
     shift = (ratio - 1) / (root + across) * z2 - moved * u
     lead = gap + shift
 
@@ -196,11 +200,11 @@ def couple(arguments: CouplingArguments) -> Coupling:
         score = keep * along - keep.square() * gap_sq / 2
     accepted = arguments.uniform[:, :drafts].log() <= score
     accepted &= ~infeasible
-    # The first row that stops: a refused draft, or the last row. `cumprod` counts the accepted drafts before it.
+    # A slot stops at its first refused draft, else at its last row; cumprod counts the accepted drafts before that row.
     accepted &= torch.arange(drafts, device=direct.device) < last[:, None]
     first = accepted.cumprod(1).sum(1)
 
-    # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
+    # A new state is needed only at that row: the reflection if its draft was refused, else a direct draw.
     rows = torch.arange(slots, device=direct.device)
     draft_row = first.clamp(max=drafts - 1)
     coefficient = 2 * along[rows, draft_row] / gap_sq[rows, draft_row]

@@ -1,4 +1,4 @@
-"""``couple``, ``couple_block`` in two Triton launches: a pass over the drafted rows, and one to decide and commit."""
+"""The coupling ops in two Triton launches: one over the drafted rows, and one that decides and commits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configuration
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.coupling.triton_kernels import (
-    FIXED_FIGURES,
-    LEARNED_FIGURES,
+    FIXED_SUMS,
+    LEARNED_SUMS,
     coupling_commit_kernel,
     coupling_rows_kernel,
 )
 from free_kernels.ops.random.triton_philox import seed_words
 from free_kernels.ops.triton_device import current, warp_size
 
-# Enough programs to give every multiprocessor of a large GPU two.
+# Two programs for each multiprocessor of an H100, which has 132.
 _WANTED_PROGRAMS = 264
 # Whether the kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(coupling_rows_kernel, triton.runtime.JITFunction)
@@ -32,10 +32,10 @@ class LaunchShape(NamedTuple):
     """How D elements are divided.
 
     Attributes:
-        block: elements that a program of the row pass holds at a time.
-        chunks: blocks that a program of the row pass goes through.
-        num_splits: programs, and partial figures, of a row.
-        commit_block: elements of a program of the commit pass.
+        block: elements that a program of the rows kernel holds at a time.
+        chunks: blocks that a program of the rows kernel goes through.
+        num_splits: programs, and partial sums of each index, of a row.
+        commit_block: elements of a program of the commit kernel.
     """
 
     block: int
@@ -45,14 +45,16 @@ class LaunchShape(NamedTuple):
 
 
 def launch_shape(slots: int, length: int, numel: int) -> LaunchShape:
-    """Division of the work for S slots of at most L rows with D elements; shapes only, so a graph can hold it.
+    """Division of the work for S slots of at most L rows with D elements.
 
-    Many rows (512 of 16,384): 512 elements, four a thread, put one 16-byte load of each of the seven tensors in flight
-    per thread, and some ten such programs fit on a multiprocessor: more than streaming needs. Larger blocks take more
-    registers and make the compiler rearrange 16-bit outputs through shared memory. Few rows (6 of 4096): smaller
-    blocks, since the data must be spread over many multiprocessors to arrive at once; below 256 elements a program
-    costs more than it fetches. Partials are read by every program of the commit pass, hence at most 64 of a row;
-    larger latents give each program several blocks.
+    It depends on shapes only, so that a CUDA graph can hold the launch.
+
+    Many rows (512 of 16,384 elements) get blocks of 512: four elements a thread, one 16-byte load from each of seven
+    tensors; about ten such programs fit on a multiprocessor, more than it takes to reach the memory's bandwidth. Larger
+    blocks take more registers, and the compiler then moves 16-bit outputs through shared memory. Few rows (6 of 4096
+    elements) get smaller blocks, so that many multiprocessors load at once; below 256 elements starting a program costs
+    more than its loads. Every program of the commit kernel reads all partial sums of its slot, hence at most 64 for
+    each row; a program of the rows kernel goes through several blocks where a latent needs more.
     """
 
     def block_for(rows: int) -> int:
@@ -67,7 +69,7 @@ def launch_shape(slots: int, length: int, numel: int) -> LaunchShape:
 
 
 def warps_for(block: int, warp: int) -> int:
-    """Warps of ``warp`` threads of a program: four elements a thread, one 16-byte access."""
+    """Warps of ``warp`` threads for a block: four elements a thread, which is one 16-byte access in float32."""
     return max(1, block // (4 * warp))
 
 
@@ -97,7 +99,7 @@ def _launch(a: CouplingArguments | KeyedCouplingArguments, joint: bool) -> Coupl
         noise, keys, uniform, seed = _contiguous(a.noise, a.slack_noise), (None, None, None), a.uniform, 0
     slots, length, *latent = states.shape
     numel, rows = math.prod(latent), slots * (length - 1)
-    # Rows may lie apart (leading channels of a wider output), elements of a row may not.
+    # There may be space between rows (where these are the first channels of a wider output), but not within a row.
     output = a.output if a.output[0].is_contiguous() else a.output.contiguous()
     branches = 1 if a.guidance_scale == 1.0 else 2
     learned = output.shape[1] == 2 * latent[0]
@@ -105,7 +107,7 @@ def _launch(a: CouplingArguments | KeyedCouplingArguments, joint: bool) -> Coupl
     shape = launch_shape(slots, length, numel)
     new = states.new_empty
     outcome = Coupling(new(slots, *latent), new(slots, dtype=torch.int64), new(slots, length - 1))
-    partials = new(LEARNED_FIGURES if learned else FIXED_FIGURES, rows, shape.num_splits)
+    partials = new(LEARNED_SUMS if learned else FIXED_SUMS, rows, shape.num_splits)
     guided_numel = a.guidance_channels * numel // latent[0]
     common = (
         *(*drafts, *noise, *keys, output, *_contiguous(a.row_offsets, a.columns), partials),
@@ -145,13 +147,13 @@ def _launch(a: CouplingArguments | KeyedCouplingArguments, joint: bool) -> Coupl
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
-    """Both kernels for rounds of 6 rows: every output dtype and usual flag, joint decisions, sizes and rarer flags."""
+    """Both kernels, mostly for rounds of 6 rows: all output dtypes, flags, joint decisions and several sizes."""
     found = []
     for dtype, guided, learned, philox in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (False, True)
     ):
         found += _aot_pair(device, 1, 4096, dtype, guided=guided, learned=learned, philox=philox)
-    # Joint decisions concern the commit pass alone, and the output's dtype is none of theirs.
+    # Joint decisions are in the commit kernel alone, and the output's dtype makes no difference to them.
     for guided, learned, philox in itertools.product((False, True), repeat=3):
         flags = {"guided": guided, "learned": learned, "philox": philox, "joint": True}
         found += _aot_pair(device, 1, 4096, torch.bfloat16, **flags)[1:]
@@ -160,7 +162,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         found += _aot_pair(device, 1, 4096, torch.bfloat16, length=length, **flags)[1:]
     for philox in (False, True):
         found += _aot_pair(device, 86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
-    # Rare switches together, a latent of odd size, and one beyond the number of splits.
+    # The rare flags together, a latent of odd size, and one with more blocks than there may be partial sums.
     for numel, philox in itertools.product((65536, 315), (False, True)):
         found += _aot_pair(device, 1, numel, torch.bfloat16, guided=True, learned=True, philox=philox, rare=True)
     return found
