@@ -78,15 +78,8 @@ def markdown(found: Sequence[AotReport]) -> str:
         for device in devices:
             own = [report for report in found if (report.group, report.device) == (group, device)]
             counts.add(len(own))
-            registers, shared, spilled, barriers = (
-                max((figure(report) for report in own), default=0)
-                for figure in (
-                    lambda report: report.registers,
-                    lambda report: report.shared,
-                    lambda report: max(report.spilled, report.stack),
-                    lambda report: report.barriers,
-                )
-            )
+            figures = [(r.registers, r.shared, max(r.spilled, r.stack), r.barriers) for r in own] or [(0, 0, 0, 0)]
+            registers, shared, spilled, barriers = map(max, zip(*figures, strict=True))
             cells.append(f"{registers} / {shared / 1024:.1f} / {spilled} / {barriers}")
         lines.append(f"| {group} | {' to '.join(str(count) for count in sorted(counts))} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def _check_features(op: str, names: tuple[str, ...], values: tuple[object, ...])
 
 
 def _plain(q: object, k: object, v: object) -> bool:
-    """Whether these are what :func:`_check_features` accepts, on the CPU; quick, for calls of some 20 us."""
+    """Whether :func:`_check_features` would accept these CPU tensors; a quick test, because a call may take 20 us."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return False
     shape, dtype = q.shape, q.dtype
@@ -126,14 +126,14 @@ def feature_attention(
         cache_v: their values.
         cache_length: ``[R]`` int64 in ``[0, C]``, earlier steps in use.
         cache_position: ``[R]`` int64 in ``[0, C)``, slot of the latest step; the step before it is one slot below,
-            modulo C. Other slots are never read: they may hold anything.
+            modulo C. Slots that are not in use are never read and may hold any values.
         scale: factor of the products, positive; ``Dh ** -0.5`` if None.
         window: W >= 1, steps that a query sees, its own included; C + 1 if None. A ring with more than W - 1 slots
             still has W - 1 steps after :func:`rewind_features`.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``. ``"auto"`` takes the kernel for CUDA tensors that need
             no gradient, and the reference otherwise (then autograd goes through
-            ``F.scaled_dot_product_attention``). ``"triton"`` under autograd computes gradients by closed form, in
-            PyTorch and with the whole matrix of weights in memory.
+            ``F.scaled_dot_product_attention``). Gradients of ``"triton"`` are computed in PyTorch by their closed form,
+            with the whole matrix of weights in memory.
 
     Returns:
         ``[R, T, H, Dh]`` contiguous, of the dtype of ``q``; sums and softmax are in float32 at least.
@@ -174,10 +174,9 @@ def append_features(
     cache_length: Tensor,
     cache_position: Tensor,
 ) -> None:
-    """Push one step of every row into its ring, in place: the slot after the latest is overwritten.
+    """Add one step of every row to its ring, in place: the slot after the latest one is overwritten.
 
-    ``cache_position`` advances by one modulo C and ``cache_length`` by one up to C; rows may stand at different
-    places.
+    ``cache_position`` advances by one modulo C and ``cache_length`` by one up to C; rows may have different positions.
 
     Args:
         cache_k: ``[R, C, T, H, Dh]`` contiguous, written.
@@ -198,11 +197,11 @@ def append_features(
 def rewind_features(cache_length: Tensor, cache_position: Tensor, steps: Tensor | int, capacity: int) -> None:
     """Forget the latest ``steps`` steps of every row, in place; nothing in the ring is touched.
 
-    After a rejection the drafts behind it must never be seen again: their slots leave the valid range and are
-    overwritten by later steps. Steps that they had pushed out of the ring do not come back, so a row then has fewer
-    than C until it has been refilled; give the ring C = W - 1 + L - 1 slots, and ``feature_attention`` its
-    ``window``, for all W - 1 to survive a rejection among L drafts. ``steps`` at or above the length empties a row,
-    which is how a slot is handed to another trajectory.
+    After a rejection no later query may see the drafts after it: their slots are no longer valid, and later steps
+    overwrite them. Steps that these drafts had pushed out of the ring do not come back, so a row then has fewer than C
+    steps until later ones refill it. To keep all W - 1 steps after a rejection among L drafts, give the ring
+    C = W - 1 + L - 1 slots and ``feature_attention`` its ``window``. ``steps`` at or above the length empties a row,
+    which is what a slot needs when another trajectory takes it.
 
     Args:
         cache_length: ``[R]`` int64 in ``[0, C]``, written.

@@ -24,7 +24,7 @@ def valid_slots(cache_length: Tensor, cache_position: Tensor, capacity: int, win
 
 
 def _join(own: Tensor, cache: Tensor, valid: Tensor) -> Tensor:
-    """Own tokens, then the ring's: ``[R, (1 + C) T, H, Dh]``. Slots out of use become zero: 0 * NaN would leak."""
+    """Own tokens, then the ring's: ``[R, (1 + C) T, H, Dh]``. Slots out of use become 0, because 0 * NaN is NaN."""
     cache = cache.masked_fill(~valid[:, :, None, None, None], 0)
     return torch.cat([own, cache.flatten(1, 2)], dim=1)
 
@@ -51,10 +51,10 @@ def feature_attention(arguments: AttentionArguments) -> Tensor:
 def feature_attention_backward(
     grad: Tensor, arguments: AttentionArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of :func:`feature_attention` by its closed form, for kernels that have no backward.
+    """Gradients of :func:`feature_attention` by their closed form, because the kernel has no backward pass.
 
     With ``P = softmax(scale q k^T)``: ``dv = P^T g``, ``dS = P (g v^T - rowsum(g o))``, ``dq = scale dS k``,
-    ``dk = scale dS^T q``. Holds P whole, ``[R, H, T, (1 + C) T]``; float32 at least.
+    ``dk = scale dS^T q``. The whole of P, ``[R, H, T, (1 + C) T]``, is in memory; computed in float32 at least.
 
     Args:
         grad: ``[R, T, H, Dh]``, gradient of the output.
@@ -94,7 +94,7 @@ def append_features(
     capacity = cache_k.shape[1]
     cache_position.add_(1).remainder_(capacity)
     cache_length.add_(1).clamp_(max=capacity)
-    # Autograd keeps the index, while the counter moves on.
+    # Autograd keeps the index for the backward pass, and the counter is changed in place by later calls.
     keeps_index = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     slot = cache_position.clone() if keeps_index else cache_position
     row = torch.arange(k.shape[0], device=k.device)

@@ -20,22 +20,14 @@ INTERPRETED = not isinstance(feature_attention_kernel, triton.runtime.JITFunctio
 
 @dataclass(frozen=True)
 class Configuration:
-    """Block sizes and launch options of one problem.
+    """Block sizes and launch options of one problem."""
 
-    Attributes:
-        block_m: queries of a program.
-        block_n: keys of a step.
-        block_d, block_e: columns of a head's two parts; ``block_e`` is 0 if the head dimension is a power of two.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline over key blocks.
-    """
-
-    block_m: int
-    block_n: int
-    block_d: int
-    block_e: int
+    block_m: int  # queries of a program
+    block_n: int  # keys that a program handles at a time
+    block_d: int  # columns of the first part of a head
+    block_e: int  # columns of the second part; 0 if the head dimension is a power of two
     num_warps: int
-    num_stages: int
+    num_stages: int  # depth of the software pipeline over key blocks
 
 
 def configure(
@@ -43,36 +35,36 @@ def configure(
 ) -> Configuration:
     """Blocks for ``row_heads`` = R * H problems of ``tokens`` queries.
 
-    ``processors`` and ``shared`` are the device's multiprocessors and the bytes of shared memory that a program may
-    have. Depends on shapes and device only, so a captured graph never changes its grid.
+    ``processors`` is the device's number of multiprocessors, ``shared`` the bytes of shared memory that a program may
+    have. The result depends on shapes and device only, so that a CUDA graph can hold the launch.
     """
     block_d = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - block_d
     block_e = max(16, triton.next_power_of_2(rest)) if rest else 0
     fits = max(16, triton.next_power_of_2(tokens))
     if dtype == torch.float32:
-        # Exact float32 products run on the ordinary cores and hold their operands in registers: narrow blocks of keys,
-        # narrower still where masks or a short second part of a head need registers, and of queries too where masks do.
+        # Exact float32 products do not use the tensor cores and keep their operands in registers, so blocks of keys are
+        # small, and smaller where masks or a short second part of a head need registers; with masks queries are fewer.
         block_n = min(32 if block_d < 128 and block_e != 16 and tokens % 32 == 0 else 16, fits)
         block_m = min(64 if tokens % block_n == 0 else 32, fits)
         c = Configuration(block_m, block_n, block_d, block_e, 8 if block_m == 64 else 4, 2)
     else:
-        # Large blocks read keys less often; small ones fill the device when there are few queries.
+        # Large blocks read keys less often; small blocks keep all multiprocessors busy when there are few queries.
         block_m = 128 if row_heads * triton.cdiv(tokens, 128) >= 2 * processors else 64
-        # Of narrow heads' keys 64 with 64 queries would spill on sm_100.
+        # For narrow heads, 64 keys with 64 queries would spill registers on sm_100.
         block_n = min(32 if block_m == 64 and head_dim < 64 else 64, fits)
         block_m = min(block_m, fits)
-        # A warp's matrix product has 16 queries: more warps would split narrow heads' keys.
+        # A warp's matrix product has 16 queries: with more warps, those of narrow heads would have to split the keys.
         num_warps = 8 if block_m == 128 and head_dim > 64 else 2 if block_m == 32 and head_dim < 64 else 4
         c = Configuration(block_m, block_n, block_d, block_e, num_warps, 3)
     return _shrink(c, dtype, shared)
 
 
 def _shrink(c: Configuration, dtype: torch.dtype, shared: int) -> Configuration:
-    """The configuration within ``shared`` bytes, or the smallest there is: less prefetched first, then fewer keys.
+    """The configuration made to fit ``shared`` bytes, or the smallest one: first fewer stages, then fewer keys.
 
-    No compiler keeps more there than the queries' block, a block of keys and values for each stage and, on sm_100,
-    1 KiB of barriers.
+    The compiler keeps at most this in shared memory: the block of queries, one block of keys and one of values for each
+    stage, and on sm_100 1 KiB of barriers.
     """
 
     def needed(c: Configuration) -> int:
@@ -112,7 +104,7 @@ def feature_attention(arguments: AttentionArguments) -> Tensor:
     """Contract of :func:`free_kernels.ops.attention.feature_attention`; arguments have been checked."""
     q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window = arguments
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter's bfloat16 arithmetic is wrong.
+        # Triton's interpreter computes wrong values in bfloat16.
         wide = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments)
         return feature_attention(AttentionArguments(*wide)).to(q.dtype)
     rows, tokens, heads, head_dim = q.shape
@@ -147,7 +139,7 @@ def feature_attention(arguments: AttentionArguments) -> Tensor:
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
-    """Every kind of problem that :func:`configure` tells apart on 132 processors, with and without masks."""
+    """Every case that :func:`configure` distinguishes on 132 multiprocessors, with and without masks."""
     small, large = 1, 10**6
     found = []
     for head_dim in (32, 64, 72, 96, 128):
@@ -165,7 +157,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
 def _aot(
     device: Device, dtype: torch.dtype, head_dim: int, tokens: int, row_heads: int, cached: bool
 ) -> AotConfiguration:
-    """What the launch of a fused qkv of 16 heads compiles."""
+    """What a launch on slices of a fused qkv with 16 heads compiles."""
     c = configure(dtype, head_dim, tokens, row_heads, 132, device.shared)
     values = _constants(c, head_dim, tokens, cached) | {"ALIGN": 16 // dtype.itemsize}
     pointers = [name for name in feature_attention_kernel.arg_names if name.startswith("p_")]
@@ -180,7 +172,7 @@ def _aot(
         ["stride_q_row", "stride_k_row", "stride_v_row"],
         label=f"{group} T {tokens} {c.block_m} x {c.block_n}{'' if cached else ' uncached'}",
         group=group,
-        # Masks need registers of their own.
+        # Masks take registers, too.
         size=2 * c.block_m * (c.block_d + c.block_e) * dtype.itemsize + (not values["EVEN"]),
         num_warps=c.num_warps,
         num_stages=c.num_stages,

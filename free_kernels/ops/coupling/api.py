@@ -103,9 +103,7 @@ def couple(
         row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.
         columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
         relaxation: float32 ``[S, L]``, w in [0, 1) of each row (lossy), or None.
-        guidance_scale: as in :func:`gaussian_transition`.
-        guidance_channels: as in :func:`gaussian_transition`.
-        clip: as in :func:`gaussian_transition`.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
         backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
 
     Returns:
@@ -147,22 +145,15 @@ def couple_philox(
     sines. The drafts must have been made with the same noise. Source: as :func:`couple`; Salmon et al. 2011.
 
     Args:
-        draft_states: float32 ``[S, L, C, H, W]``.
-        draft_mean: float32 ``[S, L - 1, C, H, W]``.
-        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
+        draft_states, draft_mean, draft_std: as in :func:`couple`.
         seed: in ``[0, 2**64)``.
         images: int64 ``[S]``, image index of each slot, to which the caller has added the ``first_image`` of a
             :class:`~free_kernels.sampling.noise.PhiloxNoise`; any value for an idle slot.
         steps: int64 ``[S, L]``, step of each row.
-        output: as in :func:`couple`.
-        row_offsets: as in :func:`couple`.
-        columns: as in :func:`couple`.
-        relaxation: as in :func:`couple`.
+        output, row_offsets, columns, relaxation: as in :func:`couple`.
         rounds: int64 ``[S]`` in ``[0, 2**24)``, for a verification that draws fresh numbers every round; None is round
             0 for all.
-        guidance_scale: as in :func:`gaussian_transition`.
-        guidance_channels: as in :func:`gaussian_transition`.
-        clip: as in :func:`gaussian_transition`.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
         backend: as in :func:`couple`; ``"reference"`` draws with the reference too.
 
     Returns:
@@ -207,19 +198,10 @@ def couple_block(
     computed may steer later rounds, rows after the committed ones included.
 
     Args:
-        draft_states: float32 ``[S, L, C, H, W]``.
-        draft_mean: float32 ``[S, L - 1, C, H, W]``.
-        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
-        noise: float32 ``[S, L, C, H, W]``, z.
-        slack_noise: float32 ``[S, L, C, H, W]``, z', independent of z; None where ``output`` has C channels;
-            may be None where L = 1.
+        draft_states, draft_mean, draft_std, noise, slack_noise: as in :func:`couple`.
         uniform: float32 ``[S, L]`` in (0, 1]; entry 0 draws the residual, entry i > 0 tests draft i.
-        output: target output of the packed rows, ``[B R, C or 2C, H, W]``, conditional rows first.
-        row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.
-        columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
-        guidance_scale: as in :func:`gaussian_transition`.
-        guidance_channels: as in :func:`gaussian_transition`.
-        clip: as in :func:`gaussian_transition`.
+        output, row_offsets, columns: as in :func:`couple`.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
         backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
 
     Returns:
@@ -258,19 +240,13 @@ def couple_block_philox(
     them; the drafts must have been made with the same noise. Source: as :func:`couple_block`; Salmon et al. 2011.
 
     Args:
-        draft_states: float32 ``[S, L, C, H, W]``.
-        draft_mean: float32 ``[S, L - 1, C, H, W]``.
-        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
+        draft_states, draft_mean, draft_std: as in :func:`couple`.
         seed: in ``[0, 2**64)``.
         images: as in :func:`couple_philox`.
         steps: int64 ``[S, L]``, step of each row.
-        output: as in :func:`couple_block`.
-        row_offsets: as in :func:`couple_block`.
-        columns: as in :func:`couple_block`.
+        output, row_offsets, columns: as in :func:`couple`.
         rounds: int64 ``[S]`` in ``[0, 2**24)``, another number in each round of an image.
-        guidance_scale: as in :func:`gaussian_transition`.
-        guidance_channels: as in :func:`gaussian_transition`.
-        clip: as in :func:`gaussian_transition`.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
         backend: as in :func:`couple_block`; ``"reference"`` draws with the reference too.
 
     Returns:

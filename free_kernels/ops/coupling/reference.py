@@ -17,9 +17,9 @@ X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = _OF_CLEA
 # A draft with a larger squared gap is refused without a test: its acceptance probability rounds to zero.
 MAX_GAP_SQ = 1e30
 # In units of the draft's variance. ACROSS: what is compared in directions orthogonal to the gap of the means; the rest
-# is shared with the target. One half gives the highest acceptance where variances differ. LEAST_SHARED: the least that
-# is shared along the gap, because roots of smaller numbers would magnify rounding errors. LEAST_LEFT: the least that the
-# target's variance must have beyond ACROSS, else the draft is refused without a test. SMALLEST_MEAN_GAP_SQ: means with a
+# is shared with the target. One half gives the highest acceptance where variances differ. LEAST_SHARED: what is shared
+# along the gap at least, because roots of smaller numbers would magnify rounding errors. LEAST_LEFT: by how much the
+# target's variance must exceed ACROSS, else the draft is refused without a test. SMALLEST_MEAN_GAP_SQ: means with a
 # smaller squared gap give no direction.
 ACROSS, LEAST_LEFT, LEAST_SHARED, SMALLEST_MEAN_GAP_SQ = 0.5, 1 / 64, 1 / 1024, 1e-24
 

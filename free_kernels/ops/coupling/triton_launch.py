@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -149,38 +149,31 @@ def _launch(a: CouplingArguments | KeyedCouplingArguments, joint: bool) -> Coupl
 def aot_configurations(device: Device) -> list[AotConfiguration]:
     """Both kernels, mostly for rounds of 6 rows: all output dtypes, flags, joint decisions and several sizes."""
     found = []
-    for dtype, guided, learned, philox in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (False, True)
-    ):
-        found += _aot_pair(device, 1, 4096, dtype, guided=guided, learned=learned, philox=philox)
+    bfloat16, usual = torch.bfloat16, ("guided", "learned", "philox")
+    switches = [{name for name, on in zip(usual, states, strict=True) if on} for states in product((0, 1), repeat=3)]
+    for dtype, flags in product((torch.float32, bfloat16, torch.float16), switches):
+        found += _aot_pair(device, (1, 6, 4096), dtype, flags)
     # Joint decisions are in the commit kernel alone, and the output's dtype makes no difference to them.
-    for guided, learned, philox in itertools.product((False, True), repeat=3):
-        flags = {"guided": guided, "learned": learned, "philox": philox, "joint": True}
-        found += _aot_pair(device, 1, 4096, torch.bfloat16, **flags)[1:]
-    flags = {"guided": True, "learned": True, "philox": True, "joint": True}
+    for flags in switches:
+        found += _aot_pair(device, (1, 6, 4096), bfloat16, flags | {"joint"})[1:]
     for length in (1, 16):
-        found += _aot_pair(device, 1, 4096, torch.bfloat16, length=length, **flags)[1:]
-    for philox in (False, True):
-        found += _aot_pair(device, 86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
+        found += _aot_pair(device, (1, length, 4096), bfloat16, {*usual, "joint"})[1:]
+    keyed = ({"guided", "learned"}, set(usual))
+    for flags in keyed:
+        found += _aot_pair(device, (86, 6, 16384), bfloat16, flags)
     # The rare flags together, a latent of odd size, and one with more blocks than there may be partial sums.
-    for numel, philox in itertools.product((65536, 315), (False, True)):
-        found += _aot_pair(device, 1, numel, torch.bfloat16, guided=True, learned=True, philox=philox, rare=True)
+    for numel, flags in product((65536, 315), keyed):
+        found += _aot_pair(device, (1, 6, numel), bfloat16, flags | {"rare"})
     return found
 
 
 def _aot_pair(
-    device: Device,
-    slots: int,
-    numel: int,
-    dtype: torch.dtype,
-    *,
-    guided: bool,
-    learned: bool,
-    philox: bool,
-    rare: bool = False,
-    joint: bool = False,
-    length: int = 6,
+    device: Device, sizes: tuple[int, int, int], dtype: torch.dtype, switched_on: set[str]
 ) -> list[AotConfiguration]:
+    slots, length, numel = sizes
+    guided, learned, philox, rare, joint = (
+        name in switched_on for name in ("guided", "learned", "philox", "rare", "joint")
+    )
     shape = launch_shape(slots, length, numel)
     floats = ("states", "draft_mean", "draft_std", "columns", "partials", "gap_sq")
     floats += ("noise", "slack_noise", "uniform", "relaxation", "next_states")
@@ -193,7 +186,7 @@ def _aot_pair(
     absent |= set() if flags["ROUNDS"] else {"p_rounds"}
     absent |= set() if learned else {"p_slack_noise"}
     absent |= set() if rare else {"p_relaxation"}
-    sizes = {
+    values = {
         "NUM_SPLITS": shape.num_splits,
         "CHUNKS": shape.chunks,
         "NUM_BLOCKS": triton.cdiv(numel, shape.commit_block),
@@ -205,7 +198,7 @@ def _aot_pair(
         configuration(
             kernel,
             types,
-            {**flags, **sizes, "BLOCK": block} | dict.fromkeys(absent),
+            {**flags, **values, "BLOCK": block} | dict.fromkeys(absent),
             ["numel", "guided_numel", "output_stride"] if numel % 16 == 0 else [],
             label=f"{kernel.__name__} {slots}x{length}x{numel} {' '.join(said)}",
             group=f"{kernel.__name__.removesuffix('_kernel')} {'joint ' * joint}{'learned' if learned else 'fixed'}",

@@ -1,4 +1,4 @@
-"""Batched draft packing and committing: the two ends of a packed target call."""
+"""Public packing ops: gather the drafts of all slots for one target call, and commit its outcome."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def pack_drafts(
         steps: ``[S]`` int64, step index of each slot's first row.
         labels: ``[S]`` int64 class labels.
         timesteps: ``[K]`` int64, the network's timestep at each step.
-        num_rows: R >= the sum of ``lengths``; larger pads, for calls of a fixed shape.
+        num_rows: R, at least the sum of ``lengths``; if larger, padding fills up, for calls of a fixed shape.
         null_label: the label of the unconditional branch (classifier-free guidance): the outputs then have ``2R``
             rows, the second half the same rows with this label.
         backend: ``"auto"``, ``"reference"`` or ``"extension"``.
@@ -190,7 +190,7 @@ def commit_drafts(
     num_steps: int,
     backend: str = "auto",
 ) -> None:
-    """Make each slot's committed steps final, in place; move finished images out and waiting ones in.
+    """Make each slot's committed steps final, in place; take finished images out of their slots and waiting ones in.
 
     A slot with an image and ``c = committed[s] >= 1`` gets ``previous[s] = draft_states[s, c - 1]``,
     ``parent[b, s] = features[b * R + row_offsets[s] + c - 1]``, ``state[s] = next_states[s]`` and ``steps[s] += c``.

@@ -107,19 +107,13 @@ def philox_normal(
     rounds: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Standard normals with the keys of :func:`philox_uniform`, by Box-Muller.
+    """Standard normals with the keys of :func:`philox_uniform`, by the Box-Muller method.
 
     Of each block the uniforms ``(u0, u1)`` give ``r cos(a)`` and ``r sin(a)``, ``r = sqrt(-2 log u0)``,
     ``a = 2 pi u1``, and ``(u2, u3)`` likewise.
 
     Args:
-        seed: as in :func:`philox_uniform`, as all others.
-        images: ``[M]`` int64.
-        steps: ``[M]`` int64.
-        purpose: what the numbers are for.
-        numel: numbers of each key.
-        rounds: ``[M]`` int64, or None.
-        backend: as there.
+        seed, images, steps, purpose, numel, rounds, backend: as in :func:`philox_uniform`.
 
     Returns:
         float32 ``[M, numel]``; backends agree to about 1e-6 (their logarithms and sines may round differently).

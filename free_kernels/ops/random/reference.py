@@ -26,7 +26,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     key0, key1 = seed & _MASK, seed >> 32 & _MASK
     c0, c1, c2, c3 = (word & _MASK for word in counter)
     for _ in range(10):
-        # The products wrap around as int64, which leaves both of their 32-bit halves right.
+        # The products overflow int64, but their low 64 bits, of which both halves are used, are right.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1 = (product1 >> 32 & _MASK) ^ c1 ^ key0, product1 & _MASK
         c2, c3 = (product0 >> 32 & _MASK) ^ c3 ^ key1, product0 & _MASK

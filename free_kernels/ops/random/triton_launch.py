@@ -1,4 +1,4 @@
-"""``philox_uniform`` and ``philox_normal`` as one Triton kernel: every number is computed where it is stored."""
+"""``philox_uniform`` and ``philox_normal`` as one Triton kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from free_kernels.ops.random.arguments import FillArguments
 from free_kernels.ops.random.triton_philox import normals, seed_words, uniforms
 from free_kernels.ops.triton_device import current, warp_size
 
-# Blocks of four numbers of a program, one a thread: a 16-byte store each. Few numbers are spread over more programs.
+# Philox blocks of a program, one for each thread, whose four numbers are one 16-byte store. If there are few numbers,
+# programs are smaller, so that there are more of them.
 _LARGE, _SMALL = 128, 32
 _WANTED_PROGRAMS = 264
 
@@ -35,7 +36,7 @@ def philox_kernel(
         draw_round = tl.load(p_rounds + o_row, mask=used, other=0)
     image, step = tl.load(p_images + o_row, mask=used, other=0), tl.load(p_steps + o_row, mask=used, other=0)
     key = (seed_low, seed_high, image, step, draw_round)
-    # Broadcast before the rounds of the generator, whose words are of the shape of the blocks.
+    # Broadcast first: the generator's words have the shape of its block numbers.
     c0 = tl.broadcast_to((i_first + tl.arange(0, BLOCKS)).to(tl.uint32)[None, :], (ROWS, BLOCKS))
     b_draws = normals(c0, key, purpose) if NORMAL else uniforms(c0, key, purpose)
     o = (i_first * 4 + tl.arange(0, 4 * BLOCKS))[None, :]
@@ -47,7 +48,7 @@ INTERPRETED = not isinstance(philox_kernel, triton.runtime.JITFunction)
 
 
 def launch_shape(rows: int, numel: int) -> tuple[int, int]:
-    """Keys of a program and Philox blocks of each; shapes only, so a graph can hold it."""
+    """Keys of a program and Philox blocks of each key; depends on shapes only, so that a CUDA graph can hold it."""
     needed = triton.cdiv(numel, 4)
     size = _LARGE if rows * needed >= _WANTED_PROGRAMS * _LARGE else _SMALL
     blocks = min(size, triton.next_power_of_2(needed))
@@ -83,7 +84,7 @@ def philox_fill(arguments: FillArguments) -> Tensor:
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
-    """Both ops for one number a key, an odd size, a latent of 4096 and more than 2**32 numbers a key."""
+    """Both ops for one number a key, an odd size, two latent sizes and more than 2**32 numbers a key."""
     return [
         _aot(device, rows, numel, normal, with_rounds)
         for (rows, numel), normal, with_rounds in itertools.product(
