@@ -1,7 +1,7 @@
-"""The compiled extension: loaded at most once, never required. All environment variables are read here.
+"""The compiled extension, which is optional and loaded at its first use. Environment variables are read here only.
 
-It is two modules: ``_C`` has the schemas and the CPU ops, ``_C_cuda`` the CUDA ops. The second is loaded only under a
-CUDA build of torch, whose libraries it needs, and its absence leaves the first as it is.
+It has two modules: ``_C`` has the schemas and the CPU ops, ``_C_cuda`` the CUDA ops. The second is loaded only under a
+CUDA build of torch, whose libraries it needs; without it the first works as before.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def environment_flag(name: str) -> bool:
 
 
 def when_loaded(hook: Callable[[], None]) -> Callable[[], None]:
-    """Run ``hook`` once, as soon as the extension's ops exist; never where there is no extension.
+    """Run ``hook`` once, as soon as the extension's ops exist; never if there is no extension.
 
-    Fakes are registered this way, because an op must exist before its fake and loading waits for the first use.
+    Fakes are registered this way: an op must exist before its fake, and the extension is loaded at its first use.
     """
     if _loaded and _reason is None:
         hook()
@@ -45,7 +45,7 @@ def when_loaded(hook: Callable[[], None]) -> Callable[[], None]:
 
 
 def _import(name: str, ops: tuple[str, ...], key: str, how_to_build: str) -> tuple[Any, str | None]:
-    """A compiled module that has implementations of ``ops`` for a dispatch key; or None, and why not."""
+    """A compiled module, which must have ``ops`` for a dispatch key; or None, and the reason."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -156,7 +156,7 @@ def use_extension(op: str, device_type: str, backend: str) -> bool:
 
 
 def raise_from_op(op: str, error: RuntimeError) -> NoReturn:
-    """Raise a compiled op's own message as ValueError, without its C++ source line; pass on any other error."""
+    """Raise a compiled op's own message as ValueError, without its C++ source line; raise other errors unchanged."""
     _, found, message = str(error).partition(f"{op}: ")
     if not found:
         raise error

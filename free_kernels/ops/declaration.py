@@ -73,25 +73,31 @@ class Op:
         module = importlib.import_module(f"free_kernels.ops.{self.folder}.triton_launch")
         return getattr(module, self._function)(arguments)
 
-    def runs_triton(self, device: torch.device, backend: str) -> bool:
+    def runs_triton(self, tensor: Tensor, backend: str) -> bool:
         """Whether a backend of the op means Triton; see :func:`~free_kernels.ops.triton_runtime.use_triton`."""
-        return use_triton(self.name, self.folder, device, backend)
+        return use_triton(self.name, self.folder, tensor.device, backend)
 
-    def launch(self, arguments: Any, device: torch.device) -> Any:
+    def launch(self, arguments: Any, tensor: Tensor) -> Any:
         """Run in Triton: as an op on a GPU; for CPU tensors, whose op is the reference, in the interpreter."""
-        return self.triton(arguments) if device.type == "cpu" else self.overload(*arguments)
+        return self.triton(arguments) if tensor.is_cpu else self.overload(*arguments)
 
-    def __call__(self, arguments: Any, device: torch.device, backend: str) -> Any:
-        """Run with a backend, one of the op's own: ``"auto"``, ``"reference"``, ``"triton"`` or ``"extension"``.
+    def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
+        """Run with a backend: ``"auto"``, ``"reference"``, and ``"triton"`` or ``"extension"``.
+
+        Args:
+            arguments: the named tuple.
+            tensor: one of its tensors, whose device decides.
+            backend: one of the op's.
 
         Raises:
             ValueError: ``backend`` is unknown, or the compiled op refuses its arguments.
             RuntimeError: the backend was asked for by name and cannot be used; the message says why.
         """
         if self.folder:
-            in_triton = self.runs_triton(device, backend)
-            return self.launch(arguments, device) if in_triton else self.reference(arguments)
-        if use_extension(self.name, device.type, backend):
+            in_triton = self.runs_triton(tensor, backend)
+            return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
+        # Asking a tensor for its device takes longer.
+        if use_extension(self.name, "cpu" if tensor.is_cpu else tensor.device.type, backend):
             try:
                 return self.overload(*arguments)
             except RuntimeError as error:

@@ -163,7 +163,7 @@ def feature_attention(
         return reference.feature_attention(arguments)
     if q.is_cpu and needs_gradient:
         raise RuntimeError(f"{op}: backend 'triton' cannot be used: the interpreter computes no gradients")
-    return OP.launch(arguments, q.device)
+    return OP.launch(arguments, q)
 
 
 def append_features(

@@ -108,8 +108,8 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
     """
     check_choice(op, "backend", backend, BACKENDS)
     check_round(op, arguments)
-    device = arguments.draft_states.device
-    if isinstance(arguments, KeyedCouplingArguments) and not OPS[op].runs_triton(device, backend):
-        # Here, and not in the op, because the random ops take the caller's backend.
+    states = arguments.draft_states
+    if isinstance(arguments, KeyedCouplingArguments) and not OPS[op].runs_triton(states, backend):
+        # Done here and not in the op's reference, which cannot pass the caller's backend on to the random ops.
         op, arguments = op.removesuffix("_philox"), draw_noise(arguments, backend)
-    return Coupling(*OPS[op](arguments, device, backend))
+    return Coupling(*OPS[op](arguments, states, backend))

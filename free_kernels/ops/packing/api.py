@@ -12,13 +12,6 @@ from free_kernels.ops.packing.arguments import CommitArguments, PackArguments
 from free_kernels.validation import fail
 
 
-def _device_of(op: str, name: str, states: object) -> torch.device:
-    """The device of ``[S, L, C, H, W]``, which decides what runs."""
-    if not isinstance(states, Tensor):
-        Layouts(op, None, {}).check(name, states, FLOATS, "[S, L, C, H, W]")
-    return states.device
-
-
 def _check_int(op: str, name: str, value: object, kinds: type | tuple[type, ...], low: int) -> None:
     if not isinstance(value, kinds) or isinstance(value, bool):
         fail(op, name, "an int", value, TypeError)
@@ -168,7 +161,9 @@ def pack_drafts(
         RuntimeError: ``backend="extension"`` cannot be used.
     """
     arguments = PackArguments(states, lengths, steps, labels, timesteps, num_rows, null_label)
-    return PACK(arguments, _device_of("pack_drafts", "states", states), backend)
+    if not isinstance(states, Tensor):
+        _check_pack(arguments)
+    return PACK(arguments, states, backend)
 
 
 def commit_drafts(
@@ -228,4 +223,6 @@ def commit_drafts(
         samples, all_labels, queue, num_steps,
     )
     # fmt: on
-    COMMIT(arguments, _device_of("commit_drafts", "draft_states", draft_states), backend)
+    if not isinstance(draft_states, Tensor):
+        _check_commit(arguments)
+    COMMIT(arguments, draft_states, backend)

@@ -56,10 +56,10 @@ FILL = Op("philox_fill", FillArguments, _fill, _fake, triton="random.philox_fill
 def _draw(op: Op, arguments: PhiloxArguments, backend: str) -> Tensor:
     check_choice(op.name, "backend", backend, BACKENDS)
     _check(op.name, arguments)
-    device = arguments.images.device
-    if use_triton(op.name, "random", device, backend):
-        return FILL.launch(FillArguments(*arguments, normal=op is NORMAL), device)
-    return op(arguments, device, backend)
+    images = arguments.images
+    if use_triton(op.name, "random", images.device, backend):
+        return FILL.launch(FillArguments(*arguments, normal=op is NORMAL), images)
+    return op(arguments, images, backend)
 
 
 def philox_uniform(
