@@ -339,6 +339,8 @@ def test_guidance_mixes_the_leading_channels_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"draft_states": torch.zeros(2, 2)}, r"draft_states must be float32 \[S, L, C, H, W\], got float32 \[2, 2\]"),
+        ({"draft_states": None}, r"draft_states must be float32 \[S, L, C, H, W\], got None"),
         ({"draft_mean": torch.zeros(2, 2, *LATENT)}, "draft_mean must be"),
         ({"uniform": torch.ones(3, 2)}, "uniform must be"),
         ({"row_offsets": torch.zeros(3, dtype=torch.int32)}, "row_offsets must be int64"),

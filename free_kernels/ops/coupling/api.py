@@ -113,8 +113,7 @@ def couple(
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
     given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, relaxation, *settings)
     return decide("couple", CouplingArguments(*given), backend)
 
@@ -163,8 +162,7 @@ def couple_philox(
         ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
     keys = (signed_seed("couple_philox", seed), images, steps)
     given = (*drafts, *keys, output, row_offsets, columns, relaxation, rounds, *settings)
     return decide("couple_philox", KeyedCouplingArguments(*given), backend)
@@ -211,8 +209,7 @@ def couple_block(
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
     given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, None, *settings)
     return decide("couple_block", CouplingArguments(*given), backend)
 
@@ -258,8 +255,7 @@ def couple_block_philox(
     """
     if rounds is None:
         fail("couple_block_philox", "rounds", "int64 [S], since noise must be fresh in each round", rounds, TypeError)
-    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guided, clip)
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
     keys = (signed_seed("couple_block_philox", seed), images, steps)
     given = (*drafts, *keys, output, row_offsets, columns, None, rounds, *settings)
     return decide("couple_block_philox", KeyedCouplingArguments(*given), backend)

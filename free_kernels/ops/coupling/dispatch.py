@@ -24,8 +24,17 @@ _INTEGERS = ("images", "steps", "rounds", "row_offsets")
 
 
 def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) -> None:
-    """Shapes, integer dtypes and devices of everything beside ``draft_states``."""
+    """Shapes, and the dtypes of integers and devices of everything beside ``draft_states``."""
     states, output = arguments.draft_states, arguments.output
+    if not isinstance(states, Tensor) or states.ndim != 5:
+        fail(
+            op,
+            "draft_states",
+            "float32 [S, L, C, H, W]",
+            states,
+            ValueError if isinstance(states, Tensor) else TypeError,
+        )
+    device = states.device
     slots, length, channels, height, width = states.shape
     rows, draft = (slots, length), (slots, length - 1, channels, height, width)
     shapes = dict.fromkeys(("uniform", "steps", "relaxation"), rows) | dict.fromkeys(("draft_mean", "draft_std"), draft)
@@ -35,15 +44,12 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
     for name, tensor in zip(arguments._fields, arguments, strict=True):
         if name not in shapes or (tensor is None and name in _OPTIONAL):
             continue
-        expectation = f"{'int64' if name in _INTEGERS else 'float32'} {list(shapes[name])}"
-        if not isinstance(tensor, Tensor):
-            fail(op, name, expectation, tensor, TypeError)
-        if name in _INTEGERS and tensor.dtype != torch.int64:
-            fail(op, name, expectation, tensor, TypeError)
-        if tensor.shape != shapes[name]:
-            fail(op, name, expectation, tensor)
-        if tensor.device != states.device:
-            fail(op, name, f"on {states.device} like draft_states", f"a tensor on {tensor.device}")
+        wrong_kind = not isinstance(tensor, Tensor) or (name in _INTEGERS and tensor.dtype != torch.int64)
+        if wrong_kind or tensor.shape != shapes[name]:
+            expectation = f"{'int64' if name in _INTEGERS else 'float32'} {list(shapes[name])}"
+            fail(op, name, expectation, tensor, TypeError if wrong_kind else ValueError)
+        if tensor.device != device:
+            fail(op, name, f"on {device} like draft_states", f"a tensor on {tensor.device}")
     rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if arguments.guidance_scale == 1.0 else 2) == 0
     if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
         fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
@@ -100,7 +106,7 @@ OPS = {
 
 
 def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backend: str) -> Coupling:
-    """Check the arguments of an op and run it.
+    """Check the arguments of an op and run it. All channels are guided if ``guidance_channels`` is None.
 
     Raises:
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
@@ -109,6 +115,8 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
     check_choice(op, "backend", backend, BACKENDS)
     check_round(op, arguments)
     states = arguments.draft_states
+    if arguments.guidance_channels is None:
+        arguments = arguments._replace(guidance_channels=states.shape[2])
     if isinstance(arguments, KeyedCouplingArguments) and not OPS[op].runs_triton(states, backend):
         # Done here and not in the op's reference, which cannot pass the caller's backend on to the random ops.
         op, arguments = op.removesuffix("_philox"), draw_noise(arguments, backend)

@@ -29,19 +29,12 @@ _LARGEST_BLOCK, _SMALLEST_BLOCK, _MAX_SPLITS = 512, 256, 64
 
 
 class LaunchShape(NamedTuple):
-    """How D elements are divided.
+    """How D elements are divided."""
 
-    Attributes:
-        block: elements that a program of the rows kernel holds at a time.
-        chunks: blocks that a program of the rows kernel goes through.
-        num_splits: programs, and partial sums of each index, of a row.
-        commit_block: elements of a program of the commit kernel.
-    """
-
-    block: int
-    chunks: int
-    num_splits: int
-    commit_block: int
+    block: int  # elements that a program of the rows kernel holds at a time
+    chunks: int  # blocks that a program of the rows kernel goes through
+    num_splits: int  # programs, and partial sums of each index, of a row
+    commit_block: int  # elements of a program of the commit kernel
 
 
 def launch_shape(slots: int, length: int, numel: int) -> LaunchShape:
