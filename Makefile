@@ -14,7 +14,7 @@ CUDA_VENV := .venv-cuda
 CUDA_BIN := $(CUDA_VENV)/bin
 OTHER_TORCH := 2.12.1
 
-.PHONY: setup demo test test-fast test-portable test-portable-fast bench lint format cuda-build wheel-check nvcc-check clean
+.PHONY: setup demo test test-fast test-portable test-portable-fast bench aot-matrix lint format cuda-build wheel-check nvcc-check clean
 
 setup: $(SETUP)
 
@@ -45,6 +45,12 @@ bench: $(SETUP)
 		--results benchmarks/results
 	$(BIN)/python -m benchmarks.sampler.bench_target --results benchmarks/results
 	$(BIN)/python -m benchmarks.sampler.bench_modes --results benchmarks/results
+	$(BIN)/python -m benchmarks.report.report
+
+# Every configuration of every Triton kernel for every device: 20 CPU minutes, no GPU. The tests compile the largest.
+aot-matrix: $(SETUP)
+	$(BIN)/python -m free_kernels.ops.aot_table --workers $(JOBS) > $(VENV)/ahead_of_time.md
+	mv $(VENV)/ahead_of_time.md benchmarks/results/
 	$(BIN)/python -m benchmarks.report.report
 
 lint: $(SETUP)

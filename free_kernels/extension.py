@@ -1,7 +1,7 @@
-"""The compiled extension: loaded at most once, never required. All environment variables are read here.
+"""The compiled extension, which is optional and loaded at its first use. Environment variables are read here only.
 
-It is two modules: ``_C`` has the schemas and the CPU ops, ``_C_cuda`` the CUDA ops. The second is loaded only under a
-CUDA build of torch, whose libraries it needs, and its absence leaves the first as it is.
+It has two modules: ``_C`` has the schemas and the CPU ops, ``_C_cuda`` the CUDA ops. The second is loaded only under a
+CUDA build of torch, whose libraries it needs; without it the first works as before.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def environment_flag(name: str) -> bool:
 
 
 def when_loaded(hook: Callable[[], None]) -> Callable[[], None]:
-    """Run ``hook`` once, as soon as the extension's ops exist; never where there is no extension.
+    """Run ``hook`` once, as soon as the extension's ops exist; never if there is no extension.
 
-    Fakes are registered this way, because an op must exist before its fake and loading waits for the first use.
+    Fakes are registered this way: an op must exist before its fake, and the extension is loaded at its first use.
     """
     if _loaded and _reason is None:
         hook()
@@ -44,57 +44,45 @@ def when_loaded(hook: Callable[[], None]) -> Callable[[], None]:
     return hook
 
 
+def _import(name: str, ops: tuple[str, ...], key: str, how_to_build: str) -> tuple[Any, str | None]:
+    """A compiled module, which must have ``ops`` for a dispatch key; or None, and the reason."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None, how_to_build
+    except ImportError as error:
+        return None, f"importing {name} failed: {error}"
+    missing = [op for op in ops if not _has_kernel(op, key)]
+    if missing:
+        return None, f"{name} is out of date, it lacks {', '.join(missing)}: build it again"
+    return module, None
+
+
 def _load() -> None:
-    global _loaded, _module, _reason
-    # Set first: whatever happens below, it is not tried again in this process.
+    global _loaded, _module, _reason, _cuda_module, _cuda_reason
+    # Set first: whatever happens below, loading is not tried again in this process.
     _loaded = True
     if environment_flag("FREE_KERNELS_NO_EXT"):
         _reason = "the environment variable FREE_KERNELS_NO_EXT is set"
         return
-    try:
-        module = importlib.import_module("free_kernels._C")
-    except ModuleNotFoundError as error:
-        if error.name != "free_kernels._C":
-            raise
-        _reason = "it was not built (pip install --no-build-isolation -e . builds it)"
+    unbuilt = "it was not built (pip install --no-build-isolation -e . builds it)"
+    _module, _reason = _import("free_kernels._C", OPS, "CPU", unbuilt)
+    if _reason is not None:
         return
-    except ImportError as error:
-        _reason = f"importing free_kernels._C failed: {error}"
-        return
-    missing = [op for op in OPS if not hasattr(getattr(torch.ops, NAMESPACE), op)]
-    if missing:
-        _reason = f"free_kernels._C is out of date, it lacks {', '.join(missing)}: build it again"
-        return
-    _module = module
-    _load_cuda()
+    if torch.version.cuda is None:
+        _cuda_reason = f"torch {torch.__version__} is not a CUDA build"
+    else:
+        unbuilt = "free_kernels._C_cuda was not built (pip install -v --no-build-isolation . says what it lacks)"
+        _cuda_module, _cuda_reason = _import("free_kernels._C_cuda", CUDA_OPS, "CUDA", unbuilt)
     while _hooks:
         _hooks.pop(0)()
 
 
-def _load_cuda() -> None:
-    global _cuda_module, _cuda_reason
-    if torch.version.cuda is None:
-        _cuda_reason = f"torch {torch.__version__} is not a CUDA build"
-        return
-    try:
-        module = importlib.import_module("free_kernels._C_cuda")
-    except ModuleNotFoundError as error:
-        if error.name != "free_kernels._C_cuda":
-            raise
-        _cuda_reason = "free_kernels._C_cuda was not built (pip install -v --no-build-isolation . says what it lacks)"
-        return
-    except ImportError as error:
-        _cuda_reason = f"importing free_kernels._C_cuda failed: {error}"
-        return
-    missing = [op for op in CUDA_OPS if not _has_kernel(op, "CUDA")]
-    if missing:
-        _cuda_reason = f"free_kernels._C_cuda is out of date, it lacks {', '.join(missing)}: build it again"
-        return
-    _cuda_module = module
-
-
 def _has_kernel(op: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+    known = hasattr(getattr(torch.ops, NAMESPACE), op)
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
 @torch.compiler.assume_constant_result
@@ -168,7 +156,7 @@ def use_extension(op: str, device_type: str, backend: str) -> bool:
 
 
 def raise_from_op(op: str, error: RuntimeError) -> NoReturn:
-    """Raise a compiled op's own message as ValueError, without its C++ source line; pass on any other error."""
+    """Raise a compiled op's own message as ValueError, without its C++ source line; raise other errors unchanged."""
     _, found, message = str(error).partition(f"{op}: ")
     if not found:
         raise error

@@ -23,6 +23,7 @@ from free_kernels.ops.coupling import (
     reference,
 )
 from free_kernels.ops.coupling import reference_block as block
+from free_kernels.ops.coupling.arguments import CouplingArguments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -159,17 +160,16 @@ def on_gpu(
     torch.compiler.reset()
     tensors, keys = (*drafts, *drawn, *rest), (*drafts, 1, images, steps, *rest)
     if name == "couple":
-        op, by_keys, rounds = couple, couple_philox, {}
-        eager, relaxation = reference.couple, (None,)
+        op, by_keys, rounds, eager = couple, couple_philox, {}, reference.couple
     else:
-        op, by_keys, rounds = couple_block, couple_block_philox, {"rounds": images}
-        eager, relaxation = block.couple_block, ()
+        op, by_keys, rounds, eager = couple_block, couple_block_philox, {"rounds": images}, block.couple_block
+    arguments = CouplingArguments(*tensors, relaxation=None, **options)
     compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     calls: dict[str, Callable[[], object]] = {
         "triton": lambda: op(*tensors, backend="triton", **options),
         "triton-philox": lambda: by_keys(*keys, **rounds, backend="triton", **options),
-        "eager": lambda: eager(*tensors, *relaxation, **options),
-        "compiled": lambda: compiled(*tensors, *relaxation, **options),
+        "eager": lambda: eager(arguments),
+        "compiled": lambda: compiled(arguments),
     }
     measure(
         calls[rival],

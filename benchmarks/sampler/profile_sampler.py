@@ -166,11 +166,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--only-parts", action="store_true", help="no ratios")
+    parser.add_argument("--quick", action="store_true", help="one run of one image: a smoke run, no figures")
     arguments = parser.parse_args()
+    if arguments.quick and arguments.out is None:
+        parser.error("--quick measures nothing worth keeping: give it a file with --out")
     device, pairs = arguments.device, arguments.pairs
     out = arguments.out or store.RESULTS / store.device_slug(device) / "profile.json"
     facts = machine() if device == "cpu" else machine() | {"gpu": torch.cuda.get_device_name()}
-    cases = ((1, 6, 1.0, 5), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
+    cases = ((1, 6, 1.0, 1),) if arguments.quick else ((1, 6, 1.0, 5), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
     report = {
         "machine": facts,
         "command": "python -m benchmarks.sampler.profile_sampler" + (" --device cuda" if device == "cuda" else ""),

@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation of Triton kernels to machine code, without a GPU: registers, shared memory, spills.
+"""Ahead-of-time compilation of Triton kernels to machine code, which needs no GPU: registers, shared memory, spills.
 
-A module with kernels has a function ``aot_configurations(device: Device) -> list[AotConfiguration]``. Needs a process
-in which ``TRITON_INTERPRET`` is not set. :mod:`free_kernels.ops.aot_table` compiles all of them.
+A module with kernels has a function ``aot_configurations(device: Device) -> list[AotConfiguration]``, and
+:mod:`free_kernels.ops.aot_table` compiles all that these return. ``TRITON_INTERPRET`` must not be set in the process.
 """
 
 from __future__ import annotations
@@ -29,23 +29,14 @@ _AMD_BARRIER = re.compile(r"^\s*s_barrier\b", re.MULTILINE)
 
 
 class Device(NamedTuple):
-    """What limits a program of a kind of GPU.
+    """A kind of GPU, and what a program may use there."""
 
-    Attributes:
-        name: as the assembler calls it.
-        backend: Triton's: ``"cuda"`` or ``"hip"``.
-        arch: Triton's name of the architecture: compute capability 80 is 8.0.
-        warp_size: threads of a warp.
-        shared: bytes of shared memory that a program may ask for.
-        registers: 32-bit registers that a thread may have, accumulation registers included.
-    """
-
-    name: str
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared: int
-    registers: int
+    name: str  # the assembler's
+    backend: str  # Triton's: "cuda" or "hip"
+    arch: int | str  # Triton's name of the architecture; 80 is compute capability 8.0
+    warp_size: int  # threads of a warp
+    shared: int  # bytes of shared memory that a program may ask for
+    registers: int  # 32-bit registers that a thread may have, accumulation registers included
 
 
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": maximum amount of shared memory
@@ -67,56 +58,54 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class AotConfiguration:
-    """One kernel with fixed types, constants and launch options.
+    """One kernel with fixed types, constants and launch options."""
 
-    Attributes:
-        label: what the report calls it.
-        group: what a table of many configurations calls it and its like.
-        kernel: a ``triton.jit`` function.
-        signature: type of each argument that is not a constant, such as ``"*fp32"``, ``"i32"``, ``"fp32"``.
-        size: how much it asks of a program, comparable within a kernel.
-        constants: the other arguments: ``tl.constexpr`` ones, and pointers that are None.
-        num_warps: warps per program.
-        num_stages: depth of software pipelining.
-        divisible: arguments known to be multiples of 16 (pointers: 16-byte aligned), which widens accesses.
-    """
-
-    label: str
-    group: str
-    kernel: Any
-    signature: Mapping[str, str]
-    size: int
-    constants: Mapping[str, object] = field(default_factory=dict)
+    label: str  # name in the report
+    group: str  # name of the table's row, which holds the largest figures of all configurations of the group
+    kernel: Any  # a triton.jit function
+    signature: Mapping[str, str]  # types of the arguments that are not constants: "*fp32", "i32", "fp32" ...
+    size: int  # what a program needs, to compare configurations of one kernel
+    constants: Mapping[str, object] = field(default_factory=dict)  # tl.constexpr arguments, pointers that are None
     num_warps: int = 4
-    num_stages: int = 3
-    divisible: Sequence[str] = ()
+    num_stages: int = 3  # depth of software pipelining
+    divisible: Sequence[str] = ()  # arguments that are multiples of 16 (pointers: 16-byte aligned), for wide accesses
+
+
+def configuration(
+    kernel: Any, types: Mapping[str, str], values: Mapping[str, object], aligned: Sequence[str] = (), **rest: Any
+) -> AotConfiguration:
+    """A configuration from what the launch of a kernel knows.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        types: of arguments that are neither constants nor ``"i32"``.
+        values: of constants; those that the kernel does not have are left out.
+        aligned: multiples of 16 besides the pointers, whose names begin with ``p_``.
+        rest: the other fields of an :class:`AotConfiguration`.
+    """
+    constants = {name: value for name, value in values.items() if name in kernel.arg_names}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    divisible = [name for name in signature if name.startswith("p_") or name in aligned]
+    return AotConfiguration(kernel=kernel, signature=signature, constants=constants, divisible=divisible, **rest)
 
 
 class AotReport(NamedTuple):
-    """What the assembler says about one configuration on one device; sizes in bytes.
-
-    Attributes:
-        registers: of a thread.
-        shared: shared memory of a program.
-        stack: memory of a thread, whether for spilled registers or for arrays.
-        spilled: stores and loads of a thread's registers to and from memory.
-        barriers: places where all of a program's threads wait for one another.
-    """
+    """What the assembler says about one configuration on one device; sizes in bytes."""
 
     label: str
     group: str
     device: str
-    registers: int
-    shared: int
-    stack: int
-    spilled: int
-    barriers: int
+    registers: int  # of a thread
+    shared: int  # shared memory of a program
+    stack: int  # memory of a thread, for spilled registers or for arrays
+    spilled: int  # stores and loads of a thread's registers to and from memory
+    barriers: int  # places where all threads of a program wait for one another
 
 
 def compile_configuration(configuration: AotConfiguration, device: Device) -> AotReport:
     """Compile to machine code, as Triton does before a launch.
 
-    On AMD tensors of less than 2 GiB are addressed otherwise than larger ones; the report has the larger figures.
+    On AMD, code for tensors of less than 2 GiB differs from code for larger ones; the report has the larger figures.
 
     Raises:
         RuntimeError: the compiler refuses the kernel, or its report is not understood.
@@ -134,7 +123,7 @@ def compile_configuration(configuration: AotConfiguration, device: Device) -> Ao
 
 
 def _compile(configuration: AotConfiguration, device: Device, small: Sequence[str]) -> tuple[int, int, int, int, int]:
-    """Registers, shared memory, stack, spills and barriers; the pointers ``small`` are to less than 2 GiB."""
+    """Registers, shared memory, stack, spills and barriers; tensors of the pointers ``small`` have less than 2 GiB."""
     names = configuration.kernel.arg_names
     attributes: dict[tuple[int], list[list[object]]] = {
         (names.index(n),): [] for n in (*configuration.divisible, *small)
@@ -151,7 +140,7 @@ def _compile(configuration: AotConfiguration, device: Device, small: Sequence[st
     )
     options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
     log = io.StringIO()
-    # The assembler's log is printed as it works, so nothing may come from the cache.
+    # The assembler prints its log while it works, so nothing may come from the cache.
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
@@ -166,7 +155,7 @@ def _compile(configuration: AotConfiguration, device: Device, small: Sequence[st
         found = {name: int(value) for name, value in _AMD_FIGURE.findall(code)}
         if len(found) != 3:
             raise RuntimeError(f"aot: {configuration.label} for {device.name}: no figures in the assembly")
-        # Spilled scalar registers go to lanes of vector registers, which are counted, or to the stack.
+        # Scalar registers spill to lanes of vector registers, which are counted, or to the stack.
         stack, spilled = found["private_segment_fixed_size"], 4 * found["vgpr_spill_count"]
         barriers = len(_AMD_BARRIER.findall(code))
         return found["vgpr_count"], compiled.metadata.shared, stack, spilled, barriers
@@ -179,7 +168,7 @@ def _compile(configuration: AotConfiguration, device: Device, small: Sequence[st
 
 
 def why_unfit(report: AotReport) -> str | None:
-    """What keeps a kernel from running well on its device, or at all: spills, too much shared memory; or None."""
+    """Why a kernel does not run on its device, or runs slowly: spills, too much shared memory; None if it is fit."""
     device = DEVICES[report.device]
     if report.spilled or report.stack:
         return f"{report.spilled} bytes spilled, {report.stack} bytes of stack"

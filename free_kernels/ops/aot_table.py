@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be there, and prints registers, shared memory and spills.
 
 ``python -m free_kernels.ops.aot_table > benchmarks/results/ahead_of_time.md`` writes Markdown with a row for each
-kind of configuration, which ``benchmarks/report/report.py`` puts into ``docs/benchmarks.md``. Needs a process in which
+kind of configuration, which ``benchmarks/report/report.py`` puts into ``docs/benchmarks.md``; ``make aot-matrix`` does
+both. Exits with an error where a configuration spills or asks for more than a device has. Needs a process in which
 Triton's interpreter was not asked for.
 """
 
@@ -40,22 +41,23 @@ def modules() -> list[str]:
     ]
 
 
-def configurations(module: str, device: str, largest: bool) -> list[AotConfiguration]:
-    """All of a module's on a device, or of each kernel what asks most of a program."""
+def configurations(module: str, device: str, largest: str | None = None) -> list[AotConfiguration]:
+    """All of a module's on a device, or of each ``"kernel"`` or ``"group"`` what asks most of a program."""
     every = importlib.import_module(f"free_kernels.ops.{module}.triton_launch").aot_configurations(DEVICES[device])
-    if not largest:
+    if largest is None:
         return every
-    ordered = sorted(every, key=lambda configuration: -configuration.size)
-    kernels = dict.fromkeys(configuration.kernel for configuration in every)
-    return [next(c for c in ordered if c.kernel is kernel) for kernel in kernels]
+    found: dict[object, AotConfiguration] = {}
+    for configuration in sorted(every, key=lambda configuration: -configuration.size):
+        found.setdefault(getattr(configuration, largest), configuration)
+    return list(found.values())
 
 
-def _report(task: tuple[str, str, bool, int]) -> AotReport:
+def _report(task: tuple[str, str, str | None, int]) -> AotReport:
     module, device, largest, index = task
     return compile_configuration(configurations(module, device, largest)[index], DEVICES[device])
 
 
-def reports(names: Sequence[str], devices: Sequence[str], largest: bool, workers: int) -> list[AotReport]:
+def reports(names: Sequence[str], devices: Sequence[str], largest: str | None, workers: int) -> list[AotReport]:
     """Reports of all configurations of some modules on some devices, compiled by so many processes."""
     tasks = [
         (module, device, largest, index)
@@ -78,15 +80,8 @@ def markdown(found: Sequence[AotReport]) -> str:
         for device in devices:
             own = [report for report in found if (report.group, report.device) == (group, device)]
             counts.add(len(own))
-            registers, shared, spilled, barriers = (
-                max((figure(report) for report in own), default=0)
-                for figure in (
-                    lambda report: report.registers,
-                    lambda report: report.shared,
-                    lambda report: max(report.spilled, report.stack),
-                    lambda report: report.barriers,
-                )
-            )
+            figures = [(r.registers, r.shared, max(r.spilled, r.stack), r.barriers) for r in own] or [(0, 0, 0, 0)]
+            registers, shared, spilled, barriers = map(max, zip(*figures, strict=True))
             cells.append(f"{registers} / {shared / 1024:.1f} / {spilled} / {barriers}")
         lines.append(f"| {group} | {' to '.join(str(count) for count in sorted(counts))} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -97,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--module", choices=modules(), help="one kernel module; all of them if left out")
     parser.add_argument("--device", choices=list(DEVICES), action="append", help="may be repeated; all if left out")
-    parser.add_argument("--largest", action="store_true", help="of each kernel only what asks most of a program")
+    parser.add_argument("--largest", choices=("kernel", "group"), help="of each only what asks most of a program")
     parser.add_argument("--workers", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true", help="a list of all reports instead of the table")
     parser.add_argument("--reports", type=Path, nargs="+", help="print these outputs of --json, and compile nothing")

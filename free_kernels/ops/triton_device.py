@@ -1,8 +1,11 @@
-"""What a launch has to know of the device that it is for."""
+"""What a launch has to know of its device and of how its kernels run."""
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+from torch import Tensor
 
 
 def warp_size(device: torch.device) -> int:
@@ -13,10 +16,15 @@ def warp_size(device: torch.device) -> int:
 
 
 def limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program may ask for."""
+    """Number of multiprocessors, and the most bytes of shared memory that a program may ask for."""
     if device.type != "cuda":
-        # Triton's interpreter takes any.
+        # Triton's interpreter has no limit.
         return 1, 1 << 30
     found = torch.cuda.get_device_properties(device)
-    # AMD has no more on request than without, and may say 0.
+    # On AMD a program may not ask for more than the default, and the second figure may be 0.
     return found.multi_processor_count, max(found.shared_memory_per_block, found.shared_memory_per_block_optin)
+
+
+def current(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes a CUDA tensor's device the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

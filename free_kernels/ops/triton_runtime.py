@@ -1,4 +1,4 @@
-"""Whether Triton kernels can take tensors of a device, and if not, why; the choice that follows from it."""
+"""Whether Triton kernels can take tensors of a device, why they cannot, and whether a backend means Triton."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def why_no_runtime(stem: str, device_type: str, index: int | None) -> str | None
 
 
 def use_triton(op: str, stem: str, device: torch.device, backend: str) -> bool:
-    """Whether a backend, one of the op's own, means the kernels of ``free_kernels.ops.<stem>.triton_launch``.
+    """Whether a backend of an op means the kernels of ``free_kernels.ops.<stem>.triton_launch``.
 
-    ``"auto"`` takes them wherever they run, but never the interpreter for CPU tensors.
+    ``"auto"`` takes them on every device that they run on, but never the interpreter for CPU tensors.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run; the message says why.

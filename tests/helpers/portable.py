@@ -46,25 +46,21 @@ NOT_NUMERICAL = {
     "test_triton_launches",
     "test_wheel",
 }
-# Half a minute and more each: kernels in Triton's interpreter, training, and whole runs of the command line.
+# Minutes each, or few numbers for their time: whole rounds in Triton's interpreter, training, runs of the command line.
 LONG = {
     "test_analysis",
-    "test_attention",
     "test_checkpoints",
     "test_diffusers_pipeline",
     "test_distributed",
     "test_generate",
     "test_non_finite",
     "test_report",
-    "test_scale_model",
     "test_study",
     "test_sweep",
     "test_training",
     "test_training_processes",
     "test_training_shards",
-    "test_triton_block",
     "test_triton_coupling",
-    "test_triton_random",
     "test_triton_sampler",
 }
 

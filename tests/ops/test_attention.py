@@ -269,6 +269,7 @@ def test_kernel_in_the_interpreter() -> None:
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}
 
 
+@pytest.mark.slow
 def test_kernel_compiles_without_spills() -> None:
     """For the head dimensions of DiT; the other configurations are compiled with every other kernel's."""
     pytest.importorskip("triton")

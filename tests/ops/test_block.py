@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import scipy.integrate
 import scipy.stats
 import torch
 from analytic import DETECTED, FALSE_ALARM
+from coupling_calls import PLAIN, call
 from test_coupling import LATENT, columns_for, op_arguments
 from test_coupling_philox import arguments as philox_arguments
 from test_coupling_philox import with_tensors
@@ -18,6 +19,7 @@ from torch import Tensor
 from free_kernels.ops import Coupling, couple, couple_block, couple_block_philox
 from free_kernels.ops.coupling import reference as coupling
 from free_kernels.ops.coupling import reference_block as reference
+from free_kernels.ops.coupling.arguments import CouplingArguments
 from free_kernels.ops.coupling.reference import compare, compare_variances, guide
 
 COUNT, ELEMENTS = 40_000, 4
@@ -55,7 +57,7 @@ class Round(NamedTuple):
     """One verified block of ``COUNT`` slots: what went in, what came out, the drafts' whitened gaps."""
 
     chain: Chain
-    inputs: tuple
+    inputs: CouplingArguments
     outcome: Coupling
 
 
@@ -72,8 +74,9 @@ def verify(chain: Chain, length: int, seed: int = 0, verifier=couple_block) -> R
     shaped = [part.view(COUNT, -1, *SHAPE) for part in (x, mean, torch.ones_like(mean), noise, slack_noise)]
     if chain.spread == 0:
         shaped[4], output = None, output[:, :1]
-    inputs = (*shaped, uniform, output, torch.arange(COUNT + 1) * length, columns_for(1.0, COUNT, length))
-    return Round(chain, inputs, verifier(*inputs))
+    rest = (uniform, output, torch.arange(COUNT + 1) * length, columns_for(1.0, COUNT, length))
+    inputs = CouplingArguments(*shaped, *rest, **PLAIN)
+    return Round(chain, inputs, call(verifier, inputs))
 
 
 def path_p_value(done: Round, next_states: Tensor | None = None, reuse: bool = False) -> float:
@@ -84,7 +87,7 @@ def path_p_value(done: Round, next_states: Tensor | None = None, reuse: bool = F
         next_states: what to commit in the place of the outcome's.
         reuse: draw the steps behind with the noise of the discarded drafts.
     """
-    chain, states, noise = done.chain, done.inputs[0].flatten(2), done.inputs[3].flatten(2)
+    chain, states, noise = done.chain, done.inputs.draft_states.flatten(2), done.inputs.noise.flatten(2)
     new = (done.outcome.next_states if next_states is None else next_states).flatten(1)
     stop = (done.outcome.committed - 1).unsqueeze(1)
     generator = torch.Generator().manual_seed(99)
@@ -181,10 +184,10 @@ def gap_of_the_row_before(monkeypatch):
 
 
 def new_slack_in_the_residual(monkeypatch):
-    def changed(mean_q, std_q, draft_mean, draft_std, noise, slack_noise):
-        rows = [mean_q, std_q, draft_mean, draft_std]
-        other = compare(*rows, torch.randn_like(noise), torch.randn_like(noise))
-        return compare(*rows, noise, slack_noise)._replace(lead=other.lead)
+    def changed(mean_q, std_q, arguments):
+        noise, slack_noise = (torch.randn_like(arguments.noise) for _ in range(2))
+        other = compare(mean_q, std_q, arguments._replace(noise=noise, slack_noise=slack_noise))
+        return compare(mean_q, std_q, arguments)._replace(lead=other.lead)
 
     monkeypatch.setattr(reference, "compare", changed)
 
@@ -209,7 +212,8 @@ def test_wrong_blocks_are_found(mutation, setting, monkeypatch):
 def test_a_reflected_draft_is_not_the_residual():
     """Token verification's replacement, which uses all of the refused noise again, is wrong once P is below 1."""
     done = verify(OFTEN_REFUSED, 5)
-    states, means, _, noise = (part.flatten(2) for part in done.inputs[:4])
+    given = done.inputs
+    states, means, noise = (part.flatten(2) for part in (given.draft_states, given.draft_mean, given.noise))
     slots, drafts = torch.arange(COUNT), means.shape[1]
     row = (done.outcome.committed - 1).clamp(max=drafts - 1)
     mean_q = done.chain.mean(states[slots, row])
@@ -237,7 +241,8 @@ def test_more_steps_than_row_by_row(chain):
 def test_probability_of_going_on_is_the_mean_weight(size):
     """``P(tau >= i) = E P_i``; for one draft that is ``2 Phi(-delta / 2)``, as for the maximal coupling."""
     done = verify(Chain(size), 6)
-    states, mean, _, noise = (part.flatten(2) for part in done.inputs[:4])
+    given = done.inputs
+    states, mean, noise = (part.flatten(2) for part in (given.draft_states, given.draft_mean, given.noise))
     gap = done.chain.mean(states[:, :-1].flatten(0, 1)).view_as(mean) - mean
     score = (noise[:, :-1] * gap).sum(-1) - gap.square().sum(-1) / 2
     weight = [torch.ones(COUNT)]
@@ -285,7 +290,7 @@ def test_extreme_weights_and_gaps_stay_finite():
         assert bool(reference.draw_residual(log_a, delta, torch.full_like(delta, u)).isfinite().all())
 
 
-def ragged(lengths: list[int], mean_q: Tensor, padding: int = 0) -> tuple:
+def ragged(lengths: list[int], mean_q: Tensor, padding: int = 0) -> CouplingArguments:
     """Arguments of slots of these lengths with drafts of mean 0 and deviation 1."""
     slots, length = len(lengths), max(lengths)
     noise = torch.randn(slots, length, *LATENT, generator=torch.Generator().manual_seed(0))
@@ -294,18 +299,19 @@ def ragged(lengths: list[int], mean_q: Tensor, padding: int = 0) -> tuple:
     drafts = torch.zeros(slots, length - 1, *LATENT)
     output = torch.cat([mean_q, torch.full((padding, *LATENT), 7.0)])
     uniform = torch.full((slots, length), 0.3)
-    return states, drafts, drafts + 1, noise, None, uniform, output, offsets, columns_for(1.0, slots, length)
+    columns = columns_for(1.0, slots, length)
+    return CouplingArguments(states, drafts, drafts + 1, noise, None, uniform, output, offsets, columns, **PLAIN)
 
 
 def test_identical_laws_commit_everything():
     """Every draft is kept, the last row is the ordinary step, and padding rows change nothing."""
     lengths = [3, 1, 0, 2]
     arguments = ragged(lengths, torch.zeros(6, *LATENT))
-    outcome = couple_block(*arguments)
+    outcome = call(couple_block, arguments)
     assert outcome.committed.tolist() == lengths
     for slot in (0, 1, 3):
-        assert torch.equal(outcome.next_states[slot], arguments[3][slot, lengths[slot] - 1])
-    padded = couple_block(*ragged(lengths, torch.zeros(6, *LATENT), padding=5))
+        assert torch.equal(outcome.next_states[slot], arguments.noise[slot, lengths[slot] - 1])
+    padded = call(couple_block, ragged(lengths, torch.zeros(6, *LATENT), padding=5))
     assert torch.equal(padded.next_states, outcome.next_states)
 
 
@@ -315,78 +321,71 @@ def test_gaps_of_any_size(gap):
     mean_q = torch.zeros(6, *LATENT)
     mean_q[1] = gap
     arguments = ragged([3, 3], mean_q)
-    outcome = couple_block(*arguments)
+    outcome = call(couple_block, arguments)
     assert outcome.committed.tolist() == ([3, 3] if gap < 1 else [2, 3])
-    assert torch.equal(outcome.next_states[1], arguments[3][1, 2])
+    assert torch.equal(outcome.next_states[1], arguments.noise[1, 2])
     if gap == 50.0:
         whitened = outcome.next_states[0] - gap
         assert abs(float(whitened.sum() / 4) - scipy.stats.norm.isf(0.3)) < 1e-3
     elif gap > 1e15 or math.isnan(gap):
-        torch.testing.assert_close(outcome.next_states[0], gap + arguments[3][0, 1], equal_nan=True)
+        torch.testing.assert_close(outcome.next_states[0], gap + arguments.noise[0, 1], equal_nan=True)
 
 
 def test_one_row_is_the_ordinary_step():
     arguments = ragged([1, 1], torch.ones(2, *LATENT))
-    outcome, token = couple_block(*arguments), couple(*arguments)
+    outcome, token = call(couple_block, arguments), call(couple, arguments)
     assert torch.equal(outcome.next_states, token.next_states)
     assert outcome.committed.tolist() == [1, 1]
 
 
 def test_guidance_and_gaps_are_those_of_couple():
-    states, *rest = op_arguments(True)
-    guided = couple_block(states, *rest[:8], guidance_scale=2.0)
-    mixed = [*rest[:5], guide(rest[5], 2.0, 1), *rest[6:8]]
+    arguments = op_arguments(True)
+    guided = call(couple_block, arguments)
+    mixed = arguments._replace(output=guide(arguments.output, 2.0, 1), guidance_scale=1.0)
     # To rounding: guidance in the op runs on rows of another layout.
-    torch.testing.assert_close(couple_block(states, *mixed).next_states, guided.next_states)
-    token = couple(states, *rest[:8], guidance_scale=2.0)
-    assert torch.equal(guided.gap_sq, token.gap_sq)
+    torch.testing.assert_close(call(couple_block, mixed).next_states, guided.next_states)
+    assert torch.equal(guided.gap_sq, call(couple, arguments).gap_sq)
 
 
 @pytest.mark.parametrize(
-    ("position", "value", "message"),
+    ("change", "message"),
     [
-        (5, torch.ones(3, 2), "uniform must be"),
-        (7, torch.zeros(3, dtype=torch.int32), "row_offsets must be int64"),
-        (4, torch.zeros(2, 3, *LATENT), "slack_noise must be given exactly where output has 2 C channels"),
+        ({"uniform": torch.ones(3, 2)}, "uniform must be"),
+        ({"row_offsets": torch.zeros(3, dtype=torch.int32)}, "row_offsets must be int64"),
+        (
+            {"slack_noise": torch.zeros(2, 3, *LATENT)},
+            "slack_noise must be given exactly where output has 2 C channels",
+        ),
     ],
 )
-def test_wrong_arguments_are_named(position, value, message):
-    arguments = list(ragged([3, 3], torch.zeros(6, *LATENT)))
-    arguments[position] = value
+def test_wrong_arguments_are_named(change, message):
     with pytest.raises((ValueError, TypeError), match=f"^couple_block: {message}"):
-        couple_block(*arguments)
+        call(couple_block, ragged([3, 3], torch.zeros(6, *LATENT)), **change)
 
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_op_passes_opcheck(learned):
-    arguments = op_arguments(learned)
-    torch.library.opcheck(torch.ops.free_kernels.couple_block.default, (*arguments[:9], *arguments[10:]))
-
-
-def keyed(learned: bool) -> dict[str, Any]:
-    """Arguments of ``couple_block_philox``."""
-    return {name: value for name, value in philox_arguments(learned, True).items() if name != "relaxation"}
+    torch.library.opcheck(torch.ops.free_kernels.couple_block.default, op_arguments(learned))
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("learned", [False, True])
 def test_numbers_by_their_keys(learned, backend):
     """The same as with numbers of the source that the sampler uses; each key counts."""
-    given = keyed(learned)
-    outcome, want = couple_block_philox(**given, backend=backend), with_tensors(given, op=couple_block)
+    given = philox_arguments(learned, True)._replace(relaxation=None)
+    outcome, want = call(couple_block_philox, given, backend=backend), with_tensors(given, op=couple_block)
     assert torch.equal(outcome.committed, want.committed)
     live = outcome.committed > 0
     torch.testing.assert_close(outcome.next_states[live], want.next_states[live])
-    for change in ({"seed": given["seed"] + 1}, {"images": given["images"] + 1}, {"rounds": given["rounds"] + 1}):
-        other = couple_block_philox(**{**given, **change}, backend=backend)
+    for change in ({"seed": given.seed + 1}, {"images": given.images + 1}, {"rounds": given.rounds + 1}):
+        other = call(couple_block_philox, given, **change, backend=backend)
         assert not torch.allclose(other.next_states[live], outcome.next_states[live])
 
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_the_op_with_keys_passes_opcheck(learned):
-    given = keyed(learned) | {"seed": -5}
-    scale = given.pop("guidance_scale")
-    torch.library.opcheck(torch.ops.free_kernels.couple_block_philox.default, (*given.values(), scale, 1, math.inf))
+    given = philox_arguments(learned, True)._replace(seed=-5, relaxation=None)
+    torch.library.opcheck(torch.ops.free_kernels.couple_block_philox.default, given)
 
 
 @pytest.mark.parametrize(
@@ -401,16 +400,14 @@ def test_the_op_with_keys_passes_opcheck(learned):
 )
 def test_wrong_keys_are_named(change, error, message):
     with pytest.raises(error, match=f"^couple_block_philox: {message}"):
-        couple_block_philox(**{**keyed(True), **change})
+        call(couple_block_philox, philox_arguments(True, True), **change)
 
 
 def test_it_compiles_without_a_graph_break():
-    arguments = op_arguments(True)
-
-    def step(*tensors):
-        outcome = couple_block(*tensors[:9], guidance_scale=2.0)
+    def step(arguments):
+        outcome = call(couple_block, arguments)
         return outcome.next_states, outcome.committed
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*arguments[:9]), step(*arguments[:9]), strict=True):
+    arguments, compiled = op_arguments(True), torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(arguments), step(arguments), strict=True):
         torch.testing.assert_close(got, expected)

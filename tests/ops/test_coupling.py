@@ -9,9 +9,11 @@ import scipy.stats
 import slack_by_matrices
 import torch
 from analytic import DETECTED, FALSE_ALARM
+from coupling_calls import PLAIN, call
 
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple, gaussian_transition, reference
+from free_kernels.ops.coupling.arguments import CouplingArguments
 from free_kernels.ops.coupling.reference import compare_variances
 
 LATENT = (1, 4, 4)
@@ -337,6 +339,8 @@ def test_guidance_mixes_the_leading_channels_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"draft_states": torch.zeros(2, 2)}, r"draft_states must be float32 \[S, L, C, H, W\], got float32 \[2, 2\]"),
+        ({"draft_states": None}, r"draft_states must be float32 \[S, L, C, H, W\], got None"),
         ({"draft_mean": torch.zeros(2, 2, *LATENT)}, "draft_mean must be"),
         ({"uniform": torch.ones(3, 2)}, "uniform must be"),
         ({"row_offsets": torch.zeros(3, dtype=torch.int32)}, "row_offsets must be int64"),
@@ -348,40 +352,38 @@ def test_guidance_mixes_the_leading_channels_only():
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    arguments = {
-        "draft_states": torch.zeros(2, 2, *LATENT),
-        "draft_mean": torch.zeros(2, 1, *LATENT),
-        "draft_std": torch.ones(2, 1, *LATENT),
-        "noise": torch.zeros(2, 2, *LATENT),
-        "slack_noise": None,
-        "uniform": torch.ones(2, 2),
-        "output": torch.zeros(4, *LATENT),
-        "row_offsets": torch.tensor([0, 2, 4]),
-        "columns": columns_for(1.0, 2, 2),
-    } | change
+    arguments = CouplingArguments(
+        draft_states=torch.zeros(2, 2, *LATENT),
+        draft_mean=torch.zeros(2, 1, *LATENT),
+        draft_std=torch.ones(2, 1, *LATENT),
+        noise=torch.zeros(2, 2, *LATENT),
+        slack_noise=None,
+        uniform=torch.ones(2, 2),
+        output=torch.zeros(4, *LATENT),
+        row_offsets=torch.tensor([0, 2, 4]),
+        columns=columns_for(1.0, 2, 2),
+        **PLAIN,
+    )
     with pytest.raises((ValueError, TypeError), match=f"^couple: {message}"):
-        couple(**arguments)
+        call(couple, arguments, **change)
 
 
-def op_arguments(learned: bool) -> tuple:
-    """Arguments of ``torch.ops.free_kernels.couple`` for two slots of lengths 3 and 1, guided."""
+def op_arguments(learned: bool) -> CouplingArguments:
+    """A guided round of two slots of lengths 3 and 1."""
     generator = torch.Generator().manual_seed(3)
     noise, slack_noise = torch.randn(2, 2, 3, *LATENT, generator=generator)
     output = torch.randn(8, 2 if learned else 1, 4, 4, generator=generator) * 0.1
-    return (
-        torch.randn(2, 3, *LATENT, generator=generator),
-        torch.randn(2, 2, *LATENT, generator=generator) * 0.1,
-        torch.full((2, 2, *LATENT), 1.1),
-        noise,
-        slack_noise if learned else None,
-        torch.rand(2, 3, generator=generator) + 1e-3,
-        output,
-        torch.tensor([0, 3, 4]),
-        columns_for(1.0, 2, 3),
-        None,
-        2.0,
-        1,
-        math.inf,
+    return CouplingArguments(
+        draft_states=torch.randn(2, 3, *LATENT, generator=generator),
+        draft_mean=torch.randn(2, 2, *LATENT, generator=generator) * 0.1,
+        draft_std=torch.full((2, 2, *LATENT), 1.1),
+        noise=noise,
+        slack_noise=slack_noise if learned else None,
+        uniform=torch.rand(2, 3, generator=generator) + 1e-3,
+        output=output,
+        row_offsets=torch.tensor([0, 3, 4]),
+        columns=columns_for(1.0, 2, 3),
+        **PLAIN | {"guidance_scale": 2.0},
     )
 
 
@@ -393,10 +395,10 @@ def test_the_op_passes_opcheck(learned):
 def test_couple_compiles_without_a_graph_break():
     arguments = op_arguments(True)
 
-    def step(*tensors):
-        outcome = couple(*tensors[:9], guidance_scale=2.0)
+    def step(arguments):
+        outcome = call(couple, arguments)
         return outcome.next_states, outcome.committed
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(*arguments[:9]), step(*arguments[:9]), strict=True):
+    for got, expected in zip(compiled(arguments), step(arguments), strict=True):
         torch.testing.assert_close(got, expected)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from free_kernels import extension
 from free_kernels.ops.packing import commit_drafts, pack_drafts
+from free_kernels.ops.packing.arguments import CommitArguments, PackArguments
 
 needs_extension = pytest.mark.skipif(
     not extension.has_extension(), reason=f"no compiled extension: {extension.why_no_extension()}"
@@ -31,15 +32,8 @@ def offset_copy(tensor: Tensor, offset: int) -> Tensor:
     return result
 
 
-def model_pack(
-    states: Tensor,
-    lengths: Tensor,
-    steps: Tensor,
-    labels: Tensor,
-    timesteps: Tensor,
-    num_rows: int,
-    null_label: int | None = None,
-) -> tuple[list[Tensor], list[int], list[int], list[int]]:
+def model_pack(arguments: PackArguments) -> tuple[list[Tensor], list[int], list[int], list[int]]:
+    states, lengths, steps, labels, timesteps, num_rows, null_label = arguments
     x, t, y, offsets = [], [], [], [0]
     for s, length in enumerate(lengths.tolist()):
         for j in range(length):
@@ -104,7 +98,7 @@ def test_pack_equals_model(
 ) -> None:
     a = make_pack(seed, slots, draft_length, latent, padding)
     x, t, y, row_offsets = pack_drafts(**a, null_label=null_label, backend=backend)
-    want_x, want_t, want_y, want_offsets = model_pack(**a, null_label=null_label)
+    want_x, want_t, want_y, want_offsets = model_pack(PackArguments(**a, null_label=null_label))
     assert x.shape == (len(want_x), *latent)
     assert all(torch.equal(row, want) for row, want in zip(x, want_x, strict=True))
     assert (t.tolist(), y.tolist(), row_offsets.tolist()) == (want_t, want_y, want_offsets)
@@ -248,8 +242,8 @@ def test_backend_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_opcheck(null_label: int | None) -> None:
     op = torch.ops.free_kernels
     a = make_pack(2, 4, 3, (1, 3, 3), 1)
-    torch.library.opcheck(op.pack_drafts.default, (*a.values(), null_label))
-    torch.library.opcheck(op.commit_drafts.default, tuple(make_commit(2, 4, 3, (1, 3, 3), 2).values()))
+    torch.library.opcheck(op.pack_drafts.default, PackArguments(**a, null_label=null_label))
+    torch.library.opcheck(op.commit_drafts.default, CommitArguments(**make_commit(2, 4, 3, (1, 3, 3), 2)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ MODULES = [
     if "\ndef aot_configurations(" in file.read_text()
 ]
 DEVICES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+# Of each backend the device with the least shared memory; on sm_86 the compiler also takes the most registers.
+TIGHTEST = ("sm_86", "gfx942")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton's compiler")
@@ -34,8 +37,11 @@ def run(*command: str) -> str:
     return result.stdout
 
 
-def compile_module(name: str, *options: str) -> list[dict[str, Any]]:
-    return json.loads(run("-m", "free_kernels.ops.aot_table", "--json", "--module", name, *options))
+def compile_module(name: str, devices: Sequence[str], largest: str) -> list[dict[str, Any]]:
+    options = [word for device in devices for word in ("--device", device)]
+    return json.loads(
+        run("-m", "free_kernels.ops.aot_table", "--json", "--module", name, "--largest", largest, *options)
+    )
 
 
 def most_barriers() -> int:
@@ -44,8 +50,8 @@ def most_barriers() -> int:
     return 4 if version < (3, 8) else 5
 
 
-def assert_fits(reports: list[dict[str, Any]]) -> None:
-    assert {report["device"] for report in reports} == set(DEVICES)
+def assert_fits(reports: list[dict[str, Any]], devices: Sequence[str]) -> None:
+    assert {report["device"] for report in reports} == set(devices)
     # Figures that nothing was read into would fit everywhere.
     assert all(report["registers"] > 0 for report in reports)
     assert not [report for report in reports if report["unfit"]]
@@ -60,15 +66,16 @@ def test_every_op_is_found():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_largest_configurations_fit_every_device(name):
-    assert_fits(compile_module(name, "--largest"))
+def test_the_largest_of_each_kernel_fits_every_device(name):
+    devices = [device for device in DEVICES if device not in TIGHTEST]
+    assert_fits(compile_module(name, devices, "kernel"), devices)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
-def test_every_configuration_fits_every_device(name):
-    # Hundreds of compilations, by which time the processes of other tests have mostly ended.
-    assert_fits(compile_module(name, "--workers", str(os.cpu_count() or 1)))
+def test_the_largest_of_each_kind_fits_the_tightest_devices(name):
+    """A kind is a row of the table in docs/benchmarks.md; ``make aot-matrix`` compiles all there is of it."""
+    assert_fits(compile_module(name, TIGHTEST, "group"), TIGHTEST)
 
 
 CONTROL = """
@@ -76,9 +83,9 @@ from dataclasses import replace
 from free_kernels.ops.aot import DEVICES, compile_configuration, why_unfit
 from free_kernels.ops.attention.triton_launch import aot_configurations
 
-for name in ("sm_80", "gfx942"):
+for name, label in (("sm_80", "T 256 64 x 64"), ("gfx942", "T 256 128 x 64 uncached")):
     every = aot_configurations(DEVICES[name])
-    spilling = next(c for c in every if "bf16 dim 128 T 256 64" in c.label)
+    spilling = next(c for c in every if c.label.endswith(f"bf16 dim 64 {label}"))
     report = compile_configuration(replace(spilling, num_warps=1), DEVICES[name])
     print(name, why_unfit(report))
     fits = report._replace(spilled=0, stack=0, shared=DEVICES[name].shared, registers=DEVICES[name].registers)

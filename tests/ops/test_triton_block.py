@@ -88,4 +88,4 @@ def test_on_a_gpu():
     check_tail(worker.tail_errors(3968, "cuda"))
     assert worker.draw_error("cuda") < 2e-7
     for length, slots in worker.SIZES:
-        check_decisions(worker.decision_errors(length, slots, "cuda"), length)
+        check_decisions(worker.decision_errors(*worker.decided(length, slots, "cuda")), length)

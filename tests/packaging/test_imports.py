@@ -68,16 +68,20 @@ def wrong_parts(part: str, imported: set[str]) -> set[str]:
 def wrong_in_op(op: str, stem: str, imported: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """Imports that a module of an op's folder must not have.
 
-    The reference and the Triton kernels know nothing but their own kind; other ops are taken from their packages.
+    The reference and the Triton kernels know nothing but their own kind and the op's arguments, which know nothing;
+    other ops are taken from their packages.
     """
     kind = stem.partition("_")[0]
     wrong = set()
     for pieces in imported:
-        if pieces[:2] != ("free_kernels", "ops"):
+        if stem == "arguments":
+            allowed = False
+        elif pieces[:2] != ("free_kernels", "ops"):
             allowed = pieces[1] == "constants" or kind not in ("reference", "triton")
         elif pieces[2] in OPS:
             module = pieces[3] if len(pieces) > 3 else ""
-            own = pieces[2] == op and (kind not in ("reference", "triton") or module.partition("_")[0] == kind)
+            known = kind not in ("reference", "triton") or module.partition("_")[0] in (kind, "arguments")
+            own = pieces[2] == op and known
             public = kind not in ("reference", "triton") and module.partition("_")[0] not in ("reference", "triton")
             allowed = own or (public and pieces[2] != op) or (pieces[2], module) in SHARED.get((op, stem), ())
         else:
@@ -120,6 +124,9 @@ def test_implementations_of_an_op_do_not_import_one_another(op):
         ("triton_math", "free_kernels.ops.random.reference.uniform"),
         ("triton_math", "free_kernels.ops.triton_runtime.use_triton"),
         ("triton_launch", "free_kernels.extension.use_extension"),
+        ("arguments", "free_kernels.constants.TransitionColumn"),
+        ("arguments", "free_kernels.ops.coupling.reference.couple"),
+        ("reference", "free_kernels.ops.random.arguments.PhiloxArguments"),
         ("api", "free_kernels.ops.random.triton_philox.normals"),
         ("api", "free_kernels.ops.packing.reference.pack_drafts"),
     ],

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_kernels.ops.packing.arguments import CommitArguments, PackArguments
 from free_kernels.ops.packing.reference import commit_drafts, pack_drafts
 
 ROUNDS = 32
@@ -100,17 +101,9 @@ class Kernels:
         """Another order of threads and blocks."""
         self._library.seed_emulator(ctypes.c_uint64(2 * seed + 1))
 
-    def pack(
-        self,
-        states: Tensor,
-        lengths: Tensor,
-        steps: Tensor,
-        labels: Tensor,
-        timesteps: Tensor,
-        num_rows: int,
-        null_label: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pack(self, arguments: PackArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As the op."""
+        states, lengths, steps, labels, timesteps, num_rows, null_label = arguments
         rows, row_bytes = num_rows * (1 if null_label is None else 2), states[0, 0].numel() * states.element_size()
         x = poisoned((rows, *states.shape[2:]), states.dtype)
         t, y = (poisoned((rows,), torch.int64) for _ in range(2))
@@ -123,46 +116,38 @@ class Kernels:
         assert self._library.emulate_pack(ctypes.byref(launch)) == 0
         return x, t, y, row_offsets
 
-    def commit(
-        self,
-        committed: Tensor,
-        next_states: Tensor,
-        draft_states: Tensor,
-        features: Tensor,
-        row_offsets: Tensor,
-        written: dict[str, Tensor],
-    ) -> None:
+    def commit(self, arguments: CommitArguments) -> None:
         """As the op, in place."""
-        slots, length = draft_states.shape[:2]
-        branches, plan = len(written["parent"]), poisoned((slots, 4), torch.int64)
-        state_bytes = next_states[0].numel() * next_states.element_size()
-        feature_bytes = features[0].numel() * features.element_size()
-        rest = [written[n] for n in ("state", "previous", "parent", "steps", "images", "labels", "samples")]
-        tensors = (committed, next_states, draft_states, features, row_offsets, *rest, written["all_labels"])
-        sizes = (slots, length, branches, len(features) // branches, len(written["samples"]), NUM_STEPS)
-        latents = (next_states, draft_states, written["state"], written["previous"], written["samples"])
+        a, (*tensors, _) = arguments, arguments
+        slots, length = a.draft_states.shape[:2]
+        branches, plan = len(a.parent), poisoned((slots, 4), torch.int64)
+        state_bytes = a.next_states[0].numel() * a.next_states.element_size()
+        feature_bytes = a.features[0].numel() * a.features.element_size()
+        sizes = (slots, length, branches, len(a.features) // branches, len(a.samples), a.num_steps)
         launch = self._structs["CommitLaunch"](
-            *(tensor.data_ptr() for tensor in (*tensors, written["queue"], plan)),
+            *(tensor.data_ptr() for tensor in (*tensors, plan)),
             *sizes,
             state_bytes,
             feature_bytes,
-            unit(state_bytes, *latents),
-            unit(feature_bytes, features, written["parent"]),
+            unit(state_bytes, a.next_states, a.draft_states, a.state, a.previous, a.samples),
+            unit(feature_bytes, a.features, a.parent),
         )
         assert self._library.emulate_commit(ctypes.byref(launch)) == 0
 
 
 def check_pack(kernels: Kernels, given: tuple, wild: bool) -> None:
     """One call; with wild values lengths and steps count as clamped."""
-    states, lengths, steps, labels, timesteps, num_rows, null_label = given
-    got = kernels.pack(*given)
+    arguments = PackArguments(*given)
+    states, lengths, steps, labels, timesteps, num_rows, null_label = arguments
+    got = kernels.pack(arguments)
     clamped = lengths.clamp(0, states.shape[1])
     if not wild:
-        want = pack_drafts(*given)
+        want = pack_drafts(arguments)
     else:
         slots, length = states.shape[:2]
         zeros, order = torch.zeros_like(steps), torch.arange(max(slots, length))
-        x, position, slot, offsets = pack_drafts(states, clamped, zeros, order[:slots], order[:length], num_rows)
+        in_order = PackArguments(states, clamped, zeros, order[:slots], order[:length], num_rows)
+        x, position, slot, offsets = pack_drafts(in_order)
         used = torch.arange(num_rows) < offsets[-1]
         t = timesteps[torch.where(used, (steps[slot] + position).clamp(0, len(timesteps) - 1), len(timesteps) - 1)]
         y = torch.where(used, labels[slot], 0)
@@ -188,9 +173,9 @@ def check_commit(kernels: Kernels, given: tuple, written: dict[str, Tensor], tou
     before = int(written["queue"])
     theirs["images"] = torch.where(valid, images, -1)
     kept = images.clone()
-    commit_drafts(torch.where(valid, committed, 0), *given[1:], **theirs, num_steps=NUM_STEPS)
+    commit_drafts(CommitArguments(torch.where(valid, committed, 0), *given[1:], **theirs, num_steps=NUM_STEPS))
     theirs["images"] = torch.where(valid, theirs["images"], kept)
-    kernels.commit(*given, mine)
+    kernels.commit(CommitArguments(*given, **mine, num_steps=NUM_STEPS))
     for name in mine:
         chosen = slice(None) if touched is None or name != "samples" else touched
         compare(f"commit_drafts: {name}", mine[name][chosen], theirs[name][chosen])

@@ -106,22 +106,28 @@ def rounds(length: int, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return gap_sq, along, uniform, tested
 
 
-def decision_errors(length: int, slots: int, device: str = "cpu", planted: float = 0.0) -> dict[str, float]:
+def decided(length: int, slots: int, device: str = "cpu") -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """:func:`rounds`, and the kernel's stops, which of them draw from a residual, and where they lie."""
+    given = rounds(length, slots)
+    got = [torch.empty(slots, dtype=dtype, device=device) for dtype in (torch.int32, torch.int32, torch.float32)]
+    *numbers, tested = (x.to(device) for x in given)
+    decide_kernel[(slots,)](*numbers, tested.to(torch.int8), *got, LENGTH=length)
+    return given, [x.cpu() for x in got]
+
+
+def decision_errors(given: tuple[Tensor, ...], got: list[Tensor], planted: float = 0.0) -> dict[str, float]:
     """Slots decided otherwise, and how far residuals are off, in deviations or relative to where they lie.
 
     The usual ones, of gaps that are not planted, also in deviations alone.
 
-    ``planted`` is a relative error of the gaps that the reference is given.
+    ``given`` and ``got`` are of :func:`decided`; ``planted`` is a relative error of the gaps that the reference has.
     """
-    gap_sq, along, uniform, tested = rounds(length, slots)
-    given = (gap_sq * (1 + planted), along, uniform, tested)
-    stop, residual, ahead = reference.decide(given[0][:, :-1], along[:, :-1], uniform, tested[:, :-1])
-    got = [torch.empty(slots, dtype=dtype, device=device) for dtype in (torch.int32, torch.int32, torch.float32)]
-    there = [x.to(device) for x in (gap_sq, along, uniform, tested.to(torch.int8))]
-    decide_kernel[(slots,)](*there, *got, LENGTH=length)
-    others = (got[0].cpu() != stop) | (got[1].cpu().bool() != residual)
-    delta = gap_sq.double().sqrt()[torch.arange(slots), stop]
-    off = ((got[2].cpu().double() - ahead) * delta).abs()
+    gap_sq, along, uniform, tested = given
+    other_gaps = gap_sq * (1 + planted)
+    stop, residual, ahead = reference.decide(other_gaps[:, :-1], along[:, :-1], uniform, tested[:, :-1])
+    others = (got[0] != stop) | (got[1].bool() != residual)
+    delta = gap_sq.double().sqrt()[torch.arange(len(stop)), stop]
+    off = ((got[2].double() - ahead) * delta).abs()
     relative, alike = off / (1 + (ahead * delta).abs()), residual & ~others
     return {
         "otherwise": int(others.sum()),
@@ -137,5 +143,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     found = {"tail": tail_errors(1920), "fine_tail": tail_errors(3968), "draw": draw_error()}
     found["wrong_tail"] = tail_errors(1920, planted=5e-15)
-    found["control"] = decision_errors(8, 400, planted=1e-4)
-    print(json.dumps(found | {f"decisions-{length}": decision_errors(length, slots) for length, slots in SIZES}))
+    for length, slots in SIZES:
+        outcome = decided(length, slots)
+        found[f"decisions-{length}"] = decision_errors(*outcome)
+        if length == 8:
+            found["control"] = decision_errors(*outcome, planted=1e-4)
+    print(json.dumps(found))

@@ -17,12 +17,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from coupling_calls import call
 from rounding import largest_normal
 from torch import Tensor
 
 from free_kernels.ops.coupling import couple, couple_block, couple_block_philox, couple_philox, reference
 from free_kernels.ops.coupling import reference_block as block
-from free_kernels.ops.coupling.reference import Coupling
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.random import philox_normal, philox_uniform
 from free_kernels.sampling.noise import Purpose
 
@@ -118,16 +119,27 @@ PRECISION_NAMES = [f"{case.name}-{variant}" for variant, cases in VARIANTS.items
 class Round:
     """Arguments of ``couple``, with the keys of its noise."""
 
-    tensors: tuple[Tensor | None, ...]
-    options: dict[str, Any]
+    given: CouplingArguments
     lengths: Tensor
     seed: int
     # Images, steps and rounds.
     keys: tuple[Tensor, Tensor, Tensor | None]
 
     def to(self, device: str) -> Round:
-        moved, keys = (tuple(None if x is None else x.to(device) for x in group) for group in (self.tensors, self.keys))
-        return Round(moved, self.options, self.lengths.to(device), self.seed, keys)
+        moved, keys = (
+            [x.to(device) if isinstance(x, Tensor) else x for x in group] for group in (self.given, self.keys)
+        )
+        return Round(CouplingArguments(*moved), self.lengths.to(device), self.seed, tuple(keys))
+
+    def changed(self, **fields: Any) -> Round:
+        """With other arguments."""
+        return replace(self, given=self.given._replace(**fields))
+
+    def by_keys(self) -> KeyedCouplingArguments:
+        """Arguments of ``couple_philox``."""
+        images, steps, rounds = self.keys
+        shared = {name: value for name, value in self.given._asdict().items() if name in KeyedCouplingArguments._fields}
+        return KeyedCouplingArguments(**shared, seed=self.seed, images=images, steps=steps, rounds=rounds)
 
     def flat_keys(self) -> tuple[int, Tensor, Tensor, Tensor | None]:
         """Seed, images, steps and rounds of every row, as the random ops take them."""
@@ -167,7 +179,7 @@ def make(case: Case) -> Round:
     images = torch.randint(0, 2**40, (slots,), generator=g).where(lengths > 0, -1)
     steps = torch.randint(0, 250, (slots, 1), generator=g) + torch.arange(length)
     rounds = torch.randint(0, 2**24, (slots,), generator=g) if case.rounds else None
-    made = Round((), {}, lengths, seed, (images, steps, rounds))
+    made = Round(CouplingArguments(*[None] * 13), lengths, seed, (images, steps, rounds))
     numel = math.prod(case.latent)
     noise, slack_noise = (
         draws(philox_normal, made, purpose, numel).view(slots, length, *case.latent)
@@ -202,15 +214,13 @@ def make(case: Case) -> Round:
         mean[2, 0] += 1e30
     relaxation = torch.rand(slots, length, generator=g) if case.relaxed else None
     given = slack_noise if case.learned else None
-    tensors = (states, mean, std, noise, given, uniform, output, offsets, columns, relaxation)
-    return replace(made, tensors=tensors, options=options)
+    drafts, drawn = (states, mean, std), (noise, given, uniform)
+    return replace(made, given=CouplingArguments(*drafts, *drawn, output, offsets, columns, relaxation, **options))
 
 
 def oracle(arguments: Round, variant: str) -> Coupling:
     """The reference, in the dtype of the arguments."""
-    if variant.startswith("block"):
-        return block.couple_block(*arguments.tensors[:-1], **arguments.options)
-    return reference.couple(*arguments.tensors, **arguments.options)
+    return block.couple_block(arguments.given) if variant.startswith("block") else reference.couple(arguments.given)
 
 
 def in_float64(arguments: Round, variant: str) -> Coupling:
@@ -218,14 +228,17 @@ def in_float64(arguments: Round, variant: str) -> Coupling:
 
     Where a variant makes its noise, the normals too are float64 functions of their uniforms.
     """
-    tensors = [x.double() if x is not None and x.is_floating_point() else x for x in arguments.tensors]
+    fields = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.given._asdict().items()
+    }
     if variant.endswith("philox"):
-        for i, purpose in ((3, Purpose.STEP), (4, Purpose.SLACK)):
-            if tensors[i] is not None:
-                numel = tensors[i][0, 0].numel()
-                tensors[i] = exact_normals(arguments, purpose, numel).view_as(tensors[i])
+        for name, purpose in (("noise", Purpose.STEP), ("slack_noise", Purpose.SLACK)):
+            if fields[name] is not None:
+                numel = fields[name][0, 0].numel()
+                fields[name] = exact_normals(arguments, purpose, numel).view_as(fields[name])
     with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-        return oracle(replace(arguments, tensors=tuple(tensors)), variant)
+        return oracle(arguments.changed(**fields), variant)
 
 
 def relevant(outcome: tuple[Tensor | None, ...], lengths: Tensor) -> dict[str, Tensor]:
@@ -278,8 +291,7 @@ def precision(case: Case, variant: str, device: str = "cpu", planted: float = 0.
     ``planted`` is a relative error of the draft's deviations that the kernels are given.
     """
     arguments = make(case).to(device)
-    states, mean, std, *others = arguments.tensors
-    given = replace(arguments, tensors=(states, mean, std * (1 + planted), *others))
+    given = arguments.changed(draft_std=arguments.given.draft_std * (1 + planted))
     got, eager, exact = RUNS[variant](given), oracle(arguments, variant), in_float64(arguments, variant)
     assert torch.equal(got.committed, eager.committed)
     assert torch.equal(eager.committed, exact.committed)
@@ -305,26 +317,21 @@ def divided(case: Case, kernels: Any) -> Any:
 
 
 def run_couple(arguments: Round) -> Coupling:
-    *first, relaxation = arguments.tensors
-    return couple(*first, relaxation=relaxation, **arguments.options, backend="triton")
+    return call(couple, arguments.given, backend="triton")
 
 
 def run_philox(arguments: Round) -> Coupling:
-    states, mean, std, _, _, _, *rest, relaxation = arguments.tensors
-    images, steps, rounds = arguments.keys
-    options = {"relaxation": relaxation, "rounds": rounds, **arguments.options, "backend": "triton"}
-    return couple_philox(states, mean, std, arguments.seed, images, steps, *rest, **options)
+    return call(couple_philox, arguments.by_keys(), backend="triton")
 
 
 def run_block(arguments: Round) -> Coupling:
-    return couple_block(*arguments.tensors[:-1], **arguments.options, backend="triton")
+    return call(couple_block, arguments.given, backend="triton")
 
 
 def run_block_philox(arguments: Round) -> Coupling:
-    states, mean, std, _, _, _, *rest, _ = arguments.tensors
-    images, steps, rounds = arguments.keys
-    options = {"rounds": torch.zeros_like(images) if rounds is None else rounds, "backend": "triton"}
-    return couple_block_philox(states, mean, std, arguments.seed, images, steps, *rest, **options, **arguments.options)
+    given = arguments.by_keys()
+    rounds = torch.zeros_like(given.images) if given.rounds is None else given.rounds
+    return call(couple_block_philox, given, rounds=rounds, backend="triton")
 
 
 RUNS = {"tensors": run_couple, "philox": run_philox, "block": run_block, "block-philox": run_block_philox}
@@ -360,14 +367,13 @@ def check_overflow(device: str = "cpu") -> list[str]:
 def controls() -> dict[str, list[str]]:
     """Faults that ``compare`` has to find; each must give a non-empty list."""
     arguments = make(BY_NAME["learned-partly-guided"])
-    wrong_channels = replace(arguments, options={**arguments.options, "guidance_channels": 3})
+    wrong_channels = arguments.changed(guidance_channels=3)
     with_rounds = make(BY_NAME["fixed-guided"])
     without = replace(with_rounds, keys=(*with_rounds.keys[:2], None))
     rounding = precision(PRECISION[-1], "tensors", planted=2.0**-21)
     digits = make(BY_NAME["digits"])
-    *before, uniform = digits.tensors[:6]
-    uniform = torch.cat([1 - 0.5 * uniform[:, :1], uniform[:, 1:]], 1)
-    other_draw = replace(digits, tensors=(*before, uniform, *digits.tensors[6:]))
+    uniform = digits.given.uniform
+    other_draw = digits.changed(uniform=torch.cat([1 - 0.5 * uniform[:, :1], uniform[:, 1:]], 1))
     return {
         "guidance_channels": compare(run_couple(wrong_channels), arguments),
         "seed": compare(run_philox(replace(arguments, seed=12345)), arguments),
@@ -385,11 +391,12 @@ def check_normals(device: str = "cpu") -> list[str]:
     images, steps = torch.tensor([0, 5, 2**32 + 3, 2**45]), torch.tensor([[0], [249], [7], [2**31]])
     rounds = torch.tensor([0, 3, 2**24 - 1, 2**16])
     zeros, empty = torch.zeros(4, 1, *latent), torch.zeros(4, 0, *latent)
-    tensors = (zeros, empty, empty, zeros, None, zeros[:, :, 0, 0, 0], zeros[:, 0], torch.arange(5))
-    tensors += (torch.zeros(4, 1, 8), None)
-    options = {"guidance_scale": 1.0, "guidance_channels": 1, "clip": math.inf}
+    drawn, rest = (zeros, None, zeros[:, :, 0, 0, 0]), (zeros[:, 0], torch.arange(5), torch.zeros(4, 1, 8), None)
+    given = CouplingArguments(
+        zeros, empty, empty, *drawn, *rest, guidance_scale=1.0, guidance_channels=1, clip=math.inf
+    )
     for seed, key in itertools.product(PHILOX_SEEDS, (None, rounds)):
-        arguments = Round(tensors, options, torch.ones(4, dtype=torch.int64), seed, (images, steps, key))
+        arguments = Round(given, torch.ones(4, dtype=torch.int64), seed, (images, steps, key))
         got = run_philox(arguments.to(device)).next_states.flatten(1)
         off = float((got.cpu() - draws(philox_normal, arguments, Purpose.STEP, 143)).abs().max())
         if not off < 3e-6:

@@ -11,7 +11,6 @@ import argparse
 import json
 from collections import Counter
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -22,15 +21,16 @@ from triton.runtime.jit import JITFunction
 
 from free_dit import load_bundled
 from free_kernels import DDPMSchedule, DrafterConfig, FeatureDrafter, sample
-from free_kernels.ops import triton_runtime
+from free_kernels.ops import declaration, triton_runtime
 from free_kernels.ops.attention import api as attention
 from free_kernels.ops.attention import feature_attention
-from free_kernels.ops.attention import reference as attention_reference
 from free_kernels.ops.attention import triton_launch as attention_kernels
-from free_kernels.ops.coupling import dispatch as coupling_dispatch
+from free_kernels.ops.coupling import dispatch
+from free_kernels.ops.coupling import reference as coupling_reference
+from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling import triton_launch as coupling_kernels
+from free_kernels.ops.declaration import Op
 from free_kernels.ops.random import api as random
-from free_kernels.ops.random import reference as random_reference
 from free_kernels.ops.random import triton_launch as random_kernels
 from free_kernels.steering.relaxation import Relaxation
 
@@ -133,12 +133,13 @@ class Recorder:
         }
 
 
-def both(launch: Any, compute: Any) -> Any:
+def both(op: Op) -> Any:
     """The launch, then the reference's result."""
+    launch = op.triton
 
-    def run(*arguments: Any) -> Any:
-        launch(*arguments)
-        return compute(*arguments)
+    def run(arguments: Any) -> Any:
+        launch(arguments)
+        return op.reference(arguments)
 
     return run
 
@@ -151,22 +152,16 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     def chosen(op: str, stem: str, device: torch.device, backend: str) -> bool:
         return backend in ("auto", "triton")
 
-    for module in (triton_runtime, coupling_dispatch, random):
+    for module in (triton_runtime, declaration, random):
         patch(mock.patch.object(module, "use_triton", chosen))
     patch(mock.patch("free_kernels.sampling.round.use_triton", chosen))
     patch(mock.patch.object(attention, "_use_triton", return_value=True))
-    implementations = {}
-    for op, (on_cpu, in_triton) in coupling_dispatch._IMPLEMENTATIONS.items():
-        by_keys = {"backend": "reference"} if op.endswith("philox") else {}
-        implementations[op] = on_cpu, both(in_triton, partial(on_cpu, **by_keys))
-    patch(mock.patch.dict(coupling_dispatch._IMPLEMENTATIONS, implementations))
-
-    def numbers(seed, images, steps, purpose, numel, rounds, normal):
-        draw = random_reference.philox_normal if normal else random_reference.philox_uniform
-        return draw(seed % 2**64, images, steps, purpose, numel, rounds)
-
-    patch(mock.patch.object(random, "_fill_triton", both(random._fill_triton, numbers)))
-    patch(mock.patch.object(attention, "_launch", both(attention._launch, attention_reference.feature_attention)))
+    # The references of these draw from the random ops, which are not to launch once more.
+    for op, decide in (("couple_philox", coupling_reference.couple), ("couple_block_philox", block.couple_block)):
+        by_reference = lambda keyed, decide=decide: decide(dispatch.draw_noise(keyed, "reference"))  # noqa: E731
+        patch(mock.patch.object(dispatch.OPS[op], "reference", by_reference))
+    for op in (*dispatch.OPS.values(), random.FILL, attention.OP):
+        patch(mock.patch.object(op, "triton", both(op)))
 
 
 def run_of(images: int, slots: int, drafter: Any = None, **settings: Any) -> None:

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
 from torch import Tensor
 
 from free_kernels.ops.attention import reference
+from free_kernels.ops.attention.arguments import AttentionArguments
+from free_kernels.ops.checks import FLOATS, INT64, Layouts
+from free_kernels.ops.declaration import LIBRARY, Op
 from free_kernels.ops.triton_runtime import why_no_runtime
 from free_kernels.validation import check_choice, check_int, describe, fail
 
 BACKENDS = ("auto", "reference", "triton")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # float64 is for gradcheck and for oracles: the reference takes it, the kernel does not.
-_REFERENCE_FLOATS = (*_FLOATS, torch.float64)
-_CACHE = ("cache_k", "cache_v", "cache_length", "cache_position")
+_REFERENCE_FLOATS = (*FLOATS, torch.float64)
 
 
-def _check_tensor(
-    op: str,
-    name: str,
-    value: object,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int, ...],
-    names: str,
-    device: object,
-) -> None:
-    """One tensor's type, dtype, exact shape and device; ``names`` spells the shape out."""
-    expectation = f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} {names} = {list(shape)}"
-    if not isinstance(value, Tensor):
-        fail(op, name, expectation, type(value).__name__, TypeError)
-    if value.dtype not in dtypes:
-        fail(op, name, expectation, value, TypeError)
-    if value.shape != shape:
-        fail(op, name, expectation, value)
-    if value.device != device:
-        fail(op, name, f"on {device} like the other tensors", f"a tensor on {value.device}")
+def _refuse_strides(op: str, name: str, value: Tensor, layout: str) -> None:
+    fail(op, name, layout, f"{describe(value)} with strides {list(value.stride())}")
 
 
 def _check_features(op: str, names: tuple[str, ...], values: tuple[object, ...]) -> None:
@@ -50,15 +33,15 @@ def _check_features(op: str, names: tuple[str, ...], values: tuple[object, ...])
         fail(op, names[0], f"float32, float16, bfloat16 or float64 {layout}", first, TypeError)
     if first.ndim != 4 or 0 in first.shape:
         fail(op, names[0], f"{layout} with no empty dimension", first)
+    layouts = Layouts(op, first.device, dict(zip(("R", "T", "H", "Dh"), first.shape, strict=True)))
     for name, value in zip(names, values, strict=True):
-        _check_tensor(op, name, value, (first.dtype,), tuple(first.shape), layout, first.device)
+        layouts.check(name, value, (first.dtype,), layout, contiguous=False)
         if value.stride(3) != 1:
-            strides = f"{describe(value)} with strides {list(value.stride())}"
-            fail(op, name, f"{layout} with unit stride in the last dimension", strides)
+            _refuse_strides(op, name, value, f"{layout} with unit stride in the last dimension")
 
 
 def _plain(q: object, k: object, v: object) -> bool:
-    """Whether these are what :func:`_check_features` accepts, on the CPU; quick, for calls of some 20 us."""
+    """Whether :func:`_check_features` would accept these CPU tensors; a quick test, because a call may take 20 us."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         return False
     shape, dtype = q.shape, q.dtype
@@ -80,14 +63,14 @@ def _plain(q: object, k: object, v: object) -> bool:
 def _check_cache(op: str, own: Tensor, cache_k: object, cache_v: object, length: object, position: object) -> None:
     """Ring buffers ``[R, C, T, H, Dh]`` contiguous, counters int64 ``[R]``; on the CPU their values too."""
     capacity = cache_k.shape[1] if isinstance(cache_k, Tensor) and cache_k.ndim == 5 else 1
-    shape = (own.shape[0], capacity, *own.shape[1:])
+    sizes = dict(zip(("R", "C", "T", "H", "Dh"), (own.shape[0], capacity, *own.shape[1:]), strict=True))
+    layouts = Layouts(op, own.device, sizes)
     for name, value in (("cache_k", cache_k), ("cache_v", cache_v)):
-        _check_tensor(op, name, value, (own.dtype,), shape, "[R, C, T, H, Dh]", own.device)
+        layouts.check(name, value, (own.dtype,), "[R, C, T, H, Dh]", contiguous=False)
         if capacity < 1 or not value.is_contiguous():
-            strides = f"{describe(value)} with strides {list(value.stride())}"
-            fail(op, name, "[R, C, T, H, Dh] contiguous with C >= 1", strides)
+            _refuse_strides(op, name, value, "[R, C, T, H, Dh] contiguous with C >= 1")
     for name, value in (("cache_length", length), ("cache_position", position)):
-        _check_tensor(op, name, value, (torch.int64,), shape[:1], "[R]", own.device)
+        layouts.check(name, value, INT64, "[R]", contiguous=False)
     if own.is_cpu and not torch.compiler.is_compiling():
         for row, (count, slot) in enumerate(zip(length.tolist(), position.tolist(), strict=True)):
             if not 0 <= count <= capacity:
@@ -98,7 +81,7 @@ def _check_cache(op: str, own: Tensor, cache_k: object, cache_v: object, length:
 
 def why_no_triton(q: Tensor) -> str | None:
     """Why the Triton kernel cannot take queries like ``q [R, T, H, Dh]``, or None if it can."""
-    if q.dtype not in _FLOATS:
+    if q.dtype not in FLOATS:
         return f"it takes float32, float16 and bfloat16, got {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] % 8 or not 16 <= q.shape[-1] <= 128:
         return f"it takes head dimensions that are multiples of 8 in [16, 128], got {q.shape[-1]}"
@@ -143,14 +126,14 @@ def feature_attention(
         cache_v: their values.
         cache_length: ``[R]`` int64 in ``[0, C]``, earlier steps in use.
         cache_position: ``[R]`` int64 in ``[0, C)``, slot of the latest step; the step before it is one slot below,
-            modulo C. Other slots are never read: they may hold anything.
+            modulo C. Slots that are not in use are never read and may hold any values.
         scale: factor of the products, positive; ``Dh ** -0.5`` if None.
         window: W >= 1, steps that a query sees, its own included; C + 1 if None. A ring with more than W - 1 slots
             still has W - 1 steps after :func:`rewind_features`.
         backend: ``"auto"``, ``"reference"`` or ``"triton"``. ``"auto"`` takes the kernel for CUDA tensors that need
             no gradient, and the reference otherwise (then autograd goes through
-            ``F.scaled_dot_product_attention``). ``"triton"`` under autograd computes gradients by closed form, in
-            PyTorch and with the whole matrix of weights in memory.
+            ``F.scaled_dot_product_attention``). Gradients of ``"triton"`` are computed in PyTorch by their closed form,
+            with the whole matrix of weights in memory.
 
     Returns:
         ``[R, T, H, Dh]`` contiguous, of the dtype of ``q``; sums and softmax are in float32 at least.
@@ -175,15 +158,12 @@ def feature_attention(
         or v.requires_grad
         or (cache_k is not None and (cache_k.requires_grad or cache_v.requires_grad))
     )
+    arguments = AttentionArguments(q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window)
     if not _use_triton(op, q, backend, needs_gradient):
-        return reference.feature_attention(q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window)
-    if q.is_cpu:
-        if needs_gradient:
-            raise RuntimeError(f"{op}: backend 'triton' cannot be used: the interpreter computes no gradients")
-        return _launch(q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window)
-    return torch.ops.free_kernels.feature_attention(
-        q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window
-    )
+        return reference.feature_attention(arguments)
+    if q.is_cpu and needs_gradient:
+        raise RuntimeError(f"{op}: backend 'triton' cannot be used: the interpreter computes no gradients")
+    return OP.launch(arguments, q)
 
 
 def append_features(
@@ -194,10 +174,9 @@ def append_features(
     cache_length: Tensor,
     cache_position: Tensor,
 ) -> None:
-    """Push one step of every row into its ring, in place: the slot after the latest is overwritten.
+    """Add one step of every row to its ring, in place: the slot after the latest one is overwritten.
 
-    ``cache_position`` advances by one modulo C and ``cache_length`` by one up to C; rows may stand at different
-    places.
+    ``cache_position`` advances by one modulo C and ``cache_length`` by one up to C; rows may have different positions.
 
     Args:
         cache_k: ``[R, C, T, H, Dh]`` contiguous, written.
@@ -218,11 +197,11 @@ def append_features(
 def rewind_features(cache_length: Tensor, cache_position: Tensor, steps: Tensor | int, capacity: int) -> None:
     """Forget the latest ``steps`` steps of every row, in place; nothing in the ring is touched.
 
-    After a rejection the drafts behind it must never be seen again: their slots leave the valid range and are
-    overwritten by later steps. Steps that they had pushed out of the ring do not come back, so a row then has fewer
-    than C until it has been refilled; give the ring C = W - 1 + L - 1 slots, and ``feature_attention`` its
-    ``window``, for all W - 1 to survive a rejection among L drafts. ``steps`` at or above the length empties a row,
-    which is how a slot is handed to another trajectory.
+    After a rejection no later query may see the drafts after it: their slots are no longer valid, and later steps
+    overwrite them. Steps that these drafts had pushed out of the ring do not come back, so a row then has fewer than C
+    steps until later ones refill it. To keep all W - 1 steps after a rejection among L drafts, give the ring
+    C = W - 1 + L - 1 slots and ``feature_attention`` its ``window``. ``steps`` at or above the length empties a row,
+    which is what a slot needs when another trajectory takes it.
 
     Args:
         cache_length: ``[R]`` int64 in ``[0, C]``, written.
@@ -235,13 +214,13 @@ def rewind_features(cache_length: Tensor, cache_position: Tensor, steps: Tensor 
     """
     op = "rewind_features"
     check_int(op, "capacity", capacity, 1)
-    rows = tuple(cache_length.shape) if isinstance(cache_length, Tensor) and cache_length.ndim == 1 else (1,)
-    device = getattr(cache_length, "device", None)
-    _check_tensor(op, "cache_length", cache_length, (torch.int64,), rows, "[R]", device)
-    _check_tensor(op, "cache_position", cache_position, (torch.int64,), rows, "[R]", device)
+    counts = isinstance(cache_length, Tensor) and cache_length.ndim == 1
+    layouts = Layouts(op, getattr(cache_length, "device", None), {"R": cache_length.shape[0] if counts else 1})
+    layouts.check("cache_length", cache_length, INT64, "[R]", contiguous=False)
+    layouts.check("cache_position", cache_position, INT64, "[R]", contiguous=False)
     if isinstance(steps, Tensor):
-        _check_tensor(op, "steps", steps, (torch.int64,), rows, "[R]", device)
-        if steps.is_cpu and not torch.compiler.is_compiling() and rows != (0,) and int(steps.min()) < 0:
+        layouts.check("steps", steps, INT64, "[R]", contiguous=False)
+        if steps.is_cpu and not torch.compiler.is_compiling() and steps.numel() and int(steps.min()) < 0:
             fail(op, "steps", "at least 0", str(int(steps.min())))
     else:
         check_int(op, "steps", steps, 0)
@@ -249,34 +228,22 @@ def rewind_features(cache_length: Tensor, cache_position: Tensor, steps: Tensor 
     cache_position.sub_(steps).remainder_(capacity)
 
 
-def _launch(*arguments: object) -> Tensor:
-    return importlib.import_module("free_kernels.ops.attention.triton_launch").feature_attention(*arguments)
+def _fake(arguments: AttentionArguments) -> Tensor:
+    return torch.empty(arguments.q.shape, dtype=arguments.q.dtype, device=arguments.q.device)
 
 
-_NAME = "free_kernels::feature_attention"
-torch.library.define(
-    _NAME,
-    "(Tensor q, Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? cache_length, Tensor? cache_position, "
-    "float? scale, int? window) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.impl(_NAME, "CPU", reference.feature_attention)
-torch.library.impl(_NAME, "CUDA", _launch)
-
-
-@torch.library.register_fake(_NAME)
-def _fake(q: Tensor, *arguments: object) -> Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+OP = Op("feature_attention", AttentionArguments, reference.feature_attention, _fake, "attention.feature_attention")
 
 
 def _save_inputs(ctx: object, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.scale, ctx.window = inputs[7:]
+    *tensors, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple:
-    gradients = reference.feature_attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window)
-    return *gradients, None, None, None, None
+    arguments = AttentionArguments(*ctx.saved_tensors, ctx.scale, ctx.window)
+    # The counters, scale and window have no gradients.
+    return *reference.feature_attention_backward(grad, arguments), None, None, None, None
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_save_inputs)
+torch.library.register_autograd(OP.overload, _backward, setup_context=_save_inputs, lib=LIBRARY)

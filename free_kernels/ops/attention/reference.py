@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from free_kernels.ops.attention.arguments import AttentionArguments
+
 
 def valid_slots(cache_length: Tensor, cache_position: Tensor, capacity: int, window: int | None = None) -> Tensor:
     """bool ``[R, C]``: which of a ring's ``C`` slots hold one of the latest ``window - 1`` valid steps.
@@ -22,7 +24,7 @@ def valid_slots(cache_length: Tensor, cache_position: Tensor, capacity: int, win
 
 
 def _join(own: Tensor, cache: Tensor, valid: Tensor) -> Tensor:
-    """Own tokens, then the ring's: ``[R, (1 + C) T, H, Dh]``. Slots out of use become zero: 0 * NaN would leak."""
+    """Own tokens, then the ring's: ``[R, (1 + C) T, H, Dh]``. Slots out of use become 0, because 0 * NaN is NaN."""
     cache = cache.masked_fill(~valid[:, :, None, None, None], 0)
     return torch.cat([own, cache.flatten(1, 2)], dim=1)
 
@@ -34,18 +36,9 @@ def _visible(valid: Tensor, tokens: int) -> Tensor:
     return visible.flatten(1)[:, None, None]
 
 
-def feature_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_k: Tensor | None = None,
-    cache_v: Tensor | None = None,
-    cache_length: Tensor | None = None,
-    cache_position: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-) -> Tensor:
+def feature_attention(arguments: AttentionArguments) -> Tensor:
     """Contract of :func:`free_kernels.ops.attention.feature_attention`; differentiable, float64 too."""
+    q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window = arguments
     mask = None
     if cache_k is not None and window != 1:
         valid = valid_slots(cache_length, cache_position, cache_k.shape[1], window)
@@ -56,28 +49,21 @@ def feature_attention(
 
 
 def feature_attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_k: Tensor | None,
-    cache_v: Tensor | None,
-    cache_length: Tensor | None,
-    cache_position: Tensor | None,
-    scale: float | None,
-    window: int | None,
+    grad: Tensor, arguments: AttentionArguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of :func:`feature_attention` by its closed form, for kernels that have no backward.
+    """Gradients of :func:`feature_attention` by their closed form, because the kernel has no backward pass.
 
     With ``P = softmax(scale q k^T)``: ``dv = P^T g``, ``dS = P (g v^T - rowsum(g o))``, ``dq = scale dS k``,
-    ``dk = scale dS^T q``. Holds P whole, ``[R, H, T, (1 + C) T]``; float32 at least.
+    ``dk = scale dS^T q``. The whole of P, ``[R, H, T, (1 + C) T]``, is in memory; computed in float32 at least.
 
     Args:
-        grad: ``[R, T, H, Dh]``, gradient of the output; the rest as in :func:`feature_attention`.
+        grad: ``[R, T, H, Dh]``, gradient of the output.
+        arguments: as in :func:`feature_attention`.
 
     Returns:
         Gradients of q, k, v, cache_k and cache_v (None without a cache; zero in slots out of use).
     """
+    q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window = arguments
     wide = torch.promote_types(q.dtype, torch.float32)
     tokens, scale = q.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
     cached = cache_k is not None and window != 1
@@ -108,7 +94,7 @@ def append_features(
     capacity = cache_k.shape[1]
     cache_position.add_(1).remainder_(capacity)
     cache_length.add_(1).clamp_(max=capacity)
-    # Autograd keeps the index, while the counter moves on.
+    # Autograd keeps the index for the backward pass, and the counter is changed in place by later calls.
     keeps_index = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
     slot = cache_position.clone() if keeps_index else cache_position
     row = torch.arange(k.shape[0], device=k.device)

@@ -1,8 +1,8 @@
-"""The kernel of ``feature_attention``: online softmax over a step's own keys and a run of a ring's.
+"""The kernel of ``feature_attention``: online softmax over a step's own keys and those in its ring.
 
 One program for each block of queries of one head, as in FlashAttention-2 (arXiv 2307.08691). The valid slots of a ring
-are consecutive up to one wrap, so its keys are one run of ``length * T`` rows that starts at the oldest valid slot: no
-slot table, and no block is read that nobody may see.
+are consecutive, except that they may go on from its end to its start. So the keys are ``length * T`` consecutive rows
+from the oldest valid slot on: the kernel needs no table of slots and reads no slot that is not valid.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton import knobs
 
 
 def _interpreted_range(start: int, end: tl.tensor, step: int) -> Iterable[int]:
-    """``range`` over a bound that the interpreter keeps in an array, whose one element Triton 3.6 cannot convert."""
+    """``range``. The interpreter keeps ``end`` in an array of one element, which Triton 3.6 cannot make an int."""
     return range(start, end.handle.data.item(), int(step))
 
 
@@ -24,7 +24,7 @@ key_range = _interpreted_range if knobs.runtime.interpret else tl.range
 
 @triton.jit
 def _load(p_rows, o_d, mask, HEAD_DIM: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr):
-    """Rows ``[B, D]`` at pointers ``p_rows [B]``; FULL: no column lies past HEAD_DIM. MASKED: rows need ``mask``."""
+    """Rows ``[B, D]`` at pointers ``p_rows [B]``. FULL: all columns are below HEAD_DIM. MASKED: rows need ``mask``."""
     p = p_rows[:, None] + o_d[None, :]
     if FULL:
         if MASKED:
@@ -38,31 +38,14 @@ def _load(p_rows, o_d, mask, HEAD_DIM: tl.constexpr, FULL: tl.constexpr, MASKED:
 
 @triton.jit
 def _attend(
-    b_acc,
-    b_rest,
-    b_max,
-    b_sum,
-    b_q,
-    b_q_rest,
-    p_k,
-    p_v,
-    stride_k,
-    stride_v,
-    first,
-    ring,
-    num_keys,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    EVEN: tl.constexpr,
-    WRAP: tl.constexpr,
-):
-    """Fold ``num_keys`` keys, from row ``first`` of a ring of ``ring`` rows on, into the online softmax.
+    b_acc, b_rest, b_max, b_sum, b_q, b_q_rest, p_k, p_v, stride_k, stride_v, first, ring, num_keys, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    EVEN: tl.constexpr, WRAP: tl.constexpr,
+):  # fmt: skip
+    """Add ``num_keys`` keys, from row ``first`` of a ring of ``ring`` rows on, to the online softmax.
 
-    A head is split into BLOCK_D + BLOCK_E columns, powers of two: 72 as 64 + 16 multiplies 80 columns instead of the
-    128 that one padded block would take. EVEN: no block is partly out of use or crosses the ring's end.
+    A head is split into BLOCK_D + BLOCK_E columns, both powers of two: 72 columns as 64 + 16 are 80 multiplications a
+    row instead of the 128 of one padded block. EVEN: every block of keys is full and does not cross the ring's end.
     """
     o_d = tl.arange(0, BLOCK_D)
     for i_n in key_range(0, num_keys, BLOCK_N):
@@ -90,7 +73,7 @@ def _attend(
         if not EVEN:
             b_s = tl.where(used[None, :], b_s, float("-inf"))
 
-        # Each block has a key in use, so the maximum is finite and no exponent is inf - inf.
+        # Every block has at least one key in use, so the maximum is finite and no exponent is inf - inf.
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
         b_p = tl.math.exp2(b_s * scale - b_new[:, None])
         b_decay = tl.math.exp2(b_max - b_new)
@@ -106,47 +89,22 @@ def _attend(
     return b_acc, b_rest, b_max, b_sum
 
 
-# A specialised 1 (one head, one token) would be a constant without ``to``; alignment is told by ALIGN.
+# Triton would make a Python constant, which has no method ``to``, of a 1 (one head, one token). Alignment is in ALIGN.
 _PLAIN = ["tokens", "heads", "capacity", "window", "stride_q_token", "stride_k_token", "stride_v_token"]
 
 
 @triton.jit(do_not_specialize=_PLAIN)
 def feature_attention_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_cache_k,
-    p_cache_v,
-    p_length,
-    p_position,
-    p_out,
-    stride_q_row,
-    stride_q_token,
-    stride_q_head,
-    stride_k_row,
-    stride_k_token,
-    stride_k_head,
-    stride_v_row,
-    stride_v_token,
-    stride_v_head,
-    tokens,
-    heads,
-    capacity,
-    window,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    EVEN: tl.constexpr,
-    CACHED: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """``softmax(scale q k^T) v`` in base 2 (``scale`` holds log2 e) for one block of queries of one head.
+    p_q, p_k, p_v, p_cache_k, p_cache_v, p_length, p_position, p_out,
+    stride_q_row, stride_q_token, stride_q_head, stride_k_row, stride_k_token, stride_k_head,
+    stride_v_row, stride_v_token, stride_v_head, tokens, heads, capacity, window, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    EVEN: tl.constexpr, CACHED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """``softmax(scale q k^T) v`` for one block of queries of one head, with powers of 2: ``scale`` has a factor log2 e.
 
-    ALIGN: elements that every stride is a multiple of; head strides such as 72 are known to allow 16-byte accesses
-    only by this.
+    ALIGN: a number of elements that divides every stride. Without it the compiler would not know that strides such as
+    72 allow 16-byte accesses.
     """
     blocks = tl.cdiv(tokens, BLOCK_M)
     i_m = tl.program_id(0) % blocks
@@ -179,7 +137,7 @@ def feature_attention_kernel(
         HEAD_DIM, BLOCK_N, BLOCK_D, BLOCK_E, EVEN, False,
     )
     if CACHED:
-        # Values from the device are not checked there: kept within the ring, wrong ones cannot read past it.
+        # Counters of CUDA tensors are not checked; brought into range, they cannot cause reads outside the ring.
         length = tl.load(p_length + i_row).to(tl.int32)
         length = tl.minimum(tl.maximum(length, 0), tl.minimum(capacity, window - 1))
         oldest = (tl.load(p_position + i_row) % capacity).to(tl.int32) - length + 1

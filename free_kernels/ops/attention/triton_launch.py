@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -11,31 +10,24 @@ import torch
 import triton
 from torch import Tensor
 
-from free_kernels.ops.aot import POINTERS, AotConfiguration, Device
+from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configuration
+from free_kernels.ops.attention.arguments import AttentionArguments
 from free_kernels.ops.attention.triton_kernels import feature_attention_kernel
-from free_kernels.ops.triton_device import limits
+from free_kernels.ops.triton_device import current, limits
 
 INTERPRETED = not isinstance(feature_attention_kernel, triton.runtime.JITFunction)
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Block sizes and launch options of one problem.
+    """Block sizes and launch options of one problem."""
 
-    Attributes:
-        block_m: queries of a program.
-        block_n: keys of a step.
-        block_d, block_e: columns of a head's two parts; ``block_e`` is 0 if the head dimension is a power of two.
-        num_warps: warps of a program.
-        num_stages: depth of the software pipeline over key blocks.
-    """
-
-    block_m: int
-    block_n: int
-    block_d: int
-    block_e: int
+    block_m: int  # queries of a program
+    block_n: int  # keys that a program handles at a time
+    block_d: int  # columns of the first part of a head
+    block_e: int  # columns of the second part; 0 if the head dimension is a power of two
     num_warps: int
-    num_stages: int
+    num_stages: int  # depth of the software pipeline over key blocks
 
 
 def configure(
@@ -43,36 +35,36 @@ def configure(
 ) -> Configuration:
     """Blocks for ``row_heads`` = R * H problems of ``tokens`` queries.
 
-    ``processors`` and ``shared`` are the device's multiprocessors and the bytes of shared memory that a program may
-    have. Depends on shapes and device only, so a captured graph never changes its grid.
+    ``processors`` is the device's number of multiprocessors, ``shared`` the bytes of shared memory that a program may
+    have. The result depends on shapes and device only, so that a CUDA graph can hold the launch.
     """
     block_d = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - block_d
     block_e = max(16, triton.next_power_of_2(rest)) if rest else 0
     fits = max(16, triton.next_power_of_2(tokens))
     if dtype == torch.float32:
-        # Exact float32 products run on the ordinary cores and hold their operands in registers: narrow blocks of keys,
-        # narrower still where masks or a short second part of a head need registers, and of queries too where masks do.
+        # Exact float32 products do not use the tensor cores and keep their operands in registers, so blocks of keys are
+        # small, and smaller where masks or a short second part of a head need registers; with masks queries are fewer.
         block_n = min(32 if block_d < 128 and block_e != 16 and tokens % 32 == 0 else 16, fits)
         block_m = min(64 if tokens % block_n == 0 else 32, fits)
         c = Configuration(block_m, block_n, block_d, block_e, 8 if block_m == 64 else 4, 2)
     else:
-        # Large blocks read keys less often; small ones fill the device when there are few queries.
+        # Large blocks read keys less often; small blocks keep all multiprocessors busy when there are few queries.
         block_m = 128 if row_heads * triton.cdiv(tokens, 128) >= 2 * processors else 64
-        # Of narrow heads' keys 64 with 64 queries would spill on sm_100.
+        # For narrow heads, 64 keys with 64 queries would spill registers on sm_100.
         block_n = min(32 if block_m == 64 and head_dim < 64 else 64, fits)
         block_m = min(block_m, fits)
-        # A warp's matrix product has 16 queries: more warps would split narrow heads' keys.
+        # A warp's matrix product has 16 queries: with more warps, those of narrow heads would have to split the keys.
         num_warps = 8 if block_m == 128 and head_dim > 64 else 2 if block_m == 32 and head_dim < 64 else 4
         c = Configuration(block_m, block_n, block_d, block_e, num_warps, 3)
     return _shrink(c, dtype, shared)
 
 
 def _shrink(c: Configuration, dtype: torch.dtype, shared: int) -> Configuration:
-    """The configuration within ``shared`` bytes, or the smallest there is: less prefetched first, then fewer keys.
+    """The configuration made to fit ``shared`` bytes, or the smallest one: first fewer stages, then fewer keys.
 
-    No compiler keeps more there than the queries' block, a block of keys and values for each stage and, on sm_100,
-    1 KiB of barriers.
+    The compiler keeps at most this in shared memory: the block of queries, one block of keys and one of values for each
+    stage, and on sm_100 1 KiB of barriers.
     """
 
     def needed(c: Configuration) -> int:
@@ -108,22 +100,13 @@ def _constants(c: Configuration, head_dim: int, tokens: int, cached: bool) -> di
     }
 
 
-def feature_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_k: Tensor | None,
-    cache_v: Tensor | None,
-    cache_length: Tensor | None,
-    cache_position: Tensor | None,
-    scale: float | None,
-    window: int | None,
-) -> Tensor:
+def feature_attention(arguments: AttentionArguments) -> Tensor:
     """Contract of :func:`free_kernels.ops.attention.feature_attention`; arguments have been checked."""
+    q, k, v, cache_k, cache_v, cache_length, cache_position, scale, window = arguments
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter's bfloat16 arithmetic is wrong.
-        wide = (None if x is None else x.float() for x in (q, k, v, cache_k, cache_v))
-        return feature_attention(*wide, cache_length, cache_position, scale, window).to(q.dtype)
+        # Triton's interpreter computes wrong values in bfloat16.
+        wide = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments)
+        return feature_attention(AttentionArguments(*wide)).to(q.dtype)
     rows, tokens, heads, head_dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     scale = (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
@@ -131,7 +114,7 @@ def feature_attention(
     capacity = cache_k.shape[1] if cached else 1
     c = configure(q.dtype, head_dim, tokens, rows * heads, *limits(q.device))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with current(q):
         feature_attention_kernel[(rows * heads * triton.cdiv(tokens, c.block_m),)](
             q,
             k,
@@ -156,7 +139,7 @@ def feature_attention(
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
-    """Every kind of problem that :func:`configure` tells apart on 132 processors, with and without masks."""
+    """Every case that :func:`configure` distinguishes on 132 multiprocessors, with and without masks."""
     small, large = 1, 10**6
     found = []
     for head_dim in (32, 64, 72, 96, 128):
@@ -174,25 +157,23 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
 def _aot(
     device: Device, dtype: torch.dtype, head_dim: int, tokens: int, row_heads: int, cached: bool
 ) -> AotConfiguration:
-    """What the launch of a fused qkv of 16 heads compiles."""
+    """What a launch on slices of a fused qkv with 16 heads compiles."""
     c = configure(dtype, head_dim, tokens, row_heads, 132, device.shared)
-    constants = _constants(c, head_dim, tokens, cached) | {"ALIGN": 16 // dtype.itemsize}
-    names = [name for name in feature_attention_kernel.arg_names if name not in constants]
-    signature = {name: POINTERS[dtype] if name.startswith("p_") else "i32" for name in names} | {"scale": "fp32"}
+    values = _constants(c, head_dim, tokens, cached) | {"ALIGN": 16 // dtype.itemsize}
+    pointers = [name for name in feature_attention_kernel.arg_names if name.startswith("p_")]
+    types = dict.fromkeys(pointers, POINTERS[dtype]) | {"scale": "fp32"}
     if cached:
-        signature |= {name: POINTERS[torch.int64] for name in ("p_length", "p_position")}
-    divisible = [name for name in names if name.startswith("p_") or name.endswith("_row")]
+        types |= dict.fromkeys(("p_length", "p_position"), POINTERS[torch.int64])
     group = f"feature_attention {POINTERS[dtype][1:]} dim {head_dim}"
-    label = f"{group} T {tokens} {c.block_m} x {c.block_n}"
-    return AotConfiguration(
-        label if cached else f"{label} uncached",
-        group,
+    return configuration(
         feature_attention_kernel,
-        signature,
-        # Masks need registers of their own.
-        2 * c.block_m * (c.block_d + c.block_e) * dtype.itemsize + (not constants["EVEN"]),
-        constants,
-        c.num_warps,
-        c.num_stages,
-        divisible,
+        types,
+        values,
+        ["stride_q_row", "stride_k_row", "stride_v_row"],
+        label=f"{group} T {tokens} {c.block_m} x {c.block_n}{'' if cached else ' uncached'}",
+        group=group,
+        # Masks take registers, too.
+        size=2 * c.block_m * (c.block_d + c.block_e) * dtype.itemsize + (not values["EVEN"]),
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
     )

@@ -1,6 +1,12 @@
-"""The coupling of drafts and target, draft by draft or a round together, with noise from memory or by keys."""
+"""Coupling of drafts and target: draft by draft or all drafts of a round together; noise given or made from keys."""
 
-from free_kernels.ops.coupling.api import Coupling, couple, couple_philox, gaussian_transition
-from free_kernels.ops.coupling.api_block import couple_block, couple_block_philox
+from free_kernels.ops.coupling.api import (
+    Coupling,
+    couple,
+    couple_block,
+    couple_block_philox,
+    couple_philox,
+    gaussian_transition,
+)
 
 __all__ = ["Coupling", "couple", "couple_block", "couple_block_philox", "couple_philox", "gaussian_transition"]

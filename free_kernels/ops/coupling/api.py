@@ -1,54 +1,17 @@
-"""Public coupling ops: what a step does with the network's output, and how a round of drafts is decided."""
+"""Public coupling ops: a step's Gaussian from the network's output, and the decision on a round of drafts."""
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from free_kernels.ops.coupling import dispatch, reference
-from free_kernels.ops.coupling.reference import Coupling
+from free_kernels.ops.coupling import reference
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
+from free_kernels.ops.coupling.dispatch import BACKENDS as BACKENDS
+from free_kernels.ops.coupling.dispatch import decide
 from free_kernels.ops.random.api import signed_seed
-from free_kernels.validation import check_choice, check_int, fail
-
-BACKENDS = ("auto", "reference", "triton")
-NUM_COLUMNS = 8
-_OPTIONAL = ("slack_noise", "relaxation", "rounds")
-_INTEGERS = ("images", "steps", "rounds", "row_offsets")
-
-
-def check_round(op: str, draft_states: Tensor, output: Tensor, guidance_scale: float, **others: Tensor | None) -> None:
-    """Shapes, integer dtypes and devices of everything beside ``draft_states [S, L, C, H, W]``."""
-    slots, length, channels, height, width = draft_states.shape
-    shapes = {name: [slots, length] for name in ("uniform", "steps", "relaxation")}
-    shapes |= {name: [slots, length, channels, height, width] for name in ("noise", "slack_noise")}
-    shapes |= {name: [slots, length - 1, channels, height, width] for name in ("draft_mean", "draft_std")}
-    shapes |= {
-        "images": [slots],
-        "rounds": [slots],
-        "row_offsets": [slots + 1],
-        "columns": [slots, length, NUM_COLUMNS],
-    }
-    for name, tensor in others.items():
-        if tensor is None and name in _OPTIONAL:
-            continue
-        kind = "int64" if name in _INTEGERS else "float32"
-        if not isinstance(tensor, Tensor):
-            fail(op, name, f"{kind} {shapes[name]}", tensor, TypeError)
-        if name in _INTEGERS and tensor.dtype != torch.int64:
-            fail(op, name, f"int64 {shapes[name]}", tensor, TypeError)
-        if list(tensor.shape) != shapes[name]:
-            fail(op, name, f"{kind} {shapes[name]}", tensor)
-        if tensor.device != draft_states.device:
-            fail(op, name, f"on {draft_states.device} like draft_states", f"a tensor on {tensor.device}")
-    rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if guidance_scale == 1.0 else 2) == 0
-    if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
-        fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
-    learned = output.shape[1] == 2 * channels
-    if "slack_noise" in others and (others["slack_noise"] is not None) != learned and (length > 1 or not learned):
-        given = "none" if learned else others["slack_noise"]
-        fail(op, "slack_noise", "given exactly where output has 2 C channels, so that variances are learned", given)
+from free_kernels.validation import fail
 
 
 def gaussian_transition(
@@ -113,20 +76,20 @@ def couple(
     clip: float = math.inf,
     backend: str = "auto",
 ) -> Coupling:
-    """Decide one round of drafts by reflection maximal coupling and commit up to the first refusal.
+    """Decide one round of drafts by reflection maximal coupling and commit up to the first refused draft.
 
     Row j of slot s is the state ``draft_states[s, j]``; its draft is ``draft_states[s, j + 1] = draft_mean[s, j] +
     draft_std[s, j] noise[s, j]``. A draft is accepted iff ``log u <= <z1, Delta> - |Delta|^2 / 2``; the first refused
     one is replaced by its reflection, whose law is exactly the target's. A slot's last row has no draft and is drawn
     from the target with ``noise``.
 
-    Where variances are learned they differ, and reflection wants equal ones. Then z is split by z', another noise, into
-    z1, which is compared and reflected, and z2, which the target shares: half and half, except that along the gap of
-    the means z1 gets nearly all, less where the variance along it differs much, so that this gap, most of what there is
-    to accept or refuse, is not stretched (``free_kernels.ops.coupling.reference.compare_variances`` derives it).
+    Learned variances of draft and target differ, but reflection needs equal ones. Then z is split, with the help of
+    other noise z', into z1, which is compared and reflected, and z2, which the target shares. Each gets half of the
+    variance, except along the gap of the means: there z1 gets nearly all, unless the variances along it differ much.
+    This keeps the gap, on which acceptance mostly depends, small in units of z1's deviation
+    (``free_kernels.ops.coupling.reference.compare_variances`` has the derivation).
 
-    Source: reflection maximal coupling (arXiv 2501.05370); DESIGN 3.3 for the shared slack, whose split by direction is
-    our own.
+    Source: reflection maximal coupling (arXiv 2501.05370). The shared slack and its split by direction are our own.
 
     Args:
         draft_states: float32 ``[S, L, C, H, W]``.
@@ -140,9 +103,7 @@ def couple(
         row_offsets: int64 ``[S + 1]``; slot s owns rows ``row_offsets[s]`` to ``row_offsets[s + 1]``.
         columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
         relaxation: float32 ``[S, L]``, w in [0, 1) of each row (lossy), or None.
-        guidance_scale: as in :func:`gaussian_transition`.
-        guidance_channels: as in :func:`gaussian_transition`.
-        clip: as in :func:`gaussian_transition`.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
         backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
 
     Returns:
@@ -152,25 +113,9 @@ def couple(
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    check_choice("couple", "backend", backend, BACKENDS)
-    check_round(
-        "couple",
-        draft_states,
-        output,
-        guidance_scale,
-        draft_mean=draft_mean,
-        draft_std=draft_std,
-        noise=noise,
-        slack_noise=slack_noise,
-        uniform=uniform,
-        row_offsets=row_offsets,
-        columns=columns,
-        relaxation=relaxation,
-    )
-    run = dispatch.implementation("couple", draft_states.device, backend)
-    drawn = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform)
-    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, guidance_scale, guided, clip))
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
+    given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, relaxation, *settings)
+    return decide("couple", CouplingArguments(*given), backend)
 
 
 def couple_philox(
@@ -191,7 +136,7 @@ def couple_philox(
     clip: float = math.inf,
     backend: str = "auto",
 ) -> Coupling:
-    """:func:`couple` with numbers made from their keys: in Triton where they are used, never in memory.
+    """:func:`couple` with random numbers made from keys; in Triton inside the kernels, so that they need no memory.
 
     Equivalent to :func:`couple` with numbers of :mod:`free_kernels.ops.random` keyed by (seed, image, step, purpose,
     round): ``noise`` and ``slack_noise`` are ``philox_normal`` with purposes 1 (step) and 2 (slack), ``uniform`` is the
@@ -199,22 +144,15 @@ def couple_philox(
     sines. The drafts must have been made with the same noise. Source: as :func:`couple`; Salmon et al. 2011.
 
     Args:
-        draft_states: float32 ``[S, L, C, H, W]``.
-        draft_mean: float32 ``[S, L - 1, C, H, W]``.
-        draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
+        draft_states, draft_mean, draft_std: as in :func:`couple`.
         seed: in ``[0, 2**64)``.
         images: int64 ``[S]``, image index of each slot, to which the caller has added the ``first_image`` of a
-            :class:`~free_kernels.sampling.noise.PhiloxNoise`; that of an idle slot is of no matter.
+            :class:`~free_kernels.sampling.noise.PhiloxNoise`; any value for an idle slot.
         steps: int64 ``[S, L]``, step of each row.
-        output: as in :func:`couple`.
-        row_offsets: as in :func:`couple`.
-        columns: as in :func:`couple`.
-        relaxation: as in :func:`couple`.
+        output, row_offsets, columns, relaxation: as in :func:`couple`.
         rounds: int64 ``[S]`` in ``[0, 2**24)``, for a verification that draws fresh numbers every round; None is round
             0 for all.
-        guidance_scale: as in :func:`gaussian_transition`.
-        guidance_channels: as in :func:`gaussian_transition`.
-        clip: as in :func:`gaussian_transition`.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
         backend: as in :func:`couple`; ``"reference"`` draws with the reference too.
 
     Returns:
@@ -224,23 +162,100 @@ def couple_philox(
         ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    check_choice("couple_philox", "backend", backend, BACKENDS)
-    check_int("couple_philox", "seed", seed, 0, 2**64 - 1)
-    check_round(
-        "couple_philox",
-        draft_states,
-        output,
-        guidance_scale,
-        draft_mean=draft_mean,
-        draft_std=draft_std,
-        images=images,
-        steps=steps,
-        row_offsets=row_offsets,
-        columns=columns,
-        relaxation=relaxation,
-        rounds=rounds,
-    )
-    run = dispatch.implementation("couple_philox", draft_states.device, backend)
-    drawn = (draft_states, draft_mean, draft_std, signed_seed(seed), images, steps)
-    guided = draft_states.shape[2] if guidance_channels is None else guidance_channels
-    return Coupling(*run(*drawn, output, row_offsets, columns, relaxation, rounds, guidance_scale, guided, clip))
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
+    keys = (signed_seed("couple_philox", seed), images, steps)
+    given = (*drafts, *keys, output, row_offsets, columns, relaxation, rounds, *settings)
+    return decide("couple_philox", KeyedCouplingArguments(*given), backend)
+
+
+def couple_block(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    noise: Tensor,
+    slack_noise: Tensor | None,
+    uniform: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip: float = math.inf,
+    backend: str = "auto",
+) -> Coupling:
+    """Decide one round of drafts together: the same law as :func:`couple`, and on average at least as many commits.
+
+    Rows and drafts are those of :func:`couple`. With ``P_i = min(1, P_{i-1} q_i / p_i)`` over the drafts, the last
+    draft with ``u_i <= h_i(P_i, delta_i)`` and all drafts before it are committed; the step after it is drawn from
+    ``(P q - p)+``, or from q itself at a slot's last row. Source: block verification (Sun et al., arXiv 2403.10444; for
+    diffusion arXiv 2606.13426); ``free_kernels.ops.coupling.reference_block`` has the derivation with shared slack.
+
+    Whether a draft is committed depends on the drafts after it. So ``noise``, ``slack_noise`` and ``uniform`` must be
+    new in each round, also for a step that was drafted before and not committed. In return everything that a round
+    computed may steer later rounds, rows after the committed ones included.
+
+    Args:
+        draft_states, draft_mean, draft_std, noise, slack_noise: as in :func:`couple`.
+        uniform: float32 ``[S, L]`` in (0, 1]; entry 0 draws the residual, entry i > 0 tests draft i.
+        output, row_offsets, columns: as in :func:`couple`.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
+        backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
+
+    Returns:
+        A :class:`Coupling`.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+    """
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
+    given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, None, *settings)
+    return decide("couple_block", CouplingArguments(*given), backend)
+
+
+def couple_block_philox(
+    draft_states: Tensor,
+    draft_mean: Tensor,
+    draft_std: Tensor,
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    output: Tensor,
+    row_offsets: Tensor,
+    columns: Tensor,
+    *,
+    rounds: Tensor,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip: float = math.inf,
+    backend: str = "auto",
+) -> Coupling:
+    """:func:`couple_block` with random numbers made from keys; in Triton inside the kernels.
+
+    Equivalent to :func:`couple_block` with numbers of :mod:`free_kernels.ops.random`, as :func:`couple_philox` has
+    them; the drafts must have been made with the same noise. Source: as :func:`couple_block`; Salmon et al. 2011.
+
+    Args:
+        draft_states, draft_mean, draft_std: as in :func:`couple`.
+        seed: in ``[0, 2**64)``.
+        images: as in :func:`couple_philox`.
+        steps: int64 ``[S, L]``, step of each row.
+        output, row_offsets, columns: as in :func:`couple`.
+        rounds: int64 ``[S]`` in ``[0, 2**24)``, another number in each round of an image.
+        guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
+        backend: as in :func:`couple_block`; ``"reference"`` draws with the reference too.
+
+    Returns:
+        A :class:`Coupling`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
+        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+    """
+    if rounds is None:
+        fail("couple_block_philox", "rounds", "int64 [S], since noise must be fresh in each round", rounds, TypeError)
+    drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
+    keys = (signed_seed("couple_block_philox", seed), images, steps)
+    given = (*drafts, *keys, output, row_offsets, columns, None, rounds, *settings)
+    return decide("couple_block_philox", KeyedCouplingArguments(*given), backend)

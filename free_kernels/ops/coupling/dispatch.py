@@ -1,153 +1,123 @@
-"""Schemas, fakes and implementations of the coupling ops, whose public side is :mod:`free_kernels.ops.coupling`."""
+"""Declarations of the coupling ops, the checks of their arguments, and noise made from keys."""
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import reference
 from free_kernels.ops.coupling import reference_block as block
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
+from free_kernels.ops.declaration import Op
 from free_kernels.ops.random import philox_normal, philox_uniform
 from free_kernels.ops.random.reference import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP
-from free_kernels.ops.triton_runtime import use_triton
+from free_kernels.validation import check_choice, fail
 
-_SCHEMA = (
-    "{name}(Tensor draft_states, Tensor draft_mean, Tensor draft_std, {draws}, Tensor output, Tensor row_offsets, "
-    "Tensor columns, {more}float guidance_scale, int guidance_channels, float clip) -> (Tensor, Tensor, Tensor)"
-)
-# Fields of a Coupling.
-Outcome = tuple[Tensor, Tensor, Tensor]
+BACKENDS = ("auto", "reference", "triton")
+_OPTIONAL = ("slack_noise", "relaxation", "rounds")
+_INTEGERS = ("images", "steps", "rounds", "row_offsets")
 
 
-def settings_of(guidance_scale: float, guidance_channels: int, clip: float) -> dict[str, float | int]:
-    """The last three arguments of a coupling op by name."""
-    return {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
+def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) -> None:
+    """Shapes, and the dtypes of integers and devices of everything beside ``draft_states``."""
+    states, output = arguments.draft_states, arguments.output
+    if not isinstance(states, Tensor) or states.ndim != 5:
+        fail(
+            op,
+            "draft_states",
+            "float32 [S, L, C, H, W]",
+            states,
+            ValueError if isinstance(states, Tensor) else TypeError,
+        )
+    device = states.device
+    slots, length, channels, height, width = states.shape
+    rows, draft = (slots, length), (slots, length - 1, channels, height, width)
+    shapes = dict.fromkeys(("uniform", "steps", "relaxation"), rows) | dict.fromkeys(("draft_mean", "draft_std"), draft)
+    shapes |= dict.fromkeys(("noise", "slack_noise"), (slots, length, channels, height, width))
+    shapes |= dict.fromkeys(("images", "rounds"), (slots,))
+    shapes |= {"row_offsets": (slots + 1,), "columns": (slots, length, len(TransitionColumn))}
+    for name, tensor in zip(arguments._fields, arguments, strict=True):
+        if name not in shapes or (tensor is None and name in _OPTIONAL):
+            continue
+        wrong_kind = not isinstance(tensor, Tensor) or (name in _INTEGERS and tensor.dtype != torch.int64)
+        if wrong_kind or tensor.shape != shapes[name]:
+            expectation = f"{'int64' if name in _INTEGERS else 'float32'} {list(shapes[name])}"
+            fail(op, name, expectation, tensor, TypeError if wrong_kind else ValueError)
+        if tensor.device != device:
+            fail(op, name, f"on {device} like draft_states", f"a tensor on {tensor.device}")
+    rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if arguments.guidance_scale == 1.0 else 2) == 0
+    if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
+        fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
+    if isinstance(arguments, CouplingArguments):
+        learned, slack_noise = output.shape[1] == 2 * channels, arguments.slack_noise
+        if (slack_noise is not None) != learned and (length > 1 or not learned):
+            given = "none" if learned else slack_noise
+            fail(op, "slack_noise", "given exactly where output has 2 C channels, so that variances are learned", given)
 
 
-def couple_reference(*arguments: object) -> Outcome:
-    """``couple`` in plain PyTorch; positional as in the schema, as all below."""
-    return tuple(reference.couple(*arguments[:-3], **settings_of(*arguments[-3:])))
-
-
-def couple_block_reference(*arguments: object) -> Outcome:
-    """``couple_block`` in plain PyTorch."""
-    return tuple(block.couple_block(*arguments[:-3], **settings_of(*arguments[-3:])))
-
-
-def couple_triton(*arguments: object) -> Outcome:
-    """``couple`` in Triton."""
-    kernels = importlib.import_module("free_kernels.ops.coupling.triton_launch")
-    return kernels.couple(*arguments[:-3], **settings_of(*arguments[-3:]))
-
-
-def couple_block_triton(*arguments: object) -> Outcome:
-    """``couple_block`` in Triton."""
-    kernels = importlib.import_module("free_kernels.ops.coupling.triton_launch")
-    return kernels.couple(*arguments[:-3], None, **settings_of(*arguments[-3:]), joint=True)
-
-
-def couple_philox_reference(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    seed: int,
-    images: Tensor,
-    steps: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    relaxation: Tensor | None,
-    rounds: Tensor | None,
-    *settings: float,
-    backend: str = "auto",
-    joint: bool = False,
-) -> Outcome:
-    """``couple_philox``: numbers by the random ops (with their ``backend``), then the reference.
-
-    ``joint``: drafts are decided together.
-    """
-    slots, length, *latent = draft_states.shape
-    keys = (
-        seed % 2**64,
-        images.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
-        steps.contiguous().view(-1),
-        None if rounds is None else rounds.unsqueeze(1).repeat(1, steps.shape[1]).view(-1),
+def draw_noise(arguments: KeyedCouplingArguments, backend: str = "auto") -> CouplingArguments:
+    """The same round with the numbers of the random ops, of that ``backend``, in the place of their keys."""
+    slots, length, channels, height, width = arguments.draft_states.shape
+    images, rounds = (
+        None if key is None else key.unsqueeze(1).repeat(1, length).view(-1)
+        for key in (arguments.images, arguments.rounds)
     )
+    steps = arguments.steps.contiguous().view(-1)
 
-    def normal(purpose: int) -> Tensor:
-        flat = philox_normal(*keys[:3], purpose, math.prod(latent), keys[3], backend)
-        return flat.view(slots, length, *latent)
+    def draw(op: Callable[..., Tensor], purpose: int, *shape: int) -> Tensor:
+        numbers = op(arguments.seed % 2**64, images, steps, purpose, math.prod(shape), rounds, backend)
+        return numbers.view(slots, length, *shape)
 
-    learned = output.shape[1] == 2 * latent[0]
-    noise, slack_noise = normal(PURPOSE_STEP), normal(PURPOSE_SLACK) if learned else None
-    uniform = philox_uniform(*keys[:3], PURPOSE_ACCEPT, 1, keys[3], backend).view(slots, length)
-    given = (draft_states, draft_mean, draft_std, noise, slack_noise, uniform, output, row_offsets, columns)
-    return couple_block_reference(*given, *settings) if joint else couple_reference(*given, relaxation, *settings)
-
-
-def couple_block_philox_reference(*arguments: object, backend: str = "auto") -> Outcome:
-    """``couple_block_philox``: likewise."""
-    *first, rounds = arguments[:-3]
-    return couple_philox_reference(*first, None, rounds, *arguments[-3:], backend=backend, joint=True)
+    learned = arguments.output.shape[1] == 2 * channels
+    drawn = {
+        "noise": draw(philox_normal, PURPOSE_STEP, channels, height, width),
+        "slack_noise": draw(philox_normal, PURPOSE_SLACK, channels, height, width) if learned else None,
+        "uniform": draw(philox_uniform, PURPOSE_ACCEPT, 1).squeeze(2),
+    }
+    shared = {name: value for name, value in arguments._asdict().items() if name in CouplingArguments._fields}
+    return CouplingArguments(**shared, **drawn)
 
 
-def couple_philox_triton(*arguments: object) -> Outcome:
-    """``couple_philox`` in Triton."""
-    kernels = importlib.import_module("free_kernels.ops.coupling.triton_launch")
-    return kernels.couple_philox(*arguments[:-3], **settings_of(*arguments[-3:]))
+def _fake(arguments: CouplingArguments | KeyedCouplingArguments) -> Coupling:
+    states = arguments.draft_states
+    slots, length, *latent = states.shape
+    committed = states.new_empty(slots, dtype=torch.int64)
+    return Coupling(states.new_empty(slots, *latent), committed, states.new_empty(slots, length - 1))
 
 
-def couple_block_philox_triton(*arguments: object) -> Outcome:
-    """``couple_block_philox`` in Triton."""
-    kernels = importlib.import_module("free_kernels.ops.coupling.triton_launch")
-    *first, rounds = arguments[:-3]
-    return kernels.couple_philox(*first, None, rounds, **settings_of(*arguments[-3:]), joint=True)
+def _declare(name: str, arguments: type, run: Callable[[Any], Coupling], launch: str) -> Op:
+    return Op(name, arguments, run, _fake, f"coupling.{launch}", "(Tensor, Tensor, Tensor)")
 
 
-def fake_outcome(draft_states: Tensor, draft_mean: Tensor, *arguments: object) -> Outcome:
-    """Of all coupling ops, whose outcomes have the same shapes."""
-    slots, length = draft_states.shape[:2]
-    committed = draft_states.new_empty(slots, dtype=torch.int64)
-    next_states = draft_states.new_empty(slots, *draft_states.shape[2:])
-    return next_states, committed, draft_states.new_empty(slots, length - 1)
-
-
-# Reference and Triton of every op.
-_IMPLEMENTATIONS = {
-    "couple": (couple_reference, couple_triton),
-    "couple_philox": (couple_philox_reference, couple_philox_triton),
-    "couple_block": (couple_block_reference, couple_block_triton),
-    "couple_block_philox": (couple_block_philox_reference, couple_block_philox_triton),
+_TOKEN, _BLOCK = reference.couple, block.couple_block
+OPS = {
+    "couple": _declare("couple", CouplingArguments, _TOKEN, "couple"),
+    "couple_block": _declare("couple_block", CouplingArguments, _BLOCK, "couple_block"),
+    "couple_philox": _declare("couple_philox", KeyedCouplingArguments, lambda a: _TOKEN(draw_noise(a)), "couple"),
+    "couple_block_philox": _declare(
+        "couple_block_philox", KeyedCouplingArguments, lambda a: _BLOCK(draw_noise(a)), "couple_block"
+    ),
 }
 
 
-def implementation(op: str, device: torch.device, backend: str) -> Callable[..., Outcome]:
-    """What runs an op on a device with a backend of its own.
+def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backend: str) -> Coupling:
+    """Check the arguments of an op and run it. All channels are guided if ``guidance_channels`` is None.
 
     Raises:
+        ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
         RuntimeError: ``backend="triton"`` cannot be used; the message says why.
     """
-    on_cpu, in_triton = _IMPLEMENTATIONS[op]
-    if use_triton(op, "coupling", device, backend):
-        # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
-        return in_triton if device.type == "cpu" else getattr(torch.ops.free_kernels, op)
-    return functools.partial(on_cpu, backend=backend) if op.endswith("philox") else on_cpu
-
-
-_LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
-_FROM_MEMORY, _BY_KEYS = "Tensor noise, Tensor? slack_noise, Tensor uniform", "int seed, Tensor images, Tensor steps"
-for _name, _draws, _more in (
-    ("couple", _FROM_MEMORY, "Tensor? relaxation, "),
-    ("couple_philox", _BY_KEYS, "Tensor? relaxation, Tensor? rounds, "),
-    ("couple_block", _FROM_MEMORY, ""),
-    ("couple_block_philox", _BY_KEYS, "Tensor rounds, "),
-):
-    _LIBRARY.define(_SCHEMA.format(name=_name, draws=_draws, more=_more))
-    for _implementation, _key in zip(_IMPLEMENTATIONS[_name], ("CPU", "CUDA"), strict=True):
-        _LIBRARY.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"free_kernels::{_name}", fake_outcome, lib=_LIBRARY)
+    check_choice(op, "backend", backend, BACKENDS)
+    check_round(op, arguments)
+    states = arguments.draft_states
+    if arguments.guidance_channels is None:
+        arguments = arguments._replace(guidance_channels=states.shape[2])
+    if isinstance(arguments, KeyedCouplingArguments) and not OPS[op].runs_triton(states, backend):
+        # Done here and not in the op's reference, which cannot pass the caller's backend on to the random ops.
+        op, arguments = op.removesuffix("_philox"), draw_noise(arguments, backend)
+    return Coupling(*OPS[op](arguments, states, backend))

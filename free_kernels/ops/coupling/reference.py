@@ -8,42 +8,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Positions of the columns of a transition table (free_kernels.constants.TransitionColumn), repeated as plain ints
-# because the implementations depend on nothing above them.
-MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE = 0, 1, 2, 3
-X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = 4, 5, 6, 7
+from free_kernels.constants import TransitionColumn
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments
 
-
-# A squared gap beyond which a draft is refused outright: its acceptance probability is zero in any arithmetic.
+# The columns of a transition table as plain ints: torch.compile cannot index by an enumeration.
+MEAN_FROM_STATE, MEAN_FROM_OUTPUT, LOG_STD, LOG_STD_SLOPE, *_OF_CLEAN_SAMPLE = map(int, TransitionColumn)
+X0_FROM_STATE, X0_FROM_OUTPUT, MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0 = _OF_CLEAN_SAMPLE
+# A draft with a larger squared gap is refused without a test: its acceptance probability rounds to zero.
 MAX_GAP_SQ = 1e30
-# Across the gap of the means half of the draft's variance is compared and half is shared with the target, which costs
-# least where variances differ; along it at least LEAST_SHARED is shared, since roots of less would magnify rounding.
-# A draft is refused outright where the target's variance leaves less than LEAST_LEFT of the draft's to share, and means
-# closer than SMALLEST_MEAN_GAP_SQ give no direction.
+# In units of the draft's variance. ACROSS: what is compared in directions orthogonal to the gap of the means; the rest
+# is shared with the target. One half gives the highest acceptance where variances differ. LEAST_SHARED: what is shared
+# along the gap at least, because roots of smaller numbers would magnify rounding errors. LEAST_LEFT: by how much the
+# target's variance must exceed ACROSS, else the draft is refused without a test. SMALLEST_MEAN_GAP_SQ: means with a
+# smaller squared gap give no direction.
 ACROSS, LEAST_LEFT, LEAST_SHARED, SMALLEST_MEAN_GAP_SQ = 0.5, 1 / 64, 1 / 1024, 1e-24
-
-
-class Coupling(NamedTuple):
-    """Outcome of one round for S slots with at most L rows each.
-
-    Figures of rows behind a slot's first refusal are not to be used: whatever they steer would break exactness.
-
-    Attributes:
-        next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
-        committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
-        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack). Not finite where a
-            draft was far off.
-    """
-
-    next_states: Tensor
-    committed: Tensor
-    gap_sq: Tensor
 
 
 def guide(output: Tensor, scale: float, channels: int) -> Tensor:
     """Classifier-free guidance: ``[2R, ...]`` (conditional rows, then unconditional) to ``[R, ...]``.
 
-    The first ``channels`` channels become ``e_u + scale (e_c - e_u)``, the rest are the conditional branch's.
+    The first ``channels`` channels become ``e_u + scale (e_c - e_u)``; the others are taken from the conditional rows.
     """
     conditional, unconditional = output.float().chunk(2)
     if channels == output.shape[1]:
@@ -74,46 +58,38 @@ def gaussian_transition(
 
 
 def unpack_rows(rows: Tensor, row_offsets: Tensor, branches: int, slots: int, length: int) -> Tensor:
-    """Packed rows ``[B R, ...]`` to a dense ``[B S L, ...]``; entries past a slot's length repeat some other row."""
+    """Packed rows ``[B R, ...]`` to ``[B S L, ...]``; entries past a slot's length repeat some other row."""
     total = rows.shape[0] // branches
     position = torch.arange(length, device=rows.device)
     index = (row_offsets[:-1, None] + position).clamp_(max=total - 1).flatten()
     return rows.unflatten(0, (branches, total)).index_select(1, index).flatten(0, 1)
 
 
-def target_rows(
-    draft_states: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-) -> tuple[Tensor, Tensor]:
+def target_rows(arguments: CouplingArguments) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``[S, L, D]`` that the target gives the step after each row, D = C H W."""
-    slots, length = draft_states.shape[:2]
-    output = unpack_rows(output, row_offsets, 1 if guidance_scale == 1.0 else 2, slots, length)
+    slots, length = arguments.draft_states.shape[:2]
+    branches = 1 if arguments.guidance_scale == 1.0 else 2
     mean, std = gaussian_transition(
-        draft_states.flatten(0, 1),
-        output,
-        columns.flatten(0, 1),
-        guidance_scale=guidance_scale,
-        guidance_channels=guidance_channels,
-        clip=clip,
+        arguments.draft_states.flatten(0, 1),
+        unpack_rows(arguments.output, arguments.row_offsets, branches, slots, length),
+        arguments.columns.flatten(0, 1),
+        guidance_scale=arguments.guidance_scale,
+        guidance_channels=arguments.guidance_channels,
+        clip=arguments.clip,
     )
     return mean.view(slots, length, -1), std.reshape(slots, length, -1)
 
 
 class Compared(NamedTuple):
-    """Drafts against the target's laws of the same steps, which given the shared slack are unit Gaussians delta apart.
+    """Drafts and the target's laws of the same steps: given the shared slack, unit Gaussians with means delta apart.
 
     Attributes:
         start: ``[S, L - 1, D]``, what the target draws with the draft's noise, given the shared slack.
-        lead: ``[S, L - 1, D]``, by how much that is ahead of the draft: the two centres' difference.
-        gap_sq: ``[S, L - 1]``, delta^2, the squared length of the whitened lead.
-        along: ``[S, L - 1]``, the draft's own noise times the whitened lead.
-        infeasible: bool ``[S, L - 1]``, rows without shared slack: their draft is refused, their step drawn directly.
+        lead: ``[S, L - 1, D]``, ``start`` minus the draft, which is the difference of the two means.
+        gap_sq: ``[S, L - 1]``, delta^2, the squared norm of the whitened lead.
+        along: ``[S, L - 1]``, inner product of the draft's own noise and the whitened lead.
+        infeasible: bool ``[S, L - 1]``, rows without shared slack, whose draft is refused and whose step is drawn
+            directly from the target.
     """
 
     start: Tensor
@@ -123,20 +99,22 @@ class Compared(NamedTuple):
     infeasible: Tensor
 
 
-def compare(
-    mean_q: Tensor, std_q: Tensor, draft_mean: Tensor, draft_std: Tensor, noise: Tensor, slack_noise: Tensor | None
-) -> Compared:
-    """Compare drafts with the target's transitions ``mean_q, std_q [S, L, D]``; without slack variances are equal."""
-    drafts = draft_mean.shape[1]
-    mean_q, mean_p, std_p = mean_q[:, :drafts], draft_mean.flatten(2), draft_std.flatten(2)
-    lead, z = mean_q - mean_p, noise.flatten(2)[:, :drafts]
+def compare(mean_q: Tensor, std_q: Tensor, arguments: CouplingArguments) -> Compared:
+    """Compare drafts with the target's transitions ``mean_q, std_q [S, L, D]``.
+
+    Without slack noise the deviations are taken to be equal.
+    """
+    mean_p, std_p = arguments.draft_mean.flatten(2), arguments.draft_std.flatten(2)
+    drafts = mean_p.shape[1]
+    mean_q = mean_q[:, :drafts]
+    lead, z = mean_q - mean_p, arguments.noise.flatten(2)[:, :drafts]
     gap = lead / std_p
-    if slack_noise is None:
+    if arguments.slack_noise is None:
         gap_sq = gap.square().sum(-1)
         start = torch.addcmul(mean_q, std_p, z)
         return Compared(start, lead, gap_sq, (z * gap).sum(-1), ~(gap_sq < MAX_GAP_SQ))
     ratio = (std_q[:, :drafts] / std_p).square_()
-    start, lead, *rest = compare_variances(gap, ratio, z, slack_noise.flatten(2)[:, :drafts])
+    start, lead, *rest = compare_variances(gap, ratio, z, arguments.slack_noise.flatten(2)[:, :drafts])
     return Compared(torch.addcmul(mean_q, std_p, start), std_p * lead, *rest)
 
 
@@ -145,7 +123,8 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
 
     ``start`` and ``lead`` are in units of the draft's deviation, ``start`` relative to the target's mean.
 
-    Reflection wants equal covariances. So z is split, by independent noise z' and any matrix Lambda below both:
+    Reflection needs equal covariances. So z is split, with independent noise z' and a matrix Lambda that is at most as
+    large as both covariances:
 
         ``z1 = Lambda^(1/2) z + (I - Lambda)^(1/2) z'``,  ``z2 = (I - Lambda)^(1/2) z - Lambda^(1/2) z'``.
 
@@ -154,24 +133,25 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
 
         ``lead = A_q - A_p = gap + B z2 - (I - Lambda)^(1/2) z2``,  ``Delta = Lambda^(-1/2) lead``.
 
-    Exact for every Lambda that looks at the two laws and not at z. Small Lambda stretches the gap of the means, large
-    Lambda what the variances differ by. The means differ along one direction u and the variances in all of them, hence
+    This is exact for every Lambda that depends on the two laws and not on z. A small Lambda magnifies the gap of the
+    means, a large Lambda the difference of the variances. The means differ along one direction u, the variances in all
+    directions, hence
 
         ``Lambda = (I - u u^T) / 2 + h u u^T``,
 
-    h near 1 unless the variance along u differs more than the means. In closed form, with ``c = diag(ratio) - 1/2``,
+    with h near 1 unless the variance along u differs more than the means. In closed form, ``c = diag(ratio) - 1/2``,
     ``w = c^(-1/2) u``, ``kappa = |w|^2``:
 
         ``B = c^(1/2) (I - (1 - q) w w^T / kappa)``,  ``q^2 = 1 - (h - 1/2) kappa``.
 
-    B exists for h up to ``room = 1/2 + 1/kappa``, what the target's covariance leaves along u; the h below weighs the
-    stretched gap against the error ``room - 1`` of the variance along u as if nothing else were there.
+    B exists for h up to ``room = 1/2 + 1/kappa``, which is what the target's covariance leaves along u. The h below is
+    the best one for the gap and for the error ``room - 1`` of the variance along u, other directions not considered.
     """
     mean_sq = gap.square().sum(-1, keepdim=True)
     directed = mean_sq > SMALLEST_MEAN_GAP_SQ
     u = torch.where(directed, gap * mean_sq.rsqrt(), 0.0)
     left = ratio - ACROSS
-    # Also refused: drafts so far off that products of gap and error would overflow. The rule must not look at noise.
+    # Drafts so far off that products of gap and error would overflow are refused, too. The rule must not depend on z.
     far = ~((1 + mean_sq.squeeze(-1)) * (1 + (ratio - 1).square().sum(-1)) < MAX_GAP_SQ)
     infeasible = far | ~(left.amin(-1) >= LEAST_LEFT)
     left.clamp_(min=LEAST_LEFT)
@@ -192,7 +172,7 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
     z2 = z2 + u * (z2_u - across * (z_u - z_slack_u))
     w_z2 = (u / root * z2).sum(-1, keepdim=True)
     moved = (1 - kept_q) * w_z2 / kappa + (kept_p - across) * z2_u
-    # Kept apart from the gap, which may be too large to add anything to.
+    # Added to z below and not only to the gap, which may be so large that the sum rounds the shift away.
     shift = (ratio - 1) / (root + across) * z2 - moved * u
     lead = gap + shift
 
@@ -202,53 +182,29 @@ def compare_variances(gap: Tensor, ratio: Tensor, z: Tensor, z_slack: Tensor) ->
     return Compared(z + shift, lead, gap_sq.squeeze(-1), along.squeeze(-1), infeasible)
 
 
-def couple(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    noise: Tensor,
-    slack_noise: Tensor | None,
-    uniform: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    relaxation: Tensor | None,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-) -> Coupling:
+def couple(arguments: CouplingArguments) -> Coupling:
     """Decide and commit one round; see ``free_kernels.ops.couple``."""
-    slots, length = draft_states.shape[:2]
-    latent = draft_states.shape[2:]
-    lengths = row_offsets.diff()
-    mean_q, std_q = target_rows(
-        draft_states,
-        output,
-        row_offsets,
-        columns,
-        guidance_scale=guidance_scale,
-        guidance_channels=guidance_channels,
-        clip=clip,
-    )
-    direct = torch.addcmul(mean_q, std_q, noise.flatten(2))
+    slots, length, *latent = arguments.draft_states.shape
+    lengths = arguments.row_offsets.diff()
+    mean_q, std_q = target_rows(arguments)
+    direct = torch.addcmul(mean_q, std_q, arguments.noise.flatten(2))
     if length == 1:
         return Coupling(direct.view(slots, *latent), lengths.clamp(max=1), direct.new_zeros(slots, 0))
 
     drafts, last = length - 1, lengths - 1
-    start, lead, gap_sq, along, infeasible = compare(mean_q, std_q, draft_mean, draft_std, noise, slack_noise)
-    if relaxation is None:
+    start, lead, gap_sq, along, infeasible = compare(mean_q, std_q, arguments)
+    if arguments.relaxation is None:
         score = along - gap_sq / 2
     else:
-        keep = 1 - relaxation[:, :drafts]
+        keep = 1 - arguments.relaxation[:, :drafts]
         score = keep * along - keep.square() * gap_sq / 2
-    accepted = uniform[:, :drafts].log() <= score
+    accepted = arguments.uniform[:, :drafts].log() <= score
     accepted &= ~infeasible
-    # The first row that stops: a refused draft, or the last row. `cumprod` counts the accepted drafts before it.
+    # A slot stops at its first refused draft, else at its last row; cumprod counts the accepted drafts before that row.
     accepted &= torch.arange(drafts, device=direct.device) < last[:, None]
     first = accepted.cumprod(1).sum(1)
 
-    # Only the row where a slot stops needs a new state: a reflection if its draft was refused, else a direct draw.
+    # A new state is needed only at that row: the reflection if its draft was refused, else a direct draw.
     rows = torch.arange(slots, device=direct.device)
     draft_row = first.clamp(max=drafts - 1)
     coefficient = 2 * along[rows, draft_row] / gap_sq[rows, draft_row]

@@ -1,27 +1,27 @@
-"""``couple``, ``couple_block`` in two Triton launches: a pass over the drafted rows, and one to decide and commit."""
+"""The coupling ops in two Triton launches: one over the drafted rows, and one that decides and commits."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
+from itertools import product
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from free_kernels.ops.aot import POINTERS, AotConfiguration, Device
+from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configuration
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.coupling.triton_kernels import (
-    FIXED_FIGURES,
-    LEARNED_FIGURES,
+    FIXED_SUMS,
+    LEARNED_SUMS,
     coupling_commit_kernel,
     coupling_rows_kernel,
 )
 from free_kernels.ops.random.triton_philox import seed_words
-from free_kernels.ops.triton_device import warp_size
+from free_kernels.ops.triton_device import current, warp_size
 
-# Enough programs to give every multiprocessor of a large GPU two.
+# Two programs for each multiprocessor of an H100, which has 132.
 _WANTED_PROGRAMS = 264
 # Whether the kernels run in Triton's interpreter, on CPU tensors.
 INTERPRETED = not isinstance(coupling_rows_kernel, triton.runtime.JITFunction)
@@ -29,30 +29,25 @@ _LARGEST_BLOCK, _SMALLEST_BLOCK, _MAX_SPLITS = 512, 256, 64
 
 
 class LaunchShape(NamedTuple):
-    """How D elements are divided.
+    """How D elements are divided."""
 
-    Attributes:
-        block: elements that a program of the row pass holds at a time.
-        chunks: blocks that a program of the row pass goes through.
-        num_splits: programs, and partial figures, of a row.
-        commit_block: elements of a program of the commit pass.
-    """
-
-    block: int
-    chunks: int
-    num_splits: int
-    commit_block: int
+    block: int  # elements that a program of the rows kernel holds at a time
+    chunks: int  # blocks that a program of the rows kernel goes through
+    num_splits: int  # programs, and partial sums of each index, of a row
+    commit_block: int  # elements of a program of the commit kernel
 
 
 def launch_shape(slots: int, length: int, numel: int) -> LaunchShape:
-    """Division of the work for S slots of at most L rows with D elements; shapes only, so a graph can hold it.
+    """Division of the work for S slots of at most L rows with D elements.
 
-    Many rows (512 of 16,384): 512 elements, four a thread, put one 16-byte load of each of the seven tensors in flight
-    per thread, and some ten such programs fit on a multiprocessor: more than streaming needs. Larger blocks take more
-    registers and make the compiler rearrange 16-bit outputs through shared memory. Few rows (6 of 4096): smaller
-    blocks, since the data must be spread over many multiprocessors to arrive at once; below 256 elements a program
-    costs more than it fetches. Partials are read by every program of the commit pass, hence at most 64 of a row;
-    larger latents give each program several blocks.
+    It depends on shapes only, so that a CUDA graph can hold the launch.
+
+    Many rows (512 of 16,384 elements) get blocks of 512: four elements a thread, one 16-byte load from each of seven
+    tensors; about ten such programs fit on a multiprocessor, more than it takes to reach the memory's bandwidth. Larger
+    blocks take more registers, and the compiler then moves 16-bit outputs through shared memory. Few rows (6 of 4096
+    elements) get smaller blocks, so that many multiprocessors load at once; below 256 elements starting a program costs
+    more than its loads. Every program of the commit kernel reads all partial sums of its slot, hence at most 64 for
+    each row; a program of the rows kernel goes through several blocks where a latent needs more.
     """
 
     def block_for(rows: int) -> int:
@@ -67,164 +62,73 @@ def launch_shape(slots: int, length: int, numel: int) -> LaunchShape:
 
 
 def warps_for(block: int, warp: int) -> int:
-    """Warps of ``warp`` threads of a program: four elements a thread, one 16-byte access."""
+    """Warps of ``warp`` threads for a block: four elements a thread, which is one 16-byte access in float32."""
     return max(1, block // (4 * warp))
 
 
-class _Noise(NamedTuple):
-    """Where random numbers come from: three tensors, or keys."""
+def couple(arguments: CouplingArguments | KeyedCouplingArguments) -> Coupling:
+    """Contract of :func:`free_kernels.ops.couple` or ``couple_philox``; arguments have been checked.
 
-    noise: Tensor | None = None
-    slack_noise: Tensor | None = None
-    uniform: Tensor | None = None
-    images: Tensor | None = None
-    steps: Tensor | None = None
-    rounds: Tensor | None = None
-    seed: int = 0
-
-
-def couple(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    noise: Tensor,
-    slack_noise: Tensor | None,
-    uniform: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    relaxation: Tensor | None,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-    joint: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract of :func:`free_kernels.ops.couple`, or of ``couple_block`` if ``joint``, then without ``relaxation``.
-
-    Arguments have been checked.
-
-    Returns:
-        ``(next_states, committed, gap_sq)``: the fields of a ``Coupling``. The gap of a row without a draft is 0,
-        and so is the state of an idle slot.
+    The gap of a row without a draft is 0, and so is the state of an idle slot.
     """
-    drawn = _Noise(
-        noise=noise.contiguous(),
-        slack_noise=None if slack_noise is None else slack_noise.contiguous(),
-        uniform=uniform,
-    )
-    rest = (output, row_offsets, columns, relaxation)
-    return _launch((draft_states, draft_mean, draft_std), drawn, rest, joint, guidance_scale, guidance_channels, clip)
+    return _launch(arguments, False)
 
 
-def couple_philox(
-    draft_states: Tensor,
-    draft_mean: Tensor,
-    draft_std: Tensor,
-    seed: int,
-    images: Tensor,
-    steps: Tensor,
-    output: Tensor,
-    row_offsets: Tensor,
-    columns: Tensor,
-    relaxation: Tensor | None,
-    rounds: Tensor | None = None,
-    *,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-    joint: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`couple` with noise, slack noise and uniforms made where they are used, never in memory.
-
-    Contract of :func:`free_kernels.ops.couple_philox`, or of ``couple_block_philox`` if ``joint``; arguments have been
-    checked, and ``seed`` may also be the int64 of the same bits.
-
-    Returns:
-        As :func:`couple`.
-    """
-    drawn = _Noise(
-        images=images.contiguous(),
-        steps=steps.contiguous(),
-        rounds=None if rounds is None else rounds.contiguous(),
-        seed=seed,
-    )
-    rest = (output, row_offsets, columns, relaxation)
-    return _launch((draft_states, draft_mean, draft_std), drawn, rest, joint, guidance_scale, guidance_channels, clip)
+def couple_block(arguments: CouplingArguments | KeyedCouplingArguments) -> Coupling:
+    """Contract of :func:`free_kernels.ops.couple_block` or ``couple_block_philox``; otherwise as :func:`couple`."""
+    return _launch(arguments, True)
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else tensor.stride()
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _launch(
-    drafts: tuple[Tensor, Tensor, Tensor],
-    drawn: _Noise,
-    rest: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    joint: bool,
-    guidance_scale: float,
-    guidance_channels: int,
-    clip: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    states, mean, std = (tensor.contiguous() for tensor in drafts)
-    output, row_offsets, columns, relaxation = rest
-    columns, row_offsets = columns.contiguous(), row_offsets.contiguous()
+def _launch(a: CouplingArguments | KeyedCouplingArguments, joint: bool) -> Coupling:
+    drafts = _contiguous(a.draft_states, a.draft_mean, a.draft_std)
+    states, keyed = drafts[0], isinstance(a, KeyedCouplingArguments)
+    if keyed:
+        noise, keys, uniform, seed = (None, None), _contiguous(a.images, a.steps, a.rounds), None, a.seed
+    else:
+        noise, keys, uniform, seed = _contiguous(a.noise, a.slack_noise), (None, None, None), a.uniform, 0
     slots, length, *latent = states.shape
-    numel = math.prod(latent)
-    # Rows may lie apart (leading channels of a wider output), elements of a row may not.
-    if not output[0].is_contiguous():
-        output = output.contiguous()
-    branches = 1 if guidance_scale == 1.0 else 2
+    numel, rows = math.prod(latent), slots * (length - 1)
+    # There may be space between rows (where these are the first channels of a wider output), but not within a row.
+    output = a.output if a.output[0].is_contiguous() else a.output.contiguous()
+    branches = 1 if a.guidance_scale == 1.0 else 2
     learned = output.shape[1] == 2 * latent[0]
-    rows = slots * (length - 1)
 
     shape = launch_shape(slots, length, numel)
     new = states.new_empty
-    next_states, gap_sq = new(slots, *latent), new(slots, length - 1)
-    committed = torch.empty(slots, dtype=torch.int64, device=states.device)
-    partials = new(LEARNED_FIGURES if learned else FIXED_FIGURES, rows, shape.num_splits)
-
-    pointers = (
-        states,
-        mean,
-        std,
-        drawn.noise,
-        drawn.slack_noise,
-        drawn.images,
-        drawn.steps,
-        drawn.rounds,
-        output,
-        row_offsets,
-        columns,
-        partials,
+    outcome = Coupling(new(slots, *latent), new(slots, dtype=torch.int64), new(slots, length - 1))
+    partials = new(LEARNED_SUMS if learned else FIXED_SUMS, rows, shape.num_splits)
+    guided_numel = a.guidance_channels * numel // latent[0]
+    common = (
+        *(*drafts, *noise, *keys, output, *_contiguous(a.row_offsets, a.columns), partials),
+        *seed_words(seed),
+        *(slots, length, numel, guided_numel, output.shape[0] // branches, output.stride(0)),
+        *(float(a.guidance_scale), float(a.clip)),
     )
-    guided = guidance_channels * numel // latent[0]
-    sizes = (slots, length, numel, guided, output.shape[0] // branches, output.stride(0))
+    strides = [stride for x in (a.relaxation, uniform) for stride in ((0, 0) if x is None else x.stride())]
     flags = {
         "LEARNED": learned,
         "GUIDED": branches == 2,
-        "CLIPPED": not math.isinf(clip),
-        "PHILOX": drawn.images is not None,
-        "ROUNDS": drawn.rounds is not None,
+        "CLIPPED": not math.isinf(a.clip),
+        "PHILOX": keyed,
+        "ROUNDS": keyed and a.rounds is not None,
         "NUM_SPLITS": shape.num_splits,
     }
-    common = (*pointers, *seed_words(drawn.seed), *sizes, float(guidance_scale), float(clip))
-    written = (drawn.uniform, relaxation, next_states, committed, gap_sq)
     num_blocks = triton.cdiv(numel, shape.commit_block)
     warp = warp_size(states.device)
-    with torch.cuda.device(states.device) if states.is_cuda else contextlib.nullcontext():
+    with current(states):
         if rows > 0:
             coupling_rows_kernel[(rows * shape.num_splits,)](
                 *common, **flags, BLOCK=shape.block, CHUNKS=shape.chunks, num_warps=warps_for(shape.block, warp)
             )
         if slots > 0:
             coupling_commit_kernel[(slots * num_blocks,)](
-                *common,
-                *written,
-                *_strides(relaxation),
-                *_strides(drawn.uniform),
+                *(*common, uniform, a.relaxation, *outcome, *strides),
                 **flags,
-                RELAXED=relaxation is not None,
+                RELAXED=a.relaxation is not None,
                 JOINT=joint,
                 BLOCK=shape.commit_block,
                 NUM_BLOCKS=num_blocks,
@@ -232,56 +136,50 @@ def _launch(
                 PADDED_LENGTH=triton.next_power_of_2(length),
                 num_warps=warps_for(shape.commit_block, warp),
             )
-    return next_states, committed, gap_sq
+    return outcome
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
-    """Both kernels for rounds of 6 rows: every output dtype and usual flag, joint decisions, sizes and rarer flags."""
+    """Both kernels, mostly for rounds of 6 rows: all output dtypes, flags, joint decisions and several sizes."""
     found = []
-    for dtype, guided, learned, philox in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16), (False, True), (False, True), (False, True)
-    ):
-        found += _aot_pair(device, 1, 4096, dtype, guided=guided, learned=learned, philox=philox)
-    # Joint decisions concern the commit pass alone, and the output's dtype is none of theirs.
-    for guided, learned, philox in itertools.product((False, True), repeat=3):
-        flags = {"guided": guided, "learned": learned, "philox": philox, "joint": True}
-        found += _aot_pair(device, 1, 4096, torch.bfloat16, **flags)[1:]
-    flags = {"guided": True, "learned": True, "philox": True, "joint": True}
+    bfloat16, usual = torch.bfloat16, ("guided", "learned", "philox")
+    switches = [{name for name, on in zip(usual, states, strict=True) if on} for states in product((0, 1), repeat=3)]
+    for dtype, flags in product((torch.float32, bfloat16, torch.float16), switches):
+        found += _aot_pair(device, (1, 6, 4096), dtype, flags)
+    # Joint decisions are in the commit kernel alone, and the output's dtype makes no difference to them.
+    for flags in switches:
+        found += _aot_pair(device, (1, 6, 4096), bfloat16, flags | {"joint"})[1:]
     for length in (1, 16):
-        found += _aot_pair(device, 1, 4096, torch.bfloat16, length=length, **flags)[1:]
-    for philox in (False, True):
-        found += _aot_pair(device, 86, 16384, torch.bfloat16, guided=True, learned=True, philox=philox)
-    # Rare switches together, a latent of odd size, and one beyond the number of splits.
-    for numel, philox in itertools.product((65536, 315), (False, True)):
-        found += _aot_pair(device, 1, numel, torch.bfloat16, guided=True, learned=True, philox=philox, rare=True)
+        found += _aot_pair(device, (1, length, 4096), bfloat16, {*usual, "joint"})[1:]
+    keyed = ({"guided", "learned"}, set(usual))
+    for flags in keyed:
+        found += _aot_pair(device, (86, 6, 16384), bfloat16, flags)
+    # The rare flags together, a latent of odd size, and one with more blocks than there may be partial sums.
+    for numel, flags in product((65536, 315), keyed):
+        found += _aot_pair(device, (1, 6, numel), bfloat16, flags | {"rare"})
     return found
 
 
 def _aot_pair(
-    device: Device,
-    slots: int,
-    numel: int,
-    dtype: torch.dtype,
-    *,
-    guided: bool,
-    learned: bool,
-    philox: bool,
-    rare: bool = False,
-    joint: bool = False,
-    length: int = 6,
+    device: Device, sizes: tuple[int, int, int], dtype: torch.dtype, switched_on: set[str]
 ) -> list[AotConfiguration]:
+    slots, length, numel = sizes
+    guided, learned, philox, rare, joint = (
+        name in switched_on for name in ("guided", "learned", "philox", "rare", "joint")
+    )
     shape = launch_shape(slots, length, numel)
-    types = {f"p_{name}": "*fp32" for name in ("states", "draft_mean", "draft_std", "columns", "partials", "gap_sq")}
-    types |= {f"p_{name}": "*fp32" for name in ("noise", "slack_noise", "uniform", "relaxation", "next_states")}
+    floats = ("states", "draft_mean", "draft_std", "columns", "partials", "gap_sq")
+    floats += ("noise", "slack_noise", "uniform", "relaxation", "next_states")
+    types = {f"p_{name}": "*fp32" for name in floats} | {"guidance_scale": "fp32", "clip": "fp32"}
     types |= {f"p_{name}": "*i64" for name in ("images", "steps", "rounds", "row_offsets", "committed")}
-    types |= {"p_output": POINTERS[dtype], "guidance_scale": "fp32", "clip": "fp32"}
+    types |= {"p_output": POINTERS[dtype]}
     flags = {"LEARNED": learned, "GUIDED": guided, "CLIPPED": rare, "RELAXED": rare}
     flags |= {"JOINT": joint, "PHILOX": philox, "ROUNDS": philox and (rare or joint)}
     absent = {"p_noise", "p_slack_noise", "p_uniform"} if philox else {"p_images", "p_steps"}
     absent |= set() if flags["ROUNDS"] else {"p_rounds"}
     absent |= set() if learned else {"p_slack_noise"}
     absent |= set() if rare else {"p_relaxation"}
-    sizes = {
+    values = {
         "NUM_SPLITS": shape.num_splits,
         "CHUNKS": shape.chunks,
         "NUM_BLOCKS": triton.cdiv(numel, shape.commit_block),
@@ -289,23 +187,16 @@ def _aot_pair(
         "PADDED_LENGTH": triton.next_power_of_2(length),
     }
     said = [str(dtype).removeprefix("torch."), *(name.lower() for name, value in flags.items() if value)]
-    kind = f"{'joint ' if joint else ''}{'learned' if learned else 'fixed'}"
-    pair = []
-    for kernel, block in ((coupling_rows_kernel, shape.block), (coupling_commit_kernel, shape.commit_block)):
-        values: dict[str, object] = {**flags, **sizes, "BLOCK": block} | dict.fromkeys(absent)
-        constants = {name: value for name, value in values.items() if name in kernel.arg_names}
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        aligned = ["numel", "guided_numel", "output_stride"] if numel % 16 == 0 else []
-        pair.append(
-            AotConfiguration(
-                f"{kernel.__name__} {slots}x{length}x{numel} {' '.join(said)}",
-                f"{kernel.__name__.removesuffix('_kernel')} {kind}",
-                kernel,
-                signature,
-                block * (1 + sum(flags.values())),
-                constants,
-                num_warps=warps_for(block, device.warp_size),
-                divisible=[name for name in signature if name.startswith("p_")] + aligned,
-            )
+    return [
+        configuration(
+            kernel,
+            types,
+            {**flags, **values, "BLOCK": block} | dict.fromkeys(absent),
+            ["numel", "guided_numel", "output_stride"] if numel % 16 == 0 else [],
+            label=f"{kernel.__name__} {slots}x{length}x{numel} {' '.join(said)}",
+            group=f"{kernel.__name__.removesuffix('_kernel')} {'joint ' * joint}{'learned' if learned else 'fixed'}",
+            size=block * (1 + sum(flags.values())),
+            num_warps=warps_for(block, device.warp_size),
         )
-    return pair
+        for kernel, block in ((coupling_rows_kernel, shape.block), (coupling_commit_kernel, shape.commit_block))
+    ]

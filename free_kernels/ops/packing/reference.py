@@ -1,7 +1,7 @@
 """Draft packing and committing in plain PyTorch: the oracle and the fallback of the compiled ops.
 
-Everything is a gather or a masked write of a fixed shape, so nothing waits for the device. Values out of range are
-undefined here; ``free_kernels.ops.packing`` checks them on the CPU.
+Everything is a gather or a masked write of a fixed shape, so the host never waits for the device. Values out of range
+give undefined results here; ``free_kernels.ops.packing`` checks them for CPU tensors.
 """
 
 from __future__ import annotations
@@ -9,17 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from free_kernels.ops.packing.arguments import CommitArguments, PackArguments
 
-def pack_drafts(
-    states: Tensor,
-    lengths: Tensor,
-    steps: Tensor,
-    labels: Tensor,
-    timesteps: Tensor,
-    num_rows: int,
-    null_label: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+def pack_drafts(arguments: PackArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Contract of :func:`free_kernels.ops.packing.pack_drafts`."""
+    states, lengths, steps, labels, timesteps, num_rows, null_label = arguments
     slots, draft_length = states.shape[:2]
     row_offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     row = torch.arange(num_rows, device=states.device)
@@ -38,49 +33,32 @@ def pack_drafts(
     return x, t, y, row_offsets
 
 
-def commit_drafts(
-    committed: Tensor,
-    next_states: Tensor,
-    draft_states: Tensor,
-    features: Tensor,
-    row_offsets: Tensor,
-    *,
-    state: Tensor,
-    previous: Tensor,
-    parent: Tensor,
-    steps: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    samples: Tensor,
-    all_labels: Tensor,
-    queue: Tensor,
-    num_steps: int,
-) -> None:
+def commit_drafts(a: CommitArguments) -> None:
     """Contract of :func:`free_kernels.ops.packing.commit_drafts`."""
-    slots, branches, num_images = state.shape[0], parent.shape[0], samples.shape[0]
-    slot = torch.arange(slots, device=state.device)
-    live = (images >= 0) & (committed >= 1)
-    last = torch.where(live, committed - 1, 0)
-    row = torch.where(live, row_offsets[:-1] + last, 0)
+    slots, branches, num_images = a.state.shape[0], a.parent.shape[0], a.samples.shape[0]
+    slot = torch.arange(slots, device=a.state.device)
+    live = (a.images >= 0) & (a.committed >= 1)
+    last = torch.where(live, a.committed - 1, 0)
+    row = torch.where(live, a.row_offsets[:-1] + last, 0)
 
-    previous.copy_(torch.where(live[:, None, None, None], draft_states[slot, last], previous))
-    rows = features.unflatten(0, (branches, -1))[:, row]
-    parent.copy_(torch.where(live[:, None, None], rows, parent))
-    advanced = torch.where(live, steps + committed, steps)
-    done = live & (advanced == num_steps)
+    a.previous.copy_(torch.where(live[:, None, None, None], a.draft_states[slot, last], a.previous))
+    rows = a.features.unflatten(0, (branches, -1))[:, row]
+    a.parent.copy_(torch.where(live[:, None, None], rows, a.parent))
+    advanced = torch.where(live, a.steps + a.committed, a.steps)
+    done = live & (advanced == a.num_steps)
 
-    # A write of a fixed shape for an unknown number of finished slots: the others repeat the first finished one's
-    # write, or, if there is none, write an entry's own value to it.
+    # The number of finished slots is not known here, but the write must have a fixed shape. So every other slot repeats
+    # the write of the first finished one; if none is finished, all write to one entry the value that it already has.
     source = torch.where(done, slot, done.int().argmax())
-    target = images[source].clamp(min=0)
-    samples[target] = torch.where(done.any(), next_states[source], samples[target])
+    target = a.images[source].clamp(min=0)
+    a.samples[target] = torch.where(done.any(), a.next_states[source], a.samples[target])
 
-    waiting = queue + done.cumsum(0) - 1
+    waiting = a.queue + done.cumsum(0) - 1
     refilled = done & (waiting < num_images)
     waiting = torch.where(refilled, waiting, 0)
-    new_state = torch.where(refilled[:, None, None, None], samples[waiting], next_states)
-    state.copy_(torch.where(live[:, None, None, None], new_state, state))
-    steps.copy_(torch.where(refilled, 0, advanced))
-    labels.copy_(torch.where(refilled, all_labels[waiting], labels))
-    images.copy_(torch.where(done, torch.where(refilled, waiting, -1), images))
-    queue.add_(refilled.sum())
+    new_state = torch.where(refilled[:, None, None, None], a.samples[waiting], a.next_states)
+    a.state.copy_(torch.where(live[:, None, None, None], new_state, a.state))
+    a.steps.copy_(torch.where(refilled, 0, advanced))
+    a.labels.copy_(torch.where(refilled, a.all_labels[waiting], a.labels))
+    a.images.copy_(torch.where(done, torch.where(refilled, waiting, -1), a.images))
+    a.queue.add_(refilled.sum())

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from free_kernels.extension import raise_from_op, use_extension, when_loaded
+from free_kernels.ops.declaration import Op
 from free_kernels.ops.random import reference
+from free_kernels.ops.random.arguments import FillArguments, PhiloxArguments
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.validation import check_choice, check_int, fail
 
 BACKENDS = ("auto", "reference", "extension", "triton")
 
 
-def _check(op: str, seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None) -> None:
-    for name, value in (("images", images), ("steps", steps), ("rounds", rounds)):
+def signed_seed(op: str, seed: int) -> int:
+    """The int64 with the 64 bits of a seed in ``[0, 2**64)``: what an op's schema can carry."""
+    check_int(op, "seed", seed, 0, 2**64 - 1)
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _check(op: str, arguments: PhiloxArguments) -> None:
+    images = arguments.images
+    for name, value in (("images", images), ("steps", arguments.steps), ("rounds", arguments.rounds)):
         if value is None and name == "rounds":
             continue
         if not isinstance(value, Tensor):
@@ -27,73 +33,33 @@ def _check(op: str, seed: int, images: Tensor, steps: Tensor, purpose: int, nume
             fail(op, name, "int64 [M]" if name == "images" else f"int64 [M] = {list(images.shape)}", value)
         if value.device != images.device:
             fail(op, name, f"on {images.device} like images", f"a tensor on {value.device}")
-    check_int(op, "seed", seed, 0, 2**64 - 1)
-    check_int(op, "purpose", purpose, 0, 255)
-    # Past this the 32-bit block index would wrap around.
-    check_int(op, "numel", numel, 0, 2**34)
+    check_int(op, "purpose", arguments.purpose, 0, 255)
+    # More numbers need more blocks than the 32-bit block index can count.
+    check_int(op, "numel", arguments.numel, 0, 2**34)
 
 
-def signed_seed(seed: int) -> int:
-    """The int64 of the same 64 bits, which is what an op's schema can carry."""
-    return seed - 2**64 if seed >= 2**63 else seed
+def _fake(arguments: PhiloxArguments | FillArguments) -> Tensor:
+    return arguments.images.new_empty((arguments.images.shape[0], arguments.numel), dtype=torch.float32)
 
 
-def _fill_reference(
-    seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None, normal: bool
-) -> Tensor:
-    draw = reference.philox_normal if normal else reference.philox_uniform
-    return draw(seed, images, steps, purpose, numel, rounds)
+def _fill(arguments: FillArguments) -> Tensor:
+    *keys, normal = arguments
+    return (reference.philox_normal if normal else reference.philox_uniform)(PhiloxArguments(*keys))
 
 
-def _fill_triton(*arguments: object) -> Tensor:
-    return importlib.import_module("free_kernels.ops.random.triton_launch").philox_fill(*arguments)
+# The extension's ops; Triton's is an op of its own, which exists without the extension.
+UNIFORM = Op("philox_uniform", PhiloxArguments, reference.philox_uniform, _fake)
+NORMAL = Op("philox_normal", PhiloxArguments, reference.philox_normal, _fake)
+FILL = Op("philox_fill", FillArguments, _fill, _fake, triton="random.philox_fill")
 
 
-def _fake(
-    seed: int,
-    images: Tensor,
-    steps: Tensor,
-    purpose: int,
-    numel: int,
-    rounds: Tensor | None = None,
-    normal: bool = False,
-) -> Tensor:
-    return images.new_empty((images.shape[0], numel), dtype=torch.float32)
-
-
-# The Triton kernel is an op of its own, so that it needs no extension.
-_LIBRARY = torch.library.Library("free_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "philox_fill(int seed, Tensor images, Tensor steps, int purpose, int numel, Tensor? rounds, bool normal) -> Tensor"
-)
-_LIBRARY.impl("philox_fill", _fill_reference, "CPU")
-_LIBRARY.impl("philox_fill", _fill_triton, "CUDA")
-torch.library.register_fake("free_kernels::philox_fill", _fake, lib=_LIBRARY)
-
-
-@when_loaded
-def _register_fakes() -> None:
-    torch.library.register_fake("free_kernels::philox_uniform", _fake)
-    torch.library.register_fake("free_kernels::philox_normal", _fake)
-
-
-def _draw(
-    op: str, seed: int, images: Tensor, steps: Tensor, purpose: int, numel: int, rounds: Tensor | None, backend: str
-) -> Tensor:
-    check_choice(op, "backend", backend, BACKENDS)
-    _check(op, seed, images, steps, purpose, numel, rounds)
-    normal = op == "philox_normal"
-    if use_triton(op, "random", images.device, backend):
-        # The op's CPU implementation is the reference; Triton's interpreter is called for itself.
-        fill = _fill_triton if images.is_cpu else torch.ops.free_kernels.philox_fill
-        return fill(signed_seed(seed), images, steps, purpose, numel, rounds, normal)
-    if not use_extension(op, images.device.type, backend):
-        return _fill_reference(seed, images, steps, purpose, numel, rounds, normal)
-    compiled = torch.ops.free_kernels.philox_normal if normal else torch.ops.free_kernels.philox_uniform
-    try:
-        return compiled(signed_seed(seed), images, steps, purpose, numel, rounds)
-    except RuntimeError as error:
-        raise_from_op(op, error)
+def _draw(op: Op, arguments: PhiloxArguments, backend: str) -> Tensor:
+    check_choice(op.name, "backend", backend, BACKENDS)
+    _check(op.name, arguments)
+    images = arguments.images
+    if use_triton(op.name, "random", images.device, backend):
+        return FILL.launch(FillArguments(*arguments, normal=op is NORMAL), images)
+    return op(arguments, images, backend)
 
 
 def philox_uniform(
@@ -128,7 +94,8 @@ def philox_uniform(
         ValueError, TypeError: a wrong argument.
         RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
-    return _draw("philox_uniform", seed, images, steps, purpose, numel, rounds, backend)
+    given = (signed_seed("philox_uniform", seed), images, steps, purpose, numel, rounds)
+    return _draw(UNIFORM, PhiloxArguments(*given), backend)
 
 
 def philox_normal(
@@ -140,20 +107,13 @@ def philox_normal(
     rounds: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Standard normals with the keys of :func:`philox_uniform`, by Box-Muller.
+    """Standard normals with the keys of :func:`philox_uniform`, by the Box-Muller method.
 
     Of each block the uniforms ``(u0, u1)`` give ``r cos(a)`` and ``r sin(a)``, ``r = sqrt(-2 log u0)``,
     ``a = 2 pi u1``, and ``(u2, u3)`` likewise.
 
     Args:
-        seed: in ``[0, 2**64)``.
-        images: ``[M]`` int64 image indices; the result lies on their device.
-        steps: ``[M]`` int64 step indices.
-        purpose: in ``[0, 256)``, what the numbers are for.
-        numel: numbers of each key, in ``[0, 2**34]``.
-        rounds: ``[M]`` int64 in ``[0, 2**24)``, or None for round 0.
-        backend: ``"auto"`` (Triton on a GPU, else the extension if it is there), ``"reference"``, ``"extension"`` or
-            ``"triton"``.
+        seed, images, steps, purpose, numel, rounds, backend: as in :func:`philox_uniform`.
 
     Returns:
         float32 ``[M, numel]``; backends agree to about 1e-6 (their logarithms and sines may round differently).
@@ -162,4 +122,5 @@ def philox_normal(
         ValueError, TypeError: a wrong argument.
         RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
-    return _draw("philox_normal", seed, images, steps, purpose, numel, rounds, backend)
+    given = (signed_seed("philox_normal", seed), images, steps, purpose, numel, rounds)
+    return _draw(NORMAL, PhiloxArguments(*given), backend)

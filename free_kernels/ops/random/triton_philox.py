@@ -23,7 +23,7 @@ _HALF_PI_LOW = tl.constexpr(7.54978995489188216e-8)
 
 
 def seed_words(seed: int) -> tuple[int, int]:
-    """Low and high 32 bits of a seed as int32 of the same bits, so that every seed has the same argument types."""
+    """Low and high 32 bits of a seed, each as the int32 of the same bits: all seeds have the same argument types."""
     low, high = ((seed >> shift & 0xFFFFFFFF) for shift in (0, 32))
     return low - (low >> 31 << 32), high - (high >> 31 << 32)
 
@@ -32,7 +32,7 @@ def seed_words(seed: int) -> tuple[int, int]:
 def cos_sin(angle):
     """Cosine and sine of an angle in [0, 2 pi], to about one unit in the last place.
 
-    The library's sine carries a reduction for huge arguments, which costs a stack frame.
+    The library's sine also handles huge arguments, for which it needs memory on the stack.
     """
     quarter = tl.floor(angle * _TWO_OVER_PI + 0.5)
     r = ((angle - quarter * _HALF_PI_HIGH) - quarter * _HALF_PI_MIDDLE) - quarter * _HALF_PI_LOW
@@ -97,7 +97,7 @@ def uniforms(c0, key, purpose):
 def normals(c0, key, purpose):
     """``[..., 4 N]`` elements of ``philox_normal``; as :func:`uniforms`.
 
-    A counter gives four words, so a thread computes four neighbouring elements from one of them.
+    A counter gives four words, so a thread computes four neighbouring elements from one counter.
     """
     word0, word1, word2, word3 = random_words(c0, key, purpose)
     n0, n1 = _normal_pair(word0, word1)

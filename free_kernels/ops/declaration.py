@@ -1,0 +1,110 @@
+"""How an op is declared: one named tuple of arguments, one fake, and one implementation for each kind of device.
+
+The fields of the tuple, in their order, are the op's schema; every implementation takes the tuple whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from free_kernels.extension import NAMESPACE, raise_from_op, use_extension, when_loaded
+from free_kernels.ops.triton_runtime import use_triton
+
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool"}
+_TYPES |= {kind | None: f"{name}?" for kind, name in _TYPES.items()}
+
+
+def schema_of(arguments: type) -> str:
+    """The arguments of a schema, in parentheses, from the fields of a named tuple and their types."""
+    kinds = typing.get_type_hints(arguments)
+    return f"({', '.join(f'{_TYPES[kinds[field]]} {field}' for field in arguments._fields)})"
+
+
+class Op:
+    """One op of ``torch.ops.free_kernels``.
+
+    Args:
+        name: the op's.
+        arguments: named tuple of the op's arguments.
+        reference: plain PyTorch; takes the tuple. It is the op's CPU implementation, except for a compiled op.
+        fake: outputs without values; takes the tuple.
+        triton: ``"folder.function"``: a function of ``free_kernels.ops.<folder>.triton_launch``, which takes the tuple
+            and is the op's CUDA implementation; imported when it is first called. Empty for a compiled op, whose schema
+            and implementations the extension registers: it exists once the extension is loaded.
+        outputs: what the schema returns.
+        check: raises an error for wrong arguments of a compiled op; takes the tuple.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type,
+        reference: Callable[[Any], Any],
+        fake: Callable[[Any], Any],
+        triton: str = "",
+        outputs: str = "Tensor",
+        check: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.name, self.arguments, self.reference, self.fake, self.check = name, arguments, reference, fake, check
+        self.folder, _, self._function = triton.partition(".")
+        self.overload: Any = None
+        if not triton:
+            when_loaded(self._take_schema)
+            return
+        LIBRARY.define(f"{name}{schema_of(arguments)} -> {outputs}", tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, lambda *fields: self.reference(arguments(*fields)), "CPU")
+        LIBRARY.impl(name, lambda *fields: self.triton(arguments(*fields)), "CUDA")
+        self._take_schema()
+
+    def _take_schema(self) -> None:
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        fake, arguments = self.fake, self.arguments
+        torch.library.register_fake(self.overload, lambda *fields: fake(arguments(*fields)), lib=LIBRARY)
+
+    def triton(self, arguments: Any) -> Any:
+        """The launch itself."""
+        module = importlib.import_module(f"free_kernels.ops.{self.folder}.triton_launch")
+        return getattr(module, self._function)(arguments)
+
+    def runs_triton(self, tensor: Tensor, backend: str) -> bool:
+        """Whether a backend of the op means Triton; see :func:`~free_kernels.ops.triton_runtime.use_triton`."""
+        return use_triton(self.name, self.folder, tensor.device, backend)
+
+    def launch(self, arguments: Any, tensor: Tensor) -> Any:
+        """Run in Triton: as an op on a GPU; for CPU tensors, whose op is the reference, in the interpreter."""
+        return self.triton(arguments) if tensor.is_cpu else self.overload(*arguments)
+
+    def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
+        """Run with a backend: ``"auto"``, ``"reference"``, and ``"triton"`` or ``"extension"``.
+
+        Args:
+            arguments: the named tuple.
+            tensor: one of its tensors, whose device decides.
+            backend: one of the op's.
+
+        Raises:
+            ValueError: ``backend`` is unknown, or the compiled op refuses its arguments.
+            RuntimeError: the backend was asked for by name and cannot be used; the message says why.
+        """
+        if self.folder:
+            in_triton = self.runs_triton(tensor, backend)
+            return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
+        # Asking a tensor for its device takes longer.
+        if use_extension(self.name, "cpu" if tensor.is_cpu else tensor.device.type, backend):
+            try:
+                return self.overload(*arguments)
+            except RuntimeError as error:
+                # The op has made the same checks; these word the message.
+                if self.check is not None:
+                    self.check(arguments)
+                raise_from_op(self.name, error)
+        if self.check is not None:
+            self.check(arguments)
+        return self.reference(arguments)

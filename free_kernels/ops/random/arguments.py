@@ -1,0 +1,30 @@
+"""What the random ops take; ``free_kernels.ops.philox_uniform`` describes each argument."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PhiloxArguments(NamedTuple):
+    """Arguments of ``philox_uniform`` and ``philox_normal``."""
+
+    seed: int  # int64 with the 64 bits of the seed
+    images: Tensor  # int64 [M]
+    steps: Tensor  # int64 [M]
+    purpose: int
+    numel: int
+    rounds: Tensor | None = None  # int64 [M]; None: round 0
+
+
+class FillArguments(NamedTuple):
+    """Arguments of ``philox_fill``: those of :class:`PhiloxArguments`, and the law of the numbers."""
+
+    seed: int
+    images: Tensor
+    steps: Tensor
+    purpose: int
+    numel: int
+    rounds: Tensor | None
+    normal: bool  # standard normals, else uniforms

@@ -1,0 +1,68 @@
+"""Ops and the named tuples of their arguments agree, whether a schema is made in Python or in C++."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from free_kernels import extension
+from free_kernels.ops.attention import api as attention
+from free_kernels.ops.coupling import dispatch
+from free_kernels.ops.declaration import Op, schema_of
+from free_kernels.ops.packing import api as packing
+from free_kernels.ops.random import api as random
+
+OPS = [*dispatch.OPS.values(), attention.OP, packing.PACK, packing.COMMIT, random.UNIFORM, random.NORMAL, random.FILL]
+
+
+def fields_of(op: Op) -> list[tuple[str, str]]:
+    """Names and types of a registered op's arguments."""
+    schema = getattr(torch.ops.free_kernels, op.name).default._schema
+    return [(argument.name, str(argument.type).replace("Optional[", "").rstrip("]")) for argument in schema.arguments]
+
+
+def declared(arguments: type) -> list[tuple[str, str]]:
+    """The same of a named tuple."""
+    return [
+        (name, kind.rstrip("?"))
+        for kind, name in (field.split(" ") for field in schema_of(arguments)[1:-1].split(", "))
+    ]
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_a_schema_has_the_fields_of_its_arguments(op):
+    if not op.folder and not extension.has_extension():
+        pytest.skip(f"no compiled extension: {extension.why_no_extension()}")
+    assert fields_of(op) == declared(op.arguments)
+    assert op.overload is getattr(torch.ops.free_kernels, op.name).default
+
+
+def test_every_op_is_declared():
+    extension.has_extension()
+    names = {
+        name.split("::")[1].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("free_kernels::")
+    }
+    assert names <= {op.name for op in OPS}
+
+
+def test_a_schema_from_fields():
+    class Arguments(NamedTuple):
+        x: Tensor
+        y: Tensor | None
+        count: int
+        limit: float | None = None
+        fast: bool = False
+
+    # The annotations name what the test has imported.
+    Arguments.__annotations__ = {"x": Tensor, "y": Tensor | None, "count": int, "limit": float | None, "fast": bool}
+    assert schema_of(Arguments) == "(Tensor x, Tensor? y, int count, float? limit, bool fast)"
+
+
+def test_other_arguments_are_seen():
+    """The control of the comparison: the fields of another op."""
+    assert fields_of(dispatch.OPS["couple"]) != declared(dispatch.OPS["couple_philox"].arguments)
