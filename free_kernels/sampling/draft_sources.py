@@ -133,8 +133,8 @@ class Corrected(Fresh):
     """The drafter's feature plus what it gets wrong at the refused row of the same step: an error at both cancels.
 
     A row serves where it is nearer to the state than the state one step before: a drafter that is far off could
-    otherwise lead itself further and further astray. One further call of the drafter, on all rows that serve in the
-    round, gives their errors.
+    otherwise lead itself further and further astray. The drafter's first call in the round has all rows that serve as
+    further rows, which gives their errors.
 
     Args: as in :class:`Replayed`.
     """
@@ -145,43 +145,49 @@ class Corrected(Fresh):
         super().__init__(job, drafter)
         serving = serving_rows(refused, lengths, drafts)
         self._count = max(serving)
-        if self._count:
-            self._rows = refused.latest(slots.steps, self._count)
-            self._errors = self._errors_of(serving, slots, whole=lengths is None or min(serving) == self._count)
+        if not self._count:
+            return
+        self._rows = refused.latest(slots.steps, self._count)
+        # Among all rows, step by step, those that serve; None: all of them.
+        self._index: Tensor | None = None
+        if lengths is not None and min(serving) < self._count:
+            pairs = ((ahead, slot) for ahead in range(self._count) for slot in range(len(serving)))
+            chosen = [ahead * len(serving) + slot for ahead, slot in pairs if serving[slot] > ahead]
+            self._index = torch.tensor(chosen, device=slots.steps.device)
+        self._steps = slots.steps_ahead(self._count).T.flatten()
+        self._labels = slots.labels.repeat(self._count)
+        # [B, n, S, T, D], with the first call.
+        self._errors: Tensor | None = None
 
-    def _errors_of(self, serving: list[int], slots: Slots, whole: bool) -> Tensor:
-        """What the drafter gets wrong at the first rows of each slot, ``[B, n, S, T, D]``; zero at the rest."""
-        job, rows, count = self._job, self._rows, len(serving)
-        steps = slots.steps_ahead(self._count).T.flatten()
+    def _with_errors(self, inputs: DraftInputs) -> Tensor:
+        """The drafter's feature at ``inputs``; sets its errors at the rows that serve, zero at the others."""
+        job, rows, index = self._job, self._rows, self._index
         previous, state = rows.states[:-1].flatten(0, 1), rows.states[1:].flatten(0, 1)
         before, exact = rows.features[:, :-1].flatten(1, 2), rows.features[:, 1:].flatten(1, 2)
-        labels = slots.labels.repeat(self._count)
-        if not whole:
-            pairs = ((ahead, slot) for ahead in range(self._count) for slot in range(count))
-            chosen = [ahead * count + slot for ahead, slot in pairs if serving[slot] > ahead]
-            index = torch.tensor(chosen, device=steps.device)
-            previous, state, labels, steps = previous[index], state[index], labels[index], steps[index]
+        labels, t = self._labels, job.timesteps[self._steps]
+        if index is not None:
+            previous, state, labels, t = previous[index], state[index], labels[index], t[index]
             before, exact = before[:, index], exact[:, index]
-        drafted = self._feature(
-            DraftInputs(
-                before.flatten(0, 1),
-                job.doubled(previous),
-                job.doubled(state),
-                job.doubled(job.timesteps[steps]),
-                job.branched(labels),
-            )
+        further = DraftInputs(
+            before.flatten(0, 1).to(inputs.feature.dtype),
+            job.doubled(previous),
+            job.doubled(state),
+            job.doubled(t),
+            job.branched(labels),
         )
-        errors = (exact.flatten(0, 1).to(drafted.dtype) - drafted).unflatten(0, (job.branches, -1))
+        both = self._feature(DraftInputs(*(torch.cat(pair) for pair in zip(inputs, further, strict=True))))
+        drafted, there = both[: len(inputs.t)], both[len(inputs.t) :]
         # What a row that is not finite leads to must not spoil a draft.
-        errors = errors.nan_to_num(0.0, 0.0, 0.0)
-        if not whole:
-            full = errors.new_zeros(job.branches, self._count * count, *errors.shape[2:])
+        errors = (exact.flatten(0, 1).to(both.dtype) - there).nan_to_num(0.0, 0.0, 0.0).unflatten(0, (job.branches, -1))
+        if index is not None:
+            full = errors.new_zeros(job.branches, len(self._labels), *errors.shape[2:])
             errors = full.index_copy_(1, index, errors)
-        return errors.unflatten(1, (self._count, count))
+        self._errors = errors.unflatten(1, (self._count, -1))
+        return drafted
 
     def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
         """As :meth:`Fresh.__call__`."""
-        drafted = self._feature(inputs)
+        drafted = self._with_errors(inputs) if j == 0 and self._count else self._feature(inputs)
         if j < self._count:
             known, there, errors = self._rows.known[j + 1], self._rows.states[j + 1], self._errors[:, j]
             if active is not None:
@@ -217,14 +223,6 @@ def serving_rows(refused: RefusedRows, lengths: list[int] | None, drafts: int) -
     if lengths is None:
         return [min(drafts, refused.rows - 1)] * len(refused.counts)
     return [max(0, min(count, length - 1)) for count, length in zip(refused.counts, lengths, strict=True)]
-
-
-def further_calls(drafter: object, refused: RefusedRows | None, lengths: list[int], dense: bool) -> int:
-    """Calls of the drafter's network that a round of ``lengths`` makes besides one for each draft."""
-    drafts = max(lengths) - 1
-    if refused is None or refused.is_empty or not drafts or DrafterDefaults.read(drafter, "repeats_feature"):
-        return 0
-    return int(max(serving_rows(refused, None if dense else lengths, drafts)) > 0)
 
 
 def draft_source(

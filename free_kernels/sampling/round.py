@@ -12,7 +12,7 @@ from free_kernels.ops.packing import pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
-from free_kernels.sampling.draft_sources import draft_source, further_calls
+from free_kernels.sampling.draft_sources import draft_source
 from free_kernels.sampling.drafting import Drafts, draft_states
 from free_kernels.sampling.job import Job, Network
 from free_kernels.sampling.noise import Purpose
@@ -138,14 +138,13 @@ class Rounds:
         """The device's part of a round of so many rows of each slot; only the lengths are sent there."""
         longest, rows = max(lengths), sum(lengths)
         self.slots.lengths.copy_(torch.tensor(lengths))
-        further = further_calls(self.drafter, self.refused, lengths, self.dense)
         if not self.dense:
             played = self.play_on_device(longest, rows, lengths)
         else:
             longest = self._bucket_length(longest)
             rows = row_bucket(rows, longest * len(lengths))
             played = self.play_on_device(longest, rows) if self.graphs is None else self.graphs((longest, rows))
-        self.stats.called(sum(lengths), 0 if self._drafter_is_free else longest - 1 + further)
+        self.stats.called(sum(lengths), 0 if self._drafter_is_free else longest - 1)
         return played
 
     def play_on_device(self, longest: int, rows: int, lengths: list[int] | None = None) -> Played:
