@@ -72,23 +72,6 @@ def load_dit_checkpoint(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def save_dit_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Write a DiT's state dict as the published ``.pt`` files are.
-
-    Raises:
-        OSError: the path cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def infer_config(
     state: Mapping[str, Tensor], *, num_heads: int | None = None, has_null_label: bool = True
 ) -> DiTConfig:

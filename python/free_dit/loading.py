@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from free_dit.bundled import bundled_names, load_bundled
-from free_dit.networks.families import load_model
+from free_dit.networks.families import device_of, load_model
 from free_kernels import FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError
 from free_kernels.protocols import Drafter, Target
@@ -65,7 +65,7 @@ def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) ->
         if bundled is None:
             raise ValueError("--drafter must be 'frozen' or a drafter file for a model that is not bundled")
         return bundled
-    return FeatureDrafter.load(choice, target).to(getattr(target, "device", "cpu"))
+    return FeatureDrafter.load(choice, target).to(device_of(target))
 
 
 def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tuple[Any, Drafter | None]:

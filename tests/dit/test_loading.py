@@ -14,7 +14,6 @@ from free_dit import DiT, cli
 from free_dit.checkpoints import (
     convert_dit_to_diffusers,
     diffusers_config,
-    save_dit_checkpoint,
     use_original_arithmetic,
 )
 from free_dit.loading import load_target
@@ -46,7 +45,7 @@ def saved(kind: str, folder: Path) -> Path:
         save_model(folder / "model.safetensors", module())
         return folder / "model.safetensors"
     if kind == "original.pt":
-        save_dit_checkpoint(folder / "DiT-tiny.pt", module())
+        torch.save(module().state_dict(), folder / "DiT-tiny.pt")
         return folder / "DiT-tiny.pt"
     if kind == "original.safetensors":
         save_file(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_dit.generation import ChainSettings, sampler_for
 from free_kernels import Schedule, ancestral_sample, sample
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple
@@ -168,34 +169,14 @@ def parts_of_chain(num_steps: int, share: float) -> tuple[slice, slice]:
     return slice(0, count), slice(num_steps - count, num_steps)
 
 
-@dataclass(frozen=True)
-class UncertaintyRun:
-    """What one speculative run tells about its drafts, step by step.
-
-    Attributes:
-        model: name of the target.
-        drafter: ``"frozen"`` or ``"learned"``.
-        guidance_scale: of the run.
-        uncertainty: ``[K]``; mean over the tested drafts of the squared whitened deviation between drafted and
-            reference outputs, summed over the elements of the latent; NaN where none was tested.
-        tested: int64 ``[K]``, drafts that reached the test.
-        accepted: int64 ``[K]``, those accepted.
-        call_reduction: committed steps per round.
-    """
-
-    model: str
-    drafter: str
-    guidance_scale: float
-    uncertainty: np.ndarray
-    tested: np.ndarray
-    accepted: np.ndarray
-    call_reduction: float
-
-
-def uncertainty_runs(
-    subjects: Sequence[Subject], labels: Sequence[Tensor], schedule: Schedule, settings: Settings
-) -> list[UncertaintyRun]:
+def uncertainty_runs(subjects: Sequence[Subject], labels: Sequence[Tensor], settings: Settings) -> list[dict[str, Any]]:
     """Runs of :func:`free_kernels.sample` on each subject's labels ``[N]``, for every guidance scale and drafter.
+
+    Returns:
+        Of each run ``model``, ``drafter`` ("frozen" or "learned"), ``guidance_scale``, ``call_reduction``, the drafts
+        that were ``tested`` and ``accepted`` (int64 ``[K]``), and their ``uncertainty`` (``[K]``): the mean over tested
+        drafts of the squared whitened deviation between drafted and reference outputs, summed over the elements of the
+        latent; NaN where no draft was tested.
 
     Raises:
         ValueError: no run is left.
@@ -214,25 +195,19 @@ def uncertainty_runs(
     with tqdm(jobs, desc="uncertainty", unit="run") as bar:
         for subject, chosen, kind, scale in bar:
             bar.set_postfix_str(f"{subject.name}, {kind}, guidance {scale:g}")
-            stats = sample(
-                subject.target,
-                chosen,
-                schedule=schedule,
-                drafter=subject.drafters[kind],
-                guidance_scale=scale,
-                draft_length=settings.draft_length,
-                seed=settings.seed,
-            ).stats
+            chain = ChainSettings(settings.steps, settings.draft_length, scale)
+            draw = sampler_for(subject.target, subject.drafters[kind], chain)
+            stats = draw(chosen, seed=settings.seed).stats
             runs.append(
-                UncertaintyRun(
-                    subject.name,
-                    kind,
-                    scale,
-                    stats.uncertainty_by_step,
-                    stats.tested_by_step,
-                    stats.accepted_by_step,
-                    stats.call_reduction,
-                )
+                {
+                    "model": subject.name,
+                    "drafter": kind,
+                    "guidance_scale": scale,
+                    "uncertainty": stats.uncertainty_by_step,
+                    "tested": stats.tested_by_step,
+                    "accepted": stats.accepted_by_step,
+                    "call_reduction": stats.call_reduction,
+                }
             )
     return runs
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from free_dit.experiments.analysis import (
     Settings,
     Subject,
     Timeline,
-    UncertaintyRun,
     coupling_draws,
     feature_dynamics,
     parts_of_chain,
@@ -32,6 +30,7 @@ from free_dit.experiments.analysis import (
     timeline,
     uncertainty_runs,
 )
+from free_dit.files import plain
 from free_dit.networks.families import schedule_for
 from free_kernels.validation import check_int, check_writable, fail
 
@@ -65,7 +64,7 @@ def write_figures(out: Path, subjects: Sequence[Subject], settings: Settings = S
     schedule = schedule_for(first.target, settings.steps)
     labels = [torch.arange(settings.num) % subject.target.num_classes for subject in subjects]
     # First, because these runs raise on wrong settings before minutes are spent.
-    runs = uncertainty_runs(subjects, labels, schedule, settings)
+    runs = uncertainty_runs(subjects, labels, settings)
     draw_uncertainty(uncertainty, runs, [subject.title for subject in subjects], settings)
     dynamics = feature_dynamics(first.target, schedule, labels[0], settings.seed, progress=True)
     draw_similarity(similarity, dynamics, first.title, settings)
@@ -142,11 +141,11 @@ def draw_change(path: Path, dynamics: FeatureDynamics, model: str, settings: Set
     _write(figure, path, model, settings, steps=ranges, **data, **whole)
 
 
-def draw_uncertainty(path: Path, runs: list[UncertaintyRun], titles: list[str], settings: Settings) -> None:
+def draw_uncertainty(path: Path, runs: list[dict[str, Any]], titles: list[str], settings: Settings) -> None:
     """Uncertainty over acceptance, one column a guidance scale; colour tells the model, dashes the drafter."""
-    scales = list(dict.fromkeys(run.guidance_scale for run in runs))
-    names = list(dict.fromkeys(run.model for run in runs))
-    kinds = list(dict.fromkeys(run.drafter for run in runs))
+    scales = list(dict.fromkeys(run["guidance_scale"] for run in runs))
+    names = list(dict.fromkeys(run["model"] for run in runs))
+    kinds = list(dict.fromkeys(run["drafter"] for run in runs))
     several = len(names) > 1
     styles = {"frozen": "--", "learned": "-"}
     figure, axes = plt.subplots(
@@ -159,21 +158,22 @@ def draw_uncertainty(path: Path, runs: list[UncertaintyRun], titles: list[str], 
         layout="constrained",
     )
     for run in runs:
-        column = scales.index(run.guidance_scale)
+        column = scales.index(run["guidance_scale"])
         # With one model, colour tells its drafters apart too.
-        colour = CYCLE[(names.index(run.model) if several else kinds.index(run.drafter)) % len(CYCLE)]
-        title = titles[names.index(run.model)].partition(" parameters")[0]
-        label = f"{title}, {run.drafter} drafter" if several else f"{run.drafter} drafter"
-        steps = np.arange(len(run.tested))
+        colour = CYCLE[(names.index(run["model"]) if several else kinds.index(run["drafter"])) % len(CYCLE)]
+        title = titles[names.index(run["model"])].partition(" parameters")[0]
+        label = f"{run['drafter']} drafter"
+        label = f"{title}, {label}" if several else label
+        steps = np.arange(len(run["tested"]))
         # Deviations span decades: an arithmetic mean would smear the last, largest ones over the whole window.
-        logs = np.log(np.maximum(run.uncertainty, np.finfo(float).tiny))
-        share = run.accepted / np.maximum(run.tested, 1)
+        logs = np.log(np.maximum(run["uncertainty"], np.finfo(float).tiny))
+        share = run["accepted"] / np.maximum(run["tested"], 1)
         curves = (
-            np.exp(pooled_mean(logs, run.tested, settings.window)),
-            pooled_mean(share, run.tested, settings.window),
+            np.exp(pooled_mean(logs, run["tested"], settings.window)),
+            pooled_mean(share, run["tested"], settings.window),
         )
         for row, curve in enumerate(curves):
-            axes[row, column].plot(steps, curve, color=colour, linestyle=styles[run.drafter], label=label)
+            axes[row, column].plot(steps, curve, color=colour, linestyle=styles[run["drafter"]], label=label)
     for column, scale in enumerate(scales):
         axes[0, column].set(yscale="log", title=f"guidance scale {scale:g}")
         axes[1, column].set(ylim=(-0.03, 1.03), xlabel=STEP_AXIS)
@@ -320,19 +320,6 @@ def draw_timeline(path: Path, lines: dict[str, Timeline], model: str, settings: 
 def _rows(one: Any, mark: str) -> int:
     """Rows of a round with a mark; they add up to its rows, less the last where it was never reached."""
     return 1 - one.refused if mark == "direct" else getattr(one, mark)
-
-
-def plain(value: Any) -> Any:
-    """Values that JSON knows: arrays as lists, floats to six digits, NaN and infinities as null."""
-    if is_dataclass(value):
-        value = asdict(value)  # type: ignore[arg-type]
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
 
 
 def _write(

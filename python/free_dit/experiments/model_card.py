@@ -13,11 +13,12 @@ from free_dit.bundled import MODELS, load_bundled
 from free_dit.data import load_digits
 from free_dit.experiments.wall_clock import machine
 from free_dit.files import sha256_of, write_json
+from free_dit.generation import ChainSettings, sampler_for
 from free_dit.markdown import decimals, fill_page, table
 from free_dit.networks.families import schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.trajectories import collect
-from free_kernels import FrozenDrafter, ancestral_sample, sample
+from free_kernels import FrozenDrafter
 from free_kernels.protocols import Drafter, Target
 
 # Not among the seeds of drafter training (from loop.seed * 2**20 upwards): the drafter has not seen this noise.
@@ -43,15 +44,8 @@ def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int =
     figures["call_reduction"] = []
     runs = [(name, scale, length) for scale in (1.0, 2.0) for name in drafters for length in (4, 6, 8, 12)]
     for name, scale, length in tqdm(runs, desc="call reduction", unit="run"):
-        stats = sample(
-            target,
-            labels,
-            schedule=schedule,
-            drafter=drafters[name],
-            guidance_scale=scale,
-            draft_length=length,
-            seed=EVALUATION_SEED,
-        ).stats
+        draw = sampler_for(target, drafters[name], ChainSettings(num_steps, length, scale))
+        stats = draw(labels, seed=EVALUATION_SEED).stats
         figures["call_reduction"].append(
             {
                 "drafter": name,
@@ -67,14 +61,12 @@ def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int =
 def other_step_counts(target: Target, drafter: Drafter, images: int = 16) -> dict[str, Any]:
     """Call reduction at draft length 6 for chains that the drafter was not trained on."""
     labels = torch.arange(images) % target.num_classes
-    rows = {}
-    for num_steps in (50, 100, 250, 1000):
-        rows[num_steps] = {
-            name: sample(
-                target, labels, drafter=one, schedule=schedule_for(target, num_steps), seed=EVALUATION_SEED
-            ).stats.call_reduction
-            for name, one in (("frozen", "frozen"), ("learned", drafter))
-        }
+    drafters = {"frozen": "frozen", "learned": drafter}
+
+    def reduction(one: Drafter | str, steps: int) -> float:
+        return sampler_for(target, one, ChainSettings(steps))(labels, seed=EVALUATION_SEED).stats.call_reduction
+
+    rows = {steps: {name: reduction(one, steps) for name, one in drafters.items()} for steps in (50, 100, 250, 1000)}
     return {"images": images, "draft_length": 6, "rows": rows}
 
 
@@ -95,9 +87,8 @@ def quality(target: Target, images: int = 500) -> dict[str, Any]:
 
     rows = {"held-out real digits": describe(test.images, test.labels)}
     for scale in (1.0, 2.0):
-        schedule = schedule_for(target, 250)
-        settings = {"schedule": schedule, "guidance_scale": scale, "seed": 3, "max_slots": 128, "progress": True}
-        result = ancestral_sample(target, labels, **settings)
+        draw = sampler_for(target, None, ChainSettings(guidance=scale))
+        result = draw(labels, seed=3, max_slots=128, progress=True)
         rows[f"samples, guidance {scale:g}"] = describe(result.samples, labels)
     return {"images": images, "rows": rows}
 

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from free_dit.experiments.sweep import UNDRAFTED
+from free_dit.generation import UNDRAFTED
 from free_dit.markdown import table
 
 METRIC = "Frechet distance in digits-classifier features"
@@ -19,7 +19,7 @@ _MARKERS = {"ordinary": "s", "ddim": "D", "lossless": "o", "relaxed": "^"}
 
 def _kind(cell: dict[str, Any]) -> str:
     if cell["drafter"] in UNDRAFTED:
-        return UNDRAFTED[cell["drafter"]]
+        return "ordinary" if cell["drafter"] == "none" else "ddim"
     return "relaxed" if cell["relaxation"] else "lossless"
 
 

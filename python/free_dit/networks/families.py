@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from free_dit.configuration import build
@@ -22,6 +23,11 @@ def schedule_for(target: Target, num_steps: int) -> DDPMSchedule | FlowSDESchedu
     if getattr(target, "family", None) == "flow":
         return FlowSDESchedule(num_steps, num_train_steps=target.num_train_steps)  # type: ignore[attr-defined]
     return DDPMSchedule(num_steps)
+
+
+def device_of(target: Target) -> torch.device:
+    """The target's device; the CPU for a target that does not tell."""
+    return torch.device(getattr(target, "device", "cpu"))
 
 
 def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None) -> None:

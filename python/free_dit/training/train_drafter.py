@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_dit.networks.families import device_of
 from free_dit.training.acceptance import acceptance_by_lookahead
 from free_dit.training.distributed import Place
 from free_dit.training.drafter_loss import DTYPES, DrafterLoss, DrafterTrainConfig
@@ -84,7 +85,7 @@ def train_drafter(
     config = replace(config, drafter=replace(config.drafter, time_unit=unit))
     out = Path(out)
     path = check_writable("train_drafter", "out", out / "drafter.safetensors")
-    device = torch.device(getattr(target, "device", "cpu"))
+    device = device_of(target)
     changes_nothing = ("compile", "calibration_images", "max_rows", "process_timeout_s")
     identity = {k: v for k, v in asdict(config).items() if k not in changes_nothing}
     identity |= {"target": target_name, "target_fingerprint": target_fingerprint(target)}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from free_dit.experiments.network_calls import NetworkCalls
 from free_dit.loading import load_target
 
 SIZES = (8, 1_000, 10_000, 100_000, 1_000_000, 4_000_000)
@@ -82,8 +83,6 @@ def link_figures(call: Callable[[], object], device: torch.device) -> dict[str, 
 
 def main() -> None:
     """One of two processes; rank 0 writes what it found."""
-    from free_dit.experiments.scale.measure import target_call
-
     out, model, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
@@ -91,7 +90,7 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     target, _ = load_target(model, device)
     with torch.inference_mode():
-        figures = link_figures(target_call(target, 8), device)
+        figures = link_figures(NetworkCalls(target, 8).target, device)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(figures))
     dist.destroy_process_group()

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from free_dit.experiments.network_calls import NetworkCalls, timed_in_turn
 from free_dit.experiments.scale.prediction import Inputs, write_inputs
 from free_dit.experiments.wall_clock import machine
 from free_dit.loading import load_drafter, load_target
+from free_dit.networks.families import device_of
 from free_kernels import DDPMSchedule, FrozenDrafter, RoundInfo, ancestral_sample, sample
-from free_kernels.conditioning import hoisted
 from free_kernels.drafters import as_drafter
-from free_kernels.protocols import Drafter, Target, first_drafted_step, new_memory
+from free_kernels.protocols import Drafter, Target, first_drafted_step
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
@@ -32,49 +32,6 @@ ROUND_CASES = ((1, 2), (1, 8), (16, 2), (16, 8))
 STEP_CASES = (1, 16)
 # Parts of the chain, and a weight that draws what few drafts tested to its part's mean.
 BINS, PRIOR_TESTS = 25, 5.0
-
-
-def _operands(target: Target, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Timesteps and labels to hoist for, then random states, timesteps and labels of so many rows."""
-    device = torch.device(getattr(target, "device", "cpu"))
-    timesteps = DDPMSchedule().timesteps.to(device)
-    labels = torch.tensor([0, target.num_classes], device=device)
-    at = torch.arange(rows, device=device)
-    state = torch.randn(rows, *target.latent_shape, device=device)
-    return timesteps, labels, state, timesteps[at % len(timesteps)], labels[at % 2]
-
-
-def target_call(target: Target, rows: int) -> Callable[[], Tensor]:
-    """A target call of so many network rows with its head, hoisted as in the sampler."""
-    timesteps, labels, state, t, y = _operands(target, rows)
-    network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
-    return lambda: network.head(network.features(state, t, y), t, y)
-
-
-def draft_call(target: Target, drafter: Drafter, rows: int) -> Callable[[], Tensor]:
-    """A drafting pass of so many network rows: drafter and target's head."""
-    timesteps, labels, state, t, y = _operands(target, rows)
-    network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
-    draft: Drafter = hoisted(drafter, timesteps, labels)  # type: ignore[assignment]
-    previous, feature = torch.randn_like(state), network.features(state, t, y)
-    memory = new_memory(draft, rows, 1, 1)
-    if memory is None:
-        return lambda: network.head(draft(feature, previous, state, t, y), t, y)
-    return lambda: network.head(draft(feature, previous, state, t, y, memory=memory), t, y)
-
-
-def timed_in_turn(calls: dict[Any, Callable[[], object]], turns: int, device: torch.device) -> dict[Any, float]:
-    """Median seconds of each call; all take their turns, every other time backwards."""
-    names, seconds = list(calls), {name: np.empty(turns) for name in calls}
-    for turn in tqdm(range(-2, turns), desc="calls", unit="turn", leave=False):
-        for name in names if turn % 2 else reversed(names):
-            began = time.perf_counter()
-            calls[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn >= 0:
-                seconds[name][turn] = time.perf_counter() - began
-    return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
 class HollowTarget:
@@ -89,7 +46,7 @@ class HollowTarget:
         self.latent_shape, self.feature_shape = target.latent_shape, target.feature_shape
         self.num_classes, self.learns_variance = target.num_classes, target.learns_variance
         channels, *sides = target.latent_shape
-        self.device = torch.device(getattr(target, "device", "cpu"))
+        self.device = device_of(target)
         dtype = getattr(target, "dtype", torch.float32)
         self._features = torch.zeros(rows, *target.feature_shape, device=self.device, dtype=dtype)
         outputs = (1 + target.learns_variance) * channels
@@ -185,7 +142,7 @@ def measure_acceptance(
     """Acceptance ``[bins, L - 1]`` by step and look-ahead in a run of its own."""
     length = min(length, num_steps)
     counts = AcceptanceCounts(num_steps, length, first_drafted_step(drafter))
-    labels = torch.arange(images, device=getattr(target, "device", "cpu")) % target.num_classes
+    labels = torch.arange(images, device=device_of(target)) % target.num_classes
     settings = {"schedule": DDPMSchedule(num_steps), "guidance_scale": guidance, "seed": seed}
     sample(target, labels, drafter=drafter, draft_length=length, callback=counts, **settings)
     return counts.table()
@@ -232,9 +189,9 @@ def measure(
         length: its draft length.
         seed: its seed.
     """
-    device = torch.device(getattr(target, "device", "cpu"))
-    calls = {("target", rows): target_call(target, rows) for rows in ROWS}
-    calls |= {("draft", rows): draft_call(target, drafter, rows) for rows in DRAFT_ROWS}
+    device = device_of(target)
+    calls = {("target", rows): NetworkCalls(target, rows).target for rows in ROWS}
+    calls |= {("draft", rows): NetworkCalls(target, rows).drafting(drafter) for rows in DRAFT_ROWS}
     seconds = timed_in_turn(calls, turns, device)
     rest = rest_of_rounds(target, guidance, max(1, turns // 10))
     acceptance = measure_acceptance(target, drafter, num_steps, guidance, images, length, seed)
