@@ -14,7 +14,7 @@ from free_dit.training.distributed import Place
 from free_dit.training.drafter_loss import DTYPES, DrafterLoss, DrafterTrainConfig
 from free_dit.training.loop import CHECKPOINT, TrainingLoop, iteration_seed
 from free_dit.training.shards import target_fingerprint
-from free_dit.training.trajectories import collect, image_chunks, make_schedule
+from free_dit.training.trajectories import Storage, collect, image_chunks, make_schedule
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.protocols import Target
 from free_kernels.validation import check_writable
@@ -43,7 +43,7 @@ def calibrate(target: Target, drafter: FeatureDrafter, config: DrafterTrainConfi
             # Noise that training never draws.
             2**63 + config.loop.seed,
             first_image=part.start,
-            dtype=DTYPES[config.feature_dtype],
+            storage=Storage(DTYPES[config.feature_dtype]),
         )
         tables.append(acceptance_by_lookahead(target, drafter, schedule, data, lookahead))
         # Before the next part is made.
