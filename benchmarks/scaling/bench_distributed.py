@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 from free_dit.configuration import CONFIGS
 from free_dit.experiments.network_calls import NetworkCalls
-from free_dit.experiments.scale.link import link_figures
+from free_dit.experiments.scale.link import link_cost_and_slowdown
 from free_dit.experiments.scale.measure import measure
-from free_dit.experiments.scale.page import build_report, render, write_figures
+from free_dit.experiments.scale.page import build_report, render, write_data
 from free_dit.experiments.scale.prediction import Inputs, Layout, predict, read_inputs
 from free_dit.loading import load_target
 from free_dit.markdown import fill_page, table
@@ -127,7 +127,7 @@ def render_page(docs: Path, measured: dict[str, Any] | None) -> None:
         parts[f"what-if {side}"] = (name, *read_inputs(CONFIGS / f"{name}.toml"))
     for part, (name, inputs, details) in parts.items():
         report = build_report(inputs, details)
-        write_figures(report, scale, name)
+        write_data(report, scale, name)
         fill_page(page, part, render(report))
 
 
@@ -157,7 +157,7 @@ def main() -> None:
         parser.error(f"takes two processes, got {dist.get_world_size()}")
     target, drafter = load_target("digits", device)
     with torch.inference_mode():
-        link = link_figures(NetworkCalls(target, 8).target, device)
+        link = link_cost_and_slowdown(NetworkCalls(target, 8).target, device)
     leads = dist.get_rank() == 0
     if leads:
         quick = {"turns": 2, "images": 8, "length": 6} if arguments.quick else {}

@@ -57,7 +57,7 @@ def evaluate(
     model: str = "digits",
     drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
     device: str = "auto",
-    figures: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
+    metrics: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
 ) -> None:
     """Quality of sample sets against real images, with intervals; differences between sets; large sets in shards.
 
@@ -73,7 +73,7 @@ def evaluate(
         model: what draws: a bundled model's name, or a model.safetensors.
         drawing: how to draw; another seed for every set makes them independent, as two-sample tests need them.
         device: "auto", "cpu", "cuda", "cuda:1" ...
-        figures: how to evaluate.
+        metrics: how to evaluate.
     """
     rank, place = int(os.environ.get("RANK", "0")), device_of(WHERE, device)
     check_writable(WHERE, "out", out / "evaluation.json")
@@ -99,7 +99,7 @@ def evaluate(
         {name: open_images(path) for name, path in named.items()},
         real,
         extractor,
-        figures,
+        metrics,
         cache=out / "features",
         device=place,
         progress=True,

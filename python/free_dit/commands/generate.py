@@ -63,9 +63,9 @@ def generate(
         console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
     elif rank == 0 or (drawn and not under_torchrun):
         samples = SampleFolder.open(out)
-        figures = samples.sampling_figures()
+        statistics = samples.sampling_statistics()
         images = hashlib.sha256("".join(samples.image_hashes()).encode()).hexdigest()
         console.print(
             f"wrote {settings.num} images, {len(drawn)} of {settings.shards} shards now and here, to {out}; call "
-            f"reduction {figures['call_reduction']:.2f}; hashes in {out / SUMS}, of all images {images}"
+            f"reduction {statistics['call_reduction']:.2f}; hashes in {out / SUMS}, of all images {images}"
         )

@@ -1,4 +1,4 @@
-"""Feature networks. A figure's name carries its network's: only figures of one network compare."""
+"""Feature networks. The name of a metric ends in its network's: only metrics of one network can be compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Extractor:
     """A frozen network.
 
     Attributes:
-        name: ends the names of its figures.
+        name: the last part of the names of its metrics.
         sha256: of its weights.
         call: maps uint8 ``[B, H, W, C]`` to float32 features ``[B, D]`` and logits ``[B, K]``.
         reads_labels: whether logit c is that of label c, so that class accuracy means something.

@@ -141,7 +141,7 @@ def subset_distances(
     """Mean and spread of the distance over random subsets, as kernel distances are usually published.
 
     The spread is that of subsets, which overlap: it is no standard error of the mean. Fixed numbers of each label are
-    not allowed for, as published figures do not either.
+    not allowed for, nor do published values.
 
     Args:
         points: float64 ``[N, D]``.

@@ -217,7 +217,7 @@ def open_reference(source: str | Path) -> ImageSet | Statistics:
     if path.suffix == ".npz" and path.is_file():
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                # The ADM suite's references hold both images and statistics; images allow all figures.
+                # The ADM suite's references hold both images and statistics; images allow all metrics.
                 held = {name: arrays[name] for name in ("mu", "sigma") if "arr_0" not in arrays.files}
         except BROKEN as error:
             if not isinstance(error, KeyError):

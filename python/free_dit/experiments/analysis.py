@@ -44,7 +44,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the figures are measured.
+    """How the quantities of the figures are measured.
 
     Attributes:
         num: images of every run.
@@ -319,6 +319,34 @@ class TimelineRound:
         return self.rows - 1 - self.accepted - self.refused
 
 
+class RoundRecorder:
+    """Callback of a ``sample`` run with an integer draft length that keeps every round of every image.
+
+    The callback is told the step of every image after every round; the committed rows are the differences. The rows of
+    a round follow from the sampler's rule: ``min(L, K - k)``, but one at a step 0 that is not drafted.
+
+    Args:
+        num_steps: K.
+        length: L.
+        first: first step that is drafted, 0 or 1.
+
+    Attributes:
+        images: by image index, its rounds in order.
+    """
+
+    def __init__(self, num_steps: int, length: int, first: int = 1) -> None:
+        self.num_steps, self.length, self.first = num_steps, length, first
+        self.images: dict[int, list[TimelineRound]] = defaultdict(list)
+
+    def __call__(self, info: RoundInfo) -> None:
+        """Take in a round."""
+        for image, step in zip(info.images, info.steps, strict=True):
+            rounds = self.images[image]
+            begin = rounds[-1].first_step + rounds[-1].committed if rounds else 0
+            rows = 1 if begin < self.first else min(self.length, self.num_steps - begin)
+            rounds.append(TimelineRound(info.round - 1, begin, rows, step - begin))
+
+
 @dataclass(frozen=True)
 class Timeline:
     """Every round of every image of a run.
@@ -343,31 +371,8 @@ def timeline(
     seed: int,
     progress: bool = False,
 ) -> Timeline:
-    """Follow a lossless run of :func:`free_kernels.sample`, unguided, round by round.
-
-    The callback tells the step of every image after every round, so the committed rows are differences. Drafted rows
-    follow from the sampler's rule for an integer draft length L: ``min(L, K - k)``, but one row (no draft) at step 0
-    where the drafter does not draft that one.
-    Fewer committed than drafted rows means that the last committed one replaced a refused draft.
-    """
-    images: list[list[TimelineRound]] = [[] for _ in labels]
-    at, drafted = [0] * len(labels), first_drafted_step(drafter)
-
-    def see(info: RoundInfo) -> None:
-        for image, step in zip(info.images, info.steps, strict=True):
-            first = at[image]
-            rows = 1 if first < drafted else min(draft_length, schedule.num_steps - first)
-            images[image].append(TimelineRound(info.round - 1, first, rows, step - first))
-            at[image] = step
-
-    stats = sample(
-        target,
-        labels,
-        schedule=schedule,
-        drafter=drafter,
-        draft_length=draft_length,
-        seed=seed,
-        progress=progress,
-        callback=see,
-    ).stats
-    return Timeline(schedule.num_steps, images, stats)
+    """Follow a lossless run of :func:`free_kernels.sample`, unguided, round by round."""
+    recorder = RoundRecorder(schedule.num_steps, draft_length, first_drafted_step(drafter))
+    settings = {"schedule": schedule, "drafter": drafter, "draft_length": draft_length, "seed": seed}
+    stats = sample(target, labels, progress=progress, callback=recorder, **settings).stats
+    return Timeline(schedule.num_steps, [recorder.images[image] for image in range(len(labels))], stats)

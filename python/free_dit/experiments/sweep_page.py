@@ -62,15 +62,15 @@ def _by_length(records: list[dict[str, Any]], figure: Any) -> list[str]:
 
 
 def _quality_rows(report: dict[str, Any], records: list[dict[str, Any]]) -> Iterable[list[str]]:
-    def figures(quality: dict[str, Any]) -> list[str]:
+    def quality_cells(quality: dict[str, Any]) -> list[str]:
         distances = [f"{quality['frechet_sampled']:.2f}", _interval(quality["frechet"], 2)]
         return [str(quality["images"]), _interval(quality["accuracy"], 3), *distances]
 
-    yield ["", "", "real training digits", "", *figures(report["real"]["training_digits"])]
+    yield ["", "", "real training digits", "", *quality_cells(report["real"]["training_digits"])]
     for record in records:
         if record["quality"] is not None:
             calls = f"{record['calls_per_image']:.1f}"
-            yield [*_chain(record["cell"]), _name(record["cell"]), calls, *figures(record["quality"])]
+            yield [*_chain(record["cell"]), _name(record["cell"]), calls, *quality_cells(record["quality"])]
 
 
 def render(report: dict[str, Any]) -> str:

@@ -130,14 +130,14 @@ class SampleFolder:
         return None
 
     def commit(
-        self, shard: int, pixels: np.ndarray, figures: dict[str, list[float]], workspace: Path | None = None
+        self, shard: int, pixels: np.ndarray, counted: dict[str, list[float]], workspace: Path | None = None
     ) -> None:
         """Put the images of a shard on disk, and its record after them.
 
         Args:
             shard: which.
             pixels: uint8 ``[N, H, W, 1 or 3]``.
-            figures: ``rounds``, ``bias`` of every image; ``counts``: drafts tested, drafts accepted, target rows.
+            counted: ``rounds``, ``bias`` of every image; ``counts``: drafts tested, drafts accepted, target rows.
             workspace: as in :func:`free_dit.files.write_files`.
         """
         paths, images = self.files_of(shard), self.settings.images_of(shard)
@@ -153,7 +153,7 @@ class SampleFolder:
                 for path, data in zip(paths, contents, strict=True)
             },
             "images": [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels],
-            **figures,
+            **counted,
         }
         write_files(dict(zip(paths, contents, strict=True)), workspace)
         write_files({self.record_path(shard): json.dumps(record).encode()}, workspace)
@@ -190,7 +190,7 @@ class SampleFolder:
         lines = [f"{digest}  {name}\n" for record in self._records() for name, digest in record["files"].items()]
         write_files({self.folder / SUMS: "".join(lines).encode()})
 
-    def sampling_figures(self) -> dict[str, Any]:
+    def sampling_statistics(self) -> dict[str, Any]:
         """Calls, acceptance and bias bound of a complete set."""
         records, settings = self._records(), self.settings
         rounds, bias = (np.concatenate([record[name] for record in records]) for name in ("rounds", "bias"))

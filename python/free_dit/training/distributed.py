@@ -118,13 +118,13 @@ class Place:
         """Leave gradients on their own process until the ``last`` backward pass of an iteration."""
         return nullcontext() if last or self.world == 1 else loss_fn.no_sync()  # type: ignore[attr-defined]
 
-    def average(self, figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    def average(self, metrics: dict[str, float], device: torch.device) -> dict[str, float]:
         """Means over the processes, which must all call this with the same keys."""
         if self.world == 1:
-            return figures
-        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=device)
+            return metrics
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
         dist.all_reduce(values)
-        return dict(zip(figures, (values / self.world).tolist(), strict=True))
+        return dict(zip(metrics, (values / self.world).tolist(), strict=True))
 
     def check_agreement(self, step: int, device: torch.device) -> None:
         """Raise ValueError where processes stand at different iterations: they see different folders."""

@@ -12,9 +12,9 @@ LOGS = ("csv", "tensorboard")
 
 
 class Log(Protocol):
-    """Figures of a run by iteration."""
+    """Metrics of a run by iteration."""
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a line."""
         ...
 
@@ -31,9 +31,9 @@ class CsvLog:
         _trim(path, step)
         self._handle = path.open("a", newline="")
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a line, and a header where the file is empty."""
-        row = {"step": step, **{name: f"{value:.6g}" for name, value in figures.items()}}
+        row = {"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}}
         writer = csv.DictWriter(self._handle, row.keys())
         if self._handle.tell() == 0:
             writer.writeheader()
@@ -60,9 +60,9 @@ class TensorBoardLog:
             fail("train", "log", installed, f"'tensorboard' ({error})")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a point to every curve."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 

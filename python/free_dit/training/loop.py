@@ -101,7 +101,7 @@ class TrainingLoop:
 
     Args:
         module: trained in place.
-        loss_fn: maps an iteration to (loss, figures to log).
+        loss_fn: maps an iteration to (loss, metrics to log).
         config: length and speed.
         out: folder of checkpoint and log; made if missing. All processes see the same one.
         identity: plain values that must not change between a run and its resumption.
@@ -191,12 +191,12 @@ class TrainingLoop:
     def _advance(self, log: Log | None, bar: tqdm) -> None:
         """One iteration, and what falls due after it."""
         try:
-            figures = self._iterate()
+            metrics = self._iterate()
             if self.step % self.config.log_every == 0:
-                figures = self.place.average(figures, self.device)
+                metrics = self.place.average(metrics, self.device)
                 if log is not None:
-                    log.write(self.step, figures)
-                bar.set_postfix({name: f"{value:.6g}" for name, value in figures.items()})
+                    log.write(self.step, metrics)
+                bar.set_postfix({name: f"{value:.6g}" for name, value in metrics.items()})
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -217,7 +217,7 @@ class TrainingLoop:
             group["lr"] = lr * group.get("rate", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         batches = [self._backward(number) for number in range(self.config.accumulate)]
-        figures = {name: sum(one[name] for one in batches) / len(batches) for name in batches[0]}
+        metrics = {name: sum(one[name] for one in batches) / len(batches) for name in batches[0]}
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
@@ -235,7 +235,7 @@ class TrainingLoop:
             self.ema.update_parameters(self.module)
         self.step += 1
         self._updating = False
-        return {**figures, "grad_norm": norm.item(), "lr": lr}
+        return {**metrics, "grad_norm": norm.item(), "lr": lr}
 
     def _backward(self, number: int) -> dict[str, float]:
         """Gradients of one batch of the iteration, added to those of the batches before."""
@@ -244,12 +244,12 @@ class TrainingLoop:
             self.place.unsynchronised(self.loss_fn, number == batches - 1),
             iteration_seed(self.config.seed, self.step, self.place.rank * batches + number),
         ):
-            loss, figures = self.loss_fn(self.step)
+            loss, metrics = self.loss_fn(self.step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"train: loss must be finite, got {loss.item()} at iteration {self.step}")
             share = loss if batches == 1 else loss / batches
             (share if self.scaler is None else self.scaler.scale(share)).backward()
-        return {"loss": loss.item(), **figures}
+        return {"loss": loss.item(), **metrics}
 
     def _save(self) -> None:
         if not self.place.is_first:

@@ -74,11 +74,11 @@ def neighbour_slowdown(call: Callable[[], object], device: torch.device, turns: 
     return max(1.0, float(np.median(ratios)))
 
 
-def link_figures(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """All that two processes tell; collective, rank 0's figures count."""
-    figures = ping(device)
-    figures["slowdown"] = neighbour_slowdown(call, device)
-    return figures
+def link_cost_and_slowdown(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Cost of messages and slowdown, measured by two processes that both call this; rank 0's values count."""
+    found = ping(device)
+    found["slowdown"] = neighbour_slowdown(call, device)
+    return found
 
 
 def main() -> None:
@@ -90,9 +90,9 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     target, _ = load_target(model, device)
     with torch.inference_mode():
-        figures = link_figures(NetworkCalls(target, 8).target, device)
+        found = link_cost_and_slowdown(NetworkCalls(target, 8).target, device)
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(figures))
+        out.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from free_dit.experiments.analysis import RoundRecorder, TimelineRound
 from free_dit.experiments.network_calls import NetworkCalls, timed_in_turn
 from free_dit.experiments.scale.prediction import Inputs, write_inputs
 from free_dit.experiments.wall_clock import machine
 from free_dit.loading import load_drafter, load_target
 from free_dit.networks.families import device_of
-from free_kernels import DDPMSchedule, FrozenDrafter, RoundInfo, ancestral_sample, sample
+from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
 from free_kernels.drafters import as_drafter
 from free_kernels.protocols import Drafter, Target, first_drafted_step
 
@@ -30,7 +32,7 @@ DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
 # Slots and draft lengths whose rounds are timed without networks.
 ROUND_CASES = ((1, 2), (1, 8), (16, 2), (16, 8))
 STEP_CASES = (1, 16)
-# Parts of the chain, and a weight that draws what few drafts tested to its part's mean.
+# Parts of the chain, and the weight of their mean acceptance in that of each look-ahead, in tests.
 BINS, PRIOR_TESTS = 25, 5.0
 
 
@@ -101,32 +103,28 @@ def rest_of_rounds(target: Target, guidance: float, turns: int) -> dict[str, flo
     )
 
 
-class AcceptanceCounts:
-    """Callback of a ``sample`` run that counts drafts by step and look-ahead: tested and accepted ``[K, L - 1]``.
+class AcceptanceCounts(RoundRecorder):
+    """Counts the drafts of a ``sample`` run by step and look-ahead."""
 
-    Args:
-        num_steps: K.
-        length: L.
-        first: first step that is drafted.
-    """
+    @property
+    def tested(self) -> np.ndarray:
+        """Drafts that reached the test, int64 ``[K, L - 1]``."""
+        return self._count(lambda one: one.accepted + one.refused)
 
-    def __init__(self, num_steps: int, length: int, first: int = 1) -> None:
-        self.num_steps, self.length, self.first = num_steps, length, first
-        self.tested, self.accepted = (np.zeros((num_steps, length - 1), np.int64) for _ in range(2))
-        self._at: dict[int, int] = {}
+    @property
+    def accepted(self) -> np.ndarray:
+        """Drafts that were accepted, int64 ``[K, L - 1]``."""
+        return self._count(lambda one: one.accepted)
 
-    def __call__(self, info: RoundInfo) -> None:
-        """Take in a round."""
-        for image, step in zip(info.images, info.steps, strict=True):
-            begin = self._at.get(image, 0)
-            self._at[image] = step
-            drafts = 0 if begin < self.first else min(self.length, self.num_steps - begin) - 1
-            for ahead in range(min(step - begin, drafts)):
-                self.tested[begin + ahead, ahead] += 1
-                self.accepted[begin + ahead, ahead] += ahead < step - begin - 1
+    def _count(self, drafts: Callable[[TimelineRound], int]) -> np.ndarray:
+        counts = np.zeros((self.num_steps, self.length - 1), np.int64)
+        for one in itertools.chain.from_iterable(self.images.values()):
+            ahead = np.arange(drafts(one))
+            counts[one.first_step + ahead, ahead] += 1
+        return counts
 
     def table(self) -> np.ndarray:
-        """Acceptance ``[bins, L - 1]``; rarely tested look-aheads are drawn to the mean of their part of the chain."""
+        """Acceptance ``[bins, L - 1]``; the fewer tests, the nearer to the mean of its part of the chain."""
         bins = np.arange(self.num_steps) * min(BINS, self.num_steps) // self.num_steps
         tested, accepted = (np.zeros((bins[-1] + 1, self.length - 1)) for _ in range(2))
         np.add.at(tested, bins, self.tested)
@@ -149,7 +147,7 @@ def measure_acceptance(
 
 
 def measure_link(model: str, device: torch.device) -> dict[str, Any]:
-    """:func:`free_dit.experiments.scale.link.link_figures` of two processes started for it."""
+    """:func:`free_dit.experiments.scale.link.link_cost_and_slowdown` of two processes started for it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "link.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

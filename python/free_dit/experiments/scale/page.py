@@ -111,12 +111,12 @@ def write_report(report: dict[str, Any], out: Path, name: str) -> tuple[Path, Pa
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.md"
     page.write_text(render(report))
-    return page, *write_figures(report, out, name)
+    return page, *write_data(report, out, name)
 
 
-def write_figures(report: dict[str, Any], out: Path, name: str) -> tuple[Path, Path]:
+def write_data(report: dict[str, Any], out: Path, name: str) -> tuple[Path, Path]:
     """``OUT/NAME-figures.json`` and ``OUT/NAME.png``."""
-    figures, picture = out / f"{name}-figures.json", out / f"{name}.png"
-    figures.write_text(json.dumps(plain(report, 4)) + "\n")
+    data, picture = out / f"{name}-figures.json", out / f"{name}.png"
+    data.write_text(json.dumps(plain(report, 4)) + "\n")
     draw(report, picture)
-    return figures, picture
+    return data, picture

@@ -28,7 +28,7 @@ class Inputs:
     """What the model is told. Times in seconds; rows are network rows, of which guidance makes two of each row.
 
     Attributes:
-        origin: where the figures come from.
+        origin: where the values come from.
         measured: whether they were measured; if not, the predictions are a what-if.
         num_steps: K.
         branches: network rows of a row, 2 with guidance.
