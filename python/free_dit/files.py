@@ -19,7 +19,7 @@ import numpy as np
 
 from free_kernels.validation import fail
 
-# What a truncated, overwritten or foreign .npz raises; every member of a .npz carries a checksum.
+# Errors of a truncated, overwritten or foreign .npz; every member of a .npz has a checksum.
 BROKEN = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
@@ -46,7 +46,7 @@ def write_files(files: Mapping[Path, bytes], workspace: Path | None = None) -> N
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            # An error of a write (a full disk) does not name its file.
+            # The error of a failed write (a full disk) does not name the file.
             error.filename, error.filename2 = str(path), None
             raise
         finally:
@@ -71,12 +71,12 @@ def _sync_folder(folder: Path) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """Indented JSON without NaN, as files of this package hold it."""
+    """Indented JSON without NaN, the format of all JSON files of this package."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def plain(value: Any, digits: int = 6) -> Any:
-    """The value as JSON knows it: arrays as lists, floats to so many digits, NaN and infinities as null."""
+    """The value in types of JSON: arrays as lists, floats rounded to ``digits``, NaN and infinities as null."""
     if is_dataclass(value):
         value = asdict(value)  # type: ignore[arg-type]
     if isinstance(value, dict):
@@ -132,7 +132,7 @@ def keep_settings(where: str, path: Path, settings: dict[str, Any], held: str) -
 
 
 def array_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """The contents of an ``.npz``, equal for equal arrays."""
+    """The bytes of an ``.npz``; equal arrays give equal bytes."""
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()

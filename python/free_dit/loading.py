@@ -93,7 +93,7 @@ def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tupl
 
 
 def _kind(path: Path) -> str | None:
-    """What lies at a path, from names and headers alone; None if it is nothing that is known."""
+    """The kind of checkpoint at a path, by names and headers; None if it is not a known one."""
     if path.is_dir():
         if (path / "model_index.json").is_file() and (path / "transformer" / "config.json").is_file():
             return "pipeline"

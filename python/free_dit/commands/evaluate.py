@@ -80,7 +80,7 @@ def evaluate(
     named = _named(sets)
     if not named and not generate_:
         fail(WHERE, "sets", "given (NAME=PATH ...), or --generate N", "none")
-    # Loaded before drawing, so that errors show before hours of drawing.
+    # Loaded first, so that errors appear before hours of drawing.
     extractor = load_extractor(network.extractor, network.weights, network.weights_sha256, place)
     real = open_reference(reference)
     if generate_:
@@ -89,7 +89,7 @@ def evaluate(
         if missing:
             console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
             return
-        # The rank that ends last finds the set whole; a set that was whole already is rank 0's.
+        # The rank that ends last evaluates; rank 0 does if the set was complete before.
         if rank and not drawn:
             return
         named = {"samples": str(out / "samples"), **named}

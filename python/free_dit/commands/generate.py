@@ -53,10 +53,10 @@ def generate(
         device: "auto", "cpu", "cuda", "cuda:1" ...
     """
     rank, under_torchrun = int(os.environ.get("RANK", "0")), "TORCHELASTIC_RUN_ID" in os.environ
-    # The device first: a wrong one is told before anything is read.
+    # The device first, so that an error appears before files are read.
     place = device_of(WHERE, device)
     settings = GenerateSettings(**asdict(drawing), num=num, format=format_)
-    # torchrun ends every rank as soon as one dies, so rank 0 may stay to show how the others get on.
+    # torchrun ends every rank as soon as one dies, so rank 0 may wait and show the progress of the others.
     waits = rank == 0 and under_torchrun
     drawn, missing = draw_set(out, model, settings, place, progress=rank == 0, wait=waits)
     if missing:

@@ -18,7 +18,7 @@ console = Console(soft_wrap=True, markup=False)
 
 
 def title_of(model: str) -> str:
-    """A short name of a model or drafter; that of a file is its folder's, because training names folders, not files."""
+    """A short name of a model or drafter; for a file that of its folder, because training always names files alike."""
     return model if model in bundled_names() else Path(model).parent.name or Path(model).stem
 
 

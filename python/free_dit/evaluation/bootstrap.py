@@ -10,7 +10,7 @@ from free_dit.evaluation.frechet import check_features, frechet_of_moments, weig
 from free_dit.evaluation.intervals import Estimate, check_level
 from free_kernels.validation import check_int, describe, fail
 
-# Resamples drawn at a time; part of the result, as it orders the random numbers.
+# Resamples drawn at a time. The results depend on it, because it sets the order of the random numbers.
 CHUNK = 50
 Arrays = dict[str, np.ndarray]
 
@@ -105,7 +105,7 @@ def bootstrap(
 ) -> dict[str, dict[str, Resampled]]:
     """Metrics of every set over the same resamples of the reference.
 
-    Manifolds of precision and recall are held fixed, as a point drawn twice would have itself for a neighbour.
+    The manifolds of precision and recall are not resampled: a point drawn twice would be its own neighbour.
 
     Args:
         samples: sets by name.

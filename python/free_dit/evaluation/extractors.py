@@ -20,7 +20,7 @@ from free_dit.files import read_arrays, sha256_of, write_arrays
 from free_kernels.validation import check_choice, fail
 
 EXTRACTORS = ("digits_classifier", "inception_v3")
-# Images of a cached piece of features: what an interrupt loses.
+# Images of a cached piece of features; an interrupt loses at most one piece.
 PIECE = 500
 
 
@@ -45,7 +45,7 @@ class Extractor:
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of a set.
+    """The outputs of an extractor for a set.
 
     Attributes:
         features: float32 ``[N, D]``.
@@ -59,7 +59,7 @@ class Features:
 
 
 def digits_extractor() -> Extractor:
-    """The bundled classifier of 8 x 8 digits: 16 features, 10 classes; on the CPU, where it takes no time."""
+    """The bundled classifier of 8 x 8 digits: 16 features, 10 classes; on the CPU, where it is fast."""
     classifier = digits_classifier()
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ def inception_extractor(
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors are of many kinds
         raise ValueError(f"{WHERE}: {weights} must be a plain state dict, got {error}") from error
-    # torch-fidelity unpickles whatever file it is given, so it is given one that was written here.
+    # torch-fidelity unpickles the file that it reads: it gets a file written here from plain tensors.
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder, "weights.pth")
         torch.save(state, clean)

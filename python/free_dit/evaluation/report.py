@@ -71,7 +71,7 @@ class EvaluationSettings:
 
 
 def _strata(labels: np.ndarray | None, count: int) -> np.ndarray:
-    """Labels to resample within; none where some label occurs once, which has no variance."""
+    """Labels to resample within; all zero where a label occurs once, because one image has no variance."""
     if labels is None or np.unique(labels, return_counts=True)[1].min() < 2:
         return np.zeros(count, np.int64)
     return labels

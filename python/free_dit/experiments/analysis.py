@@ -73,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class FeatureDynamics:
-    """How the insides of a DiT with B blocks move over a chain of K steps; means over images.
+    """How the features of a DiT with B blocks change over a chain of K steps; means over images.
 
     Attributes:
         similarity: ``[B, K - 1]``, cosine similarity of each block's output ``[T, D]`` at steps k and k + 1.
@@ -91,7 +91,7 @@ class FeatureDynamics:
 class _Recorder:
     """A target that measures its blocks while a sampler drives it; keeps the features of one step only.
 
-    It offers no ``hoisted``, whose copies go around the blocks' forward and so around their hooks.
+    It has no ``hoisted``: hoisted copies do not call the blocks' forward, and so not their hooks.
 
     Args:
         target: with the blocks in ``target.module.blocks``.
@@ -186,7 +186,7 @@ def uncertainty_runs(subjects: Sequence[Subject], labels: Sequence[Tensor], sett
         for subject, chosen in zip(subjects, labels, strict=True)
         for scale in dict.fromkeys(settings.guidance)
         for kind in subject.drafters
-        # A target without a null label cannot be guided; its panels stay without its curve.
+        # A target without a null label cannot be guided: it has no curve in the other panels.
         if scale == 1.0 or getattr(subject.target, "has_null_label", True)
     ]
     if not jobs:
@@ -224,7 +224,7 @@ def pooled_mean(values: np.ndarray, weights: np.ndarray, width: int) -> np.ndarr
     if width < 1 or width % 2 == 0:
         fail("pooled_mean", "width", "odd and positive", width)
     window = np.ones(width)
-    # "full" and a cut, because "same" would answer with the window's length where that is the longer one.
+    # "full" and a cut, because "same" has the length of the window where the window is longer.
     ends = slice(width // 2, width // 2 + len(values))
     total, weight = (
         np.convolve(part, window, mode="full")[ends]
@@ -261,11 +261,11 @@ def coupling_draws(gap: float, count: int, seed: int, backend: str = "auto") -> 
     check_float("coupling_draws", "gap", gap, 0.0)
     check_int("coupling_draws", "count", count, 1)
     generator = torch.Generator().manual_seed(seed)
-    # A slot's second row has no draft: it is where a slot goes on whose draft was accepted.
+    # The second row of a slot has no draft: its step is drawn if the draft before it was accepted.
     noise = torch.randn(count, 2, 1, 1, 1, generator=generator)
     uniform = 1 - torch.rand(count, 2, generator=generator)
     columns = torch.zeros(count, 2, len(TransitionColumn))
-    # The next state's mean is the network's output itself, its deviation exp(0).
+    # The mean of the next state is the network's output, its standard deviation is 1.
     columns[..., TransitionColumn.MEAN_FROM_OUTPUT] = 1.0
     mean, std = torch.zeros(count, 1, 1, 1, 1), torch.ones(count, 1, 1, 1, 1)
     drafts = torch.addcmul(mean, std, noise[:, :1])

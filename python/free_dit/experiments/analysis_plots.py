@@ -34,7 +34,7 @@ from free_dit.files import plain
 from free_dit.networks.families import schedule_for
 from free_kernels.validation import check_int, check_writable, fail
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 VERMILION, SKY, BLACK, GREY = "#D55E00", "#56B4E9", "#000000", "#BBBBBB"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, BLACK)
@@ -63,7 +63,7 @@ def write_figures(out: Path, subjects: Sequence[Subject], settings: Settings = S
     first = subjects[0]
     schedule = schedule_for(first.target, settings.steps)
     labels = [torch.arange(settings.num) % subject.target.num_classes for subject in subjects]
-    # First, because these runs raise on wrong settings before minutes are spent.
+    # First, because wrong settings raise an error here, before the slow measurements.
     runs = uncertainty_runs(subjects, labels, settings)
     draw_uncertainty(uncertainty, runs, [subject.title for subject in subjects], settings)
     dynamics = feature_dynamics(first.target, schedule, labels[0], settings.seed, progress=True)
@@ -85,7 +85,7 @@ def draw_similarity(path: Path, dynamics: FeatureDynamics, model: str, settings:
     blocks, pairs = dynamics.similarity.shape
     top, output = dynamics.similarity[-1], dynamics.output_similarity
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8.5, 7), sharex=True, layout="constrained")
-    # Without the limit the few most dissimilar steps at the ends would use up the colour range.
+    # Without this limit a few very dissimilar steps at the ends would determine the colour range.
     low = math.floor(1000 * np.quantile(dynamics.similarity, 0.02)) / 1000
     edges = np.arange(pairs + 1) + 0.5
     mesh = upper.pcolormesh(
@@ -142,7 +142,7 @@ def draw_change(path: Path, dynamics: FeatureDynamics, model: str, settings: Set
 
 
 def draw_uncertainty(path: Path, runs: list[dict[str, Any]], titles: list[str], settings: Settings) -> None:
-    """Uncertainty over acceptance, one column a guidance scale; colour tells the model, dashes the drafter."""
+    """Uncertainty over acceptance, a column for each guidance scale; colour: the model, dashes: the drafter."""
     scales = list(dict.fromkeys(run["guidance_scale"] for run in runs))
     names = list(dict.fromkeys(run["model"] for run in runs))
     kinds = list(dict.fromkeys(run["drafter"] for run in runs))
@@ -159,13 +159,13 @@ def draw_uncertainty(path: Path, runs: list[dict[str, Any]], titles: list[str], 
     )
     for run in runs:
         column = scales.index(run["guidance_scale"])
-        # With one model, colour tells its drafters apart too.
+        # With one model, colours also distinguish its drafters.
         colour = CYCLE[(names.index(run["model"]) if several else kinds.index(run["drafter"])) % len(CYCLE)]
         title = titles[names.index(run["model"])].partition(" parameters")[0]
         label = f"{run['drafter']} drafter"
         label = f"{title}, {label}" if several else label
         steps = np.arange(len(run["tested"]))
-        # Deviations span decades: an arithmetic mean would smear the last, largest ones over the whole window.
+        # A geometric mean, because deviations span decades: the largest would dominate an arithmetic mean.
         logs = np.log(np.maximum(run["uncertainty"], np.finfo(float).tiny))
         share = run["accepted"] / np.maximum(run["tested"], 1)
         curves = (
@@ -193,7 +193,7 @@ def draw_uncertainty(path: Path, runs: list[dict[str, Any]], titles: list[str], 
 
 
 def draw_coupling(path: Path, draws: CouplingDraws) -> None:
-    """Drafts under p, where they go, and the committed states under q."""
+    """Histograms of drafts under p and of committed states under q, and committed state against draft."""
     # Slow to import, and no other command needs it.
     from scipy import stats as statistics
 
@@ -318,14 +318,14 @@ def draw_timeline(path: Path, lines: dict[str, Timeline], model: str, settings: 
 
 
 def _rows(one: Any, mark: str) -> int:
-    """Rows of a round with a mark; they add up to its rows, less the last where it was never reached."""
+    """Rows of a round with a mark; all marks together are its rows, without the last one if a draft was refused."""
     return 1 - one.refused if mark == "direct" else getattr(one, mark)
 
 
 def _write(
     figure: plt.Figure, path: Path, model: str | list[str] | None = None, settings: Settings | None = None, **data: Any
 ) -> None:
-    """The figure, and its numbers beside it: one line a key."""
+    """Save the figure, and its numbers as JSON beside it, a line for each key."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
     known = {"model": model, "settings": settings, **data}

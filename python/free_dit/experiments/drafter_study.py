@@ -27,7 +27,7 @@ from free_kernels import FeatureDrafter, FrozenDrafter
 from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import check_int, check_writable, fail
 
-# Name, and what differs from the configuration under study.
+# By name, the overrides of the configuration under study.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as configured": (),
     "window 2": ("drafter.window=2",),
@@ -80,7 +80,7 @@ def evaluate(target: Target, drafter: Drafter, data: Trajectories, num_steps: in
 
 
 def _read_study(path: Path) -> dict[str, Any]:
-    """What an earlier run left, if it can be gone on with and rendered.
+    """The results of an earlier run, if they are complete enough to be rendered and continued.
 
     Raises:
         ValueError: not a study; the message names the file.

@@ -21,7 +21,7 @@ from free_dit.training.trajectories import collect
 from free_kernels import FrozenDrafter
 from free_kernels.protocols import Drafter, Target
 
-# Not among the seeds of drafter training (from loop.seed * 2**20 upwards): the drafter has not seen this noise.
+# No seed of drafter training (those begin at loop.seed * 2**20): the drafter was not trained on this noise.
 EVALUATION_SEED = 2**63 + 7
 
 
@@ -70,8 +70,8 @@ def other_step_counts(target: Target, drafter: Drafter, images: int = 16) -> dic
     return {"images": images, "draft_length": 6, "rows": rows}
 
 
-def quality(target: Target, images: int = 500) -> dict[str, Any]:
-    """How a k-nearest-neighbour classifier trained on the real digits reads ordinary samples, and how far they are."""
+def nearest_neighbour_quality(target: Target, images: int = 500) -> dict[str, Any]:
+    """Class accuracy of ordinary samples by nearest neighbours, and distances to the nearest training images."""
     from sklearn.neighbors import KNeighborsClassifier
 
     train, test = load_digits("train"), load_digits("test")
@@ -157,7 +157,7 @@ def write_card(name: str) -> Path:
     target, drafter = load_bundled(name)
     card = measure(target, drafter)
     card["steps"] = other_step_counts(target, drafter)
-    card["quality"] = quality(target)
+    card["quality"] = nearest_neighbour_quality(target)
     files = [folder / "model.safetensors", folder / "drafter.safetensors"]
     card["files"] = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}
     write_json(folder / "evaluation.json", card)

@@ -30,7 +30,7 @@ from free_kernels.version import __version__
 MODEL = "digits"
 LENGTHS = (2, 3, 4, 6, 8, 10, "auto")
 STRENGTHS = (1.0, 4.0, 16.0, 64.0)
-# Slots of a draft length that does not look at the clock: only the time of the sweep depends on them.
+# Slots for integer draft lengths; they change the time of the sweep, not its results.
 _SLOTS = 64
 
 
@@ -67,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What all cells of a folder share.
+    """Settings of all cells of a folder.
 
     Attributes:
         num: images of a cell whose quality is measured; at least 20, two of each class.
@@ -106,13 +106,13 @@ def full_cells() -> list[Cell]:
                 Cell(drafter, verification, length, quality=one) for length, one in zip(LENGTHS, quality, strict=True)
             ]
     cells.append(Cell("learned", draft_length=12, quality=True))
-    # One image at a time is slow: with "auto" every other strength shows its quality.
+    # "auto" draws one image at a time, which is slow: quality is measured at every second strength.
     for length, shown in ((12, STRENGTHS), ("auto", STRENGTHS[1::2])):
         cells += [Cell("learned", "token", length, strength, quality=strength in shown) for strength in STRENGTHS]
     for steps, scale in chains[1:]:
         for verification, length in (("token", 6), ("block", 6), ("token", "auto")):
             cells.append(Cell("learned", verification, length, num_steps=steps, guidance=scale))
-    # Few steps are where relaxation has most to give.
+    # Relaxation gains most at few steps.
     for steps in (50, 100):
         cells.append(Cell("learned", draft_length=12, num_steps=steps, quality=True))
         for strength in STRENGTHS[1:]:
@@ -210,7 +210,7 @@ def measure_cell(target: Target, drafter: Drafter, cell: Cell, settings: SweepSe
 
 
 def measure_real(settings: SweepSettings) -> dict[str, Any]:
-    """Quality of as many real training digits, and of the held-out digits themselves: what a perfect sampler gets."""
+    """Quality of as many real training digits, which a perfect sampler would reach, and of the held-out digits."""
     train, test = load_digits("train"), load_digits("test")
     each = settings.num // train.num_classes
     rows = torch.cat([(train.labels == label).nonzero()[:each, 0] for label in range(train.num_classes)])
@@ -222,7 +222,7 @@ def measure_real(settings: SweepSettings) -> dict[str, Any]:
 
 
 def _identity(settings: SweepSettings) -> dict[str, Any]:
-    """Everything that cells of one folder must agree on, or they could not stand in one table."""
+    """Everything that must be equal for all cells of a folder, which stand in one table."""
     hashes = {f"{part}_sha256": sha256_of(MODELS / MODEL / f"{part}.safetensors") for part in ("model", "drafter")}
     return {"model": MODEL, **hashes, **asdict(settings), "version": __version__, **machine()}
 

@@ -104,7 +104,7 @@ def render(report: dict[str, Any]) -> str:
                 *_by_length(lossless, _speed),
             ]
     if relaxed:
-        # Each with the lossless run that it loosens.
+        # Each relaxed run beside the lossless run of the same settings.
         strict = [record["cell"] | {"relaxation": 0.0, "quality": None} for record in relaxed]
         beside = [r for r in records if r in relaxed or r["cell"] | {"quality": None} in strict]
         beside.sort(key=lambda r: (-r["cell"]["num_steps"], str(r["cell"]["draft_length"]), r["cell"]["relaxation"]))

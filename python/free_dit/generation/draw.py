@@ -1,4 +1,4 @@
-"""Drawing a sample set: resumable at any moment, split over ranks, the same images whatever the split."""
+"""Draws a sample set, split over ranks and resumable at any moment; the images do not depend on the split."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 
 
 def _state_hash(module: object) -> str | None:
-    """SHA-256 of a module's weights, so that a set is never continued with others."""
+    """SHA-256 of a module's weights: a set is only continued with the weights that began it."""
     state = getattr(getattr(module, "module", module), "state_dict", None)
     if state is None:
         return None
@@ -132,7 +132,7 @@ def _workspace(folder: Path, rank: int, world_size: int) -> Iterator[Path]:
 
 
 def _locked(handle) -> bool:
-    """Take a lock that ends with the process, however it ends; True also where there are no such locks."""
+    """Take a lock that the system releases when the process ends; True also where the system has no such locks."""
     try:
         import fcntl
     except ImportError:
@@ -154,7 +154,7 @@ class _Progress:
         self._samples, self._due = samples, 0.0
         name = samples.folder.name + (f", {world_size} ranks" if world_size > 1 else "")
         total = samples.settings.num
-        # Images appear a shard at a time, so the rate is the mean since the start, not that of the latest interval.
+        # A whole shard of images appears at once: the rate is the mean since the start, not that of the last interval.
         self._bar = tqdm(total=total, initial=self._count(), desc=name, unit="img", smoothing=0, disable=not shown)
 
     def _count(self) -> int:
@@ -173,7 +173,7 @@ class _Progress:
         self.update(f"shard {place} of {count} here: {share:.0%}")
 
     def update(self, here: str) -> None:
-        """Show what is on disk, and what this rank is at."""
+        """Show the number of images on disk, and ``here``, what this rank does."""
         if self._bar.disable or time.monotonic() < self._due:
             return
         self._due = time.monotonic() + REFRESH_S
@@ -196,10 +196,10 @@ def generate(
 ) -> tuple[list[int], list[int]]:
     """Draw the shards that ``folder`` lacks; shard s belongs to rank s modulo ``world_size``.
 
-    Ranks share nothing but the folder. A shard is drawn by one call, and its images and then its record are put in
-    place whole, so a set is the same, bit for bit on machines alike, whatever the number of ranks and however often
-    and however hard it was interrupted. What is on disk is checked against its hashes first: what has been damaged is
-    named and drawn again.
+    Ranks share only the folder. One call draws a shard; its images, and after them its record, are renamed into place
+    when they are complete. So the set does not depend on the number of ranks or on interrupts: on machines of one kind
+    it is the same bit for bit. Files on disk are compared with their hashes first; damaged shards are named and drawn
+    again.
 
     Args:
         folder: of the set; see :class:`SampleFolder`.
@@ -211,7 +211,7 @@ def generate(
         world_size: number of processes; the environment's ``WORLD_SIZE`` (1 without one) if None.
         decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a VAE's decoder.
         progress: show a bar over the images of all ranks.
-        wait: for the shards of the other ranks; something else has to end this process when one of them dies.
+        wait: return only when the other ranks' shards are on disk too; the caller must end this process if a rank dies.
 
     Returns:
         Shards drawn by this call, and shards that are still missing; the rank that draws the last one finds none.
@@ -258,14 +258,14 @@ def generate(
 
 
 def _lacking(samples: SampleFolder, shards: range, interrupted: list[int]) -> list[int]:
-    """Shards to draw; of those that were there once it is said why."""
+    """Shards to draw; the reason is printed for shards that had been drawn before."""
     problems = {}
     for shard in shards:
         _raise_if(interrupted)
         problem = problems[shard] = samples.problem(shard)
         if problem not in (None, NOT_DRAWN):
             print(f"{WHERE}: shard {shard} of {samples.folder} is drawn again: {problem}", file=sys.stderr)
-            # No rank may take the set for complete.
+            # Without this record and the sums no rank counts the set as complete.
             samples.record_path(shard).unlink(missing_ok=True)
             (samples.folder / SUMS).unlink(missing_ok=True)
     return [shard for shard, problem in problems.items() if problem is not None]
@@ -299,7 +299,7 @@ def _raise_if(interrupted: list[int]) -> None:
 
 
 def _name(error: OSError, folder: Path, settings: GenerateSettings) -> NoReturn:
-    """Say what could not be written and what is safe."""
+    """Raise the error again with the file that could not be written and the number of shards that are kept."""
     if error.strerror is None:
         raise error
     kept = len(list((folder / "shards").glob("shard-*.json")))

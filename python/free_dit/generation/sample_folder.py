@@ -26,24 +26,24 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class SampleFolder:
-    """A sample set on disk. A shard is there once its record is, and only while its files agree with the record.
+    """A sample set on disk. A shard counts as drawn if it has a record and its files have the hashes in the record.
 
     Attributes:
         folder: holds ``manifest.json`` and ``shards/``; images of PNG sets are in ``images/`` with ``labels.txt``.
         settings: of the set.
-        num_classes: labels go round them.
+        num_classes: image i has label i modulo this number.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.settings = GenerateSettings(**{name: identity[name] for name in GenerateSettings.__dataclass_fields__})
         self.num_classes = check_int(WHERE, "num_classes", identity["num_classes"], 1)
-        # Records carry this hash, so that a record of another set is not taken for one of this set.
+        # Every record holds this hash: a record of another set is recognised.
         self.set_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def begin(cls, folder: Path, settings: GenerateSettings, num_classes: int, facts: dict[str, Any]) -> SampleFolder:
-        """Write the manifest of a new set, or go on with one of the same settings.
+        """Write the manifest of a new set, or open a set of the same settings.
 
         Raises:
             ValueError: the folder holds a set of other settings.
@@ -90,7 +90,7 @@ class SampleFolder:
         return self.folder / "shards" / f"shard-{shard:06d}.json"
 
     def recorded(self) -> list[int]:
-        """Shards that have a record, by their names alone."""
+        """Shards that have a record file; its content is not read."""
         names = {path.name for path in (self.folder / "shards").glob("shard-*.json")}
         return [shard for shard in range(self.settings.shards) if self.record_path(shard).name in names]
 
@@ -116,7 +116,7 @@ class SampleFolder:
         return record if all(holds(record[name]) for name, holds in expected.items()) else None
 
     def problem(self, shard: int) -> str | None:
-        """Why a shard counts as missing, or None: every byte of it is as it was committed."""
+        """Why a shard counts as missing; None if its files are unchanged since it was committed."""
         record = self.record(shard)
         if record is None:
             if self.record_path(shard).exists():
@@ -132,7 +132,7 @@ class SampleFolder:
     def commit(
         self, shard: int, pixels: np.ndarray, counted: dict[str, list[float]], workspace: Path | None = None
     ) -> None:
-        """Put the images of a shard on disk, and its record after them.
+        """Write the images of a shard, and then its record.
 
         Args:
             shard: which.

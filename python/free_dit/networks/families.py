@@ -14,7 +14,7 @@ from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoin
 from free_kernels.protocols import Target
 from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 
-# By training objective.
+# The network class of each training objective.
 FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}
 
 
@@ -26,7 +26,7 @@ def schedule_for(target: Target, num_steps: int) -> DDPMSchedule | FlowSDESchedu
 
 
 def device_of(target: Target) -> torch.device:
-    """The target's device; the CPU for a target that does not tell."""
+    """``target.device``; the CPU for a target without this attribute."""
     return torch.device(getattr(target, "device", "cpu"))
 
 

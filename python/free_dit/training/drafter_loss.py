@@ -1,4 +1,4 @@
-"""The loss of a learned drafter on its target's own trajectories, and what it is configured by."""
+"""The loss of a learned drafter on its target's own trajectories, and its configuration."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class DrafterLoss:
         self._first = first_drafted_step(drafter)
 
     def _settings(self) -> dict[str, object]:
-        """All that decides what the shards hold, up to the rounding of calls of another ``max_rows``."""
+        """All settings that the content of the shards depends on; ``max_rows`` only changes the rounding."""
         named = ("num_steps", "trajectories", "max_guidance", "feature_dtype", "forward_dataset")
         return {name: getattr(self.config, name) for name in named} | {
             "target": target_fingerprint(self.target),
@@ -171,7 +171,7 @@ class DrafterLoss:
         }
 
     def trajectories(self, number: int) -> Trajectories:
-        """Set number ``number``; the same one whenever it is asked for."""
+        """Set ``number``; every call with this number returns the same trajectories."""
         config, rank = self.config, self.place.rank
         count, seed = config.trajectories, config.loop.seed
         with iteration_seed(seed + 1, number, rank):
@@ -198,9 +198,9 @@ class DrafterLoss:
         )
 
     def data(self, epoch: int) -> Trajectories | ShardWindow:
-        """What the iterations of ``epoch`` learn from; the same whenever it is asked for."""
+        """Training data of the iterations of ``epoch``; every call with this epoch returns the same."""
         if self._data is None or epoch != self._epoch:
-            # Freed first, so that two sets are never in memory at once.
+            # The old set is freed first: memory holds one set at a time.
             self._data = None
             self._data = self.trajectories(epoch) if self._store is None else self._store.latest(epoch)
             self._epoch = epoch
@@ -280,7 +280,7 @@ class DrafterLoss:
         a draft of a long chain attends to; the keys of deeper blocks would depend on drafts of still earlier steps.
         """
         window = self.drafter.config.window
-        # No call is refused here, so one slot besides those of the past is enough.
+        # No draft is refused here: room for one draft besides the past is enough.
         memory = self.drafter.new_memory(len(start), 2, 1, self.dtype)
         for age in range(window - 1, 0, -1):
             step = (start - age).clamp(min=self._first)
@@ -290,9 +290,9 @@ class DrafterLoss:
 
 
 class _NetworkRows:
-    """The network rows of a batch of B windows: the conditional ones, then the unconditional ones that matter.
+    """The network rows of a batch of B windows: all conditional ones, then the unconditional ones of guided windows.
 
-    Without guidance a window's unconditional branch has no part in its output.
+    Without guidance the unconditional branch does not enter the output.
 
     Args:
         guidance: float32 ``[B]``.
@@ -316,7 +316,7 @@ class _NetworkRows:
         return rows.index_select(0, self._rows % len(rows))
 
     def spread(self, rows: Tensor) -> Tensor:
-        """``[2 B, ...]``, with conditional rows in the place of those left out."""
+        """``[2 B, ...]``; conditional rows take the place of the unconditional ones that were left out."""
         return rows.index_select(0, self._spread)
 
 

@@ -19,7 +19,7 @@ class Log(Protocol):
         ...
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Write buffered lines and close the log."""
         ...
 
 
@@ -86,7 +86,7 @@ def _trim(path: Path, step: int) -> None:
         return
     with path.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    # A process that was killed may have left half a line.
+    # A process that was killed may have written half a line.
     kept = [row for row in rows if row["step"].isdigit() and None not in row.values() and int(row["step"]) <= step]
     if len(kept) < len(rows):
         with path.open("w", newline="") as handle:

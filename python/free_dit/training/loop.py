@@ -24,7 +24,7 @@ from free_dit.training.optimizers import kept_shapes, make_optimizer
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, reading, save_checkpoint
 from free_kernels.validation import check_choice, check_int, describe
 
-# Name of the file, in a run's folder, that holds everything needed to go on.
+# File in the folder of a run, from which the run is resumed.
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -68,7 +68,7 @@ def _learning_rate_factor(step: int, config: LoopConfig) -> float:
 
 @contextmanager
 def iteration_seed(seed: int, step: int, stream: int = 0) -> Iterator[None]:
-    """Seed torch from (seed, step, stream), so that a resumed run draws what an uninterrupted one would have drawn.
+    """Seed torch from (seed, step, stream), so that a resumed run draws the numbers of an uninterrupted one.
 
     Streams keep processes, and batches of one iteration, apart.
     """
@@ -136,7 +136,7 @@ class TrainingLoop:
         self._updating = False
         self.out.mkdir(parents=True, exist_ok=True)
         if place.is_first:
-            # A process that was killed while it wrote left these.
+            # Left by a process that was killed while it wrote.
             for path in self.out.glob(f".{CHECKPOINT}.*.tmp"):
                 path.unlink(missing_ok=True)
         if self.checkpoint_path.exists():
@@ -146,7 +146,7 @@ class TrainingLoop:
 
     @property
     def checkpoint_path(self) -> Path:
-        """Where the loop keeps everything that it needs to go on."""
+        """The file from which a run is resumed."""
         return self.out / CHECKPOINT
 
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -157,8 +157,8 @@ class TrainingLoop:
         """Train to the end.
 
         An interrupt (SIGINT or SIGTERM) ends the iteration in progress, writes a checkpoint and raises
-        KeyboardInterrupt. A non-finite loss or gradient stops the run before it reaches the
-        weights, and what was learned until then is kept.
+        KeyboardInterrupt. A non-finite loss or gradient stops the run before the weights are updated, and the
+        weights until then are kept.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite.
@@ -181,7 +181,7 @@ class TrainingLoop:
             bar.close()
             if log is not None:
                 log.close()
-            # After an update that a second signal interrupted, the last whole checkpoint is kept.
+            # If a second signal interrupted an update, the last complete checkpoint is kept.
             if self.step > interrupted_at and not self._updating:
                 self._save()
         if first:
@@ -189,7 +189,7 @@ class TrainingLoop:
             tqdm.write(f"{self.out}: {self.step} iterations, {rate:.1f} it/s")
 
     def _advance(self, log: Log | None, bar: tqdm) -> None:
-        """One iteration, and what falls due after it."""
+        """One iteration, and the log line and checkpoint that are due after it."""
         try:
             metrics = self._iterate()
             if self.step % self.config.log_every == 0:
@@ -222,7 +222,7 @@ class TrainingLoop:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         finite = bool(torch.isfinite(norm))
-        # A loss scale starts too high: the first steps overflow, are skipped, and lower the scale.
+        # The loss scale starts too high: the first steps overflow; they are skipped, and the scale is lowered.
         if not finite and (self.scaler is None or self.scaler.get_scale() <= 1.0):
             raise FloatingPointError(f"train: gradient must be finite, got {norm.item()} at iteration {self.step}")
         self._updating = True
@@ -289,7 +289,7 @@ class TrainingLoop:
         self.step = int(metadata["step"])
 
     def _check_whole(self, parts: dict[str, dict[str, Tensor]], step: object) -> None:
-        """Raise unless a checkpoint holds everything as it is here: what is missing would start anew unnoticed."""
+        """Raise unless a checkpoint holds every tensor in its shape: a missing state would silently start from zero."""
         check_int("train", "step", step, 0, self.config.iterations)
         for part, module in (("model", self.module), ("ema", self.ema)):
             for name, value in module.state_dict().items():
@@ -301,7 +301,7 @@ class TrainingLoop:
         for number, (parameter, wanted) in enumerate(kept_shapes(self.optimizer)):
             name = names[parameter]
             found = {part: kept.pop(f"{number}.{part}", None) for part in wanted}
-            # What never had a gradient has no moments, and its average never moved.
+            # A parameter that never had a gradient has no moments, and its average equals its value.
             untouched = torch.equal(parts["model"][name], parts["ema"][f"module.{name}"])
             if found != wanted and not (untouched and set(found.values()) == {None}):
                 raise ValueError(f"{found} as shapes of adam.{number}, the moments of {name}")
@@ -310,9 +310,9 @@ class TrainingLoop:
 
 
 def _changed(stored: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """Names of the stored values that are others now.
+    """Names of the stored values that differ now.
 
-    Names that only a newer version knows are not in the file, and those of the log change nothing.
+    Settings of newer versions are not in the file and are not compared; the kind of log may change.
     """
     names = []
     for name, value in stored.items():

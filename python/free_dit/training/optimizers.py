@@ -10,7 +10,7 @@ from torch import nn
 from free_kernels.validation import check_choice, fail
 
 OPTIMIZERS = ("adamw", "muon")
-# Muon's step size does not depend on the gradient's size; its learning rate is this multiple of AdamW's.
+# Learning rate of Muon over that of AdamW.
 MUON_RATE = 5.0
 
 
@@ -28,11 +28,11 @@ class Together:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all, in order; their entries may be set."""
+        """The groups of all optimizers, in order; their entries may be set."""
         return [group for one in self.optimizers for group in one.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for one in self.optimizers:
             one.zero_grad(set_to_none=set_to_none)
 
@@ -52,7 +52,7 @@ class Together:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Restore a state of :meth:`state_dict`."""
         for one, first in self._numbered():
             own = one.state_dict()
             count = sum(len(group["params"]) for group in own["param_groups"])
@@ -71,9 +71,9 @@ class Together:
 
 
 def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
-    """Weights of the linear layers between a network's first and last ones: those that lead from width to width.
+    """Weights of the linear layers between the first and the last ones of a network, which map width to width.
 
-    A module says so itself by ``hidden_layers()``, an iterable of its inner modules.
+    Only modules with a method ``hidden_layers()``, an iterable of their inner modules, have any.
     """
     layers = getattr(module, "hidden_layers", None)
     if layers is None:
@@ -89,7 +89,7 @@ def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
 def make_optimizer(
     name: str, module: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer | Together:
-    """The optimizer of a run; ``param_groups`` whose learning rate is another have a ``rate``.
+    """The optimizer of a run; ``param_groups`` with another learning rate have a ``rate``.
 
     Args:
         name: ``"adamw"`` or ``"muon"``, which orthogonalises the updates of the module's inner matrices
@@ -121,7 +121,7 @@ def make_optimizer(
 def kept_shapes(
     optimizer: torch.optim.Optimizer | Together,
 ) -> list[tuple[nn.Parameter, dict[str, torch.Size]]]:
-    """Parameters by their numbers in the state, and the shapes of all that is kept of each once it was updated."""
+    """Parameters in the order of their numbers in the state, and the shapes of the state of each after an update."""
     shapes = []
     for one in optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,):
         for parameter in (p for group in one.param_groups for p in group["params"]):

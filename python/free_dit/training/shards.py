@@ -1,4 +1,4 @@
-"""Trajectories on disk: whole shards that are written once, read a window at a time, and made again from seeds."""
+"""Trajectories on disk, in shards: written once, read a few rows at a time, and made again from seeds if lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from free_kernels.protocols import Target
 from free_kernels.validation import check_int
 
 _SAMPLED_ELEMENTS = 1024
-# Pairs of neighbouring steps that a drafter's scales are taken from: enough for means over tokens, few enough to hold.
+# Pairs of neighbouring steps from which the scales of a drafter are computed.
 _SCALE_PAIRS = 64
 
 
@@ -41,9 +41,9 @@ class ShardStore:
 
     Shard n holds as many images as :class:`Trajectories` that ``make(n)`` returns, images first: ``states``, ``mean``
     and ``std`` ``[B, K, C, H, W]`` float32, ``features [B, K, 2, T, D]`` in the dtype given by ``make``, ``labels`` and
-    ``guidance`` ``[B]``. ``manifest.json`` says what the shards belong to, and each of them carries a digest of that. A
-    shard is written under another name and renamed, so that it is whole or missing; whole ones are used again, missing
-    or broken ones are made again. Disk holds at most ``keep`` shards.
+    ``guidance`` ``[B]``. ``manifest.json`` holds the settings, and each shard a digest of them. A shard is written under
+    another name and renamed, so that it is complete or missing; complete ones are used again, missing or broken ones
+    are made again. Disk holds at most ``keep`` shards.
 
     Args:
         folder: made if missing.
@@ -78,7 +78,7 @@ class ShardStore:
         """Shards ``number - keep + 1`` (or 0) to ``number``; makes those that are missing and removes all others."""
         wanted = range(max(0, number - self.keep + 1), number + 1)
         self._open = {n: shard for n, shard in self._open.items() if n in wanted}
-        # Before anything is made, so that the disk never holds more than the bound.
+        # Removed before new ones are made, so that the disk never holds more than ``keep`` shards.
         needed = {self.path(n) for n in wanted}
         for path in self.folder.glob("*.safetensors*"):
             if path not in needed:
@@ -89,7 +89,7 @@ class ShardStore:
         return ShardWindow([self._open[n] for n in wanted])
 
     def _read(self, number: int) -> _Shard | None:
-        """The shard if its file is whole and belongs here."""
+        """The shard; None if its file is missing, broken or of other settings."""
         try:
             return _Shard(self.path(number), self.digest)
         except (OSError, SafetensorError, ValueError):

@@ -40,13 +40,12 @@ def calibrate(target: Target, drafter: FeatureDrafter, config: DrafterTrainConfi
             schedule,
             labels[part],
             guidance[part],
-            # Noise that training never draws.
+            # A seed whose noise training never draws.
             2**63 + config.loop.seed,
             first_image=part.start,
             storage=Storage(DTYPES[config.feature_dtype]),
         )
         tables.append(acceptance_by_lookahead(target, drafter, schedule, data, lookahead))
-        # Before the next part is made.
         del data
     table = tables[0]
     if len(tables) > 1:
@@ -79,7 +78,7 @@ def train_drafter(
         ConnectionError: another process of the run ended or fell silent.
     """
     config.check()
-    # A flow model's timesteps are ticks of a finer time.
+    # A flow model counts finer timesteps than the drafter: this many of them are one of the drafter's.
     schedule = make_schedule(config.schedule, target, config.num_steps)
     unit = max(1, schedule.num_train_steps // config.drafter.num_timesteps)
     config = replace(config, drafter=replace(config.drafter, time_unit=unit))
@@ -95,7 +94,7 @@ def train_drafter(
             drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
         drafter.to(device)
         loss = DrafterLoss(target, drafter, config, place, out / "trajectories")
-        # Scales are part of the checkpoint; with several processes the first one's are given to all.
+        # A checkpoint holds the scales. With several processes all take those of the first one.
         if not (out / CHECKPOINT).exists():
             loss.fit_scales()
         loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler)

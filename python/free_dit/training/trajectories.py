@@ -1,4 +1,4 @@
-"""On-policy trajectories of a target: what a drafter learns from and is measured on. Needs labels, no images."""
+"""Trajectories that a target's sampler takes: training and test data of a drafter. Needs labels, no images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a second process costs: messages between two, and how much slower one runs while the other is busy.
+"""Costs of a second process: messages between the two, and the slowdown of one while the other is busy.
 
 Run ``torchrun --nproc-per-node 2 -m free_dit.experiments.scale.link OUT.json MODEL {cpu,cuda}``; the command
 ``scale-model`` does.
@@ -82,7 +82,7 @@ def link_cost_and_slowdown(call: Callable[[], object], device: torch.device) -> 
 
 
 def main() -> None:
-    """One of two processes; rank 0 writes what it found."""
+    """Measure as one of two processes; rank 0 writes the result."""
     out, model, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Tables and a picture of predictions, and of what was measured beside them."""
+"""Tables and a picture of predictions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_report(
 
 
 def _crossovers(found: list[Choice]) -> dict[str, dict[str, int | None]]:
-    """By number of GPUs, then for the best layout and each kind: the first batch from which on drafts do not pay."""
+    """By number of GPUs, then for the best layout and each kind: the smallest batch from which on drafts do not pay."""
     table: dict[str, dict[str, int | None]] = {}
     for gpus in dict.fromkeys(choice.speculative.gpus for choice in found):
         own = [choice for choice in found if choice.speculative.gpus == gpus]
