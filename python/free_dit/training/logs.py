@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Protocol
 
 from free_kernels.validation import check_choice, fail
 
 LOGS = ("csv", "tensorboard")
-
-
-class Log(Protocol):
-    """Metrics of a run by iteration."""
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add a line."""
-        ...
-
-    def close(self) -> None:
-        """Write buffered lines and close the log."""
-        ...
 
 
 class CsvLog:
@@ -69,6 +56,9 @@ class TensorBoardLog:
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+
+Log = CsvLog | TensorBoardLog
 
 
 def open_log(kind: str, folder: Path, step: int) -> Log:

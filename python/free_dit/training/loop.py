@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,17 +82,6 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def _naming_the_checkpoint(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Every error in reading a checkpoint becomes a CheckpointError that names the file."""
-
-    @functools.wraps(load)
-    def named(loop: TrainingLoop) -> None:
-        with reading("train", loop.checkpoint_path, "a whole training checkpoint"):
-            load(loop)
-
-    return named
-
-
 class TrainingLoop:
     """Runs ``loss_fn(step)`` for the configured iterations; resumes from ``out/checkpoint.safetensors`` if present.
 
@@ -140,7 +128,8 @@ class TrainingLoop:
             for path in self.out.glob(f".{CHECKPOINT}.*.tmp"):
                 path.unlink(missing_ok=True)
         if self.checkpoint_path.exists():
-            self._load()
+            with reading("train", self.checkpoint_path, "a whole training checkpoint"):
+                self._load()
         place.check_agreement(self.step, self.device)
         self._own_loss, self.loss_fn = loss_fn, place.parallel(module, loss_fn)
 
@@ -263,7 +252,6 @@ class TrainingLoop:
             metadata["scaler"] = self.scaler.state_dict()
         save_checkpoint(self.checkpoint_path, tensors, metadata)
 
-    @_naming_the_checkpoint
     def _load(self) -> None:
         tensors, metadata = load_checkpoint(self.checkpoint_path, "training")
         changed = _changed(metadata["identity"], self.identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ class Together:
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
+        counts = (sum(len(group["params"]) for group in one.param_groups) for one in optimizers)
+        # Of each optimizer the number of its first parameter, and the end.
+        self._first = [0, *accumulate(counts)]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -43,31 +47,17 @@ class Together:
 
     def state_dict(self) -> dict[str, Any]:
         """``{"state": {parameter number: its state}}``."""
-        return {
-            "state": {
-                first + index: state
-                for one, first in self._numbered()
-                for index, state in one.state_dict()["state"].items()
-            }
-        }
+        states: dict[int, Any] = {}
+        for one, first in zip(self.optimizers, self._first, strict=False):
+            states |= {first + index: state for index, state in one.state_dict()["state"].items()}
+        return {"state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state of :meth:`state_dict`."""
-        for one, first in self._numbered():
-            own = one.state_dict()
-            count = sum(len(group["params"]) for group in own["param_groups"])
-            own["state"] = {
-                index - first: state for index, state in state_dict["state"].items() if first <= index < first + count
-            }
-            one.load_state_dict(own)
-
-    def _numbered(self) -> list[tuple[torch.optim.Optimizer, int]]:
-        """The optimizers and the number of each one's first parameter."""
-        first, numbered = 0, []
-        for one in self.optimizers:
-            numbered.append((one, first))
-            first += sum(len(group["params"]) for group in one.param_groups)
-        return numbered
+        states = state_dict["state"]
+        for one, (first, end) in zip(self.optimizers, pairwise(self._first), strict=True):
+            own = {index - first: states[index] for index in states if first <= index < end}
+            one.load_state_dict(one.state_dict() | {"state": own})
 
 
 def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:

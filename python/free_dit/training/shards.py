@@ -41,9 +41,9 @@ class ShardStore:
 
     Shard n holds as many images as :class:`Trajectories` that ``make(n)`` returns, images first: ``states``, ``mean``
     and ``std`` ``[B, K, C, H, W]`` float32, ``features [B, K, 2, T, D]`` in the dtype given by ``make``, ``labels`` and
-    ``guidance`` ``[B]``. ``manifest.json`` holds the settings, and each shard a digest of them. A shard is written under
-    another name and renamed, so that it is complete or missing; complete ones are used again, missing or broken ones
-    are made again. Disk holds at most ``keep`` shards.
+    ``guidance`` ``[B]``. ``manifest.json`` holds the settings, and each shard a digest of them. A shard is written
+    under another name and renamed, so that it is complete or missing; complete ones are used again, missing or broken
+    ones are made again. Disk holds at most ``keep`` shards.
 
     Args:
         folder: made if missing.

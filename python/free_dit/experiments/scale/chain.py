@@ -108,7 +108,7 @@ class CommitChain:
 
     @cached_property
     def drafting(self) -> np.ndarray:
-        """``[L]``, share of an image's rounds that have more than j rows, so of the rounds of a slot that is never idle."""
+        """``[L]``, share of the rounds, of an image or of a slot that is never idle, with more than j rows."""
         more = self.rows[:, None] > np.arange(self.length)
         return (self.visits @ more / self.rounds).clip(0.0, 1.0)
 
