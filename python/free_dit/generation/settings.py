@@ -24,7 +24,7 @@ class ChainSettings:
 
     Attributes:
         steps: sampling steps K.
-        draft_length: rows of a round for one image; 1 for the ordinary sampler.
+        draft_length: rows of a round for one image.
         guidance: classifier-free guidance scale; 1 is none.
         seed: seed of all noise; an image depends on it and on the image's index.
     """

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from free_dit.experiments.analysis import RoundRecorder, TimelineRound
 from free_dit.experiments.network_calls import NetworkCalls, timed_in_turn
-from free_dit.experiments.scale.prediction import Inputs, write_inputs
+from free_dit.experiments.scale.prediction import Inputs
 from free_dit.experiments.wall_clock import machine
-from free_dit.loading import load_drafter, load_target
 from free_dit.networks.families import device_of
 from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
-from free_kernels.drafters import as_drafter
 from free_kernels.protocols import Drafter, Target, first_drafted_step
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -216,27 +214,3 @@ def measure(
         first_step=first_drafted_step(drafter) == 0,
     )
     return inputs, {"machine": facts, "turns": turns, "images": images, "draft_length": length, "link": link}
-
-
-def write_measurements(
-    path: Path,
-    model: str,
-    drafter: str,
-    num_steps: int,
-    guidance: float,
-    device: torch.device,
-) -> None:
-    """Measure a model on this machine and write what :func:`read_inputs` of ``prediction.py`` reads.
-
-    Args:
-        path: the file.
-        model: a bundled model's name, or a model.safetensors.
-        drafter: "bundled", "frozen", or a drafter.safetensors.
-        num_steps: K.
-        guidance: 1 is none.
-        device: where to measure.
-    """
-    target, bundled = load_target(model, device)
-    chosen = as_drafter("scale_model", load_drafter(drafter, target, bundled), target)
-    link = measure_link(model, device)
-    write_inputs(path, *measure(target, chosen, link, model=model, num_steps=num_steps, guidance=guidance))
