@@ -27,7 +27,7 @@ def draw_set(
         settings, drafter = replace(settings, drafter=None, draft_length=1), None
     else:
         drafter = load_drafter(settings.drafter, target, bundled)
-    return run_generate(folder, target, drafter, settings, model=model, device=device, progress=progress, wait=wait)
+    return run_generate(folder, target, drafter, settings, model=model, progress=progress, wait=wait)
 
 
 def generate(
