@@ -249,7 +249,10 @@ def test_calibration_in_parts_is_that_in_one():
     torch.testing.assert_close(parts, whole, rtol=0, atol=2e-4)
 
 
-def linear_loop(out, loss, accumulate: int = 1, scaler=None, iterations: int = 4) -> TrainingLoop:
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def linear_loop(out, loss, accumulate: int = 1, scaler=NO_SCALER, iterations: int = 4) -> TrainingLoop:
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1)
     config = LoopConfig(iterations=iterations, warmup=1, accumulate=accumulate, log_every=1)

@@ -94,7 +94,7 @@ class TrainingLoop:
         out: folder of checkpoint and log; made if missing. All processes see the same one.
         identity: plain values that must not change between a run and its resumption.
         place: where this process stands among those of the run.
-        scaler: scales the loss against underflow of float16 gradients; None where nothing is float16.
+        scaler: scales the loss against underflow of float16 gradients; one that is not enabled changes nothing.
 
     Raises:
         ValueError: a wrong setting of the loop.
@@ -109,7 +109,7 @@ class TrainingLoop:
         out: Path,
         identity: dict[str, Any],
         place: Place = Place(),
-        scaler: torch.amp.GradScaler | None = None,
+        scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu", enabled=False),
     ) -> None:
         check_choice("train", "log", config.log, LOGS)
         check_int("train", "accumulate", config.accumulate, 1)
@@ -207,19 +207,15 @@ class TrainingLoop:
         self.optimizer.zero_grad(set_to_none=True)
         batches = [self._backward(number) for number in range(self.config.accumulate)]
         metrics = {name: sum(one[name] for one in batches) / len(batches) for name in batches[0]}
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         finite = bool(torch.isfinite(norm))
         # The loss scale starts too high: the first steps overflow; they are skipped, and the scale is lowered.
-        if not finite and (self.scaler is None or self.scaler.get_scale() <= 1.0):
+        if not finite and self.scaler.get_scale() <= 1.0:
             raise FloatingPointError(f"train: gradient must be finite, got {norm.item()} at iteration {self.step}")
         self._updating = True
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if finite:
             self.ema.update_parameters(self.module)
         self.step += 1
@@ -237,7 +233,7 @@ class TrainingLoop:
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"train: loss must be finite, got {loss.item()} at iteration {self.step}")
             share = loss if batches == 1 else loss / batches
-            (share if self.scaler is None else self.scaler.scale(share)).backward()
+            self.scaler.scale(share).backward()
         return {"loss": loss.item(), **metrics}
 
     def _save(self) -> None:
@@ -248,7 +244,7 @@ class TrainingLoop:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
         metadata = {"kind": "training", "step": self.step, "identity": self.identity}
-        if self.scaler is not None:
+        if self.scaler.is_enabled():
             metadata["scaler"] = self.scaler.state_dict()
         save_checkpoint(self.checkpoint_path, tensors, metadata)
 
@@ -272,7 +268,7 @@ class TrainingLoop:
             index, _, key = name.partition(".")
             state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
-        if self.scaler is not None and metadata.get("scaler"):
+        if metadata.get("scaler"):
             self.scaler.load_state_dict(metadata["scaler"])
         self.step = int(metadata["step"])
 

@@ -88,7 +88,7 @@ def train_drafter(
     changes_nothing = ("compile", "calibration_images", "max_rows", "process_timeout_s")
     identity = {k: v for k, v in asdict(config).items() if k not in changes_nothing}
     identity |= {"target": target_name, "target_fingerprint": target_fingerprint(target)}
-    scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     with place.joined(device, config.process_timeout_s):
         with iteration_seed(config.loop.seed, -1):
             drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
