@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from free_dit.commands.generate import draw_set
-from free_dit.commands.shared import console, device_of
+from free_dit.commands.shared import console, device_of, draw_set
 from free_dit.evaluation.extractors import load_extractor
 from free_dit.evaluation.report import EvaluationSettings, render
 from free_dit.evaluation.report import evaluate as run_evaluate

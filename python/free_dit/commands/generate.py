@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from tyro.conf import OmitArgPrefixes, arg
 
-from free_dit.commands.shared import console, device_of
+from free_dit.commands.shared import console, device_of, draw_set
 from free_dit.generation import DrawSettings, GenerateSettings, SampleFolder
-from free_dit.generation import generate as run_generate
 from free_dit.generation.sample_folder import SUMS, WHERE
-from free_dit.loading import load_drafter, load_target
-
-
-def draw_set(
-    folder: Path, model: str, settings: GenerateSettings, device: torch.device, *, progress: bool, wait: bool = False
-) -> tuple[list[int], list[int]]:
-    """:func:`free_dit.generation.generate` with a model and a drafter by name; ``"none"`` is the ordinary sampler."""
-    target, bundled = load_target(model, device)
-    if settings.drafter in ("none", None):
-        settings, drafter = replace(settings, drafter=None, draft_length=1), None
-    else:
-        drafter = load_drafter(settings.drafter, target, bundled)
-    return run_generate(folder, target, drafter, settings, model=model, progress=progress, wait=wait)
 
 
 def generate(

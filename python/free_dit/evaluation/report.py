@@ -89,19 +89,18 @@ class _Subject:
 
     Attributes:
         found: features, logits and labels of all images.
-        strata: labels to resample within, of all images.
         points: float64 ``[rows, D]`` on the device, features of the first images.
-        row_strata: labels to resample within, of the first images.
+        row_strata: labels of the first images, to resample within.
         sample: what the bootstrap takes of the set.
         means: mean kernels with the reference, where that is a set of images.
     """
 
     def __init__(self, found: Features, settings: EvaluationSettings, device: torch.device | str) -> None:
-        self.found, self.strata = found, _strata(found.labels, len(found.features))
+        self.found = found
         self.points = torch.from_numpy(found.features[: settings.rows]).double().to(device)
         self.row_strata = _strata(None if found.labels is None else found.labels[: settings.rows], len(self.points))
-        logits = found.logits.astype(np.float64)
-        self.sample = Sample(found.features.astype(np.float64), log_softmax(logits, 1), self.strata)
+        logits, strata = found.logits.astype(np.float64), _strata(found.labels, len(found.features))
+        self.sample = Sample(found.features.astype(np.float64), log_softmax(logits, 1), strata)
         self.means: KernelMeans | None = None
 
     @cached_property
@@ -184,7 +183,7 @@ def evaluate(
     resampled = bootstrap(
         {name: subject.sample for name, subject in subjects.items()},
         (reference.mu, reference.sigma) if baseline is None else baseline.sample.features,
-        None if baseline is None else baseline.strata,
+        None if baseline is None else baseline.sample.strata,
         resamples=settings.resamples,
         seed=settings.resampling_seed,
         paired=settings.paired,
