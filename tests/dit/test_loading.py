@@ -16,6 +16,7 @@ from free_dit.checkpoints import (
     diffusers_config,
     use_original_arithmetic,
 )
+from free_dit.generation import ChainSettings
 from free_dit.loading import load_target
 from free_dit.networks.families import save_model
 from free_kernels import DiTTarget, FeatureDrafter
@@ -90,7 +91,7 @@ def test_each_format_is_read_and_trained_for_and_sampled(tmp_path, kind):
     if heads(kind) is None:
         picture = tmp_path / "sample.png"
         drawn = str(run / "None" / "drafter.safetensors")
-        cli.sample(picture, str(path), drawn, num=4, steps=12, guidance=2.0)
+        cli.sample(picture, str(path), drawn, num=4, chain=ChainSettings(steps=12, guidance=2.0))
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
