@@ -21,9 +21,8 @@ import torch
 from free_dit import load_bundled
 from free_dit.experiments.scale.chain import CommitChain, acceptance_table
 from free_dit.experiments.scale.measure import AcceptanceCounts
-from free_dit.experiments.scale.page import render_batching
 from free_dit.experiments.wall_clock import machine
-from free_dit.markdown import fill_page
+from free_dit.markdown import fill_page, table
 from free_kernels import DDPMSchedule, PhiloxNoise, RoundInfo, SampleIterator, sample_iter
 from free_kernels.protocols import first_drafted_step
 
@@ -144,6 +143,44 @@ def measure(images: int, slots: int, length: int, steps: int, seed: int, counts_
     return found
 
 
+def render(found: dict[str, Any]) -> str:
+    """Continuous batching against fixed batches."""
+    settings, continuous, fixed = found["settings"], found["continuous"], found["fixed"]
+    lines = [
+        f"{settings['images']} images, {settings['steps']} steps, {settings['slots']} slots, draft length "
+        f"{settings['draft_length']}, bundled digits pair, {settings['cpu']}, {settings['threads']} thread; "
+        f"`{settings['command']}`.",
+        "",
+    ]
+    headers = ["", "packed calls", "rows over slots x L", "busy slots", "images/s"]
+    rows = [
+        [
+            name,
+            str(side["calls"]),
+            f"{side['rows_full']:.1%}",
+            f"{side['slots_busy']:.1%}",
+            "not timed" if side["images_per_s"] is None else f"{side['images_per_s']:.2f}",
+        ]
+        for name, side in (("continuous", continuous), ("fixed batches, from rounds per image", fixed))
+    ]
+    lines += table(headers, rows)
+    mean = found["rounds_per_image"]
+    lines.append(
+        f"An image takes {mean['mean']:.1f} rounds ({mean['low']} to {mean['high']}); in fixed batches "
+        f"{found['wasted_rounds']:.1%} of the slots' rounds pass without an image."
+    )
+    lines.append("")
+    headers = ["fixed over continuous", "ratio"]
+    rows = [
+        ["packed calls", f"{found['calls_ratio']:.3f}"],
+        ["packed calls, predicted by the chain of rounds from this run's acceptance", f"{found['chain_ratio']:.3f}"],
+    ]
+    if found["throughput_ratio"] is not None:
+        rows.append(["time, predicted from rounds per image and a round's cost", f"{found['predicted_ratio']:.3f}"])
+        rows.append(["time, measured", f"{found['throughput_ratio']:.3f}"])
+    return "\n".join([*lines, *table(headers, rows)])
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,7 +195,7 @@ def main() -> None:
     chosen = parser.parse_args()
     out = chosen.docs / "scale" / "batching.json"
     if chosen.render_only:
-        fill_page(chosen.docs / "scale-model.md", "batching", render_batching(json.loads(out.read_text())))
+        fill_page(chosen.docs / "scale-model.md", "batching", render(json.loads(out.read_text())))
         return
     settings = {"images": chosen.images, "slots": chosen.slots, "draft_length": chosen.draft_length}
     settings |= {"steps": chosen.steps, "seed": chosen.seed}
@@ -169,8 +206,8 @@ def main() -> None:
     found = {"settings": settings | {"command": command} | machine()} | found
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")
-    fill_page(chosen.docs / "scale-model.md", "batching", render_batching(found))
-    print(render_batching(found), f"\nwrote {out}")
+    fill_page(chosen.docs / "scale-model.md", "batching", render(found))
+    print(render(found), f"\nwrote {out}")
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ import torch
 import torch.distributed as dist
 
 from free_dit.configuration import CONFIGS
-from free_dit.experiments.scale.link import link_figures
-from free_dit.experiments.scale.measure import measure, target_call
-from free_dit.experiments.scale.page import build_report, render, render_validation, write_figures
+from free_dit.experiments.network_calls import NetworkCalls
+from free_dit.experiments.scale.link import link_cost_and_slowdown
+from free_dit.experiments.scale.measure import measure
+from free_dit.experiments.scale.page import build_report, render, write_data
 from free_dit.experiments.scale.prediction import Inputs, Layout, predict, read_inputs
 from free_dit.loading import load_target
-from free_dit.markdown import fill_page
+from free_dit.markdown import fill_page, table
 from free_kernels import DDPMSchedule, SampleResult, sample
 from free_kernels.distributed import api as distributed
 
@@ -93,6 +94,27 @@ def cases(
     return rows
 
 
+def render_validation(measured: dict[str, Any]) -> str:
+    """Two processes against one, measured beside predicted."""
+    settings = measured["settings"]
+    lines = [
+        f"{measured['inputs']['origin']}; draft length {settings['draft_length']}, {settings['turns']} interleaved "
+        f"turns, median (range); `{settings['command']}`. Every rank has one thread of {settings['cores']} cores. "
+        f"Speed is one process's time over two's.",
+        "",
+    ]
+    rows = []
+    for case in measured["cases"]:
+        speed = case["speed"]
+        shown = "" if speed is None else f"{speed['median']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})"
+        predicted = "" if speed is None else f"{case['predicted_speed']:.2f}"
+        seconds = f"{case['seconds']:.2f}"
+        same = "" if speed is None else f"{case['different_images']} of {case['images']}, {case['difference']:.1e}"
+        rows.append([case["mode"], str(case["batch"]), seconds, f"{case['predicted_s']:.2f}", shown, predicted, same])
+    headers = ["mode", "batch", "seconds", "predicted", "speed", "predicted", "images that differ, largest difference"]
+    return "\n".join([*lines, *table(headers, rows)])
+
+
 def render_page(docs: Path, measured: dict[str, Any] | None) -> None:
     """Renew all of the page's predictions, and what it says of the measurements if there are any."""
     page, scale = docs / "scale-model.md", docs / "scale"
@@ -105,7 +127,7 @@ def render_page(docs: Path, measured: dict[str, Any] | None) -> None:
         parts[f"what-if {side}"] = (name, *read_inputs(CONFIGS / f"{name}.toml"))
     for part, (name, inputs, details) in parts.items():
         report = build_report(inputs, details)
-        write_figures(report, scale, name)
+        write_data(report, scale, name)
         fill_page(page, part, render(report))
 
 
@@ -135,7 +157,7 @@ def main() -> None:
         parser.error(f"takes two processes, got {dist.get_world_size()}")
     target, drafter = load_target("digits", device)
     with torch.inference_mode():
-        link = link_figures(target_call(target, 8), device)
+        link = link_cost_and_slowdown(NetworkCalls(target, 8).target, device)
     leads = dist.get_rank() == 0
     if leads:
         quick = {"turns": 2, "images": 8, "length": 6} if arguments.quick else {}

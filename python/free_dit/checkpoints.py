@@ -19,9 +19,9 @@ from free_kernels.checkpoint import CheckpointError
 from free_kernels.targets import is_diffusers_dit
 from free_kernels.validation import describe, fail
 
-# Where a training checkpoint keeps its weights, best first; a published file is the state dict itself.
+# Keys of the weights in a training checkpoint, the preferred one first; a published file is the state dict itself.
 _NESTED = ("ema", "model", "state_dict")
-# What wrappers put before every name.
+# Prefixes that wrappers add to every name.
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -70,23 +70,6 @@ def load_dit_checkpoint(
     except RuntimeError as error:
         raise CheckpointError(f"{where}: {path} must hold an original-style DiT; {error}") from error
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-def save_dit_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Write a DiT's state dict as the published ``.pt`` files are.
-
-    Raises:
-        OSError: the path cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary
-        )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def infer_config(
@@ -278,11 +261,11 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int
 
 
 def _read(where: str, path: Path) -> object:
-    """What the file holds, on the CPU."""
+    """The content of a file, on the CPU."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # The original's training checkpoints hold the command line's arguments, a plain bag of values.
+        # The original's training checkpoints also hold the arguments of the command line, as plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -291,7 +274,7 @@ def _read(where: str, path: Path) -> object:
 
 
 def _unwrapped(where: str, path: Path, held: object) -> dict[str, Tensor]:
-    """The state dict in what a file holds."""
+    """The state dict in the content of a file."""
     while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
         inner = next((held[name] for name in _NESTED if isinstance(held.get(name), Mapping)), None)
         if inner is None:

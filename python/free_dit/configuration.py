@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-# The files that ship with the package.
+# Configurations that are part of the package.
 CONFIGS = Path(__file__).parent / "configs"
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Image data sets that ship inside well-known packages, so that nothing is downloaded."""
+"""Image data sets that are part of well-known packages, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def load_digits(split: str = "train", held_out: float = 0.2) -> ImageData:
     return ImageData(images, torch.from_numpy(raw.target[index]).long(), num_classes=10, level_width=0.125)
 
 
-# Class by class: a colour photograph that comes inside scikit-image's or scikit-learn's wheel.
+# One photograph for each class, from the wheels of scikit-image and scikit-learn.
 PHOTOGRAPHS = (
     "astronaut",
     "chelsea",

@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,19 @@ import numpy as np
 
 from free_kernels.validation import fail
 
-# What a truncated, overwritten or foreign .npz raises; every member of a .npz carries a checksum.
+# Errors of a truncated, overwritten or foreign .npz; every member of a .npz has a checksum.
 BROKEN = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 def write_files(files: Mapping[Path, bytes], workspace: Path | None = None) -> None:
-    """Write files in order; a crash at any moment, of the machine too, leaves of each the old one or the new one.
+    """Write files in order; after a crash at any moment, also of the machine, each is the old file or the new one.
 
-    On return all of them are on the disk, and so are their names.
+    On return all files and the entries of their folders are on the disk.
 
     Args:
         files: contents by path; folders are made.
-        workspace: an existing folder of this process on the same file system for what is not whole yet; beside each
-            file if None.
+        workspace: an existing folder of this process on the same file system, where files are written before they are
+            renamed; the folder of each file if None.
 
     Raises:
         OSError: names the file that could not be written; those before it are whole.
@@ -44,7 +46,7 @@ def write_files(files: Mapping[Path, bytes], workspace: Path | None = None) -> N
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            # An error of a write (a full disk) does not name its file.
+            # The error of a failed write (a full disk) does not name the file.
             error.filename, error.filename2 = str(path), None
             raise
         finally:
@@ -69,8 +71,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 def json_bytes(value: object) -> bytes:
-    """Indented JSON without NaN, as files of this package hold it."""
+    """Indented JSON without NaN, the format of all JSON files of this package."""
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def plain(value: Any, digits: int = 6) -> Any:
+    """The value in types of JSON: arrays as lists, floats rounded to ``digits``, NaN and infinities as null."""
+    if is_dataclass(value):
+        value = asdict(value)  # type: ignore[arg-type]
+    if isinstance(value, dict):
+        return {str(key): plain(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain(item, digits) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def write_json(path: Path, value: object) -> None:
@@ -93,8 +108,31 @@ def read_json(where: str, path: Path) -> dict[str, Any]:
     return value
 
 
+def keep_settings(where: str, path: Path, settings: dict[str, Any], held: str) -> None:
+    """Write the settings of a folder into it, or compare them with those that an earlier run wrote.
+
+    Args:
+        where: the caller, for errors.
+        path: a file in the folder.
+        settings: plain values.
+        held: what the folder holds, for errors.
+
+    Raises:
+        ValueError: the folder has other settings.
+    """
+    if not path.exists():
+        write_json(path, settings)
+        return
+    kept = read_json(where, path)
+    changed = sorted(name for name in settings.keys() | kept.keys() if settings.get(name) != kept.get(name))
+    if changed:
+        shown = ", ".join(f"{name} {kept.get(name)!r} (now {settings.get(name)!r})" for name in changed)
+        advice = "choose another --out or remove it"
+        raise ValueError(f"{where}: {path.parent} must hold {held} of the same settings, got {shown}; {advice}")
+
+
 def array_bytes(arrays: dict[str, np.ndarray]) -> bytes:
-    """The contents of an ``.npz``, equal for equal arrays."""
+    """The bytes of an ``.npz``; equal arrays give equal bytes."""
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""Signals that wait for the end of an iteration."""
+"""Signals that are handled at the end of an iteration, not within it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def deferred_interrupts() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list that is yielded instead of interrupting half an update.
+    """Collect SIGINT and SIGTERM in the list that is yielded, so that they do not interrupt an update of the weights.
 
     A second signal interrupts at once. Outside the main thread, where handlers cannot be set, the list stays empty.
     """

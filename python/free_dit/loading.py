@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from free_dit.bundled import bundled_names, load_bundled
-from free_dit.networks.families import load_model
+from free_dit.networks.families import device_of, load_model
 from free_kernels import FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError
 from free_kernels.protocols import Drafter, Target
@@ -65,7 +65,7 @@ def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) ->
         if bundled is None:
             raise ValueError("--drafter must be 'frozen' or a drafter file for a model that is not bundled")
         return bundled
-    return FeatureDrafter.load(choice, target).to(getattr(target, "device", "cpu"))
+    return FeatureDrafter.load(choice, target).to(device_of(target))
 
 
 def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tuple[Any, Drafter | None]:
@@ -93,7 +93,7 @@ def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tupl
 
 
 def _kind(path: Path) -> str | None:
-    """What lies at a path, from names and headers alone; None if it is nothing that is known."""
+    """The kind of checkpoint at a path, by names and headers; None if it is not a known one."""
     if path.is_dir():
         if (path / "model_index.json").is_file() and (path / "transformer" / "config.json").is_file():
             return "pipeline"

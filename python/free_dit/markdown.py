@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of a table, and an empty one."""
+    """Lines of a table, followed by an empty line."""
     headings = list(headings)
     lines = ["| " + " | ".join(row) + " |" for row in (headings, *rows)]
     return [lines[0], "|" + "---|" * len(headings), *lines[1:], ""]
 
 
 def decimals(values: Iterable[float], digits: int) -> list[str]:
-    """Cells with so many decimals."""
+    """Cells with ``digits`` decimals."""
     return [f"{value:.{digits}f}" for value in values]
 
 

@@ -23,7 +23,8 @@ from free_dit.experiments.analysis import (
     pooled_mean,
     timeline,
 )
-from free_dit.experiments.analysis_plots import NAMES, plain, write_figures
+from free_dit.experiments.analysis_plots import NAMES, write_figures
+from free_dit.files import plain
 from free_dit.networks.families import save_model
 from free_kernels import DDPMSchedule, DiTTarget, ancestral_sample
 

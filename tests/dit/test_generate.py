@@ -466,9 +466,9 @@ def test_what_a_set_says_of_its_sampling(tmp_path, pair):
     draw(tmp_path / "speculative", pair)
     target, _ = pair
     generate(tmp_path / "ordinary", target, None, replace(TINY, drafter=None))
-    found = SampleFolder.open(tmp_path / "ordinary").sampling_figures()
+    found = SampleFolder.open(tmp_path / "ordinary").sampling_statistics()
     assert found == {"call_reduction": 1.0, "acceptance": None, "rows_per_step": 1.0, "bias_bound": 0.0}
-    found = SampleFolder.open(tmp_path / "speculative").sampling_figures()
+    found = SampleFolder.open(tmp_path / "speculative").sampling_statistics()
     assert 1 <= found["call_reduction"] <= 3
     assert 0 <= found["acceptance"] <= 1
 

@@ -22,7 +22,7 @@ from free_dit.train_drafter import calibrate, train_drafter
 from free_dit.training.drafter_loss import DrafterLoss
 from free_dit.training.loop import LoopConfig, TrainingLoop
 from free_dit.training.shards import ShardStore, target_fingerprint
-from free_dit.training.trajectories import Trajectories, collect, make_schedule, noised_chains
+from free_dit.training.trajectories import Storage, Trajectories, collect, make_schedule, noised_chains
 from free_kernels import DDPMSchedule, FeatureDrafter, sample
 from free_kernels.checkpoint import CheckpointError
 
@@ -36,11 +36,11 @@ def trajectories(count: int = 5, **settings) -> Trajectories:
 
 def test_trajectories_in_parts_are_those_in_one():
     whole = trajectories()
-    for settings in ({"max_rows": 4}, {"max_rows": 5}, {"images_first": True}):
+    for settings in ({"max_rows": 4}, {"max_rows": 5}, {"storage": Storage(images_first=True)}):
         parts = trajectories(**settings)
         for name in ("states", "features", "mean", "std"):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-5)
-    halves = trajectories(dtype=torch.bfloat16)
+    halves = trajectories(storage=Storage(torch.bfloat16))
     assert halves.features.dtype == torch.bfloat16
     assert torch.equal(halves.features, whole.features.bfloat16())
     assert torch.equal(halves.states, whole.states)
@@ -68,7 +68,9 @@ class Store:
     def make(self, number: int) -> Trajectories:
         self.made.append(number)
         guidance = torch.full((2,), 1.5)
-        return collect(tiny_target(), DDPMSchedule(6), torch.tensor([0, 2]), guidance, number, images_first=True)
+        return collect(
+            tiny_target(), DDPMSchedule(6), torch.tensor([0, 2]), guidance, number, storage=Storage(images_first=True)
+        )
 
 
 def test_whole_shards_are_used_again_and_missing_ones_made_again(tmp_path):
@@ -247,7 +249,10 @@ def test_calibration_in_parts_is_that_in_one():
     torch.testing.assert_close(parts, whole, rtol=0, atol=2e-4)
 
 
-def linear_loop(out, loss, accumulate: int = 1, scaler=None, iterations: int = 4) -> TrainingLoop:
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def linear_loop(out, loss, accumulate: int = 1, scaler=NO_SCALER, iterations: int = 4) -> TrainingLoop:
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1)
     config = LoopConfig(iterations=iterations, warmup=1, accumulate=accumulate, log_every=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from free_dit import DiT, DiTConfig
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training.acceptance import acceptance_by_lookahead
-from free_dit.training.drafter_loss import _NetworkRows
+from free_dit.training.drafter_loss import _NetworkRows, _Windows
 from free_dit.training.loop import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.training.trajectories import collect
 from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter, sample
@@ -238,11 +238,12 @@ def test_a_training_window_remembers_the_steps_before_it(target):
     image, start = torch.arange(4), torch.tensor([0, 1, 2, 7])
     y = torch.cat([data.labels[:4], torch.full((4,), 10)])
     rows = _NetworkRows(data.guidance[:4], True, torch.device("cpu"))
-    memory = loss._past(data, image, start, y, rows)
+    windows = _Windows(data, image, y, rows)
+    memory = loss._past(windows, start)
     assert memory._length.tolist() == [[0, 1, 2, 2] * 2]
-    parents = loss._parents(data, start, image, rows)
+    parents = loss._parents(windows, start)
     poison(memory)
-    got = loss._draft(parents, data, image, start, y, memory, rows)
+    got = loss._draft(windows, parents, start, memory)
     for row in range(8):
         past, i = [], row % 4
         for k in range(max(0, int(start[i]) - 2), int(start[i]) + 1):

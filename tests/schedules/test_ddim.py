@@ -12,6 +12,7 @@ from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, Perfe
 
 import free_kernels.sampling.round
 from free_dit import cli, load_bundled
+from free_dit.generation import ChainSettings
 from free_kernels import DDIMSchedule, DDPMSchedule, ancestral_sample, sample
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
@@ -141,7 +142,7 @@ def test_deterministic_steps_are_the_ordinary_samplers_only():
 
 
 def test_command_line(tmp_path):
-    cli.sample(tmp_path / "x.npz", drafter="ddim", num=2, steps=5, seed=3)
+    cli.sample(tmp_path / "x.npz", drafter="ddim", num=2, chain=ChainSettings(steps=5, seed=3))
     with np.load(tmp_path / "x.npz") as file:
         shown = file["arr_0"][..., 0]
     target, _ = load_bundled("digits")

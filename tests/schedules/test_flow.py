@@ -15,6 +15,7 @@ import free_kernels.sampling.round
 from free_dit import DiT, DiTConfig, cli, load_bundled
 from free_dit.bundled import MODELS
 from free_dit.data import load_digits
+from free_dit.generation import ChainSettings
 from free_dit.networks.families import load_model, save_model, schedule_for
 from free_dit.networks.sit import SiT
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
@@ -464,7 +465,7 @@ class TestBundled:
 
     def test_command_line(self, tmp_path):
         """The schedule follows the model."""
-        cli.sample(tmp_path / "x.npz", "digits_sit", num=3, steps=20, seed=3)
+        cli.sample(tmp_path / "x.npz", "digits_sit", num=3, chain=ChainSettings(steps=20, seed=3))
         with np.load(tmp_path / "x.npz") as file:
             shown = file["arr_0"]
         target, drafter = load_bundled("digits_sit")

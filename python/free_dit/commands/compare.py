@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
+from tyro.conf import OmitArgPrefixes
 
 from free_dit.commands.shared import console, labels_of
 from free_dit.experiments.compare import compare as run_compare
 from free_dit.experiments.compare import print_report
+from free_dit.generation import ChainSettings
 from free_dit.loading import load_drafter, load_target
 from free_kernels.protocols import Drafter
 from free_kernels.validation import check_writable
@@ -19,10 +22,7 @@ def compare(
     model: str = "digits",
     drafter: str = "bundled",
     num: int = 64,
-    steps: int = 250,
-    draft_length: int = 6,
-    guidance: float = 1.0,
-    seed: int = 0,
+    chain: Annotated[ChainSettings, OmitArgPrefixes] = ChainSettings(),
     timing_pairs: int = 5,
 ) -> None:
     """Ordinary, frozen-drafter and learned-drafter sampling side by side: a picture, a plot, a table, a JSON file.
@@ -32,10 +32,7 @@ def compare(
         model: a bundled model's name, a checkpoint, or a folder of diffusers.
         drafter: "bundled", "frozen", or a drafter.safetensors.
         num: images.
-        steps: sampling steps K.
-        draft_length: rows of a round for one image.
-        guidance: classifier-free guidance scale; 1 is none.
-        seed: seed of all noise.
+        chain: how to sample.
         timing_pairs: interleaved pairs that the wall-clock ratio at batch 1 is measured on; 0 skips it.
     """
     check_writable("compare", "out", out / "compare.json")
@@ -44,16 +41,7 @@ def compare(
     drafters: dict[str, Drafter | str] = {"frozen drafter": "frozen"}
     if chosen != "frozen":
         drafters["learned drafter"] = chosen
-    report = run_compare(
-        target,
-        drafters,
-        labels_of(num, (), target.num_classes),
-        out,
-        num_steps=steps,
-        draft_length=draft_length,
-        guidance_scale=guidance,
-        seed=seed,
-        timing_pairs=timing_pairs,
-    )
+    labels = labels_of(num, (), target.num_classes)
+    report = run_compare(target, drafters, labels, out, chain, timing_pairs)
     print_report(report, Console())
     console.print(f"wrote {out / 'samples.png'}, {out / 'acceptance.png'} and {out / 'compare.json'}")

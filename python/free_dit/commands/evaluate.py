@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from free_dit.commands.generate import draw_set
-from free_dit.commands.shared import console, device_of
+from free_dit.commands.shared import console, device_of, draw_set
 from free_dit.evaluation.extractors import load_extractor
 from free_dit.evaluation.report import EvaluationSettings, render
 from free_dit.evaluation.report import evaluate as run_evaluate
@@ -57,7 +56,7 @@ def evaluate(
     model: str = "digits",
     drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
     device: str = "auto",
-    figures: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
+    metrics: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
 ) -> None:
     """Quality of sample sets against real images, with intervals; differences between sets; large sets in shards.
 
@@ -73,14 +72,14 @@ def evaluate(
         model: what draws: a bundled model's name, or a model.safetensors.
         drawing: how to draw; another seed for every set makes them independent, as two-sample tests need them.
         device: "auto", "cpu", "cuda", "cuda:1" ...
-        figures: how to evaluate.
+        metrics: how to evaluate.
     """
     rank, place = int(os.environ.get("RANK", "0")), device_of(WHERE, device)
     check_writable(WHERE, "out", out / "evaluation.json")
     named = _named(sets)
     if not named and not generate_:
         fail(WHERE, "sets", "given (NAME=PATH ...), or --generate N", "none")
-    # Loaded before drawing, so that errors show before hours of drawing.
+    # Loaded first, so that errors appear before hours of drawing.
     extractor = load_extractor(network.extractor, network.weights, network.weights_sha256, place)
     real = open_reference(reference)
     if generate_:
@@ -89,7 +88,7 @@ def evaluate(
         if missing:
             console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
             return
-        # The rank that ends last finds the set whole; a set that was whole already is rank 0's.
+        # The rank that ends last evaluates; rank 0 does if the set was complete before.
         if rank and not drawn:
             return
         named = {"samples": str(out / "samples"), **named}
@@ -99,7 +98,7 @@ def evaluate(
         {name: open_images(path) for name, path in named.items()},
         real,
         extractor,
-        figures,
+        metrics,
         cache=out / "features",
         device=place,
         progress=True,

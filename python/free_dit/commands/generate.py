@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from tyro.conf import OmitArgPrefixes, arg
 
-from free_dit.commands.shared import console, device_of
+from free_dit.commands.shared import console, device_of, draw_set
 from free_dit.generation import DrawSettings, GenerateSettings, SampleFolder
-from free_dit.generation import generate as run_generate
 from free_dit.generation.sample_folder import SUMS, WHERE
-from free_dit.loading import load_drafter, load_target
-
-
-def draw_set(
-    folder: Path, model: str, settings: GenerateSettings, device: torch.device, *, progress: bool, wait: bool = False
-) -> tuple[list[int], list[int]]:
-    """:func:`free_dit.generation.generate` with a model and a drafter by name; ``"none"`` is the ordinary sampler."""
-    target, bundled = load_target(model, device)
-    if settings.drafter in ("none", None):
-        settings, drafter = replace(settings, drafter=None, draft_length=1), None
-    else:
-        drafter = load_drafter(settings.drafter, target, bundled)
-    return run_generate(folder, target, drafter, settings, model=model, device=device, progress=progress, wait=wait)
 
 
 def generate(
@@ -53,19 +38,19 @@ def generate(
         device: "auto", "cpu", "cuda", "cuda:1" ...
     """
     rank, under_torchrun = int(os.environ.get("RANK", "0")), "TORCHELASTIC_RUN_ID" in os.environ
-    # The device first: a wrong one is told before anything is read.
+    # The device first, so that an error appears before files are read.
     place = device_of(WHERE, device)
     settings = GenerateSettings(**asdict(drawing), num=num, format=format_)
-    # torchrun ends every rank as soon as one dies, so rank 0 may stay to show how the others get on.
+    # torchrun ends every rank as soon as one dies, so rank 0 may wait and show the progress of the others.
     waits = rank == 0 and under_torchrun
     drawn, missing = draw_set(out, model, settings, place, progress=rank == 0, wait=waits)
     if missing:
         console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
     elif rank == 0 or (drawn and not under_torchrun):
         samples = SampleFolder.open(out)
-        figures = samples.sampling_figures()
+        statistics = samples.sampling_statistics()
         images = hashlib.sha256("".join(samples.image_hashes()).encode()).hexdigest()
         console.print(
             f"wrote {settings.num} images, {len(drawn)} of {settings.shards} shards now and here, to {out}; call "
-            f"reduction {figures['call_reduction']:.2f}; hashes in {out / SUMS}, of all images {images}"
+            f"reduction {statistics['call_reduction']:.2f}; hashes in {out / SUMS}, of all images {images}"
         )

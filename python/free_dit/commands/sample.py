@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from tyro.conf import OmitArgPrefixes
 
 from free_dit.commands.shared import console, labels_of, title_of
 from free_dit.experiments.plots import sample_grids
-from free_dit.generation import to_pixels
+from free_dit.generation import UNDRAFTED, ChainSettings, sampler_for, to_pixels
 from free_dit.loading import load_drafter, load_target
-from free_dit.networks.families import schedule_for
-from free_kernels import DDIMSchedule, ancestral_sample
-from free_kernels import sample as speculative_sample
 from free_kernels.validation import check_writable
 
 
@@ -22,10 +21,7 @@ def sample(
     drafter: str = "bundled",
     num: int = 64,
     classes: tuple[int, ...] = (),
-    steps: int = 250,
-    draft_length: int = 6,
-    guidance: float = 1.0,
-    seed: int = 0,
+    chain: Annotated[ChainSettings, OmitArgPrefixes] = ChainSettings(),
     max_slots: int | None = None,
 ) -> None:
     """Draw images; writes a PNG grid, or an NPZ as the ADM suite reads: arr_0 uint8 [N, H, W, C], arr_1 labels.
@@ -37,10 +33,7 @@ def sample(
             without noise), or a drafter.safetensors.
         num: images.
         classes: labels to cycle through; all if empty.
-        steps: sampling steps K.
-        draft_length: rows of a round for one image.
-        guidance: classifier-free guidance scale; 1 is none.
-        seed: an image depends on the seed and its place in the list of labels.
+        chain: how to sample; an image's index is its place in the list of labels.
         max_slots: images in the making at a time.
     """
     if out.suffix not in (".png", ".npz"):
@@ -48,20 +41,10 @@ def sample(
     check_writable("sample", "out", out)
     target, bundled = load_target(model)
     labels = labels_of(num, classes, target.num_classes)
-    settings = {
-        "schedule": DDIMSchedule(steps) if drafter == "ddim" else schedule_for(target, steps),
-        "guidance_scale": guidance,
-        "seed": seed,
-        "max_slots": max_slots,
-        "progress": True,
-    }
-    if drafter in ("none", "ddim"):
-        result = ancestral_sample(target, labels, **settings)
-    else:
-        chosen = load_drafter(drafter, target, bundled)
-        result = speculative_sample(target, labels, drafter=chosen, draft_length=draft_length, **settings)
+    chosen = drafter if drafter in UNDRAFTED else load_drafter(drafter, target, bundled)
+    result = sampler_for(target, chosen, chain)(labels, seed=chain.seed, max_slots=max_slots, progress=True)
     if out.suffix == ".png":
-        named = drafter in ("bundled", "frozen", "none", "ddim")
+        named = drafter in ("bundled", "frozen", *UNDRAFTED)
         sample_grids(out, {f"{title_of(model)}, {drafter if named else title_of(drafter)}": result.samples}, labels)
     else:
         np.savez(out, arr_0=to_pixels(result.samples), arr_1=labels.numpy())

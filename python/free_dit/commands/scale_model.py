@@ -8,9 +8,11 @@ from typing import Literal
 import torch
 
 from free_dit.commands.shared import console
-from free_dit.experiments.scale.measure import write_measurements
+from free_dit.experiments.scale.measure import measure, measure_link
 from free_dit.experiments.scale.page import build_report, write_report
-from free_dit.experiments.scale.prediction import read_inputs
+from free_dit.experiments.scale.prediction import read_inputs, write_inputs
+from free_dit.loading import load_drafter, load_target
+from free_kernels.drafters import as_drafter
 from free_kernels.validation import check_int, check_writable
 
 
@@ -41,7 +43,11 @@ def scale_model(
     check_writable("scale-model", "out", out / f"{name}.md")
     if measurements is None:
         measurements = out / "measurements.json"
-        write_measurements(measurements, model, drafter, steps, guidance, torch.device(device))
+        target, bundled = load_target(model, device)
+        chosen = as_drafter("scale_model", load_drafter(drafter, target, bundled), target)
+        link = measure_link(model, torch.device(device))
+        measured = measure(target, chosen, link, model=model, num_steps=steps, guidance=guidance)
+        write_inputs(measurements, *measured)
     gpus = [2**i for i in range(check_int("scale-model", "max_gpus", max_gpus, 1).bit_length())]
     paths = write_report(build_report(*read_inputs(measurements), gpus), out, name)
     console.print(paths[0].read_text() + "wrote " + ", ".join(map(str, paths)))

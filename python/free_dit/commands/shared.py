@@ -1,8 +1,9 @@
-"""What several commands share: types of options, labels, titles, devices, output."""
+"""What several commands share: types of options, labels, titles, devices, drawing by name, output."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,9 @@ from rich.console import Console
 from tyro.conf import arg
 
 from free_dit.bundled import bundled_names
+from free_dit.generation import GenerateSettings
+from free_dit.generation import generate as run_generate
+from free_dit.loading import load_drafter, load_target
 from free_kernels.validation import check_int
 
 Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE ...")]
@@ -18,7 +22,7 @@ console = Console(soft_wrap=True, markup=False)
 
 
 def title_of(model: str) -> str:
-    """A short name of a model or drafter; that of a file is its folder's, because training names folders, not files."""
+    """A short name of a model or drafter; for a file that of its folder, because training always names files alike."""
     return model if model in bundled_names() else Path(model).parent.name or Path(model).stem
 
 
@@ -39,3 +43,15 @@ def device_of(where: str, name: str) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def draw_set(
+    folder: Path, model: str, settings: GenerateSettings, device: torch.device, *, progress: bool, wait: bool = False
+) -> tuple[list[int], list[int]]:
+    """:func:`free_dit.generation.generate` with a model and a drafter by name; ``"none"`` is the ordinary sampler."""
+    target, bundled = load_target(model, device)
+    if settings.drafter in ("none", None):
+        settings, drafter = replace(settings, drafter=None, draft_length=1), None
+    else:
+        drafter = load_drafter(settings.drafter, target, bundled)
+    return run_generate(folder, target, drafter, settings, model=model, progress=progress, wait=wait)

@@ -1,4 +1,4 @@
-"""Evaluation of sample sets: figures with intervals, differences between samplers."""
+"""Evaluation of sample sets: metrics with intervals, differences between samplers."""
 
 from free_dit.evaluation.extractors import EXTRACTORS, Extractor, extract, load_extractor
 from free_dit.evaluation.report import EvaluationSettings, evaluate, render

@@ -1,4 +1,4 @@
-"""Figures of several sets over joint bootstrap resamples, so that their differences have intervals as well."""
+"""Metrics of several sets over joint bootstrap resamples, so that their differences have intervals as well."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from free_dit.evaluation.frechet import check_features, frechet_of_moments, weig
 from free_dit.evaluation.intervals import Estimate, check_level
 from free_kernels.validation import check_int, describe, fail
 
-# Resamples drawn at a time; part of the result, as it orders the random numbers.
+# Resamples drawn at a time. The results depend on it, because it sets the order of the random numbers.
 CHUNK = 50
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Sample:
     Attributes:
         features: float64 ``[N, D]``.
         log_probabilities: float64 ``[N, K]``, log softmax of the logits; None where no score is wanted.
-        shares: indicators ``[N]`` by name, whose means are figures.
+        shares: indicators ``[N]`` by name, whose means are metrics.
         reference_shares: indicators ``[M]`` by name, over the reference's points.
         strata: ``[N]``, labels whose counts were fixed, or zeros.
     """
@@ -35,12 +36,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Resampled:
-    """A figure of a set and of its resamples.
+    """A metric of a set and of its resamples.
 
     Attributes:
         sampled: of the set itself.
         values: ``[R]``.
-        biased: whether sampling moves the figure on average, so that resampling shows by how much.
+        biased: whether the estimate is biased; resampling then shows the bias.
     """
 
     sampled: float
@@ -51,7 +52,7 @@ class Resampled:
         return Resampled(self.sampled - other.sampled, self.values - other.values, self.biased)
 
     def estimate(self, level: float) -> Estimate:
-        """Basic bootstrap interval (Davison and Hinkley 1997, section 5.2); a biased figure without its bias."""
+        """Basic bootstrap interval (Davison and Hinkley 1997, section 5.2); the bias is subtracted."""
         low, high = np.quantile(self.values, [(1 - level) / 2, (1 + level) / 2])
         value = 2 * self.sampled - self.values.mean() if self.biased else self.sampled
         return Estimate(*(float(one) for one in (value, 2 * self.sampled - high, 2 * self.sampled - low)), level)
@@ -102,9 +103,9 @@ def bootstrap(
     seed: int,
     paired: bool,
 ) -> dict[str, dict[str, Resampled]]:
-    """Figures of every set over the same resamples of the reference.
+    """Metrics of every set over the same resamples of the reference.
 
-    Manifolds of precision and recall are held fixed, as a point drawn twice would have itself for a neighbour.
+    The manifolds of precision and recall are not resampled: a point drawn twice would be its own neighbour.
 
     Args:
         samples: sets by name.
@@ -122,7 +123,9 @@ def bootstrap(
     generators = {name: np.random.default_rng([seed, 1 if paired else 1 + i]) for i, name in enumerate(samples)}
     for_reference = np.random.default_rng([seed, 0])
 
-    def figures(sample: Sample, counts: np.ndarray, features: np.ndarray, other, other_counts) -> dict[str, np.ndarray]:
+    def metrics_of(
+        sample: Sample, counts: np.ndarray, features: np.ndarray, other, other_counts
+    ) -> dict[str, np.ndarray]:
         values = {"frechet": frechet_of_moments(*weighted_moments(features, counts), *other)}
         if sample.log_probabilities is not None:
             values["score"] = score(sample.log_probabilities, counts)
@@ -134,7 +137,7 @@ def bootstrap(
     once = None if fixed else np.ones((1, len(reference)))
     moments = tuple(part[None] for part in reference) if fixed else weighted_moments(reference, once)
     sampled = {
-        name: figures(sample, np.ones((1, len(sample.features))), sample.features, moments, once)
+        name: metrics_of(sample, np.ones((1, len(sample.features))), sample.features, moments, once)
         for name, sample in samples.items()
     }
     wide = {name: widened(sample.features, sample.strata) for name, sample in samples.items()}
@@ -147,7 +150,7 @@ def bootstrap(
             other = weighted_moments(wide_reference, other_counts)
         for name, sample in samples.items():
             counts = resampled_counts(sample.strata, number, generators[name])
-            for key, value in figures(sample, counts, wide[name], other, other_counts).items():
+            for key, value in metrics_of(sample, counts, wide[name], other, other_counts).items():
                 kept[name].setdefault(key, []).append(value)
     return {
         name: {

@@ -52,9 +52,9 @@ CLASSIFIER_KIND = "digits_classifier"
 
 @lru_cache(maxsize=1)
 def digits_classifier() -> DigitsClassifier:
-    """The bundled classifier: the same numbers on every machine, as training anew would not give."""
+    """The bundled classifier. Its weights are in a file, because training would differ between machines."""
     tensors, _ = load_checkpoint(CLASSIFIER, CLASSIFIER_KIND)
-    # The shapes are all that construction is for; whoever draws random numbers next must not notice it.
+    # On the meta device the constructor draws no random numbers, so the random state of the caller does not change.
     with torch.device("meta"):
         classifier = DigitsClassifier()
     classifier.load_state_dict(tensors, strict=True, assign=True)

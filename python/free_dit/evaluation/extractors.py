@@ -1,4 +1,4 @@
-"""Feature networks. A figure's name carries its network's: only figures of one network compare."""
+"""Feature networks. The name of a metric ends in its network's: only metrics of one network can be compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from free_dit.files import read_arrays, sha256_of, write_arrays
 from free_kernels.validation import check_choice, fail
 
 EXTRACTORS = ("digits_classifier", "inception_v3")
-# Images of a cached piece of features: what an interrupt loses.
+# Images of a cached piece of features; an interrupt loses at most one piece.
 PIECE = 500
 
 
@@ -29,7 +29,7 @@ class Extractor:
     """A frozen network.
 
     Attributes:
-        name: ends the names of its figures.
+        name: the last part of the names of its metrics.
         sha256: of its weights.
         call: maps uint8 ``[B, H, W, C]`` to float32 features ``[B, D]`` and logits ``[B, K]``.
         reads_labels: whether logit c is that of label c, so that class accuracy means something.
@@ -45,7 +45,7 @@ class Extractor:
 
 @dataclass(frozen=True)
 class Features:
-    """What an extractor says of a set.
+    """The outputs of an extractor for a set.
 
     Attributes:
         features: float32 ``[N, D]``.
@@ -59,7 +59,7 @@ class Features:
 
 
 def digits_extractor() -> Extractor:
-    """The bundled classifier of 8 x 8 digits: 16 features, 10 classes; on the CPU, where it takes no time."""
+    """The bundled classifier of 8 x 8 digits: 16 features, 10 classes; on the CPU, where it is fast."""
     classifier = digits_classifier()
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ def inception_extractor(
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors are of many kinds
         raise ValueError(f"{WHERE}: {weights} must be a plain state dict, got {error}") from error
-    # torch-fidelity unpickles whatever file it is given, so it is given one that was written here.
+    # torch-fidelity unpickles the file that it reads: it gets a file written here from plain tensors.
     with tempfile.TemporaryDirectory() as folder:
         clean = Path(folder, "weights.pth")
         torch.save(state, clean)

@@ -6,7 +6,7 @@ import numpy as np
 
 from free_kernels.validation import fail
 
-# Second moments of wider features are summed resample by resample, because all products at once take N D^2 numbers.
+# For wider features the second moments are summed for one resample at a time: all products at once are N D^2 numbers.
 _WIDE = 64
 
 

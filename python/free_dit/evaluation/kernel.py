@@ -10,7 +10,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-# Rows whose kernel values are held at a time: bounds memory, changes no number.
+# Rows of the kernel matrix in memory at a time; the results do not depend on it.
 _BLOCK = 1024
 
 
@@ -31,8 +31,8 @@ def _row_means(a: Tensor, b: Tensor) -> np.ndarray:
 def own_means(points: Tensor, strata: np.ndarray) -> np.ndarray:
     """Mean kernel of each point with an independent one of its set's law, without bias; ``[N]``.
 
-    Where the strata's sizes were fixed, a point meets one other point of its own stratum too few: pairs within a
-    stratum are weighted up for it. With a single stratum this is the mean over the other points.
+    Where the sizes of the strata were fixed, a point has one partner too few in its own stratum, so pairs within a
+    stratum get a larger weight. With a single stratum this is the mean over the other points.
 
     Args:
         points: float64 ``[N, D]``.
@@ -48,7 +48,7 @@ def own_means(points: Tensor, strata: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class KernelMeans:
-    """What a set's distance from a reference is made of, point by point.
+    """Mean kernels, point by point, from which a set's distance from a reference is computed.
 
     Attributes:
         own: ``[N]``, :func:`own_means`.
@@ -67,7 +67,7 @@ def kernel_means(points: Tensor, reference: Tensor, strata: np.ndarray) -> Kerne
 
 
 def variance_of_mean(values: np.ndarray, strata: np.ndarray) -> float:
-    """Variance of the mean of ``values [N]`` whose strata have sizes that were fixed, not left to chance."""
+    """Variance of the mean of ``values [N]`` whose strata have fixed, not random, sizes."""
     total = 0.0
     for stratum in np.unique(strata):
         part = values[strata == stratum]
@@ -114,7 +114,7 @@ def kernel_difference(
     paired: bool = False,
     level: float = 0.95,
 ) -> dict[str, float]:
-    """Distance of the first set minus that of the second from the same reference, whose own chance partly cancels.
+    """Distance of the first set minus that of the second from the same reference, whose sampling error partly cancels.
 
     Args:
         first: means of the first set.
@@ -125,7 +125,7 @@ def kernel_difference(
         level: confidence level.
     """
     ones, others = first.own - first.across, second.own - second.across
-    # The mean kernel within the reference is in both distances and drops out.
+    # The mean kernel within the reference is part of both distances and cancels.
     value = float((first.own - 2 * first.across).mean() - (second.own - 2 * second.across).mean())
     variance = 4 * variance_of_mean(second.reference - first.reference, reference_strata)
     if paired:
@@ -141,7 +141,7 @@ def subset_distances(
     """Mean and spread of the distance over random subsets, as kernel distances are usually published.
 
     The spread is that of subsets, which overlap: it is no standard error of the mean. Fixed numbers of each label are
-    not allowed for, as published figures do not either.
+    not allowed for, nor do published values.
 
     Args:
         points: float64 ``[N, D]``.
@@ -182,7 +182,7 @@ def permutation_p_value(
     """
     count, other = len(first), len(second)
     pooled = torch.cat([first, second])
-    # In float32 and centred: centring changes no permuted statistic's order, and keeps what rounding would take.
+    # Centred before the conversion to float32, for less rounding; the order of the permuted statistics is the same.
     kernel = torch.cat([_kernel(part, pooled) for part in pooled.split(_BLOCK)])
     kernel = (kernel - kernel.mean()).float()
     kernel.fill_diagonal_(0.0)
@@ -205,6 +205,6 @@ def permutation_p_value(
         rest = total - linked - across
         statistics.append(within / (count * (count - 1)) + rest / (other * (other - 1)) - 2 * across / (count * other))
     values = torch.cat(statistics).cpu().numpy()
-    # Ties up to rounding count as at least as large.
+    # Values that are equal up to rounding count as at least as large.
     reached = values[1:] >= values[0] - 1e-9 * np.abs(values).max()
     return float((1 + reached.sum()) / (1 + permutations))

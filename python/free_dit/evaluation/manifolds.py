@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a block of distances held at a time: bounds memory, changes no number.
+# Largest number of distances in memory at a time; the results do not depend on it.
 _BLOCK_ELEMENTS = 2**24
 
 
 def _blocks(queries: Tensor, points: Tensor):
-    """Squared distances ``[B, N]`` of blocks of queries, each with its rounding error's bound ``[B, N]`` factors."""
+    """Blocks of queries: their squared norms ``[B]``, and squared distances ``[B, N]`` to the points."""
     squares = (points * points).sum(1)
     for part in queries.split(max(1, _BLOCK_ELEMENTS // len(points))):
         own = (part * part).sum(1)
@@ -25,7 +25,7 @@ def radii(points: Tensor, neighbours: int = 3) -> Tensor:
         points: float64 ``[N, D]``.
         neighbours: k.
     """
-    # The nearest of all is the point itself.
+    # One more, because the nearest point is the point itself.
     return torch.cat([squared.kthvalue(neighbours + 1, 1).values for _, squared in _blocks(points, points)])
 
 
@@ -37,7 +37,7 @@ def covered(queries: Tensor, points: Tensor, squared_radii: Tensor) -> np.ndarra
         points: ``[M, D]``.
         squared_radii: ``[M]``.
     """
-    # Identical points may lie apart by the rounding of their squares, which a radius of 0 would not forgive.
+    # Rounding gives identical points a small distance; with a radius of 0 they would not be covered.
     slack = 1e-12 * (points * points).sum(1)
     inside = [
         (squared <= squared_radii + slack + 1e-12 * own[:, None]).any(1) for own, squared in _blocks(queries, points)
@@ -58,7 +58,7 @@ def precision_and_recall(points: Tensor, reference: Tensor, neighbours: int = 3)
     Returns:
         bool ``[N]`` and ``[M]``.
     """
-    # About the reference's centre: squares, and with them rounding, are smallest there.
+    # Relative to the reference's centre, where the squares, and so the rounding errors, are smallest.
     centre = reference.mean(0)
     points, reference = points - centre, reference - centre
     return (

@@ -1,10 +1,11 @@
-"""Figures of sample sets against a reference, and differences between sets, with intervals; as JSON and a table."""
+"""Metrics of sample sets against a reference, and differences between sets, with intervals; as JSON and a table."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from free_kernels.version import __version__
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How figures and intervals are made.
+    """How metrics and their intervals are computed.
 
     Attributes:
         neighbours: k of precision and recall.
@@ -70,7 +71,7 @@ class EvaluationSettings:
 
 
 def _strata(labels: np.ndarray | None, count: int) -> np.ndarray:
-    """Labels to resample within; none where some label occurs once, which has no variance."""
+    """Labels to resample within; all zero where a label occurs once, because one image has no variance."""
     if labels is None or np.unique(labels, return_counts=True)[1].min() < 2:
         return np.zeros(count, np.int64)
     return labels
@@ -84,27 +85,40 @@ def _splits(log_probabilities: np.ndarray, splits: int = 10) -> dict[str, float]
 
 
 class _Subject:
-    """One set's features on the device and what is computed of them once."""
+    """One set's features on the device and what is computed of them once.
+
+    Attributes:
+        found: features, logits and labels of all images.
+        points: float64 ``[rows, D]`` on the device, features of the first images.
+        row_strata: labels of the first images, to resample within.
+        sample: what the bootstrap takes of the set.
+        means: mean kernels with the reference, where that is a set of images.
+    """
 
     def __init__(self, found: Features, settings: EvaluationSettings, device: torch.device | str) -> None:
-        self.found, self.strata = found, _strata(found.labels, len(found.features))
+        self.found = found
         self.points = torch.from_numpy(found.features[: settings.rows]).double().to(device)
         self.row_strata = _strata(None if found.labels is None else found.labels[: settings.rows], len(self.points))
+        logits, strata = found.logits.astype(np.float64), _strata(found.labels, len(found.features))
+        self.sample = Sample(found.features.astype(np.float64), log_softmax(logits, 1), strata)
         self.means: KernelMeans | None = None
-        self.own: np.ndarray | None = None
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """Mean kernel of each of the points with the others, ``[rows]``."""
+        return own_means(self.points, self.row_strata)
+
+    def compare(self, baseline: _Subject, neighbours: int) -> None:
+        """Add precision, recall and mean kernels with a reference of images."""
+        precise, recalled = precision_and_recall(self.points, baseline.points, neighbours)
+        self.sample.shares["precision"] = _padded(precise, len(self.found.features))
+        self.sample.reference_shares["recall"] = _padded(recalled, len(baseline.found.features))
+        self.means = kernel_means(self.points, baseline.points, self.row_strata)
 
     def test(self, rows: int) -> tuple[Tensor, np.ndarray | None]:
         """The points of a two-sample test and their labels."""
         labels = self.found.labels
         return self.points[:rows], None if labels is None else labels[: len(self.points)][:rows]
-
-
-def _two_sample(first: _Subject, second: _Subject, settings: EvaluationSettings) -> dict[str, Any]:
-    (ones, labels), (others, other_labels) = (one.test(settings.test_rows) for one in (first, second))
-    generator = np.random.default_rng([settings.resampling_seed, 2])
-    p_value = permutation_p_value(ones, others, settings.permutations, generator, (labels, other_labels))
-    within = labels is not None and other_labels is not None
-    return {"p_value": p_value, "rows": [len(ones), len(others)], "within_classes": within}
 
 
 def _check_sizes(name: str, found: Features, settings: EvaluationSettings) -> None:
@@ -123,14 +137,14 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Figures of every set against the reference; differences of every set from the first.
+    """Metrics of every set against the reference; differences of every set from the first.
 
     Images are read in pieces; features of a set (float32 ``[N, D]``) are held in memory.
 
     Args:
         sets: by name; the first is the one that the others are compared with.
         reference: images, or statistics, which allow the Frechet distance alone.
-        extractor: the network whose features and classes are used; every figure is named after it.
+        extractor: the network whose features and classes are used; every metric is named after it.
         settings: numbers of neighbours, subsets, resamples.
         cache: folder of finished pieces of features; None keeps none.
         device: of distances and kernels (the extractor has its own).
@@ -152,48 +166,38 @@ def evaluate(
         _check_sizes(name, one, settings)
     _check_pairs(found, settings)
     subjects = {name: _Subject(one, settings, device) for name, one in found.items()}
-    samples = {
-        name: Sample(one.features.astype(np.float64), log_softmax(one.logits.astype(np.float64), 1), subject.strata)
-        for (name, one), subject in zip(found.items(), subjects.values(), strict=True)
-    }
     baseline = None
     if isinstance(reference, Statistics):
-        width = next(iter(samples.values())).features.shape[1]
+        width = next(iter(found.values())).features.shape[1]
         if len(reference.mu) != width:
             fail(WHERE, reference.source, f"statistics of {width} features", str(len(reference.mu)))
-        other: Any = (reference.mu, reference.sigma)
     else:
         real = extract(reference, extractor, cache, progress)
         _check_sizes(reference.source, real, settings)
         baseline = _Subject(real, settings, device)
-        baseline.own = own_means(baseline.points, baseline.row_strata)
-        other = real.features.astype(np.float64)
-        for name, subject in subjects.items():
-            precise, recalled = precision_and_recall(subject.points, baseline.points, settings.neighbours)
-            samples[name].shares["precision"] = _padded(precise, len(subject.found.features))
-            samples[name].reference_shares["recall"] = _padded(recalled, len(real.features))
-            subject.means = kernel_means(subject.points, baseline.points, subject.row_strata)
-    if extractor.reads_labels:
-        for name, one in found.items():
-            if one.labels is not None:
-                samples[name].shares["accuracy"] = one.logits.argmax(1) == one.labels
+    for subject in subjects.values():
+        if baseline is not None:
+            subject.compare(baseline, settings.neighbours)
+        if extractor.reads_labels and subject.found.labels is not None:
+            subject.sample.shares["accuracy"] = subject.found.logits.argmax(1) == subject.found.labels
     resampled = bootstrap(
-        samples,
-        other,
-        None if baseline is None else baseline.strata,
+        {name: subject.sample for name, subject in subjects.items()},
+        (reference.mu, reference.sigma) if baseline is None else baseline.sample.features,
+        None if baseline is None else baseline.sample.strata,
         resamples=settings.resamples,
         seed=settings.resampling_seed,
         paired=settings.paired,
     )
+    metrics = _Metrics(subjects, resampled, baseline, extractor.name, settings)
     records = {
         name: {
-            "source": sets[name].source,
-            "images": sets[name].count,
+            "source": images.source,
+            "images": images.count,
             "features_sha256": hashlib.sha256(found[name].features.tobytes()).hexdigest(),
-            "sampling": images.drawn.sampling_figures() if isinstance(images := sets[name], DrawnSet) else None,
-            "metrics": _metrics(samples[name], subject, baseline, resampled[name], extractor, settings),
+            "sampling": images.drawn.sampling_statistics() if isinstance(images, DrawnSet) else None,
+            "metrics": metrics.of(name),
         }
-        for name, subject in subjects.items()
+        for name, images in sets.items()
     }
     first, *rest = subjects
     return {
@@ -207,9 +211,7 @@ def evaluate(
         "settings": asdict(settings),
         "sets": records,
         "compared_with": first,
-        "differences": {
-            name: _differences(subjects, resampled, baseline, name, first, extractor, settings) for name in rest
-        },
+        "differences": {name: metrics.difference(name, first) for name in rest},
     }
 
 
@@ -230,76 +232,82 @@ def _check_pairs(found: dict[str, Features], settings: EvaluationSettings) -> No
             fail(WHERE, "paired", "False for sets of different sizes or labels", "True")
 
 
-def _metrics(
-    sample: Sample,
-    subject: _Subject,
-    baseline: _Subject | None,
-    resampled: dict[str, Resampled],
-    extractor: Extractor,
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    """Figures of one set, named after the network."""
-    level, title = settings.level, extractor.name
-    metrics: dict[str, Any] = {
-        f"{key}_{title}": {**asdict(resampled[key].estimate(level)), "sampled": resampled[key].sampled}
-        for key in ("frechet", "score")
-    }
-    metrics[f"score_{title}"] |= _splits(sample.log_probabilities)
-    if baseline is not None:
-        rows = len(subject.points)
-        precise, recalled = sample.shares["precision"][:rows], sample.reference_shares["recall"]
-        metrics[f"precision_{title}"] = {**asdict(share_interval(precise > 0, level)), "rows": rows}
-        metrics[f"recall_{title}"] = {
-            **asdict(share_interval(recalled[: len(baseline.points)] > 0, level)),
-            "rows": rows,
-        }
-        generator = np.random.default_rng([settings.resampling_seed, 3])
-        kernel = kernel_distance(subject.means, baseline.own, subject.row_strata, baseline.row_strata, level)
-        kernel["over_subsets"] = subset_distances(
-            subject.points, baseline.points, settings.subsets, settings.subset_size, generator
-        )
-        kernel["two_sample_test"] = _two_sample(subject, baseline, settings) if settings.permutations else None
-        metrics[f"kernel_distance_{title}"] = kernel
-    if "accuracy" in sample.shares:
-        labels, right = subject.found.labels, sample.shares["accuracy"]
-        metrics[f"accuracy_{title}"] = {
-            **asdict(share_interval(right, level)),
-            "by_class": {
-                str(label): asdict(share_interval(right[labels == label], level)) for label in np.unique(labels)
-            },
-        }
-    return metrics
+@dataclass(frozen=True)
+class _Metrics:
+    """Metrics of sets, named after the network.
 
+    Attributes:
+        subjects: the sets.
+        resampled: their metrics over the bootstrap's resamples.
+        baseline: the reference, where it is a set of images.
+        network: name of the network.
+        settings: of the evaluation.
+    """
 
-def _differences(
-    subjects: dict[str, _Subject],
-    resampled: dict[str, dict[str, Resampled]],
-    baseline: _Subject | None,
-    name: str,
-    first: str,
-    extractor: Extractor,
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    """Figures of one set minus those of the first."""
-    title = extractor.name
-    differences: dict[str, Any] = {
-        f"{key}_{title}": asdict((resampled[name][key] - resampled[first][key]).estimate(settings.level))
-        for key in resampled[name]
-        if key in resampled[first]
-    }
-    one, other = subjects[name], subjects[first]
-    if baseline is not None:
-        differences[f"kernel_distance_{title}"] = kernel_difference(
-            one.means,
-            other.means,
-            (one.row_strata, other.row_strata),
-            baseline.row_strata,
-            settings.paired,
-            settings.level,
-        )
-    tested = settings.permutations and not settings.paired
-    differences["two_sample_test"] = _two_sample(one, other, settings) if tested else None
-    return differences
+    subjects: dict[str, _Subject]
+    resampled: dict[str, dict[str, Resampled]]
+    baseline: _Subject | None
+    network: str
+    settings: EvaluationSettings
+
+    def of(self, name: str) -> dict[str, Any]:
+        """Metrics of one set."""
+        subject, resampled, baseline = self.subjects[name], self.resampled[name], self.baseline
+        settings, sample, rows = self.settings, subject.sample, len(subject.points)
+
+        def share(indicator: np.ndarray) -> dict[str, float]:
+            return asdict(share_interval(indicator, settings.level))
+
+        metrics: dict[str, Any] = {
+            key: {**asdict(resampled[key].estimate(settings.level)), "sampled": resampled[key].sampled}
+            for key in ("frechet", "score")
+        }
+        metrics["score"] |= _splits(sample.log_probabilities)
+        if baseline is not None:
+            recalled = sample.reference_shares["recall"][: len(baseline.points)]
+            metrics["precision"] = {**share(sample.shares["precision"][:rows] > 0), "rows": rows}
+            metrics["recall"] = {**share(recalled > 0), "rows": rows}
+            strata, generator = (subject.row_strata, baseline.row_strata), self._generator(3)
+            kernel = kernel_distance(subject.means, baseline.own, *strata, settings.level)
+            kernel["over_subsets"] = subset_distances(
+                subject.points, baseline.points, settings.subsets, settings.subset_size, generator
+            )
+            kernel["two_sample_test"] = self._two_sample(subject, baseline) if settings.permutations else None
+            metrics["kernel_distance"] = kernel
+        if "accuracy" in sample.shares:
+            labels, right = subject.found.labels, sample.shares["accuracy"]
+            by_class = {str(label): share(right[labels == label]) for label in np.unique(labels)}
+            metrics["accuracy"] = {**share(right), "by_class": by_class}
+        return self._named(metrics)
+
+    def difference(self, name: str, first: str) -> dict[str, Any]:
+        """Metrics of one set minus those of the first."""
+        one, other, settings = self.subjects[name], self.subjects[first], self.settings
+        differences: dict[str, Any] = {
+            key: asdict((mine - self.resampled[first][key]).estimate(settings.level))
+            for key, mine in self.resampled[name].items()
+            if key in self.resampled[first]
+        }
+        if self.baseline is not None:
+            strata = (one.row_strata, other.row_strata)
+            differences["kernel_distance"] = kernel_difference(
+                one.means, other.means, strata, self.baseline.row_strata, settings.paired, settings.level
+            )
+        tested = settings.permutations and not settings.paired
+        return self._named(differences) | {"two_sample_test": self._two_sample(one, other) if tested else None}
+
+    def _named(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {f"{key}_{self.network}": value for key, value in metrics.items()}
+
+    def _generator(self, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.resampling_seed, stream])
+
+    def _two_sample(self, first: _Subject, second: _Subject) -> dict[str, Any]:
+        (ones, labels), (others, other_labels) = (one.test(self.settings.test_rows) for one in (first, second))
+        strata = (labels, other_labels)
+        p_value = permutation_p_value(ones, others, self.settings.permutations, self._generator(2), strata)
+        within = labels is not None and other_labels is not None
+        return {"p_value": p_value, "rows": [len(ones), len(others)], "within_classes": within}
 
 
 def _cell(estimate: dict[str, Any] | None, digits: int) -> str:
@@ -314,7 +322,7 @@ def render(report: dict[str, Any]) -> str:
     names = ("frechet", "kernel_distance", "score", "precision", "recall", "accuracy")
     keys = [f"{name}_{title}" for name in names if any(f"{name}_{title}" in one["metrics"] for one in sets.values())]
     level, size = f"{report['settings']['level']:.0%}", report["reference"]["images"]
-    figures = [f"`{key}`" for key in keys]
+    columns = [f"`{key}`" for key in keys]
 
     def cells(metrics: dict[str, Any], test: dict[str, Any] | None, digits: int) -> list[str]:
         p_value = "-" if test is None else f"{test['p_value']:.3f}"
@@ -328,10 +336,10 @@ def render(report: dict[str, Any]) -> str:
         f"Against `{Path(report['reference']['source']).name}` ({'statistics' if size is None else f'{size} images'}), "
         f"with {level} intervals:",
         "",
-        *table(["set", "images", *figures, "p-value"], rows),
+        *table(["set", "images", *columns, "p-value"], rows),
     ]
     if report["differences"]:
         lines += [f"Minus `{report['compared_with']}`:", ""]
         rows = [[name, *cells(one, one["two_sample_test"], 3)] for name, one in report["differences"].items()]
-        lines += table(["set", *figures, "p-value of equal laws"], rows)
+        lines += table(["set", *columns, "p-value of equal laws"], rows)
     return "\n".join(lines)

@@ -22,7 +22,7 @@ REAL_DIGITS = {"digits-train": "train", "digits-test": "test"}
 
 
 class ImageSet(Protocol):
-    """Images, read in order as often as wanted.
+    """Images that can be read in order any number of times.
 
     Attributes:
         source: where they come from.
@@ -41,7 +41,7 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of a reference in an extractor's features; serves the Frechet distance alone.
+    """Mean and covariance of a reference in an extractor's features; enough for the Frechet distance only.
 
     Attributes:
         source: the file.
@@ -79,7 +79,7 @@ class ArraySet:
 
 
 class NpzSet:
-    """``arr_0`` of an ``.npz``, read as a stream: of ten gigabytes of images one batch is in memory."""
+    """``arr_0`` of an ``.npz``, read as a stream: one batch of images is in memory at a time."""
 
     def __init__(self, path: Path) -> None:
         self.source, self._path = str(path), path
@@ -217,7 +217,7 @@ def open_reference(source: str | Path) -> ImageSet | Statistics:
     if path.suffix == ".npz" and path.is_file():
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                # The ADM suite's references hold both images and statistics; images allow all figures.
+                # The ADM suite's references hold both images and statistics; images allow all metrics.
                 held = {name: arrays[name] for name in ("mu", "sigma") if "arr_0" not in arrays.files}
         except BROKEN as error:
             if not isinstance(error, KeyError):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_dit.generation import ChainSettings, sampler_for
 from free_kernels import Schedule, ancestral_sample, sample
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple
@@ -43,7 +44,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the figures are measured.
+    """How the quantities of the figures are measured.
 
     Attributes:
         num: images of every run.
@@ -72,7 +73,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class FeatureDynamics:
-    """How the insides of a DiT with B blocks move over a chain of K steps; means over images.
+    """How the features of a DiT with B blocks change over a chain of K steps; means over images.
 
     Attributes:
         similarity: ``[B, K - 1]``, cosine similarity of each block's output ``[T, D]`` at steps k and k + 1.
@@ -90,7 +91,7 @@ class FeatureDynamics:
 class _Recorder:
     """A target that measures its blocks while a sampler drives it; keeps the features of one step only.
 
-    It offers no ``hoisted``, whose copies go around the blocks' forward and so around their hooks.
+    It has no ``hoisted``: hoisted copies do not call the blocks' forward, and so not their hooks.
 
     Args:
         target: with the blocks in ``target.module.blocks``.
@@ -168,34 +169,14 @@ def parts_of_chain(num_steps: int, share: float) -> tuple[slice, slice]:
     return slice(0, count), slice(num_steps - count, num_steps)
 
 
-@dataclass(frozen=True)
-class UncertaintyRun:
-    """What one speculative run tells about its drafts, step by step.
-
-    Attributes:
-        model: name of the target.
-        drafter: ``"frozen"`` or ``"learned"``.
-        guidance_scale: of the run.
-        uncertainty: ``[K]``; mean over the tested drafts of the squared whitened deviation between drafted and
-            reference outputs, summed over the elements of the latent; NaN where none was tested.
-        tested: int64 ``[K]``, drafts that reached the test.
-        accepted: int64 ``[K]``, those accepted.
-        call_reduction: committed steps per round.
-    """
-
-    model: str
-    drafter: str
-    guidance_scale: float
-    uncertainty: np.ndarray
-    tested: np.ndarray
-    accepted: np.ndarray
-    call_reduction: float
-
-
-def uncertainty_runs(
-    subjects: Sequence[Subject], labels: Sequence[Tensor], schedule: Schedule, settings: Settings
-) -> list[UncertaintyRun]:
+def uncertainty_runs(subjects: Sequence[Subject], labels: Sequence[Tensor], settings: Settings) -> list[dict[str, Any]]:
     """Runs of :func:`free_kernels.sample` on each subject's labels ``[N]``, for every guidance scale and drafter.
+
+    Returns:
+        Of each run ``model``, ``drafter`` ("frozen" or "learned"), ``guidance_scale``, ``call_reduction``, the drafts
+        that were ``tested`` and ``accepted`` (int64 ``[K]``), and their ``uncertainty`` (``[K]``): the mean over tested
+        drafts of the squared whitened deviation between drafted and reference outputs, summed over the elements of the
+        latent; NaN where no draft was tested.
 
     Raises:
         ValueError: no run is left.
@@ -205,7 +186,7 @@ def uncertainty_runs(
         for subject, chosen in zip(subjects, labels, strict=True)
         for scale in dict.fromkeys(settings.guidance)
         for kind in subject.drafters
-        # A target without a null label cannot be guided; its panels stay without its curve.
+        # A target without a null label cannot be guided: it has no curve in the other panels.
         if scale == 1.0 or getattr(subject.target, "has_null_label", True)
     ]
     if not jobs:
@@ -214,25 +195,19 @@ def uncertainty_runs(
     with tqdm(jobs, desc="uncertainty", unit="run") as bar:
         for subject, chosen, kind, scale in bar:
             bar.set_postfix_str(f"{subject.name}, {kind}, guidance {scale:g}")
-            stats = sample(
-                subject.target,
-                chosen,
-                schedule=schedule,
-                drafter=subject.drafters[kind],
-                guidance_scale=scale,
-                draft_length=settings.draft_length,
-                seed=settings.seed,
-            ).stats
+            chain = ChainSettings(settings.steps, settings.draft_length, scale)
+            draw = sampler_for(subject.target, subject.drafters[kind], chain)
+            stats = draw(chosen, seed=settings.seed).stats
             runs.append(
-                UncertaintyRun(
-                    subject.name,
-                    kind,
-                    scale,
-                    stats.uncertainty_by_step,
-                    stats.tested_by_step,
-                    stats.accepted_by_step,
-                    stats.call_reduction,
-                )
+                {
+                    "model": subject.name,
+                    "drafter": kind,
+                    "guidance_scale": scale,
+                    "uncertainty": stats.uncertainty_by_step,
+                    "tested": stats.tested_by_step,
+                    "accepted": stats.accepted_by_step,
+                    "call_reduction": stats.call_reduction,
+                }
             )
     return runs
 
@@ -249,7 +224,7 @@ def pooled_mean(values: np.ndarray, weights: np.ndarray, width: int) -> np.ndarr
     if width < 1 or width % 2 == 0:
         fail("pooled_mean", "width", "odd and positive", width)
     window = np.ones(width)
-    # "full" and a cut, because "same" would answer with the window's length where that is the longer one.
+    # "full" and a cut, because "same" has the length of the window where the window is longer.
     ends = slice(width // 2, width // 2 + len(values))
     total, weight = (
         np.convolve(part, window, mode="full")[ends]
@@ -286,11 +261,11 @@ def coupling_draws(gap: float, count: int, seed: int, backend: str = "auto") -> 
     check_float("coupling_draws", "gap", gap, 0.0)
     check_int("coupling_draws", "count", count, 1)
     generator = torch.Generator().manual_seed(seed)
-    # A slot's second row has no draft: it is where a slot goes on whose draft was accepted.
+    # The second row of a slot has no draft: its step is drawn if the draft before it was accepted.
     noise = torch.randn(count, 2, 1, 1, 1, generator=generator)
     uniform = 1 - torch.rand(count, 2, generator=generator)
     columns = torch.zeros(count, 2, len(TransitionColumn))
-    # The next state's mean is the network's output itself, its deviation exp(0).
+    # The mean of the next state is the network's output, its standard deviation is 1.
     columns[..., TransitionColumn.MEAN_FROM_OUTPUT] = 1.0
     mean, std = torch.zeros(count, 1, 1, 1, 1), torch.ones(count, 1, 1, 1, 1)
     drafts = torch.addcmul(mean, std, noise[:, :1])
@@ -344,6 +319,34 @@ class TimelineRound:
         return self.rows - 1 - self.accepted - self.refused
 
 
+class RoundRecorder:
+    """Callback of a ``sample`` run with an integer draft length that keeps every round of every image.
+
+    The callback is told the step of every image after every round; the committed rows are the differences. The rows of
+    a round follow from the sampler's rule: ``min(L, K - k)``, but one at a step 0 that is not drafted.
+
+    Args:
+        num_steps: K.
+        length: L.
+        first: first step that is drafted, 0 or 1.
+
+    Attributes:
+        images: by image index, its rounds in order.
+    """
+
+    def __init__(self, num_steps: int, length: int, first: int = 1) -> None:
+        self.num_steps, self.length, self.first = num_steps, length, first
+        self.images: dict[int, list[TimelineRound]] = defaultdict(list)
+
+    def __call__(self, info: RoundInfo) -> None:
+        """Take in a round."""
+        for image, step in zip(info.images, info.steps, strict=True):
+            rounds = self.images[image]
+            begin = rounds[-1].first_step + rounds[-1].committed if rounds else 0
+            rows = 1 if begin < self.first else min(self.length, self.num_steps - begin)
+            rounds.append(TimelineRound(info.round - 1, begin, rows, step - begin))
+
+
 @dataclass(frozen=True)
 class Timeline:
     """Every round of every image of a run.
@@ -368,31 +371,8 @@ def timeline(
     seed: int,
     progress: bool = False,
 ) -> Timeline:
-    """Follow a lossless run of :func:`free_kernels.sample`, unguided, round by round.
-
-    The callback tells the step of every image after every round, so the committed rows are differences. Drafted rows
-    follow from the sampler's rule for an integer draft length L: ``min(L, K - k)``, but one row (no draft) at step 0
-    where the drafter does not draft that one.
-    Fewer committed than drafted rows means that the last committed one replaced a refused draft.
-    """
-    images: list[list[TimelineRound]] = [[] for _ in labels]
-    at, drafted = [0] * len(labels), first_drafted_step(drafter)
-
-    def see(info: RoundInfo) -> None:
-        for image, step in zip(info.images, info.steps, strict=True):
-            first = at[image]
-            rows = 1 if first < drafted else min(draft_length, schedule.num_steps - first)
-            images[image].append(TimelineRound(info.round - 1, first, rows, step - first))
-            at[image] = step
-
-    stats = sample(
-        target,
-        labels,
-        schedule=schedule,
-        drafter=drafter,
-        draft_length=draft_length,
-        seed=seed,
-        progress=progress,
-        callback=see,
-    ).stats
-    return Timeline(schedule.num_steps, images, stats)
+    """Follow a lossless run of :func:`free_kernels.sample`, unguided, round by round."""
+    recorder = RoundRecorder(schedule.num_steps, draft_length, first_drafted_step(drafter))
+    settings = {"schedule": schedule, "drafter": drafter, "draft_length": draft_length, "seed": seed}
+    stats = sample(target, labels, progress=progress, callback=recorder, **settings).stats
+    return Timeline(schedule.num_steps, [recorder.images[image] for image in range(len(labels))], stats)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from free_dit.experiments.analysis import (
     Settings,
     Subject,
     Timeline,
-    UncertaintyRun,
     coupling_draws,
     feature_dynamics,
     parts_of_chain,
@@ -32,10 +30,11 @@ from free_dit.experiments.analysis import (
     timeline,
     uncertainty_runs,
 )
+from free_dit.files import plain
 from free_dit.networks.families import schedule_for
 from free_kernels.validation import check_int, check_writable, fail
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 VERMILION, SKY, BLACK, GREY = "#D55E00", "#56B4E9", "#000000", "#BBBBBB"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY, BLACK)
@@ -64,8 +63,8 @@ def write_figures(out: Path, subjects: Sequence[Subject], settings: Settings = S
     first = subjects[0]
     schedule = schedule_for(first.target, settings.steps)
     labels = [torch.arange(settings.num) % subject.target.num_classes for subject in subjects]
-    # First, because these runs raise on wrong settings before minutes are spent.
-    runs = uncertainty_runs(subjects, labels, schedule, settings)
+    # First, because wrong settings raise an error here, before the slow measurements.
+    runs = uncertainty_runs(subjects, labels, settings)
     draw_uncertainty(uncertainty, runs, [subject.title for subject in subjects], settings)
     dynamics = feature_dynamics(first.target, schedule, labels[0], settings.seed, progress=True)
     draw_similarity(similarity, dynamics, first.title, settings)
@@ -86,7 +85,7 @@ def draw_similarity(path: Path, dynamics: FeatureDynamics, model: str, settings:
     blocks, pairs = dynamics.similarity.shape
     top, output = dynamics.similarity[-1], dynamics.output_similarity
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8.5, 7), sharex=True, layout="constrained")
-    # Without the limit the few most dissimilar steps at the ends would use up the colour range.
+    # Without this limit a few very dissimilar steps at the ends would determine the colour range.
     low = math.floor(1000 * np.quantile(dynamics.similarity, 0.02)) / 1000
     edges = np.arange(pairs + 1) + 0.5
     mesh = upper.pcolormesh(
@@ -142,11 +141,11 @@ def draw_change(path: Path, dynamics: FeatureDynamics, model: str, settings: Set
     _write(figure, path, model, settings, steps=ranges, **data, **whole)
 
 
-def draw_uncertainty(path: Path, runs: list[UncertaintyRun], titles: list[str], settings: Settings) -> None:
-    """Uncertainty over acceptance, one column a guidance scale; colour tells the model, dashes the drafter."""
-    scales = list(dict.fromkeys(run.guidance_scale for run in runs))
-    names = list(dict.fromkeys(run.model for run in runs))
-    kinds = list(dict.fromkeys(run.drafter for run in runs))
+def draw_uncertainty(path: Path, runs: list[dict[str, Any]], titles: list[str], settings: Settings) -> None:
+    """Uncertainty over acceptance, a column for each guidance scale; colour: the model, dashes: the drafter."""
+    scales = list(dict.fromkeys(run["guidance_scale"] for run in runs))
+    names = list(dict.fromkeys(run["model"] for run in runs))
+    kinds = list(dict.fromkeys(run["drafter"] for run in runs))
     several = len(names) > 1
     styles = {"frozen": "--", "learned": "-"}
     figure, axes = plt.subplots(
@@ -159,21 +158,22 @@ def draw_uncertainty(path: Path, runs: list[UncertaintyRun], titles: list[str], 
         layout="constrained",
     )
     for run in runs:
-        column = scales.index(run.guidance_scale)
-        # With one model, colour tells its drafters apart too.
-        colour = CYCLE[(names.index(run.model) if several else kinds.index(run.drafter)) % len(CYCLE)]
-        title = titles[names.index(run.model)].partition(" parameters")[0]
-        label = f"{title}, {run.drafter} drafter" if several else f"{run.drafter} drafter"
-        steps = np.arange(len(run.tested))
-        # Deviations span decades: an arithmetic mean would smear the last, largest ones over the whole window.
-        logs = np.log(np.maximum(run.uncertainty, np.finfo(float).tiny))
-        share = run.accepted / np.maximum(run.tested, 1)
+        column = scales.index(run["guidance_scale"])
+        # With one model, colours also distinguish its drafters.
+        colour = CYCLE[(names.index(run["model"]) if several else kinds.index(run["drafter"])) % len(CYCLE)]
+        title = titles[names.index(run["model"])].partition(" parameters")[0]
+        label = f"{run['drafter']} drafter"
+        label = f"{title}, {label}" if several else label
+        steps = np.arange(len(run["tested"]))
+        # A geometric mean, because deviations span decades: the largest would dominate an arithmetic mean.
+        logs = np.log(np.maximum(run["uncertainty"], np.finfo(float).tiny))
+        share = run["accepted"] / np.maximum(run["tested"], 1)
         curves = (
-            np.exp(pooled_mean(logs, run.tested, settings.window)),
-            pooled_mean(share, run.tested, settings.window),
+            np.exp(pooled_mean(logs, run["tested"], settings.window)),
+            pooled_mean(share, run["tested"], settings.window),
         )
         for row, curve in enumerate(curves):
-            axes[row, column].plot(steps, curve, color=colour, linestyle=styles[run.drafter], label=label)
+            axes[row, column].plot(steps, curve, color=colour, linestyle=styles[run["drafter"]], label=label)
     for column, scale in enumerate(scales):
         axes[0, column].set(yscale="log", title=f"guidance scale {scale:g}")
         axes[1, column].set(ylim=(-0.03, 1.03), xlabel=STEP_AXIS)
@@ -193,7 +193,7 @@ def draw_uncertainty(path: Path, runs: list[UncertaintyRun], titles: list[str], 
 
 
 def draw_coupling(path: Path, draws: CouplingDraws) -> None:
-    """Drafts under p, where they go, and the committed states under q."""
+    """Histograms of drafts under p and of committed states under q, and committed state against draft."""
     # Slow to import, and no other command needs it.
     from scipy import stats as statistics
 
@@ -318,27 +318,14 @@ def draw_timeline(path: Path, lines: dict[str, Timeline], model: str, settings: 
 
 
 def _rows(one: Any, mark: str) -> int:
-    """Rows of a round with a mark; they add up to its rows, less the last where it was never reached."""
+    """Rows of a round with a mark; all marks together are its rows, without the last one if a draft was refused."""
     return 1 - one.refused if mark == "direct" else getattr(one, mark)
-
-
-def plain(value: Any) -> Any:
-    """Values that JSON knows: arrays as lists, floats to six digits, NaN and infinities as null."""
-    if is_dataclass(value):
-        value = asdict(value)  # type: ignore[arg-type]
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain(item) for item in value]
-    if isinstance(value, (float, np.floating)):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
 
 
 def _write(
     figure: plt.Figure, path: Path, model: str | list[str] | None = None, settings: Settings | None = None, **data: Any
 ) -> None:
-    """The figure, and its numbers beside it: one line a key."""
+    """Save the figure, and its numbers as JSON beside it, a line for each key."""
     figure.savefig(path, dpi=130)
     plt.close(figure)
     known = {"model": model, "settings": settings, **data}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,9 @@ from rich.table import Table
 
 from free_dit.experiments.plots import acceptance_plot, sample_grids
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
-from free_dit.networks.families import schedule_for
-from free_kernels import SampleResult, ancestral_sample, sample
+from free_dit.files import write_json
+from free_dit.generation import ChainSettings, sampler_for
+from free_kernels import SampleResult
 from free_kernels.protocols import Drafter, Target
 
 
@@ -25,11 +25,7 @@ def compare(
     drafters: dict[str, Drafter | str],
     labels: torch.Tensor,
     out: Path,
-    *,
-    num_steps: int = 250,
-    draft_length: int = 6,
-    guidance_scale: float = 1.0,
-    seed: int = 0,
+    settings: ChainSettings = ChainSettings(),
     timing_pairs: int = 5,
 ) -> dict[str, Any]:
     """Sample ``labels`` ordinarily and with each drafter; write ``samples.png``, ``acceptance.png``, ``compare.json``.
@@ -40,36 +36,27 @@ def compare(
     Returns:
         What ``compare.json`` holds.
     """
-    settings: dict[str, Any] = {"schedule": schedule_for(target, num_steps), "guidance_scale": guidance_scale}
-    runs = {"ordinary": ancestral_sample(target, labels, seed=seed, progress=True, **settings)}
-    for name, drafter in drafters.items():
-        runs[name] = sample(
-            target, labels, drafter=drafter, draft_length=draft_length, seed=seed, progress=True, **settings
-        )
+    samplers = {name: sampler_for(target, one, settings) for name, one in {"ordinary": None, **drafters}.items()}
+    runs = {name: draw(labels, seed=settings.seed, progress=True) for name, draw in samplers.items()}
     best = list(drafters)[-1]
 
-    def ordinary(chosen: torch.Tensor) -> Callable[[int], SampleResult]:
-        return lambda run: ancestral_sample(target, chosen, seed=seed + run, **settings)
-
-    def speculative(chosen: torch.Tensor) -> Callable[[int], SampleResult]:
-        return lambda run: sample(
-            target, chosen, drafter=drafters[best], draft_length=draft_length, seed=seed + run, **settings
-        )
+    def seeded(name: str, chosen: torch.Tensor) -> Callable[[int], SampleResult]:
+        return lambda run: samplers[name](chosen, seed=settings.seed + run)
 
     ratios = []
     if timing_pairs:
         ratios = [
-            wall_clock_ratio(ordinary(part), speculative(part), len(part), pairs)
+            wall_clock_ratio(seeded("ordinary", part), seeded(best, part), len(part), pairs)
             for part, pairs in ((labels[:1], timing_pairs), (labels, 2))
         ]
     report = {
         "machine": machine(),
         "settings": {
-            "num_steps": num_steps,
-            "draft_length": draft_length,
-            "guidance_scale": guidance_scale,
+            "num_steps": settings.steps,
+            "draft_length": settings.draft_length,
+            "guidance_scale": settings.guidance,
             "images": len(labels),
-            "seed": seed,
+            "seed": settings.seed,
         },
         "runs": {
             name: {
@@ -85,13 +72,12 @@ def compare(
         "timed": best,
         "wall_clock_ratios": [asdict(ratio) for ratio in ratios],
     }
-    out = Path(out)
-    title = f"{num_steps} steps, guidance {guidance_scale:g}"
+    title = f"{settings.steps} steps, guidance {settings.guidance:g}"
     grids = {"ordinary sampler": runs["ordinary"].samples, f"speculative, lossless ({best})": runs[best].samples}
     sample_grids(out / "samples.png", grids, labels)
     curves = {name: runs[name].stats.acceptance_by_step for name in drafters}
-    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {draft_length}, {title}")
-    (out / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {settings.draft_length}, {title}")
+    write_json(out / "compare.json", report)
     return report
 
 

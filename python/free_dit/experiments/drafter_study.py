@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from free_dit.configuration import load_config
 from free_dit.experiments.model_card import EVALUATION_SEED
+from free_dit.experiments.network_calls import NetworkCalls, timed_in_turn
 from free_dit.experiments.wall_clock import machine
 from free_dit.files import write_files
+from free_dit.generation import ChainSettings, sampler_for
 from free_dit.markdown import decimals, table
-from free_dit.networks.families import schedule_for
+from free_dit.networks.families import device_of, schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.training.trajectories import Trajectories, collect
-from free_kernels import FeatureDrafter, FrozenDrafter, sample
-from free_kernels.conditioning import hoisted
-from free_kernels.protocols import Drafter, Target, new_memory
+from free_kernels import FeatureDrafter, FrozenDrafter
+from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import check_int, check_writable, fail
 
-# Name, and what differs from the configuration under study.
+# By name, the overrides of the configuration under study.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as configured": (),
     "window 2": ("drafter.window=2",),
@@ -54,44 +57,19 @@ LOOKAHEAD, LENGTHS = 5, (6, 12)
 @torch.no_grad()
 def call_cost(target: Target, drafter: Drafter, repeats: int = 40) -> float:
     """Seconds of a drafter call over seconds of a target call of one row, without guidance; least of the repeats."""
-    labels, timesteps = torch.zeros(1, dtype=torch.int64), schedule_for(target, 250).timesteps
-    network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
-    draft: Drafter = hoisted(drafter, timesteps, labels)  # type: ignore[assignment]
-    memory = new_memory(draft, 1, 1, repeats)
-    extra = {} if memory is None else {"memory": memory}
-    state, t = torch.randn(2, 1, *target.latent_shape), timesteps[100:101]
-    feature = network.features(state[0], t, labels)
-    best = [float("inf")] * 2
-    for _ in range(repeats):
-        for which, call in enumerate(
-            (
-                lambda: draft(feature, state[0], state[1], t, labels, **extra),
-                lambda: network.head(network.features(state[1], t, labels), t, labels),
-            )
-        ):
-            began = time.perf_counter()
-            call()
-            best[which] = min(best[which], time.perf_counter() - began)
-    return best[0] / best[1]
+    one = NetworkCalls(target, 1)
+    seconds = timed_in_turn({"drafter": one.drafter(drafter), "target": one.target}, repeats, device_of(target), np.min)
+    return seconds["drafter"] / seconds["target"]
 
 
 def evaluate(target: Target, drafter: Drafter, data: Trajectories, num_steps: int) -> dict[str, Any]:
     """Acceptance by look-ahead and in the last fifth, call reduction of both verifications, cost of a call."""
     schedule = schedule_for(target, num_steps)
     table = acceptance_by_lookahead(target, drafter, schedule, data, LOOKAHEAD)
-    reductions = {
-        f"{kind} {length}": sample(
-            target,
-            data.labels,
-            schedule=schedule,
-            drafter=drafter,
-            draft_length=length,
-            verification=kind,
-            seed=EVALUATION_SEED,
-        ).stats.call_reduction
-        for kind in ("token", "block")
-        for length in LENGTHS
-    }
+    reductions = {}
+    for kind, length in product(("token", "block"), LENGTHS):
+        draw = sampler_for(target, drafter, ChainSettings(num_steps, length), verification=kind)
+        reductions[f"{kind} {length}"] = draw(data.labels, seed=EVALUATION_SEED).stats.call_reduction
     return {
         "by_lookahead": table.nanmean(1).tolist(),
         "last_fifth": by_fifth(table)[:, -1].tolist(),
@@ -102,7 +80,7 @@ def evaluate(target: Target, drafter: Drafter, data: Trajectories, num_steps: in
 
 
 def _read_study(path: Path) -> dict[str, Any]:
-    """What an earlier run left, if it can be gone on with and rendered.
+    """The results of an earlier run, if they are complete enough to be rendered and continued.
 
     Raises:
         ValueError: not a study; the message names the file.

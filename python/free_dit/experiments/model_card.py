@@ -1,4 +1,4 @@
-"""Figures of a model card: acceptance by look-ahead and by fifth of the chain, call reduction, image quality."""
+"""Measurements of a model card: acceptance by look-ahead and by fifth of the chain, call reduction, image quality."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from free_dit.bundled import MODELS, load_bundled
 from free_dit.data import load_digits
 from free_dit.experiments.wall_clock import machine
 from free_dit.files import sha256_of, write_json
+from free_dit.generation import ChainSettings, sampler_for
 from free_dit.markdown import decimals, fill_page, table
 from free_dit.networks.families import schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.trajectories import collect
-from free_kernels import FrozenDrafter, ancestral_sample, sample
+from free_kernels import FrozenDrafter
 from free_kernels.protocols import Drafter, Target
 
-# Not among the seeds of drafter training (from loop.seed * 2**20 upwards): the drafter has not seen this noise.
+# No seed of drafter training (those begin at loop.seed * 2**20): the drafter was not trained on this noise.
 EVALUATION_SEED = 2**63 + 7
 
 
@@ -29,30 +30,23 @@ def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int =
     schedule = schedule_for(target, num_steps)
     labels = torch.arange(images) % target.num_classes
     drafters: dict[str, Drafter] = {"frozen": FrozenDrafter(), "learned": drafter}
-    figures: dict[str, Any] = {"images": images, "num_steps": num_steps, "machine": machine()}
-    figures["transitions"] = "learned variance" if target.learns_variance else type(schedule).__name__
-    figures["acceptance"] = {}
+    card: dict[str, Any] = {"images": images, "num_steps": num_steps, "machine": machine()}
+    card["transitions"] = "learned variance" if target.learns_variance else type(schedule).__name__
+    card["acceptance"] = {}
     for scale in (1.0, 2.0):
         data = collect(target, schedule, labels, torch.full((images,), scale), seed=EVALUATION_SEED, progress=True)
         for name, one in drafters.items():
             table = acceptance_by_lookahead(target, one, schedule, data)
-            figures["acceptance"][f"{name}, guidance {scale:g}"] = {
+            card["acceptance"][f"{name}, guidance {scale:g}"] = {
                 "by_lookahead": table.nanmean(1).tolist(),
                 "by_fifth": by_fifth(table).tolist(),
             }
-    figures["call_reduction"] = []
+    card["call_reduction"] = []
     runs = [(name, scale, length) for scale in (1.0, 2.0) for name in drafters for length in (4, 6, 8, 12)]
     for name, scale, length in tqdm(runs, desc="call reduction", unit="run"):
-        stats = sample(
-            target,
-            labels,
-            schedule=schedule,
-            drafter=drafters[name],
-            guidance_scale=scale,
-            draft_length=length,
-            seed=EVALUATION_SEED,
-        ).stats
-        figures["call_reduction"].append(
+        draw = sampler_for(target, drafters[name], ChainSettings(num_steps, length, scale))
+        stats = draw(labels, seed=EVALUATION_SEED).stats
+        card["call_reduction"].append(
             {
                 "drafter": name,
                 "guidance": scale,
@@ -61,25 +55,23 @@ def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int =
                 "acceptance": stats.acceptance,
             }
         )
-    return figures
+    return card
 
 
 def other_step_counts(target: Target, drafter: Drafter, images: int = 16) -> dict[str, Any]:
     """Call reduction at draft length 6 for chains that the drafter was not trained on."""
     labels = torch.arange(images) % target.num_classes
-    rows = {}
-    for num_steps in (50, 100, 250, 1000):
-        rows[num_steps] = {
-            name: sample(
-                target, labels, drafter=one, schedule=schedule_for(target, num_steps), seed=EVALUATION_SEED
-            ).stats.call_reduction
-            for name, one in (("frozen", "frozen"), ("learned", drafter))
-        }
+    drafters = {"frozen": "frozen", "learned": drafter}
+
+    def reduction(one: Drafter | str, steps: int) -> float:
+        return sampler_for(target, one, ChainSettings(steps))(labels, seed=EVALUATION_SEED).stats.call_reduction
+
+    rows = {steps: {name: reduction(one, steps) for name, one in drafters.items()} for steps in (50, 100, 250, 1000)}
     return {"images": images, "draft_length": 6, "rows": rows}
 
 
-def quality(target: Target, images: int = 500) -> dict[str, Any]:
-    """How a k-nearest-neighbour classifier trained on the real digits reads ordinary samples, and how far they are."""
+def nearest_neighbour_quality(target: Target, images: int = 500) -> dict[str, Any]:
+    """Class accuracy of ordinary samples by nearest neighbours, and distances to the nearest training images."""
     from sklearn.neighbors import KNeighborsClassifier
 
     train, test = load_digits("train"), load_digits("test")
@@ -95,24 +87,23 @@ def quality(target: Target, images: int = 500) -> dict[str, Any]:
 
     rows = {"held-out real digits": describe(test.images, test.labels)}
     for scale in (1.0, 2.0):
-        schedule = schedule_for(target, 250)
-        settings = {"schedule": schedule, "guidance_scale": scale, "seed": 3, "max_slots": 128, "progress": True}
-        result = ancestral_sample(target, labels, **settings)
+        draw = sampler_for(target, None, ChainSettings(guidance=scale))
+        result = draw(labels, seed=3, max_slots=128, progress=True)
         rows[f"samples, guidance {scale:g}"] = describe(result.samples, labels)
     return {"images": images, "rows": rows}
 
 
-def render(figures: dict[str, Any]) -> str:
+def render(card: dict[str, Any]) -> str:
     """The card's tables as Markdown."""
-    facts, steps, quality = figures["machine"], figures["steps"], figures["quality"]
-    acceptance = figures["acceptance"].items()
+    facts, steps, quality = card["machine"], card["steps"], card["quality"]
+    acceptance = card["acceptance"].items()
     grouped: dict[tuple[str, float], list[float]] = {}
-    for run in figures["call_reduction"]:
+    for run in card["call_reduction"]:
         grouped.setdefault((run["drafter"], run["guidance"]), []).append(run["call_reduction"])
     lines = [
         f"Measured with `python -m free_dit card` on {facts['cpu']} ({facts['threads']} threads, torch "
-        f"{facts['torch']}); {figures['images']} images, {figures['num_steps']} steps, "
-        f"{figures.get('transitions', 'learned variance')}, lossless.",
+        f"{facts['torch']}); {card['images']} images, {card['num_steps']} steps, "
+        f"{card.get('transitions', 'learned variance')}, lossless.",
         "",
         "Acceptance probability of a draft so many steps past the last exact feature:",
         "",
@@ -154,7 +145,7 @@ def render(figures: dict[str, Any]) -> str:
         ),
         *table(
             ["file", "bytes", "SHA-256"],
-            ([f"`{name}`", str(size), f"`{digest}`"] for name, (size, digest) in figures["files"].items()),
+            ([f"`{name}`", str(size), f"`{digest}`"] for name, (size, digest) in card["files"].items()),
         ),
     ]
     return "\n".join(lines)
@@ -164,11 +155,11 @@ def write_card(name: str) -> Path:
     """Measure a bundled pair and renew ``evaluation.json`` and the tables of its ``MODEL_CARD.md``."""
     folder = MODELS / name
     target, drafter = load_bundled(name)
-    figures = measure(target, drafter)
-    figures["steps"] = other_step_counts(target, drafter)
-    figures["quality"] = quality(target)
+    card = measure(target, drafter)
+    card["steps"] = other_step_counts(target, drafter)
+    card["quality"] = nearest_neighbour_quality(target)
     files = [folder / "model.safetensors", folder / "drafter.safetensors"]
-    figures["files"] = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}
-    write_json(folder / "evaluation.json", figures)
+    card["files"] = {path.name: (path.stat().st_size, sha256_of(path)) for path in files}
+    write_json(folder / "evaluation.json", card)
     fill_page(folder / "MODEL_CARD.md", "figures", render(json.loads((folder / "evaluation.json").read_text())))
     return folder / "MODEL_CARD.md"

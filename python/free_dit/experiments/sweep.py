@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from free_dit.evaluation.digits_classifier import class_accuracy, digit_features
 from free_dit.evaluation.frechet import frechet_distance
 from free_dit.experiments.model_card import EVALUATION_SEED
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
-from free_dit.files import read_json, sha256_of, write_json
-from free_kernels import DDIMSchedule, DDPMSchedule, SampleResult, ancestral_sample, sample
+from free_dit.files import keep_settings, read_json, sha256_of, write_json
+from free_dit.generation import UNDRAFTED, ChainSettings, sampler_for
+from free_kernels import SampleResult
 from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import check_choice, check_int, check_writable, fail
 from free_kernels.version import __version__
@@ -28,9 +30,7 @@ from free_kernels.version import __version__
 MODEL = "digits"
 LENGTHS = (2, 3, 4, 6, 8, 10, "auto")
 STRENGTHS = (1.0, 4.0, 16.0, 64.0)
-# Samplers without a drafter, by the name that their cells' files begin with.
-UNDRAFTED = {"none": "ordinary", "ddim": "ddim"}
-# Slots of a draft length that does not look at the clock: only the time of the sweep depends on them.
+# Slots for integer draft lengths; they change the time of the sweep, not its results.
 _SLOTS = 64
 
 
@@ -61,13 +61,13 @@ class Cell:
         """Name of the configuration, the same in every release; a file name."""
         chain = f"K{self.num_steps}-g{self.guidance:g}"
         if self.drafter in UNDRAFTED:
-            return f"{UNDRAFTED[self.drafter]}-{chain}"
+            return f"{'ordinary' if self.drafter == 'none' else self.drafter}-{chain}"
         return f"{self.drafter}-{self.verification}-L{self.draft_length}-r{self.relaxation:g}-{chain}"
 
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What all cells of a folder share.
+    """Settings of all cells of a folder.
 
     Attributes:
         num: images of a cell whose quality is measured; at least 20, two of each class.
@@ -106,13 +106,13 @@ def full_cells() -> list[Cell]:
                 Cell(drafter, verification, length, quality=one) for length, one in zip(LENGTHS, quality, strict=True)
             ]
     cells.append(Cell("learned", draft_length=12, quality=True))
-    # One image at a time is slow: with "auto" every other strength shows its quality.
+    # "auto" draws one image at a time, which is slow: quality is measured at every second strength.
     for length, shown in ((12, STRENGTHS), ("auto", STRENGTHS[1::2])):
         cells += [Cell("learned", "token", length, strength, quality=strength in shown) for strength in STRENGTHS]
     for steps, scale in chains[1:]:
         for verification, length in (("token", 6), ("block", 6), ("token", "auto")):
             cells.append(Cell("learned", verification, length, num_steps=steps, guidance=scale))
-    # Few steps are where relaxation has most to give.
+    # Relaxation gains most at few steps.
     for steps in (50, 100):
         cells.append(Cell("learned", draft_length=12, num_steps=steps, quality=True))
         for strength in STRENGTHS[1:]:
@@ -139,16 +139,12 @@ PRESETS: dict[str, tuple[Callable[[], list[Cell]], SweepSettings]] = {
 }
 
 
-def _sampler(target: Target, drafter: Drafter, cell: Cell, labels: Tensor, slots: int) -> Callable[[int], SampleResult]:
-    """The cell's sampler as a function of the seed."""
-    common: dict[str, Any] = {"schedule": DDPMSchedule(cell.num_steps), "guidance_scale": cell.guidance}
-    if cell.drafter in UNDRAFTED:
-        if cell.drafter == "ddim":
-            common["schedule"] = DDIMSchedule(cell.num_steps)
-        return lambda seed: ancestral_sample(target, labels, seed=seed, max_slots=slots, **common)
-    common |= {"drafter": drafter if cell.drafter == "learned" else "frozen", "draft_length": cell.draft_length}
-    common |= {"relaxation": cell.relaxation, "verification": cell.verification, "max_slots": slots}
-    return lambda seed: sample(target, labels, seed=seed, **common)
+def _sampler(target: Target, learned: Drafter, cell: Cell, slots: int) -> Callable[..., SampleResult]:
+    """The cell's sampler, which takes labels and a seed."""
+    settings = ChainSettings(cell.num_steps, cell.draft_length, cell.guidance)
+    drafter = learned if cell.drafter == "learned" else cell.drafter
+    speculation = {"relaxation": cell.relaxation, "verification": cell.verification}
+    return partial(sampler_for(target, drafter, settings, **speculation), max_slots=slots)
 
 
 def measure_quality(images: Tensor, labels: Tensor, settings: SweepSettings) -> dict[str, Any]:
@@ -186,7 +182,7 @@ def measure_cell(target: Target, drafter: Drafter, cell: Cell, settings: SweepSe
     labels = torch.arange(settings.num if cell.quality else settings.num_calls) % target.num_classes
     seed = EVALUATION_SEED + settings.seed
     slots = 1 if cell.draft_length == "auto" else _SLOTS
-    result = _sampler(target, drafter, cell, labels, slots)(seed)
+    result = _sampler(target, drafter, cell, slots)(labels, seed=seed)
     rounds = result.stats.rounds_per_image
     # The delta method, for a ratio of means with a constant numerator.
     relative_error = float(rounds.std(ddof=1) / rounds.mean() / np.sqrt(len(rounds))) if len(rounds) > 1 else None
@@ -203,19 +199,18 @@ def measure_cell(target: Target, drafter: Drafter, cell: Cell, settings: SweepSe
         "quality": measure_quality(result.samples, labels, settings) if cell.quality else None,
     }
     if settings.timing_pairs and cell.drafter not in UNDRAFTED:
-        baseline = replace(cell, drafter="none")
 
         def run(which: Cell) -> Callable[[int], SampleResult]:
-            return lambda pair: _sampler(target, drafter, which, torch.tensor([pair % target.num_classes]), 1)(
-                seed + pair
-            )
+            draw = _sampler(target, drafter, which, 1)
+            return lambda pair: draw(torch.tensor([pair % target.num_classes]), seed=seed + pair)
 
-        record["wall_clock"] = asdict(wall_clock_ratio(run(baseline), run(cell), 1, settings.timing_pairs))
+        ratio = wall_clock_ratio(run(replace(cell, drafter="none")), run(cell), 1, settings.timing_pairs)
+        record["wall_clock"] = asdict(ratio)
     return record
 
 
 def measure_real(settings: SweepSettings) -> dict[str, Any]:
-    """Quality of as many real training digits, and of the held-out digits themselves: what a perfect sampler gets."""
+    """Quality of as many real training digits, which a perfect sampler would reach, and of the held-out digits."""
     train, test = load_digits("train"), load_digits("test")
     each = settings.num // train.num_classes
     rows = torch.cat([(train.labels == label).nonzero()[:each, 0] for label in range(train.num_classes)])
@@ -227,22 +222,9 @@ def measure_real(settings: SweepSettings) -> dict[str, Any]:
 
 
 def _identity(settings: SweepSettings) -> dict[str, Any]:
-    """Everything that cells of one folder must agree on, or they could not stand in one table."""
+    """Everything that must be equal for all cells of a folder, which stand in one table."""
     hashes = {f"{part}_sha256": sha256_of(MODELS / MODEL / f"{part}.safetensors") for part in ("model", "drafter")}
     return {"model": MODEL, **hashes, **asdict(settings), "version": __version__, **machine()}
-
-
-def _check_identity(path: Path, identity: dict[str, Any]) -> None:
-    if not path.exists():
-        write_json(path, identity)
-        return
-    kept = read_json("sweep", path)
-    changed = [name for name in identity.keys() | kept.keys() if identity.get(name) != kept.get(name)]
-    if changed:
-        shown = ", ".join(f"{name} {kept.get(name)!r} (now {identity.get(name)!r})" for name in sorted(changed))
-        raise ValueError(
-            f"sweep: {path.parent} must hold cells of the same settings, got {shown}; choose another --out or remove it"
-        )
 
 
 def _finished(path: Path, cell: Cell) -> dict[str, Any] | None:
@@ -268,7 +250,7 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
         fail("sweep", "cells", "one or more, of different keys", f"{len(cells)}")
     check_writable("sweep", "out", out / "cells" / "cell.json")
     identity = _identity(settings)
-    _check_identity(out / "settings.json", identity)
+    keep_settings("sweep", out / "settings.json", identity, "cells")
     paths = {cell.key: out / "cells" / f"{cell.key}.json" for cell in cells}
     records = {cell.key: _finished(paths[cell.key], cell) for cell in cells}
     missing = [cell for cell in cells if records[cell.key] is None]

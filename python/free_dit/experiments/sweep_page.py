@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from free_dit.experiments.sweep import UNDRAFTED
+from free_dit.generation import UNDRAFTED
 from free_dit.markdown import table
 
 METRIC = "Frechet distance in digits-classifier features"
@@ -19,7 +19,7 @@ _MARKERS = {"ordinary": "s", "ddim": "D", "lossless": "o", "relaxed": "^"}
 
 def _kind(cell: dict[str, Any]) -> str:
     if cell["drafter"] in UNDRAFTED:
-        return UNDRAFTED[cell["drafter"]]
+        return "ordinary" if cell["drafter"] == "none" else "ddim"
     return "relaxed" if cell["relaxation"] else "lossless"
 
 
@@ -62,15 +62,15 @@ def _by_length(records: list[dict[str, Any]], figure: Any) -> list[str]:
 
 
 def _quality_rows(report: dict[str, Any], records: list[dict[str, Any]]) -> Iterable[list[str]]:
-    def figures(quality: dict[str, Any]) -> list[str]:
+    def quality_cells(quality: dict[str, Any]) -> list[str]:
         distances = [f"{quality['frechet_sampled']:.2f}", _interval(quality["frechet"], 2)]
         return [str(quality["images"]), _interval(quality["accuracy"], 3), *distances]
 
-    yield ["", "", "real training digits", "", *figures(report["real"]["training_digits"])]
+    yield ["", "", "real training digits", "", *quality_cells(report["real"]["training_digits"])]
     for record in records:
         if record["quality"] is not None:
             calls = f"{record['calls_per_image']:.1f}"
-            yield [*_chain(record["cell"]), _name(record["cell"]), calls, *figures(record["quality"])]
+            yield [*_chain(record["cell"]), _name(record["cell"]), calls, *quality_cells(record["quality"])]
 
 
 def render(report: dict[str, Any]) -> str:
@@ -104,7 +104,7 @@ def render(report: dict[str, Any]) -> str:
                 *_by_length(lossless, _speed),
             ]
     if relaxed:
-        # Each with the lossless run that it loosens.
+        # Each relaxed run beside the lossless run of the same settings.
         strict = [record["cell"] | {"relaxation": 0.0, "quality": None} for record in relaxed]
         beside = [r for r in records if r in relaxed or r["cell"] | {"quality": None} in strict]
         beside.sort(key=lambda r: (-r["cell"]["num_steps"], str(r["cell"]["draft_length"]), r["cell"]["relaxation"]))

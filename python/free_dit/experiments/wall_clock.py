@@ -54,7 +54,7 @@ def wall_clock_ratio(
 
 
 def machine() -> dict[str, Any]:
-    """Facts of this machine that a timing needs beside it."""
+    """Processor, threads, torch and system of this machine, reported beside every timing."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

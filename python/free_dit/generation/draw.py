@@ -1,4 +1,4 @@
-"""Drawing a sample set: resumable at any moment, split over ranks, the same images whatever the split."""
+"""Draws a sample set, split over ranks and resumable at any moment; the images do not depend on the split."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_dit.generation.sample_folder import NOT_DRAWN, SUMS, WHERE, GenerateSettings, SampleFolder
+from free_dit.generation.sample_folder import NOT_DRAWN, SUMS, SampleFolder
+from free_dit.generation.settings import WHERE, GenerateSettings, sampler_for
 from free_dit.interrupts import deferred_interrupts
-from free_dit.networks.families import schedule_for
-from free_kernels import PhiloxNoise, RoundInfo, SampleResult, ancestral_sample, sample
+from free_dit.networks.families import device_of
+from free_kernels import PhiloxNoise, RoundInfo, SampleResult
 from free_kernels.protocols import Drafter, Target
+from free_kernels.results import SampleStats
 from free_kernels.validation import check_int, check_writable, fail
 from free_kernels.version import __version__
 
@@ -36,7 +39,7 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 
 
 def _state_hash(module: object) -> str | None:
-    """SHA-256 of a module's weights, so that a set is never continued with others."""
+    """SHA-256 of a module's weights: a set is only continued with the weights that began it."""
     state = getattr(getattr(module, "module", module), "state_dict", None)
     if state is None:
         return None
@@ -47,58 +50,59 @@ def _state_hash(module: object) -> str | None:
     return digest.hexdigest()
 
 
-def _draw(
-    target: Target, drafter: str | Drafter | None, settings: GenerateSettings, images: range, labels: Tensor, callback
-) -> SampleResult:
-    """One shard; noise is keyed by the image's index in the whole set, so the shards are slices of one job."""
-    common: dict[str, Any] = {
-        "schedule": schedule_for(target, settings.steps),
-        "guidance_scale": settings.guidance,
-        "noise": PhiloxNoise(settings.seed, first_image=images.start),
-        "max_slots": settings.max_slots,
-        "callback": callback,
-    }
-    try:
-        if drafter is None:
-            return ancestral_sample(target, labels, **common)
-        return sample(
-            target,
-            labels,
-            drafter=drafter,
-            draft_length=settings.draft_length,
-            relaxation=settings.relaxation,
-            verification=settings.verification,
-            **common,
-        )
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error} (counted from image {images.start} of the set)") from error
+@dataclass(frozen=True)
+class _Painter:
+    """What draws the images of a set.
+
+    Attributes:
+        target: the target.
+        drafter: a drafter, ``"frozen"``, or None for the ordinary sampler.
+        decode: maps samples to images in ``[-1, 1]``; None where samples are images.
+        settings: of the set.
+    """
+
+    target: Target
+    drafter: str | Drafter | None
+    decode: Callable[[Tensor], Tensor] | None
+    settings: GenerateSettings
+
+    def draw(self, images: range, labels: Tensor, callback: Callable[[RoundInfo], None]) -> SampleResult:
+        """One shard; noise is keyed by the image's index in the whole set, so the shards are slices of one job."""
+        settings = self.settings
+        speculation = {"relaxation": settings.relaxation, "verification": settings.verification}
+        draw = sampler_for(self.target, self.drafter, settings, **speculation)
+        noise = PhiloxNoise(settings.seed, first_image=images.start)
+        try:
+            return draw(labels, noise=noise, max_slots=settings.max_slots, callback=callback)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} (counted from image {images.start} of the set)") from error
+
+    def pixels(self, samples: Tensor) -> np.ndarray:
+        """uint8 ``[N, H, W, C]`` of samples ``[N, C, H, W]``."""
+        images = samples if self.decode is None else self.decode(samples)
+        if images.ndim != 4 or len(images) != len(samples) or images.shape[1] not in (1, 3):
+            fail(WHERE, "decode", f"a function to [{len(samples)}, 1 or 3, H, W]", images)
+        if not bool(images.isfinite().all()):
+            raise FloatingPointError(f"{WHERE}: decoded images must be finite, got a non-finite value")
+        return to_pixels(images)
 
 
-def _figures(result: SampleResult) -> dict[str, list[float]]:
-    """What the record says of the sampling."""
-    stats = result.stats
-    bias = stats.bias_bound_per_image if len(stats.bias_bound_per_image) else np.zeros(len(result.samples))
+def _sampling_record(stats: SampleStats) -> dict[str, list[float]]:
+    """Rounds and bias bound of each image, and counts of drafts and rows, as the record of a shard holds them."""
+    rounds = np.asarray(stats.rounds_per_image)
+    bias = stats.bias_bound_per_image if len(stats.bias_bound_per_image) else np.zeros(len(rounds))
     return {
-        "rounds": np.asarray(stats.rounds_per_image).tolist(),
+        "rounds": rounds.tolist(),
         "bias": np.asarray(bias, np.float64).tolist(),
         "counts": [int(stats.tested_by_step.sum()), int(stats.accepted_by_step.sum()), stats.target_rows],
     }
 
 
-def _decoded(samples: Tensor, decode: Callable[[Tensor], Tensor] | None) -> np.ndarray:
-    images = samples if decode is None else decode(samples)
-    if images.ndim != 4 or len(images) != len(samples) or images.shape[1] not in (1, 3):
-        fail(WHERE, "decode", f"a function to [{len(samples)}, 1 or 3, H, W]", images)
-    if not bool(images.isfinite().all()):
-        raise FloatingPointError(f"{WHERE}: decoded images must be finite, got a non-finite value")
-    return to_pixels(images)
-
-
 @contextmanager
 def _workspace(folder: Path, rank: int, world_size: int) -> Iterator[Path]:
-    """This rank's own folder for files that are not whole yet, locked so that no second job draws into the set.
+    """A folder of this rank for files that are being written, locked so that no second job draws into the set.
 
-    What ranks that were killed have left is removed; of a larger job's ranks too.
+    Files that killed ranks left behind are removed, also those of ranks that only a larger, earlier job had.
 
     Raises:
         BlockingIOError: another process draws as this rank.
@@ -128,7 +132,7 @@ def _workspace(folder: Path, rank: int, world_size: int) -> Iterator[Path]:
 
 
 def _locked(handle) -> bool:
-    """Take a lock that ends with the process, however it ends; True also where there are no such locks."""
+    """Take a lock that the system releases when the process ends; True also where the system has no such locks."""
     try:
         import fcntl
     except ImportError:
@@ -150,7 +154,7 @@ class _Progress:
         self._samples, self._due = samples, 0.0
         name = samples.folder.name + (f", {world_size} ranks" if world_size > 1 else "")
         total = samples.settings.num
-        # Images appear a shard at a time, so the rate is the mean since the start, not that of the latest interval.
+        # A whole shard of images appears at once: the rate is the mean since the start, not that of the last interval.
         self._bar = tqdm(total=total, initial=self._count(), desc=name, unit="img", smoothing=0, disable=not shown)
 
     def _count(self) -> int:
@@ -169,7 +173,7 @@ class _Progress:
         self.update(f"shard {place} of {count} here: {share:.0%}")
 
     def update(self, here: str) -> None:
-        """Show what is on disk, and what this rank is at."""
+        """Show the number of images on disk, and ``here``, what this rank does."""
         if self._bar.disable or time.monotonic() < self._due:
             return
         self._due = time.monotonic() + REFRESH_S
@@ -186,30 +190,28 @@ def generate(
     model: str = "",
     rank: int | None = None,
     world_size: int | None = None,
-    device: torch.device | str = "cpu",
     decode: Callable[[Tensor], Tensor] | None = None,
     progress: bool = False,
     wait: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Draw the shards that ``folder`` lacks; shard s belongs to rank s modulo ``world_size``.
 
-    Ranks share nothing but the folder. A shard is drawn by one call, and its images and then its record are put in
-    place whole, so a set is the same, bit for bit on machines alike, whatever the number of ranks and however often
-    and however hard it was interrupted. What is on disk is checked against its hashes first: what has been damaged is
-    named and drawn again.
+    Ranks share only the folder. One call draws a shard; its images, and after them its record, are renamed into place
+    when they are complete. So the set does not depend on the number of ranks or on interrupts: on machines of one kind
+    it is the same bit for bit. Files on disk are compared with their hashes first; damaged shards are named and drawn
+    again.
 
     Args:
         folder: of the set; see :class:`SampleFolder`.
-        target: the target, on ``device``.
+        target: the target.
         drafter: a drafter, ``"frozen"``, or None for the ordinary sampler.
         settings: what to draw.
         model: the target's name, for the manifest.
         rank: this process; the environment's ``RANK`` (0 without one) if None.
         world_size: number of processes; the environment's ``WORLD_SIZE`` (1 without one) if None.
-        device: of the labels.
         decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a VAE's decoder.
         progress: show a bar over the images of all ranks.
-        wait: for the shards of the other ranks; something else has to end this process when one of them dies.
+        wait: return only when the other ranks' shards are on disk too; the caller must end this process if a rank dies.
 
     Returns:
         Shards drawn by this call, and shards that are still missing; the rank that draws the last one finds none.
@@ -228,6 +230,7 @@ def generate(
     if decode is None and target.latent_shape[0] not in (1, 3):
         fail(WHERE, "decode", f"given for a target of {target.latent_shape[0]} latent channels", "None")
     check_writable(WHERE, "folder", folder / "shards" / "shard.npz")
+    painter = _Painter(target, drafter, decode, settings)
     facts = {
         "model": model,
         "model_sha256": _state_hash(target),
@@ -241,7 +244,7 @@ def generate(
             with _Progress(samples, progress, world_size) as bar:
                 for place, shard in enumerate(mine, start=1):
                     show = partial(bar.drawing, place, len(mine))
-                    _draw_shard(samples, shard, target, drafter, device, decode, workspace, interrupted, show)
+                    _draw_shard(samples, shard, painter, workspace, interrupted, show)
                 while wait and len(samples.recorded()) < settings.shards:
                     _raise_if(interrupted)
                     bar.update("waiting for the other ranks")
@@ -255,14 +258,14 @@ def generate(
 
 
 def _lacking(samples: SampleFolder, shards: range, interrupted: list[int]) -> list[int]:
-    """Shards to draw; of those that were there once it is said why."""
+    """Shards to draw; the reason is printed for shards that had been drawn before."""
     problems = {}
     for shard in shards:
         _raise_if(interrupted)
         problem = problems[shard] = samples.problem(shard)
         if problem not in (None, NOT_DRAWN):
             print(f"{WHERE}: shard {shard} of {samples.folder} is drawn again: {problem}", file=sys.stderr)
-            # No rank may take the set for complete.
+            # Without this record and the sums no rank counts the set as complete.
             samples.record_path(shard).unlink(missing_ok=True)
             (samples.folder / SUMS).unlink(missing_ok=True)
     return [shard for shard, problem in problems.items() if problem is not None]
@@ -271,10 +274,7 @@ def _lacking(samples: SampleFolder, shards: range, interrupted: list[int]) -> li
 def _draw_shard(
     samples: SampleFolder,
     shard: int,
-    target: Target,
-    drafter: str | Drafter | None,
-    device: torch.device | str,
-    decode: Callable[[Tensor], Tensor] | None,
+    painter: _Painter,
     workspace: Path,
     interrupted: list[int],
     show: Callable[[float], None],
@@ -283,13 +283,13 @@ def _draw_shard(
 
     def after_round(info: RoundInfo) -> None:
         _raise_if(interrupted)
-        # Those that finished in this round are in both.
+        # An image that finished in this round is counted in ``images_done`` and listed in ``steps``.
         steps = info.images_done * settings.steps + sum(step for step in info.steps if step < settings.steps)
         show(steps / (info.num_images * settings.steps))
 
-    labels = torch.from_numpy(samples.labels[images.start : images.stop]).to(device)
-    result = _draw(target, drafter, settings, images, labels, after_round)
-    samples.commit(shard, _decoded(result.samples, decode), _figures(result), workspace)
+    labels = torch.from_numpy(samples.labels[images.start : images.stop]).to(device_of(painter.target))
+    result = painter.draw(images, labels, after_round)
+    samples.commit(shard, painter.pixels(result.samples), _sampling_record(result.stats), workspace)
     _raise_if(interrupted)
 
 
@@ -299,7 +299,7 @@ def _raise_if(interrupted: list[int]) -> None:
 
 
 def _name(error: OSError, folder: Path, settings: GenerateSettings) -> NoReturn:
-    """Say what could not be written and what is safe."""
+    """Raise the error again with the file that could not be written and the number of shards that are kept."""
     if error.strerror is None:
         raise error
     kept = len(list((folder / "shards").glob("shard-*.json")))

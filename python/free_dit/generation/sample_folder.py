@@ -7,123 +7,49 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from free_dit.files import array_bytes, json_bytes, read_arrays, read_json, sha256_of, write_files
-from free_kernels.validation import check_choice, check_float, check_int, fail
+from free_dit.files import array_bytes, keep_settings, read_arrays, read_json, sha256_of, write_files
+from free_dit.generation.settings import WHERE, GenerateSettings
+from free_kernels.validation import check_int, fail
 
-WHERE = "generate"
 KIND = "free_dit sample set"
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
-FORMATS = ("npz", "png")
 NOT_DRAWN = "not drawn yet"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class DrawSettings:
-    """How images are drawn; :class:`GenerateSettings` checks it.
-
-    Attributes:
-        drafter: "bundled", "frozen", "none" (the ordinary sampler), or a drafter.safetensors; None in a manifest is the
-            ordinary sampler too.
-        steps: sampling steps K.
-        draft_length: rows of a round for one image; 1 for the ordinary sampler.
-        relaxation: strength; 0 is lossless.
-        verification: "token" or "block".
-        guidance: classifier-free guidance scale; 1 is none.
-        seed: seed of all noise; an image depends on it and on the image's index.
-        shard: images of a shard: drawn by one call and kept, or drawn again, as a whole, so that an image has the same
-            neighbours in every run, and with them the same rounding.
-        max_slots: images of a shard in the making at a time; all of them if None.
-    """
-
-    drafter: str | None = "bundled"
-    steps: int = 250
-    draft_length: int = 6
-    relaxation: float = 0.0
-    verification: Literal["token", "block"] = "token"
-    guidance: float = 1.0
-    seed: int = 0
-    shard: int = 64
-    max_slots: int | None = None
-
-
-@dataclass(frozen=True)
-class GenerateSettings(DrawSettings):
-    """What a sample set is drawn with: :class:`DrawSettings`, and the set's size and form.
-
-    Attributes:
-        num: images; image i has label i modulo the number of classes.
-        format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
-    """
-
-    num: int = 50_000
-    format: Literal["npz", "png"] = "npz"
-
-    def __post_init__(self) -> None:
-        for name in ("num", "steps", "draft_length", "shard"):
-            check_int(WHERE, name, getattr(self, name), 1)
-        if self.max_slots is not None:
-            check_int(WHERE, "max_slots", self.max_slots, 1)
-        check_int(WHERE, "seed", self.seed, 0, 2**64 - 1)
-        check_float(WHERE, "relaxation", self.relaxation, 0.0)
-        check_float(WHERE, "guidance", self.guidance, 0.0)
-        check_choice(WHERE, "verification", self.verification, ("token", "block"))
-        check_choice(WHERE, "format", self.format, FORMATS)
-
-    @property
-    def shards(self) -> int:
-        """Number of shards; the last may be smaller."""
-        return -(-self.num // self.shard)
-
-    def images_of(self, shard: int) -> range:
-        """Indices of the images of a shard."""
-        return range(shard * self.shard, min(self.num, (shard + 1) * self.shard))
-
-
 class SampleFolder:
-    """A sample set on disk. A shard is there once its record is, and only while its files agree with the record.
+    """A sample set on disk. A shard counts as drawn if it has a record and its files have the hashes in the record.
 
     Attributes:
         folder: holds ``manifest.json`` and ``shards/``; images of PNG sets are in ``images/`` with ``labels.txt``.
         settings: of the set.
-        num_classes: labels go round them.
+        num_classes: image i has label i modulo this number.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self.settings = GenerateSettings(**{name: identity[name] for name in GenerateSettings.__dataclass_fields__})
         self.num_classes = check_int(WHERE, "num_classes", identity["num_classes"], 1)
-        # Records carry this hash, so that a record of another set is not taken for one of this set.
+        # Every record holds this hash: a record of another set is recognised.
         self.set_id = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def begin(cls, folder: Path, settings: GenerateSettings, num_classes: int, facts: dict[str, Any]) -> SampleFolder:
-        """Write the manifest of a new set, or go on with one of the same settings.
+        """Write the manifest of a new set, or open a set of the same settings.
 
         Raises:
             ValueError: the folder holds a set of other settings.
         """
         identity = {"kind": KIND, **facts, "num_classes": num_classes, **asdict(settings)}
-        path = Path(folder) / MANIFEST
-        if path.exists():
-            kept = read_json(WHERE, path)
-            changed = sorted(name for name in identity.keys() | kept.keys() if identity.get(name) != kept.get(name))
-            if changed:
-                shown = ", ".join(f"{name} {kept.get(name)!r} (now {identity.get(name)!r})" for name in changed)
-                raise ValueError(
-                    f"{WHERE}: {folder} must hold a sample set of the same settings, got {shown}; "
-                    "choose another or remove it"
-                )
-        else:
-            write_files({path: json_bytes(identity)})
+        keep_settings(WHERE, Path(folder) / MANIFEST, identity, "a sample set")
         samples = cls(folder, identity)
         if settings.format == "png":
             listed, text = samples.folder / "images" / "labels.txt", "".join(f"{y}\n" for y in samples.labels)
@@ -164,7 +90,7 @@ class SampleFolder:
         return self.folder / "shards" / f"shard-{shard:06d}.json"
 
     def recorded(self) -> list[int]:
-        """Shards that have a record, by their names alone."""
+        """Shards that have a record file; its content is not read."""
         names = {path.name for path in (self.folder / "shards").glob("shard-*.json")}
         return [shard for shard in range(self.settings.shards) if self.record_path(shard).name in names]
 
@@ -190,7 +116,7 @@ class SampleFolder:
         return record if all(holds(record[name]) for name, holds in expected.items()) else None
 
     def problem(self, shard: int) -> str | None:
-        """Why a shard counts as missing, or None: every byte of it is as it was committed."""
+        """Why a shard counts as missing; None if its files are unchanged since it was committed."""
         record = self.record(shard)
         if record is None:
             if self.record_path(shard).exists():
@@ -204,14 +130,14 @@ class SampleFolder:
         return None
 
     def commit(
-        self, shard: int, pixels: np.ndarray, figures: dict[str, list[float]], workspace: Path | None = None
+        self, shard: int, pixels: np.ndarray, counted: dict[str, list[float]], workspace: Path | None = None
     ) -> None:
-        """Put the images of a shard on disk, and its record after them.
+        """Write the images of a shard, and then its record.
 
         Args:
             shard: which.
             pixels: uint8 ``[N, H, W, 1 or 3]``.
-            figures: ``rounds``, ``bias`` of every image; ``counts``: drafts tested, drafts accepted, target rows.
+            counted: ``rounds``, ``bias`` of every image; ``counts``: drafts tested, drafts accepted, target rows.
             workspace: as in :func:`free_dit.files.write_files`.
         """
         paths, images = self.files_of(shard), self.settings.images_of(shard)
@@ -227,7 +153,7 @@ class SampleFolder:
                 for path, data in zip(paths, contents, strict=True)
             },
             "images": [hashlib.sha256(image.tobytes()).hexdigest() for image in pixels],
-            **figures,
+            **counted,
         }
         write_files(dict(zip(paths, contents, strict=True)), workspace)
         write_files({self.record_path(shard): json.dumps(record).encode()}, workspace)
@@ -264,7 +190,7 @@ class SampleFolder:
         lines = [f"{digest}  {name}\n" for record in self._records() for name, digest in record["files"].items()]
         write_files({self.folder / SUMS: "".join(lines).encode()})
 
-    def sampling_figures(self) -> dict[str, Any]:
+    def sampling_statistics(self) -> dict[str, Any]:
         """Calls, acceptance and bias bound of a complete set."""
         records, settings = self._records(), self.settings
         rounds, bias = (np.concatenate([record[name] for record in records]) for name in ("rounds", "bias"))

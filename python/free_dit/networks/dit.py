@@ -87,7 +87,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A strided convolution over disjoint patches is one matrix product; as such it skips the convolution set-up.
+        # A strided convolution over disjoint patches is one matrix product, which avoids the set-up of a convolution.
         rows, channels, height, width = x.shape
         p = self.patch_size
         patches = x.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)

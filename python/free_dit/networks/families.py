@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from free_dit.configuration import build
@@ -13,7 +14,7 @@ from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoin
 from free_kernels.protocols import Target
 from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 
-# By training objective.
+# The network class of each training objective.
 FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}
 
 
@@ -22,6 +23,11 @@ def schedule_for(target: Target, num_steps: int) -> DDPMSchedule | FlowSDESchedu
     if getattr(target, "family", None) == "flow":
         return FlowSDESchedule(num_steps, num_train_steps=target.num_train_steps)  # type: ignore[attr-defined]
     return DDPMSchedule(num_steps)
+
+
+def device_of(target: Target) -> torch.device:
+    """``target.device``; the CPU for a target without this attribute."""
+    return torch.device(getattr(target, "device", "cpu"))
 
 
 def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None) -> None:

@@ -16,7 +16,7 @@ class SiT(DiT):
         config: the shape.
     """
 
-    # What free_kernels.targets.as_target tells it from a DiT by.
+    # By this attribute free_kernels.targets.as_target recognises a SiT.
     family = "flow"
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

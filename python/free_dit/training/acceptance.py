@@ -1,4 +1,4 @@
-"""Acceptance by look-ahead: how good a drafter is, apart from any sampler."""
+"""Acceptance by look-ahead: the quality of a drafter, measured without a speculative sampler."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def acceptance_by_lookahead(
             delta = (mean_sq + variance_sq).sqrt()
             result[ahead, k] = (2 * torch.special.ndtr(-delta / 2)).mean()
         if memory is not None:
-            # The first draft, from an exact feature, is the past of the next start.
+            # Of this start only the first draft, which came from an exact feature, is remembered for the next start.
             memory.rewind(torch.full_like(data.labels, drafts - 1))
     return result
 

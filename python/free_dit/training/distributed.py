@@ -22,7 +22,7 @@ Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among those of the run.
+    """Place of this process among those of the run.
 
     Attributes:
         rank: number of the process, in ``[0, world)``; the first one writes checkpoints and logs.
@@ -55,7 +55,7 @@ class Place:
         return self.rank == 0
 
     def device(self, choice: str = "auto") -> torch.device:
-        """``"auto"`` is this process's GPU, or the CPU where there is none; ``"cuda"`` its GPU; else what it says.
+        """``"auto"``: this process's GPU, or the CPU without one; ``"cuda"``: its GPU; otherwise the device named.
 
         Raises:
             ValueError: no such device.
@@ -95,7 +95,7 @@ class Place:
             device_id=device if on_gpu else None,
         )
         yield
-        # Not after an error: the others may be gone, and leaving the group waits for them.
+        # Not after an error: other processes may have ended, and leaving the group would wait for them.
         dist.barrier()
         gc.collect()
         dist.destroy_process_group()
@@ -107,7 +107,7 @@ class Place:
         """
         if self.world == 1:
             return loss_fn
-        # Buffers are fixed once training begins: shared here, and not again in every pass. The option has two names.
+        # Buffers do not change in training: they are sent once here, not in every pass. The option has two names.
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
         known = inspect.signature(DistributedDataParallel).parameters
@@ -118,16 +118,16 @@ class Place:
         """Leave gradients on their own process until the ``last`` backward pass of an iteration."""
         return nullcontext() if last or self.world == 1 else loss_fn.no_sync()  # type: ignore[attr-defined]
 
-    def average(self, figures: dict[str, float], device: torch.device) -> dict[str, float]:
+    def average(self, metrics: dict[str, float], device: torch.device) -> dict[str, float]:
         """Means over the processes, which must all call this with the same keys."""
         if self.world == 1:
-            return figures
-        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=device)
+            return metrics
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
         dist.all_reduce(values)
-        return dict(zip(figures, (values / self.world).tolist(), strict=True))
+        return dict(zip(metrics, (values / self.world).tolist(), strict=True))
 
     def check_agreement(self, step: int, device: torch.device) -> None:
-        """Raise ValueError where processes stand at different iterations: they see different folders."""
+        """Raise ValueError if processes are at different iterations, because they see different folders."""
         if self.world == 1:
             return
         steps = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world)]
@@ -138,12 +138,12 @@ class Place:
 
 
 class _LossModule(nn.Module):
-    """A loss with the module that it trains, so that a whole iteration is one forward pass to the wrapper around it."""
+    """A loss and the module that it trains, as one module: DistributedDataParallel then wraps a whole iteration."""
 
     def __init__(self, module: nn.Module, loss_fn: Loss) -> None:
         super().__init__()
         self.module = module
-        # In a list, so that a loss which is itself a module is not taken for weights to train.
+        # In a list, so that the parameters of a loss that is a module are not registered as weights to train.
         self._loss_fn = [loss_fn]
 
     def forward(self, step: int) -> tuple[Tensor, dict[str, float]]:

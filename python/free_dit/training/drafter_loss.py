@@ -1,4 +1,4 @@
-"""The loss of a learned drafter on its target's own trajectories, and what it is configured by."""
+"""The loss of a learned drafter on its target's own trajectories, and its configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from free_dit.data import DATASETS, ImageData
 from free_dit.training.distributed import Place
 from free_dit.training.loop import LoopConfig, iteration_seed, mixed_seed
 from free_dit.training.shards import ShardStore, ShardWindow, target_fingerprint
-from free_dit.training.trajectories import Trajectories, collect, guided_transition, make_schedule, noised_chains
+from free_dit.training.trajectories import (
+    Storage,
+    Trajectories,
+    collect,
+    guided_transition,
+    make_schedule,
+    noised_chains,
+)
 from free_kernels.drafters import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
 from free_kernels.protocols import Target, first_drafted_step, guided_channels, null_label
@@ -154,7 +161,7 @@ class DrafterLoss:
         self._first = first_drafted_step(drafter)
 
     def _settings(self) -> dict[str, object]:
-        """All that decides what the shards hold, up to the rounding of calls of another ``max_rows``."""
+        """All settings that the content of the shards depends on; ``max_rows`` only changes the rounding."""
         named = ("num_steps", "trajectories", "max_guidance", "feature_dtype", "forward_dataset")
         return {name: getattr(self.config, name) for name in named} | {
             "target": target_fingerprint(self.target),
@@ -164,7 +171,7 @@ class DrafterLoss:
         }
 
     def trajectories(self, number: int) -> Trajectories:
-        """Set number ``number``; the same one whenever it is asked for."""
+        """Set ``number``; every call with this number returns the same trajectories."""
         config, rank = self.config, self.place.rank
         count, seed = config.trajectories, config.loop.seed
         with iteration_seed(seed + 1, number, rank):
@@ -186,16 +193,14 @@ class DrafterLoss:
             (seed << 20) + number if rank == 0 else mixed_seed(seed, number, rank),
             progress=self.place.is_first,
             max_rows=config.max_rows or None,
-            dtype=DTYPES[config.feature_dtype],
-            device="cpu",
-            images_first=self._store is not None,
+            storage=Storage(DTYPES[config.feature_dtype], "cpu", images_first=self._store is not None),
             given=given,
         )
 
     def data(self, epoch: int) -> Trajectories | ShardWindow:
-        """What the iterations of ``epoch`` learn from; the same whenever it is asked for."""
+        """Training data of the iterations of ``epoch``; every call with this epoch returns the same."""
         if self._data is None or epoch != self._epoch:
-            # Freed first, so that two sets are never in memory at once.
+            # The old set is freed first: memory holds one set at a time.
             self._data = None
             self._data = self.trajectories(epoch) if self._store is None else self._store.latest(epoch)
             self._epoch = epoch
@@ -226,83 +231,68 @@ class DrafterLoss:
         network = _NetworkRows(guidance, self.drafter.config.window > 1, self.device)
         y = data.labels[image]
         y = network.pick(torch.cat([y, torch.full_like(y, null_label(self.target))]).to(self.device))
-        guidance = guidance.to(self.device)
-        memory = self._past(data, image, start, y, network)
-        feature = self._parents(data, start, image, network)
-        loss, figures = torch.zeros((), device=self.device), {}
+        windows, guidance = _Windows(data, image, y, network), guidance.to(self.device)
+        memory = self._past(windows, start)
+        feature = self._parents(windows, start)
+        loss, metrics = torch.zeros((), device=self.device), {}
         for ahead in range(unroll):
             # Windows end where the chain does, before its last step, which needs no draft.
             k, inside = (start + ahead).clamp(max=last), (start + ahead <= last).to(self.device)
-            feature = self._draft(feature, data, image, k, y, memory, network)
+            feature = self._draft(windows, feature, k, memory)
             here = k.to(self.device)
             output = network.spread(self.target.head(feature, network.both(self.timesteps[here]), y))
-            state, exact_mean, exact_std = (self._rows(data, name, k, image) for name in ("states", "mean", "std"))
+            state, exact_mean, exact_std = (windows.rows(name, k) for name in ("states", "mean", "std"))
             mean, std = guided_transition(state, output, self.table[here], guidance, self.guided)
             gap_sq = gap(mean, std, exact_mean, exact_std)
             loss = loss + torch.where(inside, LOSSES[config.loss](gap_sq), 0.0).mean() / unroll
             if config.feature_weight:
-                exact = network.pick(self._rows(data, "features", k, image))
+                exact = network.pick(windows.rows("features", k))
                 error = ((feature - exact) / self.drafter.change_std).square().flatten(1).mean(1)
                 error = torch.where(network.both(inside), error, 0.0).mean()
                 loss = loss + config.feature_weight * error / unroll
             accept = 2 * torch.special.ndtr(-gap_sq.detach().sqrt() / 2)
-            figures[f"accept_{ahead + 1}"] = accept[inside].mean().item()
-        return loss, figures
+            metrics[f"accept_{ahead + 1}"] = accept[inside].mean().item()
+        return loss, metrics
 
-    def _rows(self, data: Trajectories | ShardWindow, name: str, step: Tensor, image: Tensor) -> Tensor:
-        """``data.at(name, step, image)`` in float32 on the drafter's device."""
-        return data.at(name, step, image).to(self.device).float()
-
-    def _parents(self, data: Trajectories | ShardWindow, step: Tensor, image: Tensor, network: _NetworkRows) -> Tensor:
-        """Exact features ``[R, T, D]`` before ``step [B]``; at step 0 what the drafter takes for one."""
-        exact = network.pick(self._rows(data, "features", (step - 1).clamp(min=0), image))
+    def _parents(self, windows: _Windows, step: Tensor) -> Tensor:
+        """Exact features ``[R, T, D]`` before ``step [B]``; at step 0 the drafter's stand-in for one."""
+        exact = windows.network.pick(windows.rows("features", (step - 1).clamp(min=0)))
         if self._first:
             return exact
         # Computed even if no window begins at step 0, so that every weight has a gradient in every iteration.
-        guess = network.both(self.drafter.initial_feature(self._rows(data, "states", step, image)))
-        return torch.where(network.both((step == 0).to(self.device)).view(-1, 1, 1), guess, exact)
+        guess = windows.network.both(self.drafter.initial_feature(windows.rows("states", step)))
+        return torch.where(windows.network.both((step == 0).to(self.device)).view(-1, 1, 1), guess, exact)
 
-    def _draft(
-        self,
-        feature: Tensor,
-        data: Trajectories | ShardWindow,
-        image: Tensor,
-        step: Tensor,
-        y: Tensor,
-        memory: FeatureMemory | None,
-        network: _NetworkRows,
-    ) -> Tensor:
-        """Feature ``[R, T, D]`` drafted at ``step [B]`` of ``image [B]`` from the one at the step before."""
-        before = (step - 1).clamp(min=0)
-        previous, state = (network.both(self._rows(data, "states", k, image)) for k in (before, step))
+    def _draft(self, windows: _Windows, feature: Tensor, step: Tensor, memory: FeatureMemory | None) -> Tensor:
+        """Feature ``[R, T, D]`` drafted at ``step [B]`` from the one at the step before."""
+        both = windows.network.both
+        previous, state = (both(windows.rows("states", k)) for k in ((step - 1).clamp(min=0), step))
         remembered = {} if memory is None else {"memory": memory}
-        t = network.both(self.timesteps[step.to(self.device)])
+        t = both(self.timesteps[step.to(self.device)])
         mixed = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if mixed else nullcontext():
-            return self.network(feature, previous, state, t, y, **remembered).float()
+            return self.network(feature, previous, state, t, windows.y, **remembered).float()
 
-    def _past(
-        self, data: Trajectories | ShardWindow, image: Tensor, start: Tensor, y: Tensor, network: _NetworkRows
-    ) -> FeatureMemory | None:
+    def _past(self, windows: _Windows, start: Tensor) -> FeatureMemory | None:
         """Memory of drafts from exact features at the W - 1 steps before ``start [B]``; None without a window.
 
-        Windows near the first drafted step have a shorter past. In a drafter of one block this is all that a draft of
-        a long chain sees; deeper blocks' keys would go further back there.
+        Windows near the first drafted step have a shorter past. For a drafter of one block, this memory holds all that
+        a draft of a long chain attends to; the keys of deeper blocks would depend on drafts of still earlier steps.
         """
         window = self.drafter.config.window
-        # No call is refused here, so one slot besides those of the past is enough.
-        memory = self.drafter.new_memory(len(image), 2, 1, self.dtype)
+        # No draft is refused here: room for one draft besides the past is enough.
+        memory = self.drafter.new_memory(len(start), 2, 1, self.dtype)
         for age in range(window - 1, 0, -1):
             step = (start - age).clamp(min=self._first)
-            self._draft(self._parents(data, step, image, network), data, image, step, y, memory, network)
+            self._draft(windows, self._parents(windows, step), step, memory)
             memory.rewind(torch.where(start - age >= self._first, 0, window).to(self.device))
         return memory
 
 
 class _NetworkRows:
-    """The network rows of a batch of B windows: the conditional ones, then the unconditional ones that matter.
+    """The network rows of a batch of B windows: all conditional ones, then the unconditional ones of guided windows.
 
-    Without guidance a window's unconditional branch has no part in its output.
+    Without guidance the unconditional branch does not enter the output.
 
     Args:
         guidance: float32 ``[B]``.
@@ -326,8 +316,29 @@ class _NetworkRows:
         return rows.index_select(0, self._rows % len(rows))
 
     def spread(self, rows: Tensor) -> Tensor:
-        """``[2 B, ...]``, with conditional rows in the place of those left out."""
+        """``[2 B, ...]``; conditional rows take the place of the unconditional ones that were left out."""
         return rows.index_select(0, self._spread)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """A batch of B windows of trajectories.
+
+    Attributes:
+        data: the trajectories.
+        image: int64 ``[B]``, the image of each window.
+        y: labels ``[R]`` of the network rows, on the drafter's device.
+        network: the network rows.
+    """
+
+    data: Trajectories | ShardWindow
+    image: Tensor
+    y: Tensor
+    network: _NetworkRows
+
+    def rows(self, name: str, step: Tensor) -> Tensor:
+        """``data.at(name, step, image)`` at ``step [B]``, in float32 on the drafter's device."""
+        return self.data.at(name, step, self.image).to(self.y.device).float()
 
 
 def gap(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class NoiseLoss(nn.Module):
         self.num_train_steps = schedule.num_train_steps
         self.level_width = level_width
         self.learn_sigma = learn_sigma
-        # Sampling order is flipped here: row t belongs to training timestep t.
+        # Flipped from sampling order: row t belongs to training timestep t.
         self.register_buffer("table", full.table("fixed_small").flip(0))
         self.register_buffer("log_variance", torch.stack(full.log_variance_range(), 1).float().flip(0))
         self.register_buffer("alphas_cumprod", torch.from_numpy(full.train_alphas_cumprod).float())
@@ -94,7 +94,7 @@ class NoiseLoss(nn.Module):
         mean = weights[0] * x0.clamp(-1, 1) + weights[1] * noisy
         kl = 0.5 * (log_variance - low + (low - log_variance).exp() - 1)
         kl = kl + 0.5 * (true_mean - mean).square() * (-log_variance).exp()
-        # At t = 0: likelihood of the data's own level under the Gaussian, open at both ends of the scale.
+        # At t = 0: likelihood of the data's grey level; the lowest and the highest level have no outer bound.
         std = (0.5 * log_variance).exp()
         half = self.level_width / 2
         upper = torch.where(images > 1 - half, torch.inf, (images + half - mean) / std)

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Protocol
 
 from free_kernels.validation import check_choice, fail
 
 LOGS = ("csv", "tensorboard")
-
-
-class Log(Protocol):
-    """Figures of a run by iteration."""
-
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Add a line."""
-        ...
-
-    def close(self) -> None:
-        """Write what is still held."""
-        ...
 
 
 class CsvLog:
@@ -31,9 +18,9 @@ class CsvLog:
         _trim(path, step)
         self._handle = path.open("a", newline="")
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a line, and a header where the file is empty."""
-        row = {"step": step, **{name: f"{value:.6g}" for name, value in figures.items()}}
+        row = {"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}}
         writer = csv.DictWriter(self._handle, row.keys())
         if self._handle.tell() == 0:
             writer.writeheader()
@@ -60,15 +47,18 @@ class TensorBoardLog:
             fail("train", "log", installed, f"'tensorboard' ({error})")
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a point to every curve."""
-        for name, value in figures.items():
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+
+Log = CsvLog | TensorBoardLog
 
 
 def open_log(kind: str, folder: Path, step: int) -> Log:
@@ -86,7 +76,7 @@ def _trim(path: Path, step: int) -> None:
         return
     with path.open(newline="") as handle:
         rows = list(csv.DictReader(handle))
-    # A process that was killed may have left half a line.
+    # A process that was killed may have written half a line.
     kept = [row for row in rows if row["step"].isdigit() and None not in row.values() and int(row["step"]) <= step]
     if len(kept) < len(rows):
         with path.open("w", newline="") as handle:

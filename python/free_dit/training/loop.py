@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from free_dit.training.optimizers import kept_shapes, make_optimizer
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, reading, save_checkpoint
 from free_kernels.validation import check_choice, check_int, describe
 
-# Name of the file, in a run's folder, that holds everything needed to go on.
+# File in the folder of a run, from which the run is resumed.
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -68,7 +67,7 @@ def _learning_rate_factor(step: int, config: LoopConfig) -> float:
 
 @contextmanager
 def iteration_seed(seed: int, step: int, stream: int = 0) -> Iterator[None]:
-    """Seed torch from (seed, step, stream), so that a resumed run draws what an uninterrupted one would have drawn.
+    """Seed torch from (seed, step, stream), so that a resumed run draws the numbers of an uninterrupted one.
 
     Streams keep processes, and batches of one iteration, apart.
     """
@@ -83,17 +82,6 @@ def mixed_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
 
-def _naming_the_checkpoint(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Every error in reading a checkpoint becomes a CheckpointError that names the file."""
-
-    @functools.wraps(load)
-    def named(loop: TrainingLoop) -> None:
-        with reading("train", loop.checkpoint_path, "a whole training checkpoint"):
-            load(loop)
-
-    return named
-
-
 class TrainingLoop:
     """Runs ``loss_fn(step)`` for the configured iterations; resumes from ``out/checkpoint.safetensors`` if present.
 
@@ -101,12 +89,12 @@ class TrainingLoop:
 
     Args:
         module: trained in place.
-        loss_fn: maps an iteration to (loss, figures to log).
+        loss_fn: maps an iteration to (loss, metrics to log).
         config: length and speed.
         out: folder of checkpoint and log; made if missing. All processes see the same one.
         identity: plain values that must not change between a run and its resumption.
         place: where this process stands among those of the run.
-        scaler: scales the loss against underflow of float16 gradients; None where nothing is float16.
+        scaler: scales the loss against underflow of float16 gradients; one that is not enabled changes nothing.
 
     Raises:
         ValueError: a wrong setting of the loop.
@@ -121,7 +109,7 @@ class TrainingLoop:
         out: Path,
         identity: dict[str, Any],
         place: Place = Place(),
-        scaler: torch.amp.GradScaler | None = None,
+        scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu", enabled=False),
     ) -> None:
         check_choice("train", "log", config.log, LOGS)
         check_int("train", "accumulate", config.accumulate, 1)
@@ -136,17 +124,18 @@ class TrainingLoop:
         self._updating = False
         self.out.mkdir(parents=True, exist_ok=True)
         if place.is_first:
-            # A process that was killed while it wrote left these.
+            # Left by a process that was killed while it wrote.
             for path in self.out.glob(f".{CHECKPOINT}.*.tmp"):
                 path.unlink(missing_ok=True)
         if self.checkpoint_path.exists():
-            self._load()
+            with reading("train", self.checkpoint_path, "a whole training checkpoint"):
+                self._load()
         place.check_agreement(self.step, self.device)
         self._own_loss, self.loss_fn = loss_fn, place.parallel(module, loss_fn)
 
     @property
     def checkpoint_path(self) -> Path:
-        """Where the loop keeps everything that it needs to go on."""
+        """The file from which a run is resumed."""
         return self.out / CHECKPOINT
 
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -157,8 +146,8 @@ class TrainingLoop:
         """Train to the end.
 
         An interrupt (SIGINT or SIGTERM) ends the iteration in progress, writes a checkpoint and raises
-        KeyboardInterrupt. A non-finite loss or gradient stops the run before it reaches the
-        weights, and what was learned until then is kept.
+        KeyboardInterrupt. A non-finite loss or gradient stops the run before the weights are updated, and the
+        weights until then are kept.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite.
@@ -181,7 +170,7 @@ class TrainingLoop:
             bar.close()
             if log is not None:
                 log.close()
-            # After an update that a second signal interrupted, the last whole checkpoint is kept.
+            # If a second signal interrupted an update, the last complete checkpoint is kept.
             if self.step > interrupted_at and not self._updating:
                 self._save()
         if first:
@@ -189,14 +178,14 @@ class TrainingLoop:
             tqdm.write(f"{self.out}: {self.step} iterations, {rate:.1f} it/s")
 
     def _advance(self, log: Log | None, bar: tqdm) -> None:
-        """One iteration, and what falls due after it."""
+        """One iteration, and the log line and checkpoint that are due after it."""
         try:
-            figures = self._iterate()
+            metrics = self._iterate()
             if self.step % self.config.log_every == 0:
-                figures = self.place.average(figures, self.device)
+                metrics = self.place.average(metrics, self.device)
                 if log is not None:
-                    log.write(self.step, figures)
-                bar.set_postfix({name: f"{value:.6g}" for name, value in figures.items()})
+                    log.write(self.step, metrics)
+                bar.set_postfix({name: f"{value:.6g}" for name, value in metrics.items()})
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -217,25 +206,21 @@ class TrainingLoop:
             group["lr"] = lr * group.get("rate", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         batches = [self._backward(number) for number in range(self.config.accumulate)]
-        figures = {name: sum(one[name] for one in batches) / len(batches) for name in batches[0]}
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        metrics = {name: sum(one[name] for one in batches) / len(batches) for name in batches[0]}
+        self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         finite = bool(torch.isfinite(norm))
-        # A loss scale starts too high: the first steps overflow, are skipped, and lower the scale.
-        if not finite and (self.scaler is None or self.scaler.get_scale() <= 1.0):
+        # The loss scale starts too high: the first steps overflow; they are skipped, and the scale is lowered.
+        if not finite and self.scaler.get_scale() <= 1.0:
             raise FloatingPointError(f"train: gradient must be finite, got {norm.item()} at iteration {self.step}")
         self._updating = True
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if finite:
             self.ema.update_parameters(self.module)
         self.step += 1
         self._updating = False
-        return {**figures, "grad_norm": norm.item(), "lr": lr}
+        return {**metrics, "grad_norm": norm.item(), "lr": lr}
 
     def _backward(self, number: int) -> dict[str, float]:
         """Gradients of one batch of the iteration, added to those of the batches before."""
@@ -244,12 +229,12 @@ class TrainingLoop:
             self.place.unsynchronised(self.loss_fn, number == batches - 1),
             iteration_seed(self.config.seed, self.step, self.place.rank * batches + number),
         ):
-            loss, figures = self.loss_fn(self.step)
+            loss, metrics = self.loss_fn(self.step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"train: loss must be finite, got {loss.item()} at iteration {self.step}")
             share = loss if batches == 1 else loss / batches
-            (share if self.scaler is None else self.scaler.scale(share)).backward()
-        return {"loss": loss.item(), **figures}
+            self.scaler.scale(share).backward()
+        return {"loss": loss.item(), **metrics}
 
     def _save(self) -> None:
         if not self.place.is_first:
@@ -259,11 +244,10 @@ class TrainingLoop:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
         metadata = {"kind": "training", "step": self.step, "identity": self.identity}
-        if self.scaler is not None:
+        if self.scaler.is_enabled():
             metadata["scaler"] = self.scaler.state_dict()
         save_checkpoint(self.checkpoint_path, tensors, metadata)
 
-    @_naming_the_checkpoint
     def _load(self) -> None:
         tensors, metadata = load_checkpoint(self.checkpoint_path, "training")
         changed = _changed(metadata["identity"], self.identity)
@@ -284,12 +268,12 @@ class TrainingLoop:
             index, _, key = name.partition(".")
             state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
-        if self.scaler is not None and metadata.get("scaler"):
+        if metadata.get("scaler"):
             self.scaler.load_state_dict(metadata["scaler"])
         self.step = int(metadata["step"])
 
     def _check_whole(self, parts: dict[str, dict[str, Tensor]], step: object) -> None:
-        """Raise unless a checkpoint holds everything as it is here: what is missing would start anew unnoticed."""
+        """Raise unless a checkpoint holds every tensor in its shape: a missing state would silently start from zero."""
         check_int("train", "step", step, 0, self.config.iterations)
         for part, module in (("model", self.module), ("ema", self.ema)):
             for name, value in module.state_dict().items():
@@ -301,7 +285,7 @@ class TrainingLoop:
         for number, (parameter, wanted) in enumerate(kept_shapes(self.optimizer)):
             name = names[parameter]
             found = {part: kept.pop(f"{number}.{part}", None) for part in wanted}
-            # What never had a gradient has no moments, and its average never moved.
+            # A parameter that never had a gradient has no moments, and its average equals its value.
             untouched = torch.equal(parts["model"][name], parts["ema"][f"module.{name}"])
             if found != wanted and not (untouched and set(found.values()) == {None}):
                 raise ValueError(f"{found} as shapes of adam.{number}, the moments of {name}")
@@ -310,9 +294,9 @@ class TrainingLoop:
 
 
 def _changed(stored: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """Names of the stored values that are others now.
+    """Names of the stored values that differ now.
 
-    Names that only a newer version knows are not in the file, and those of the log change nothing.
+    Settings of newer versions are not in the file and are not compared; the kind of log may change.
     """
     names = []
     for name, value in stored.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from free_kernels.validation import check_choice, fail
 
 OPTIMIZERS = ("adamw", "muon")
-# Muon's step size does not depend on the gradient's size; its learning rate is this multiple of AdamW's.
+# Learning rate of Muon over that of AdamW.
 MUON_RATE = 5.0
 
 
@@ -25,14 +26,17 @@ class Together:
 
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = optimizers
+        counts = (sum(len(group["params"]) for group in one.param_groups) for one in optimizers)
+        # Of each optimizer the number of its first parameter, and the end.
+        self._first = [0, *accumulate(counts)]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all, in order; their entries may be set."""
+        """The groups of all optimizers, in order; their entries may be set."""
         return [group for one in self.optimizers for group in one.param_groups]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         for one in self.optimizers:
             one.zero_grad(set_to_none=set_to_none)
 
@@ -43,37 +47,23 @@ class Together:
 
     def state_dict(self) -> dict[str, Any]:
         """``{"state": {parameter number: its state}}``."""
-        return {
-            "state": {
-                first + index: state
-                for one, first in self._numbered()
-                for index, state in one.state_dict()["state"].items()
-            }
-        }
+        states: dict[int, Any] = {}
+        for one, first in zip(self.optimizers, self._first, strict=False):
+            states |= {first + index: state for index, state in one.state_dict()["state"].items()}
+        return {"state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave."""
-        for one, first in self._numbered():
-            own = one.state_dict()
-            count = sum(len(group["params"]) for group in own["param_groups"])
-            own["state"] = {
-                index - first: state for index, state in state_dict["state"].items() if first <= index < first + count
-            }
-            one.load_state_dict(own)
-
-    def _numbered(self) -> list[tuple[torch.optim.Optimizer, int]]:
-        """The optimizers and the number of each one's first parameter."""
-        first, numbered = 0, []
-        for one in self.optimizers:
-            numbered.append((one, first))
-            first += sum(len(group["params"]) for group in one.param_groups)
-        return numbered
+        """Restore a state of :meth:`state_dict`."""
+        states = state_dict["state"]
+        for one, (first, end) in zip(self.optimizers, pairwise(self._first), strict=True):
+            own = {index - first: states[index] for index in states if first <= index < end}
+            one.load_state_dict(one.state_dict() | {"state": own})
 
 
 def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
-    """Weights of the linear layers between a network's first and last ones: those that lead from width to width.
+    """Weights of the linear layers between the first and the last ones of a network, which map width to width.
 
-    A module says so itself by ``hidden_layers()``, an iterable of its inner modules.
+    Only modules with a method ``hidden_layers()``, an iterable of their inner modules, have any.
     """
     layers = getattr(module, "hidden_layers", None)
     if layers is None:
@@ -89,7 +79,7 @@ def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
 def make_optimizer(
     name: str, module: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer | Together:
-    """The optimizer of a run; ``param_groups`` whose learning rate is another have a ``rate``.
+    """The optimizer of a run; ``param_groups`` with another learning rate have a ``rate``.
 
     Args:
         name: ``"adamw"`` or ``"muon"``, which orthogonalises the updates of the module's inner matrices
@@ -121,7 +111,7 @@ def make_optimizer(
 def kept_shapes(
     optimizer: torch.optim.Optimizer | Together,
 ) -> list[tuple[nn.Parameter, dict[str, torch.Size]]]:
-    """Parameters by their numbers in the state, and the shapes of all that is kept of each once it was updated."""
+    """Parameters in the order of their numbers in the state, and the shapes of the state of each after an update."""
     shapes = []
     for one in optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,):
         for parameter in (p for group in one.param_groups for p in group["params"]):

@@ -1,4 +1,4 @@
-"""Trajectories on disk: whole shards that are written once, read a window at a time, and made again from seeds."""
+"""Trajectories on disk, in shards: written once, read a few rows at a time, and made again from seeds if lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from free_kernels.protocols import Target
 from free_kernels.validation import check_int
 
 _SAMPLED_ELEMENTS = 1024
-# Pairs of neighbouring steps that a drafter's scales are taken from: enough for means over tokens, few enough to hold.
+# The tensors of a file, images first, mapped into memory: an access to a row reads the pages of this row.
+Shard = dict[str, Tensor]
+_NAMES = ("states", "mean", "std", "features", "labels", "guidance")
+# Pairs of neighbouring steps from which the scales of a drafter are computed.
 _SCALE_PAIRS = 64
 
 
@@ -41,9 +44,9 @@ class ShardStore:
 
     Shard n holds as many images as :class:`Trajectories` that ``make(n)`` returns, images first: ``states``, ``mean``
     and ``std`` ``[B, K, C, H, W]`` float32, ``features [B, K, 2, T, D]`` in the dtype given by ``make``, ``labels`` and
-    ``guidance`` ``[B]``. ``manifest.json`` says what the shards belong to, and each of them carries a digest of that. A
-    shard is written under another name and renamed, so that it is whole or missing; whole ones are used again, missing
-    or broken ones are made again. Disk holds at most ``keep`` shards.
+    ``guidance`` ``[B]``. ``manifest.json`` holds the settings, and each shard a digest of them. A shard is written
+    under another name and renamed, so that it is complete or missing; complete ones are used again, missing or broken
+    ones are made again. Disk holds at most ``keep`` shards.
 
     Args:
         folder: made if missing.
@@ -60,7 +63,7 @@ class ShardStore:
         self.folder, self.make, self.keep = Path(folder), make, check_int("train_drafter", "keep_shards", keep, 1)
         text = json.dumps(settings, sort_keys=True, indent=2)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._open: dict[int, _Shard] = {}
+        self._open: dict[int, Shard] = {}
         manifest = self.folder / "manifest.json"
         self.folder.mkdir(parents=True, exist_ok=True)
         if manifest.exists() and manifest.read_text() != text:
@@ -78,7 +81,7 @@ class ShardStore:
         """Shards ``number - keep + 1`` (or 0) to ``number``; makes those that are missing and removes all others."""
         wanted = range(max(0, number - self.keep + 1), number + 1)
         self._open = {n: shard for n, shard in self._open.items() if n in wanted}
-        # Before anything is made, so that the disk never holds more than the bound.
+        # Removed before new ones are made, so that the disk never holds more than ``keep`` shards.
         needed = {self.path(n) for n in wanted}
         for path in self.folder.glob("*.safetensors*"):
             if path not in needed:
@@ -88,38 +91,29 @@ class ShardStore:
                 self._open[n] = self._read(n) or self._write(n)
         return ShardWindow([self._open[n] for n in wanted])
 
-    def _read(self, number: int) -> _Shard | None:
-        """The shard if its file is whole and belongs here."""
+    def _load(self, number: int) -> Shard:
+        path = self.path(number)
+        with safe_open(path, framework="pt") as handle:
+            metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "{}"))
+            if metadata.get("kind") != "trajectories" or metadata.get("digest") != self.digest:
+                raise CheckpointError(f"train_drafter: {path} must be a shard of this run, got another")
+            return {name: handle.get_tensor(name) for name in _NAMES}
+
+    def _read(self, number: int) -> Shard | None:
+        """The shard; None if its file is missing, broken or of other settings."""
         try:
-            return _Shard(self.path(number), self.digest)
+            return self._load(number)
         except (OSError, SafetensorError, ValueError):
             return None
 
-    def _write(self, number: int) -> _Shard:
+    def _write(self, number: int) -> Shard:
         made = self.make(number)
         tensors = {name: getattr(made, name).transpose(0, 1) for name in ("states", "mean", "std")}
         tensors["features"] = made.features.permute(2, 0, 1, 3, 4)
         tensors |= {"labels": made.labels, "guidance": made.guidance}
         metadata = {"kind": "trajectories", "number": number, "digest": self.digest}
         save_checkpoint(self.path(number), tensors, metadata)
-        return _Shard(self.path(number), self.digest)
-
-
-class _Shard:
-    """One file, mapped into memory; a slice reads the pages that it touches."""
-
-    def __init__(self, path: Path, digest: str) -> None:
-        self._handle = safe_open(path, framework="pt")
-        metadata = json.loads((self._handle.metadata() or {}).get(METADATA_KEY, "{}"))
-        if metadata.get("kind") != "trajectories" or metadata.get("digest") != digest:
-            raise CheckpointError(f"train_drafter: {path} must be a shard of this run, got another")
-        self.labels, self.guidance = (self._handle.get_tensor(name) for name in ("labels", "guidance"))
-        self._slices = {name: self._handle.get_slice(name) for name in ("states", "mean", "std", "features")}
-        self.num_steps = self._slices["states"].get_shape()[1]
-
-    def read(self, name: str, image: int, step: int, steps: int = 1) -> Tensor:
-        """``[steps, ...]`` of one image."""
-        return self._slices[name][image : image + 1, step : step + steps][0]
+        return self._load(number)
 
 
 class ShardWindow:
@@ -131,30 +125,28 @@ class ShardWindow:
         states: ``[K, B', C, H, W]``, of the first shard.
     """
 
-    def __init__(self, shards: list[_Shard]) -> None:
+    def __init__(self, shards: list[Shard]) -> None:
         self._shards = shards
-        self.labels, self.guidance = (torch.cat([getattr(s, name) for s in shards]) for name in ("labels", "guidance"))
-        self._first = torch.tensor([0] + [len(shard.labels) for shard in shards]).cumsum(0)
+        self.labels, self.guidance = (torch.cat([shard[name] for shard in shards]) for name in ("labels", "guidance"))
+        self._first = torch.tensor([0] + [len(shard["labels"]) for shard in shards]).cumsum(0)
 
     @property
     def states(self) -> Tensor:
         """States of all images and steps of the first shard."""
-        first = self._shards[0]
-        chains = [first.read("states", image, 0, first.num_steps) for image in range(len(first.labels))]
-        return torch.stack(chains, dim=1)
+        return self._shards[0]["states"].transpose(0, 1).contiguous()
 
     def at(self, name: str, step: Tensor, image: Tensor) -> Tensor:
         """As :meth:`Trajectories.at`; reads these rows only."""
         owner = torch.searchsorted(self._first, image, right=True) - 1
         inside = image - self._first[owner]
         places = zip(owner.tolist(), inside.tolist(), step.tolist(), strict=True)
-        rows = torch.cat([self._shards[shard].read(name, number, k) for shard, number, k in places])
+        rows = torch.stack([self._shards[shard][name][number, k] for shard, number, k in places])
         return rows.transpose(0, 1).flatten(0, 1) if name == "features" else rows
 
     def scale_samples(self) -> tuple[Tensor, Tensor]:
         """Features ``[P, 2, T, D]`` and changes over a step of pairs of steps spread over the first shard."""
-        first = self._shards[0]
-        images, steps = len(first.labels), first.num_steps - 1
+        features = self._shards[0]["features"]
+        images, steps = len(features), features.shape[1] - 1
         chosen = torch.linspace(0, images * steps - 1, min(_SCALE_PAIRS, images * steps), dtype=torch.float64).long()
-        pairs = [first.read("features", n // steps, n % steps, 2).float() for n in chosen.tolist()]
-        return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] - pair[0] for pair in pairs])
+        pairs = torch.stack([features[n // steps, n % steps : n % steps + 2].float() for n in chosen.tolist()])
+        return pairs[:, 0].contiguous(), pairs[:, 1] - pairs[:, 0]

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_dit.networks.families import device_of
 from free_dit.training.acceptance import acceptance_by_lookahead
 from free_dit.training.distributed import Place
 from free_dit.training.drafter_loss import DTYPES, DrafterLoss, DrafterTrainConfig
 from free_dit.training.loop import CHECKPOINT, TrainingLoop, iteration_seed
 from free_dit.training.shards import target_fingerprint
-from free_dit.training.trajectories import collect, image_chunks, make_schedule
+from free_dit.training.trajectories import Storage, collect, image_chunks, make_schedule
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.protocols import Target
 from free_kernels.validation import check_writable
@@ -39,13 +40,12 @@ def calibrate(target: Target, drafter: FeatureDrafter, config: DrafterTrainConfi
             schedule,
             labels[part],
             guidance[part],
-            # Noise that training never draws.
+            # A seed whose noise training never draws.
             2**63 + config.loop.seed,
             first_image=part.start,
-            dtype=DTYPES[config.feature_dtype],
+            storage=Storage(DTYPES[config.feature_dtype]),
         )
         tables.append(acceptance_by_lookahead(target, drafter, schedule, data, lookahead))
-        # Before the next part is made.
         del data
     table = tables[0]
     if len(tables) > 1:
@@ -78,23 +78,23 @@ def train_drafter(
         ConnectionError: another process of the run ended or fell silent.
     """
     config.check()
-    # A flow model's timesteps are ticks of a finer time.
+    # A flow model counts finer timesteps than the drafter: this many of them are one of the drafter's.
     schedule = make_schedule(config.schedule, target, config.num_steps)
     unit = max(1, schedule.num_train_steps // config.drafter.num_timesteps)
     config = replace(config, drafter=replace(config.drafter, time_unit=unit))
     out = Path(out)
     path = check_writable("train_drafter", "out", out / "drafter.safetensors")
-    device = torch.device(getattr(target, "device", "cpu"))
+    device = device_of(target)
     changes_nothing = ("compile", "calibration_images", "max_rows", "process_timeout_s")
     identity = {k: v for k, v in asdict(config).items() if k not in changes_nothing}
     identity |= {"target": target_name, "target_fingerprint": target_fingerprint(target)}
-    scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     with place.joined(device, config.process_timeout_s):
         with iteration_seed(config.loop.seed, -1):
             drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
         drafter.to(device)
         loss = DrafterLoss(target, drafter, config, place, out / "trajectories")
-        # Scales are part of the checkpoint; with several processes the first one's are given to all.
+        # A checkpoint holds the scales. With several processes all take those of the first one.
         if not (out / CHECKPOINT).exists():
             loss.fit_scales()
         loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler)

@@ -1,4 +1,4 @@
-"""On-policy trajectories of a target: what a drafter learns from and is measured on. Needs labels, no images."""
+"""Trajectories that a target's sampler takes: training and test data of a drafter. Needs labels, no images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_dit.networks.families import schedule_for
+from free_dit.networks.families import device_of, schedule_for
 from free_kernels.conditioning import hoisted
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.protocols import Schedule, Target, guided_channels, null_label
 from free_kernels.sampling.noise import PhiloxNoise, Purpose
-from free_kernels.schedules import DDPMSchedule
+from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 from free_kernels.validation import check_choice, check_int, fail
 
 # Schedules that a configuration can name, for a target and a number of steps; "auto" is that of the target's family.
@@ -95,14 +95,15 @@ def image_chunks(count: int, max_rows: int | None) -> Iterator[slice]:
 def noised_chains(schedule: Schedule, images: Tensor, seed: int) -> Tensor:
     """Chains ``[K, B, C, H, W]`` of images ``[B, C, H, W]`` that are noised step by step, in sampling order.
 
-    Their states have the law of the data's forward process, jointly; a sampler's have it as far as its model is right.
+    The K states of a chain have the joint law of the data's forward process. A sampler's states have this law only as
+    far as its model is exact.
 
     Raises:
         ValueError: a flow schedule, whose path is not noised in steps.
     """
-    if getattr(schedule, "family", "diffusion") != "diffusion":
+    if isinstance(schedule, FlowSDESchedule):
         fail("train_drafter", "forward_dataset", "empty for a flow model", "a data set")
-    # The step's mean divides by what the forward step multiplies with.
+    # The forward step multiplies the state by sqrt(1 - beta); the mean of the sampling step divides by it.
     keep = schedule.table(schedule.resolve_variance(False))[:, TransitionColumn.MEAN_FROM_STATE].reciprocal()
     generator = torch.Generator().manual_seed(seed)
     chains, x = torch.empty(schedule.num_steps, *images.shape), images
@@ -110,6 +111,37 @@ def noised_chains(schedule: Schedule, images: Tensor, seed: int) -> Tensor:
         noise = torch.randn(x.shape, generator=generator)
         x = chains[k] = keep[k] * x + (1 - keep[k].square()).clamp(min=0.0).sqrt() * noise
     return chains
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How trajectories are kept.
+
+    Attributes:
+        dtype: of the features; the rest is float32.
+        device: where all is kept; the target's device if None.
+        images_first: lay memory out image by image, as on disk, behind the same shapes.
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None
+    images_first: bool = False
+
+    def empty(self, target: Target, num_steps: int, labels: Tensor, guidance: Tensor) -> Trajectories:
+        """Memory for chains of ``num_steps`` of images with these labels and guidance scales ``[B]``."""
+        device = device_of(target) if self.device is None else torch.device(self.device)
+        count = len(labels)
+
+        def tensor(leading: tuple[int, ...], trailing: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            """Memory of shape ``[*leading, B, *trailing]``."""
+            if self.images_first:
+                first = torch.empty(count, *leading, *trailing, dtype=dtype, device=device)
+                return first.movedim(0, len(leading))
+            return torch.empty(*leading, count, *trailing, dtype=dtype, device=device)
+
+        states, mean, std = (tensor((num_steps,), target.latent_shape, torch.float32) for _ in range(3))
+        features = tensor((num_steps, 2), target.feature_shape, self.dtype)
+        return Trajectories(states, features, mean, std, labels.to(device), guidance.to(device))
 
 
 @torch.no_grad()
@@ -123,9 +155,7 @@ def collect(
     *,
     first_image: int = 0,
     max_rows: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    images_first: bool = False,
+    storage: Storage = Storage(),
     given: Tensor | None = None,
 ) -> Trajectories:
     """Run the ordinary sampler for ``labels [B]`` with guidance scales ``[B]`` and keep everything.
@@ -137,34 +167,23 @@ def collect(
         schedule: its Gaussian steps.
         labels: int64 ``[B]``.
         guidance: float32 ``[B]``.
-        seed: seed of all noise; an image's depends on it and on the image's number.
+        seed: seed of all noise; an image's noise depends on it and on the image's number.
         progress: show a bar.
         first_image: number of the first image.
         max_rows: bound of the network rows of a call, two for each image; None takes all images at once.
-        dtype: of the features that are kept; the rest is float32.
-        device: where they are kept; the target's if None.
+        storage: how the trajectories are kept.
         given: ``[K, B, C, H, W]``, chains to run the target on instead of its own.
-        images_first: lay memory out image by image, as on disk, behind the same shapes.
 
     Raises:
         ValueError, TypeError: a wrong ``max_rows``.
         FloatingPointError: the target's output is not finite.
     """
-    count, num_steps = len(labels), schedule.num_steps
-    here = torch.device(getattr(target, "device", labels.device))
-    kept = here if device is None else torch.device(device)
-    shape = tuple(target.latent_shape)
-    if images_first:
-        states, means, stds = (torch.empty(count, num_steps, *shape, device=kept).transpose(0, 1) for _ in range(3))
-        features = torch.empty(count, num_steps, 2, *target.feature_shape, dtype=dtype, device=kept)
-        features = features.permute(1, 2, 0, 3, 4)
-    else:
-        states, means, stds = (torch.empty(num_steps, count, *shape, device=kept) for _ in range(3))
-        features = torch.empty(num_steps, 2, count, *target.feature_shape, dtype=dtype, device=kept)
+    num_steps, shape, here = schedule.num_steps, tuple(target.latent_shape), device_of(target)
+    data = storage.empty(target, num_steps, labels, guidance)
     table = schedule.table(schedule.resolve_variance(target.learns_variance)).to(here)
     timesteps, source = schedule.timesteps.to(here), PhiloxNoise(seed, first_image)
     guided = guided_channels(target)
-    parts = list(image_chunks(count, max_rows))
+    parts = list(image_chunks(len(labels), max_rows))
     with tqdm(total=num_steps * len(parts), desc="trajectories", unit="step", disable=not progress, leave=False) as bar:
         for part in parts:
             images = torch.arange(part.start, part.stop, device=here)
@@ -178,10 +197,10 @@ def collect(
                 t = timesteps[k].expand(len(y))
                 h = network.features(torch.cat([x, x]), t, y)
                 mean, std = guided_transition(x, network.head(h, t, y), table[k : k + 1], scale, guided)
-                states[k, part], features[k, :, part] = x, h.unflatten(0, (2, len(images)))
-                means[k, part], stds[k, part] = mean, std
+                data.states[k, part], data.features[k, :, part] = x, h.unflatten(0, (2, len(images)))
+                data.mean[k, part], data.std[k, part] = mean, std
                 x = torch.addcmul(mean, std, source.normal(images, torch.full_like(images, k), Purpose.STEP, shape))
                 bar.update()
             if not bool(x.isfinite().all()):
                 raise FloatingPointError(f"collect: the target's output must be finite, got {x.sum().item()}")
-    return Trajectories(states, features, means, stds, labels.to(kept), guidance.to(kept))
+    return data

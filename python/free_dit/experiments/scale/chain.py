@@ -93,7 +93,7 @@ class CommitChain:
         visits[0] = 1.0
         for step in range(self.num_steps):
             visits += visits[step] * self.transition[step]
-        # A sum of rounded probabilities may exceed 1, and then what is left of 1 has no root or logarithm; so below.
+        # Rounding may take a sum of probabilities above 1; clipped here and below, so that 1 - p stays at least 0.
         return visits[:-1].clip(0.0, 1.0)
 
     @property
@@ -108,7 +108,7 @@ class CommitChain:
 
     @cached_property
     def drafting(self) -> np.ndarray:
-        """``[L]``, share of an image's rounds that have more than j rows: a slot of a run that never idles."""
+        """``[L]``, share of the rounds, of an image or of a slot that is never idle, with more than j rows."""
         more = self.rows[:, None] > np.arange(self.length)
         return (self.visits @ more / self.rounds).clip(0.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""What a second process costs: messages between two, and how much slower one runs while the other is busy.
+"""Costs of a second process: messages between the two, and the slowdown of one while the other is busy.
 
 Run ``torchrun --nproc-per-node 2 -m free_dit.experiments.scale.link OUT.json MODEL {cpu,cuda}``; the command
 ``scale-model`` does.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from free_dit.experiments.network_calls import NetworkCalls
 from free_dit.loading import load_target
 
 SIZES = (8, 1_000, 10_000, 100_000, 1_000_000, 4_000_000)
@@ -73,17 +74,15 @@ def neighbour_slowdown(call: Callable[[], object], device: torch.device, turns: 
     return max(1.0, float(np.median(ratios)))
 
 
-def link_figures(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """All that two processes tell; collective, rank 0's figures count."""
-    figures = ping(device)
-    figures["slowdown"] = neighbour_slowdown(call, device)
-    return figures
+def link_cost_and_slowdown(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """Cost of messages and slowdown, measured by two processes that both call this; rank 0's values count."""
+    found = ping(device)
+    found["slowdown"] = neighbour_slowdown(call, device)
+    return found
 
 
 def main() -> None:
-    """One of two processes; rank 0 writes what it found."""
-    from free_dit.experiments.scale.measure import target_call
-
+    """Measure as one of two processes; rank 0 writes the result."""
     out, model, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     device = torch.device(kind) if kind == "cpu" else torch.device(kind, int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda":
@@ -91,9 +90,9 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     target, _ = load_target(model, device)
     with torch.inference_mode():
-        figures = link_figures(target_call(target, 8), device)
+        found = link_cost_and_slowdown(NetworkCalls(target, 8).target, device)
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(figures))
+        out.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

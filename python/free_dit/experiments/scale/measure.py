@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,66 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from free_dit.experiments.scale.prediction import Inputs, write_inputs
+from free_dit.experiments.analysis import RoundRecorder, TimelineRound
+from free_dit.experiments.network_calls import NetworkCalls, timed_in_turn
+from free_dit.experiments.scale.prediction import Inputs
 from free_dit.experiments.wall_clock import machine
-from free_dit.loading import load_drafter, load_target
-from free_kernels import DDPMSchedule, FrozenDrafter, RoundInfo, ancestral_sample, sample
-from free_kernels.conditioning import hoisted
-from free_kernels.drafters import as_drafter
-from free_kernels.protocols import Drafter, Target, first_drafted_step, new_memory
+from free_dit.networks.families import device_of
+from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
+from free_kernels.protocols import Drafter, Target, first_drafted_step
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
 # Slots and draft lengths whose rounds are timed without networks.
 ROUND_CASES = ((1, 2), (1, 8), (16, 2), (16, 8))
 STEP_CASES = (1, 16)
-# Parts of the chain, and a weight that draws what few drafts tested to its part's mean.
+# Parts of the chain, and the weight of their mean acceptance in that of each look-ahead, in tests.
 BINS, PRIOR_TESTS = 25, 5.0
-
-
-def _operands(target: Target, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Timesteps and labels to hoist for, then random states, timesteps and labels of so many rows."""
-    device = torch.device(getattr(target, "device", "cpu"))
-    timesteps = DDPMSchedule().timesteps.to(device)
-    labels = torch.tensor([0, target.num_classes], device=device)
-    at = torch.arange(rows, device=device)
-    state = torch.randn(rows, *target.latent_shape, device=device)
-    return timesteps, labels, state, timesteps[at % len(timesteps)], labels[at % 2]
-
-
-def target_call(target: Target, rows: int) -> Callable[[], Tensor]:
-    """A target call of so many network rows with its head, hoisted as in the sampler."""
-    timesteps, labels, state, t, y = _operands(target, rows)
-    network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
-    return lambda: network.head(network.features(state, t, y), t, y)
-
-
-def draft_call(target: Target, drafter: Drafter, rows: int) -> Callable[[], Tensor]:
-    """A drafting pass of so many network rows: drafter and target's head."""
-    timesteps, labels, state, t, y = _operands(target, rows)
-    network: Target = hoisted(target, timesteps, labels)  # type: ignore[assignment]
-    draft: Drafter = hoisted(drafter, timesteps, labels)  # type: ignore[assignment]
-    previous, feature = torch.randn_like(state), network.features(state, t, y)
-    memory = new_memory(draft, rows, 1, 1)
-    if memory is None:
-        return lambda: network.head(draft(feature, previous, state, t, y), t, y)
-    return lambda: network.head(draft(feature, previous, state, t, y, memory=memory), t, y)
-
-
-def timed_in_turn(calls: dict[Any, Callable[[], object]], turns: int, device: torch.device) -> dict[Any, float]:
-    """Median seconds of each call; all take their turns, every other time backwards."""
-    names, seconds = list(calls), {name: np.empty(turns) for name in calls}
-    for turn in tqdm(range(-2, turns), desc="calls", unit="turn", leave=False):
-        for name in names if turn % 2 else reversed(names):
-            began = time.perf_counter()
-            calls[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn >= 0:
-                seconds[name][turn] = time.perf_counter() - began
-    return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
 class HollowTarget:
@@ -89,7 +46,7 @@ class HollowTarget:
         self.latent_shape, self.feature_shape = target.latent_shape, target.feature_shape
         self.num_classes, self.learns_variance = target.num_classes, target.learns_variance
         channels, *sides = target.latent_shape
-        self.device = torch.device(getattr(target, "device", "cpu"))
+        self.device = device_of(target)
         dtype = getattr(target, "dtype", torch.float32)
         self._features = torch.zeros(rows, *target.feature_shape, device=self.device, dtype=dtype)
         outputs = (1 + target.learns_variance) * channels
@@ -144,32 +101,28 @@ def rest_of_rounds(target: Target, guidance: float, turns: int) -> dict[str, flo
     )
 
 
-class AcceptanceCounts:
-    """Callback of a ``sample`` run that counts drafts by step and look-ahead: tested and accepted ``[K, L - 1]``.
+class AcceptanceCounts(RoundRecorder):
+    """Counts the drafts of a ``sample`` run by step and look-ahead."""
 
-    Args:
-        num_steps: K.
-        length: L.
-        first: first step that is drafted.
-    """
+    @property
+    def tested(self) -> np.ndarray:
+        """Drafts that reached the test, int64 ``[K, L - 1]``."""
+        return self._count(lambda one: one.accepted + one.refused)
 
-    def __init__(self, num_steps: int, length: int, first: int = 1) -> None:
-        self.num_steps, self.length, self.first = num_steps, length, first
-        self.tested, self.accepted = (np.zeros((num_steps, length - 1), np.int64) for _ in range(2))
-        self._at: dict[int, int] = {}
+    @property
+    def accepted(self) -> np.ndarray:
+        """Drafts that were accepted, int64 ``[K, L - 1]``."""
+        return self._count(lambda one: one.accepted)
 
-    def __call__(self, info: RoundInfo) -> None:
-        """Take in a round."""
-        for image, step in zip(info.images, info.steps, strict=True):
-            begin = self._at.get(image, 0)
-            self._at[image] = step
-            drafts = 0 if begin < self.first else min(self.length, self.num_steps - begin) - 1
-            for ahead in range(min(step - begin, drafts)):
-                self.tested[begin + ahead, ahead] += 1
-                self.accepted[begin + ahead, ahead] += ahead < step - begin - 1
+    def _count(self, drafts: Callable[[TimelineRound], int]) -> np.ndarray:
+        counts = np.zeros((self.num_steps, self.length - 1), np.int64)
+        for one in itertools.chain.from_iterable(self.images.values()):
+            ahead = np.arange(drafts(one))
+            counts[one.first_step + ahead, ahead] += 1
+        return counts
 
     def table(self) -> np.ndarray:
-        """Acceptance ``[bins, L - 1]``; rarely tested look-aheads are drawn to the mean of their part of the chain."""
+        """Acceptance ``[bins, L - 1]``; the fewer tests, the nearer to the mean of its part of the chain."""
         bins = np.arange(self.num_steps) * min(BINS, self.num_steps) // self.num_steps
         tested, accepted = (np.zeros((bins[-1] + 1, self.length - 1)) for _ in range(2))
         np.add.at(tested, bins, self.tested)
@@ -185,14 +138,14 @@ def measure_acceptance(
     """Acceptance ``[bins, L - 1]`` by step and look-ahead in a run of its own."""
     length = min(length, num_steps)
     counts = AcceptanceCounts(num_steps, length, first_drafted_step(drafter))
-    labels = torch.arange(images, device=getattr(target, "device", "cpu")) % target.num_classes
+    labels = torch.arange(images, device=device_of(target)) % target.num_classes
     settings = {"schedule": DDPMSchedule(num_steps), "guidance_scale": guidance, "seed": seed}
     sample(target, labels, drafter=drafter, draft_length=length, callback=counts, **settings)
     return counts.table()
 
 
 def measure_link(model: str, device: torch.device) -> dict[str, Any]:
-    """:func:`free_dit.experiments.scale.link.link_figures` of two processes started for it."""
+    """:func:`free_dit.experiments.scale.link.link_cost_and_slowdown` of two processes started for it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "link.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -232,9 +185,9 @@ def measure(
         length: its draft length.
         seed: its seed.
     """
-    device = torch.device(getattr(target, "device", "cpu"))
-    calls = {("target", rows): target_call(target, rows) for rows in ROWS}
-    calls |= {("draft", rows): draft_call(target, drafter, rows) for rows in DRAFT_ROWS}
+    device = device_of(target)
+    calls = {("target", rows): NetworkCalls(target, rows).target for rows in ROWS}
+    calls |= {("draft", rows): NetworkCalls(target, rows).drafting(drafter) for rows in DRAFT_ROWS}
     seconds = timed_in_turn(calls, turns, device)
     rest = rest_of_rounds(target, guidance, max(1, turns // 10))
     acceptance = measure_acceptance(target, drafter, num_steps, guidance, images, length, seed)
@@ -261,27 +214,3 @@ def measure(
         first_step=first_drafted_step(drafter) == 0,
     )
     return inputs, {"machine": facts, "turns": turns, "images": images, "draft_length": length, "link": link}
-
-
-def write_measurements(
-    path: Path,
-    model: str,
-    drafter: str,
-    num_steps: int,
-    guidance: float,
-    device: torch.device,
-) -> None:
-    """Measure a model on this machine and write what :func:`read_inputs` of ``prediction.py`` reads.
-
-    Args:
-        path: the file.
-        model: a bundled model's name, or a model.safetensors.
-        drafter: "bundled", "frozen", or a drafter.safetensors.
-        num_steps: K.
-        guidance: 1 is none.
-        device: where to measure.
-    """
-    target, bundled = load_target(model, device)
-    chosen = as_drafter("scale_model", load_drafter(drafter, target, bundled), target)
-    link = measure_link(model, device)
-    write_inputs(path, *measure(target, chosen, link, model=model, num_steps=num_steps, guidance=guidance))

@@ -1,4 +1,4 @@
-"""Tables and a picture of predictions, and of what was measured beside them."""
+"""Tables and a picture of predictions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from free_dit.experiments.scale.prediction import BATCHES, GPUS, LENGTHS, Choice, Inputs, choices, crossover, sweep
+from free_dit.files import plain
 from free_dit.markdown import table
 
 GOALS = {"latency_s": "latency of a batch", "images_per_s": "throughput"}
@@ -36,7 +37,7 @@ def build_report(
 
 
 def _crossovers(found: list[Choice]) -> dict[str, dict[str, int | None]]:
-    """By number of GPUs, then for the best layout and each kind: the first batch from which on drafts do not pay."""
+    """By number of GPUs, then for the best layout and each kind: the smallest batch from which on drafts do not pay."""
     table: dict[str, dict[str, int | None]] = {}
     for gpus in dict.fromkeys(choice.speculative.gpus for choice in found):
         own = [choice for choice in found if choice.speculative.gpus == gpus]
@@ -110,80 +111,12 @@ def write_report(report: dict[str, Any], out: Path, name: str) -> tuple[Path, Pa
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.md"
     page.write_text(render(report))
-    return page, *write_figures(report, out, name)
+    return page, *write_data(report, out, name)
 
 
-def write_figures(report: dict[str, Any], out: Path, name: str) -> tuple[Path, Path]:
+def write_data(report: dict[str, Any], out: Path, name: str) -> tuple[Path, Path]:
     """``OUT/NAME-figures.json`` and ``OUT/NAME.png``."""
-    figures, picture = out / f"{name}-figures.json", out / f"{name}.png"
-    figures.write_text(json.dumps(_rounded(report)) + "\n")
+    data, picture = out / f"{name}-figures.json", out / f"{name}.png"
+    data.write_text(json.dumps(plain(report, 4)) + "\n")
     draw(report, picture)
-    return figures, picture
-
-
-def _rounded(value: Any) -> Any:
-    """The same with four significant digits in every float, however deep."""
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(part) for part in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def render_validation(measured: dict[str, Any]) -> str:
-    """Two processes against one, measured beside predicted."""
-    settings = measured["settings"]
-    lines = [
-        f"{measured['inputs']['origin']}; draft length {settings['draft_length']}, {settings['turns']} interleaved "
-        f"turns, median (range); `{settings['command']}`. Every rank has one thread of {settings['cores']} cores. "
-        f"Speed is one process's time over two's.",
-        "",
-    ]
-    rows = []
-    for case in measured["cases"]:
-        speed = case["speed"]
-        shown = "" if speed is None else f"{speed['median']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})"
-        predicted = "" if speed is None else f"{case['predicted_speed']:.2f}"
-        seconds = f"{case['seconds']:.2f}"
-        same = "" if speed is None else f"{case['different_images']} of {case['images']}, {case['difference']:.1e}"
-        rows.append([case["mode"], str(case["batch"]), seconds, f"{case['predicted_s']:.2f}", shown, predicted, same])
-    headers = ["mode", "batch", "seconds", "predicted", "speed", "predicted", "images that differ, largest difference"]
-    return "\n".join([*lines, *table(headers, rows)])
-
-
-def render_batching(found: dict[str, Any]) -> str:
-    """Continuous batching against fixed batches."""
-    settings, continuous, fixed = found["settings"], found["continuous"], found["fixed"]
-    lines = [
-        f"{settings['images']} images, {settings['steps']} steps, {settings['slots']} slots, draft length "
-        f"{settings['draft_length']}, bundled digits pair, {settings['cpu']}, {settings['threads']} thread; "
-        f"`{settings['command']}`.",
-        "",
-    ]
-    headers = ["", "packed calls", "rows over slots x L", "busy slots", "images/s"]
-    rows = [
-        [
-            name,
-            str(side["calls"]),
-            f"{side['rows_full']:.1%}",
-            f"{side['slots_busy']:.1%}",
-            "not timed" if side["images_per_s"] is None else f"{side['images_per_s']:.2f}",
-        ]
-        for name, side in (("continuous", continuous), ("fixed batches, from rounds per image", fixed))
-    ]
-    lines += table(headers, rows)
-    mean = found["rounds_per_image"]
-    lines.append(
-        f"An image takes {mean['mean']:.1f} rounds ({mean['low']} to {mean['high']}); in fixed batches "
-        f"{found['wasted_rounds']:.1%} of the slots' rounds pass without an image."
-    )
-    lines.append("")
-    headers = ["fixed over continuous", "ratio"]
-    rows = [
-        ["packed calls", f"{found['calls_ratio']:.3f}"],
-        ["packed calls, predicted by the chain of rounds from this run's acceptance", f"{found['chain_ratio']:.3f}"],
-    ]
-    if found["throughput_ratio"] is not None:
-        rows.append(["time, predicted from rounds per image and a round's cost", f"{found['predicted_ratio']:.3f}"])
-        rows.append(["time, measured", f"{found['throughput_ratio']:.3f}"])
-    return "\n".join([*lines, *table(headers, rows)])
+    return data, picture

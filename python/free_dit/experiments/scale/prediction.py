@@ -25,10 +25,10 @@ LENGTHS = (2, 3, 4, 6, 8, 12, 16)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model is told. Times in seconds; rows are network rows, of which guidance makes two of each row.
+    """The inputs of the model. Times in seconds; rows are network rows, of which guidance makes two of each row.
 
     Attributes:
-        origin: where the figures come from.
+        origin: where the values come from.
         measured: whether they were measured; if not, the predictions are a what-if.
         num_steps: K.
         branches: network rows of a row, 2 with guidance.
@@ -136,8 +136,7 @@ def call_seconds(inputs: Inputs, rows: np.ndarray, verify: int = 1, slowdown: fl
     rows = np.asarray(rows, np.float64)
     if verify == 1:
         return slowdown * _seconds(inputs.target, rows)
-    # As free_kernels.distributed.verify_parallel shares them: the leader has one of the smallest shares, but never
-    # none.
+    # As in free_kernels.distributed.verify_parallel, where the leader has one of the smallest shares, at least a row.
     share = np.ceil(rows / verify - 1e-9)
     own = np.maximum(np.floor(rows / verify + 1e-9), 1.0)
     away = np.maximum(rows - own, 0.0)
@@ -177,7 +176,7 @@ def layouts(gpus: int) -> Iterator[Layout]:
 def _round_seconds(inputs: Inputs, layout: Layout, slots: int, more: np.ndarray) -> np.ndarray:
     """Expected seconds ``[R]`` of a group's rounds whose slots have more than j rows with ``more [R, L]``.
 
-    What no slot takes part in costs nothing; a call's rows are those expected if one does.
+    A call without rows costs nothing; the rows of a call are their expectation given that there are any.
     """
     shared, beside = (inputs.slowdown if x > 1 else 1.0 for x in (layout.data * layout.verify, layout.data))
     more = more.clip(0.0, 1.0)
@@ -217,7 +216,7 @@ class Prediction:
 
 
 def predict(inputs: Inputs, layout: Layout, batch: int, chain: CommitChain) -> Prediction:
-    """A batch on a mesh; groups without an image idle, and the fullest group is the one that is waited for."""
+    """A batch on a mesh; groups without an image are idle, and the batch ends with the group that has most images."""
     groups = min(layout.data, batch)
     slots, used = -(-batch // groups), Layout(groups, layout.verify)
     gpus, length, num_steps = layout.data * layout.verify, chain.length, chain.num_steps
@@ -275,7 +274,7 @@ def _speed(prediction: Prediction, goal: str) -> float:
 
 
 def choices(predictions: Iterable[Prediction], goal: str) -> list[Choice]:
-    """For each number of GPUs and batch, in their order, what serves a goal best."""
+    """The best ways for a goal, for each number of GPUs and batch, in their order."""
     grouped: dict[tuple[int, int], list[Prediction]] = {}
     for one in predictions:
         grouped.setdefault((one.gpus, one.batch), []).append(one)
