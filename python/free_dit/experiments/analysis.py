@@ -17,7 +17,7 @@ from free_dit.generation import ChainSettings, sampler_for
 from free_kernels import Schedule, ancestral_sample, sample
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple
-from free_kernels.protocols import Drafter, Target, first_drafted_step
+from free_kernels.protocols import Drafter, Target, TargetDefaults, first_drafted_step
 from free_kernels.results import RoundInfo, SampleStats
 from free_kernels.validation import check_float, check_int, fail
 
@@ -187,7 +187,7 @@ def uncertainty_runs(subjects: Sequence[Subject], labels: Sequence[Tensor], sett
         for scale in dict.fromkeys(settings.guidance)
         for kind in subject.drafters
         # A target without a null label cannot be guided: it has no curve in the other panels.
-        if scale == 1.0 or getattr(subject.target, "has_null_label", True)
+        if scale == 1.0 or TargetDefaults.read(subject.target, "has_null_label")
     ]
     if not jobs:
         fail("figures", "guidance", "some scales, 1 for a target trained without label dropout", settings.guidance)

@@ -24,7 +24,7 @@ from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.training.trajectories import Trajectories, collect
 from free_kernels import FeatureDrafter, FrozenDrafter
-from free_kernels.protocols import Drafter, Target
+from free_kernels.protocols import Drafter, DrafterDefaults, Target
 from free_kernels.validation import check_int, check_writable, fail
 
 # By name, the overrides of the configuration under study.
@@ -74,7 +74,7 @@ def evaluate(target: Target, drafter: Drafter, data: Trajectories, num_steps: in
         "by_lookahead": table.nanmean(1).tolist(),
         "last_fifth": by_fifth(table)[:, -1].tolist(),
         "call_reduction": reductions,
-        "call_cost": 0.0 if getattr(drafter, "is_free", False) else call_cost(target, drafter),
+        "call_cost": 0.0 if DrafterDefaults.read(drafter, "is_free") else call_cost(target, drafter),
         "parameters": sum(p.numel() for p in drafter.parameters()) if isinstance(drafter, torch.nn.Module) else 0,
     }
 

@@ -11,7 +11,7 @@ from free_dit.configuration import build
 from free_dit.networks.dit import DiT, DiTConfig
 from free_dit.networks.sit import SiT
 from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoint, load_module, save_checkpoint
-from free_kernels.protocols import Target
+from free_kernels.protocols import Target, TargetDefaults
 from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 
 # The network class of each training objective.
@@ -20,14 +20,14 @@ FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}
 
 def schedule_for(target: Target, num_steps: int) -> DDPMSchedule | FlowSDESchedule:
     """The default schedule of a target's family: the SDE of a flow model, otherwise DDPM."""
-    if getattr(target, "family", None) == "flow":
+    if TargetDefaults.read(target, "family") == "flow":
         return FlowSDESchedule(num_steps, num_train_steps=target.num_train_steps)  # type: ignore[attr-defined]
     return DDPMSchedule(num_steps)
 
 
 def device_of(target: Target) -> torch.device:
     """``target.device``; the CPU for a target without this attribute."""
-    return torch.device(getattr(target, "device", "cpu"))
+    return torch.device(TargetDefaults.read(target, "device") or "cpu")
 
 
 def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None) -> None:
