@@ -1,11 +1,12 @@
 """Lossless speculative sampling for Diffusion Transformers."""
 
 from free_kernels import ops
+from free_kernels.constants import Purpose
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
 from free_kernels.protocols import Drafter, NoiseSource, Schedule, Target
 from free_kernels.results import RoundInfo, SampleResult, SampleStats
 from free_kernels.sampling.api import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
-from free_kernels.sampling.noise import PhiloxNoise, Purpose, TensorNoise
+from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
 from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule
 from free_kernels.steering.relaxation import Relaxation
 from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget

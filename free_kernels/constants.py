@@ -8,6 +8,15 @@ import enum
 TIME_TICKS = 100_000
 
 
+class Purpose(enum.IntEnum):
+    """What a random number is for; part of its key."""
+
+    INITIAL = 0
+    STEP = 1
+    SLACK = 2
+    ACCEPT = 3
+
+
 class TransitionColumn(enum.IntEnum):
     """Columns of a transition table ``[K, 8]``.
 

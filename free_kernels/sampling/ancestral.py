@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_kernels.constants import Purpose
 from free_kernels.results import RoundInfo, SampleResult, SampleStats
 from free_kernels.sampling.cuda_graphs import CapturedCalls
 from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Job
-from free_kernels.sampling.noise import Purpose
 
 
 class _Batch:

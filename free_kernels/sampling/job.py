@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from free_kernels.conditioning import hoisted
-from free_kernels.constants import TransitionColumn
+from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.protocols import (
     NoiseSource,
@@ -22,7 +22,7 @@ from free_kernels.protocols import (
     guided_channels,
     null_label,
 )
-from free_kernels.sampling.noise import Purpose, as_noise_source
+from free_kernels.sampling.noise import as_noise_source
 from free_kernels.sampling.options import Options
 from free_kernels.targets import as_target
 from free_kernels.validation import check_float, check_int, check_labels, fail

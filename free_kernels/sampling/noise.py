@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import math
 
 import torch
 from torch import Tensor
 
+from free_kernels.constants import Purpose
 from free_kernels.ops.random import philox_normal, philox_uniform
 from free_kernels.protocols import NoiseSource
 from free_kernels.validation import check_int, fail
-
-
-class Purpose(enum.IntEnum):
-    """What a random number is for; part of its key."""
-
-    INITIAL = 0
-    STEP = 1
-    SLACK = 2
-    ACCEPT = 3
 
 
 class PhiloxNoise:

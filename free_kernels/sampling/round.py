@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from free_kernels.constants import Purpose
 from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
 from free_kernels.ops.packing import pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
@@ -15,7 +16,6 @@ from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
 from free_kernels.sampling.draft_sources import draft_source
 from free_kernels.sampling.drafting import Drafts, draft_states
 from free_kernels.sampling.job import Job, Network
-from free_kernels.sampling.noise import Purpose
 from free_kernels.sampling.refused_rows import RefusedRows
 from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.slots import Slots

@@ -11,12 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from free_kernels.conditioning import hoisted
+from free_kernels.constants import Purpose
 from free_kernels.drafters import as_drafter
 from free_kernels.protocols import NoiseDefaults, first_drafted_step
 from free_kernels.results import RoundInfo, SampleStats
 from free_kernels.sampling.cuda_graphs import check_cuda_graphs
 from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Job
-from free_kernels.sampling.noise import Purpose
 from free_kernels.sampling.round import RoundReport, Rounds
 from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.slots import Slots

@@ -10,10 +10,10 @@ import pytest
 import torch
 from coupling_calls import call
 
-from free_kernels.constants import TransitionColumn
+from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops import Coupling, couple, couple_philox
 from free_kernels.ops.coupling.arguments import CouplingArguments, KeyedCouplingArguments
-from free_kernels.sampling.noise import PhiloxNoise, Purpose
+from free_kernels.sampling.noise import PhiloxNoise
 
 LATENT = (2, 3, 3)
 LENGTHS = (4, 0, 1, 3)

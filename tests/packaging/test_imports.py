@@ -28,7 +28,6 @@ SHARED = {
     ("coupling", "triton_launch"): {("random", "triton_philox")},
     ("coupling", "triton_kernels"): {("random", "triton_philox")},
     ("coupling", "triton_math"): {("random", "triton_philox")},
-    ("coupling", "dispatch"): {("random", "reference")},
 }
 # Modules beside the ops' folders that Triton code may import; they know no op.
 TRITON_SHARED = {"aot", "triton_device"}

@@ -21,11 +21,11 @@ from coupling_calls import call
 from rounding import largest_normal
 from torch import Tensor
 
+from free_kernels.constants import Purpose
 from free_kernels.ops.coupling import couple, couple_block, couple_block_philox, couple_philox, reference
 from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.random import philox_normal, philox_uniform
-from free_kernels.sampling.noise import Purpose
 
 PADDING_ROWS = 2
 PHILOX_SEEDS = (0, 1, 2**40 + 16, 2**64 - 1)

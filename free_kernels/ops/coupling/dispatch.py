@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_kernels.constants import TransitionColumn
+from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops.coupling import reference
 from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.random import philox_normal, philox_uniform
-from free_kernels.ops.random.reference import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP
 from free_kernels.validation import check_choice, fail
 
 BACKENDS = ("auto", "reference", "triton")
@@ -75,9 +74,9 @@ def draw_noise(arguments: KeyedCouplingArguments, backend: str = "auto") -> Coup
 
     learned = arguments.output.shape[1] == 2 * channels
     drawn = {
-        "noise": draw(philox_normal, PURPOSE_STEP, channels, height, width),
-        "slack_noise": draw(philox_normal, PURPOSE_SLACK, channels, height, width) if learned else None,
-        "uniform": draw(philox_uniform, PURPOSE_ACCEPT, 1).squeeze(2),
+        "noise": draw(philox_normal, Purpose.STEP, channels, height, width),
+        "slack_noise": draw(philox_normal, Purpose.SLACK, channels, height, width) if learned else None,
+        "uniform": draw(philox_uniform, Purpose.ACCEPT, 1).squeeze(2),
     }
     shared = {name: value for name, value in arguments._asdict().items() if name in CouplingArguments._fields}
     return CouplingArguments(**shared, **drawn)

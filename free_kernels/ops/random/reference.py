@@ -16,10 +16,6 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
-# Purposes of the numbers of a round (free_kernels.sampling.noise.Purpose), repeated as plain ints because the
-# implementations depend on nothing above them.
-PURPOSE_STEP, PURPOSE_SLACK, PURPOSE_ACCEPT = 1, 2, 3
-
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit output words, as int64, of counters that broadcast together (taken modulo 2**32)."""

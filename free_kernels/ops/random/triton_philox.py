@@ -10,9 +10,11 @@ import math
 import triton
 import triton.language as tl
 
-PURPOSE_STEP = tl.constexpr(1)
-PURPOSE_SLACK = tl.constexpr(2)
-PURPOSE_ACCEPT = tl.constexpr(3)
+from free_kernels.constants import Purpose
+
+PURPOSE_STEP = tl.constexpr(int(Purpose.STEP))
+PURPOSE_SLACK = tl.constexpr(int(Purpose.SLACK))
+PURPOSE_ACCEPT = tl.constexpr(int(Purpose.ACCEPT))
 
 _TWO_PI = tl.constexpr(2.0 * math.pi)
 _TWO_OVER_PI = tl.constexpr(2.0 / math.pi)

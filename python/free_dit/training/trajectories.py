@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from free_dit.networks.families import device_of, schedule_for
 from free_kernels.conditioning import hoisted
-from free_kernels.constants import TransitionColumn
+from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.protocols import Schedule, Target, guided_channels, null_label
-from free_kernels.sampling.noise import PhiloxNoise, Purpose
+from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 from free_kernels.validation import check_choice, check_int, fail
 
