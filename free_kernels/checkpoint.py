@@ -16,7 +16,7 @@ from torch import Tensor
 
 METADATA_KEY = "free_kernels"
 Module = TypeVar("Module", bound=torch.nn.Module)
-# What reading a file of arbitrary bytes may end in.
+# Exceptions that reading a file of arbitrary bytes can raise.
 _UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
 
 

@@ -62,7 +62,7 @@ def _import(name: str, ops: tuple[str, ...], key: str, how_to_build: str) -> tup
 
 def _load() -> None:
     global _loaded, _module, _reason, _cuda_module, _cuda_reason
-    # Set first: whatever happens below, loading is not tried again in this process.
+    # Set first, so that a failure below is not tried again in this process.
     _loaded = True
     if environment_flag("FREE_KERNELS_NO_EXT"):
         _reason = "the environment variable FREE_KERNELS_NO_EXT is set"

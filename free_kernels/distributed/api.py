@@ -113,7 +113,7 @@ def _sample_block(
 def _raise_together(error: Exception | None) -> None:
     """Raise in every process if one of them failed: its own error, or one that names it."""
     if isinstance(error, ConnectionError):
-        # There is no talking to the others any more.
+        # The other processes cannot be reached any more.
         raise error
     told: list[str | None] = [None] * dist.get_world_size()
     try:

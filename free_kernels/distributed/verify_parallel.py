@@ -61,7 +61,7 @@ class VerifyParallelTarget:
         self._sent: list[tuple[dist.Work, Tensor]] = []
 
     def __getattr__(self, name: str) -> object:
-        # Shapes, labels and guidance are the target's own. Copies ask before there is a target.
+        # All other members are the target's own. `copy` asks for names before `target` is set.
         if name.startswith("__") or name == "target":
             raise AttributeError(name)
         return getattr(self.target, name)
@@ -198,7 +198,7 @@ class VerifyParallelTarget:
             _reached(work.wait)
         failed = [peer for _, told, peer in self._told if told.item()]
         if failed:
-            # What they owe never comes, and _told stays as it is, which keeps stop() from waiting for it.
+            # Their results will never arrive. `_told` keeps its entries, so that stop() does not wait for them.
             raise RuntimeError(f"sample: every process of the group must answer, got an error in number {failed[0]}")
         self._told.clear()
         self._wait(self._outputs_due)

@@ -53,7 +53,7 @@ class DrafterConfig:
     time_unit: int = 1
 
 
-# What drafters were before these became choices.
+# Values for files that were written before these settings existed.
 _BEFORE = {"window": 1, "inputs": "state+unit_change", "skip": False, "first_step": False}
 INPUTS = ("state", "unit_change", "scaled_change")
 
@@ -126,7 +126,7 @@ class _Folded(NamedTuple):
         shift, scale, *gain = modulations[6 * len(self.blocks) :]
         leaving = torch.addcmul(shift, _normalize(x), scale)
         if gain:
-            # Normalisation loses sizes; what is linear in the inputs goes past it.
+            # Normalisation removes the scale of its input; this linear path keeps it.
             leaving = torch.addcmul(leaving, embedded, gain[0])
         return feature + F.linear(leaving, self.leave, self.leave_bias)
 
@@ -216,8 +216,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         self.label_table = nn.Embedding(num_classes + 1, inner)
         self.blocks = nn.ModuleList([_Block(inner, config.mlp_ratio) for _ in range(config.depth)])
         self.modulation = nn.Linear(inner, self._modulation_rows * inner)
-        # What is added to each row of modulations; no parameter, and on the device beforehand: a captured round may not
-        # copy from the host.
+        # What is added to each row of modulations. A buffer, because a captured round must not copy from the host.
         around = [0.0, 1.0, 1.0] * 2 * config.depth + [0.0, 1.0, 1.0][: 2 + config.skip]
         self.register_buffer("_modulation_offsets", torch.tensor(around).view(1, -1, 1, 1), persistent=False)
         self.to_feature = nn.Linear(inner, features)

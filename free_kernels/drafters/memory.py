@@ -51,7 +51,7 @@ class FeatureMemory:
         self._keys, self._values = (
             [like.new_zeros(rows, self.capacity, *step_shape) for _ in range(depth)] for _ in range(2)
         )
-        # A pair of counters for each block: an append advances its own, one rewind moves all of them.
+        # A pair of counters for each block: an append advances the counters of its block, a rewind those of all.
         self._length = torch.zeros(depth, rows, dtype=torch.int64, device=like.device)
         self._position = torch.zeros_like(self._length)
 

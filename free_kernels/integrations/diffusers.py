@@ -132,7 +132,7 @@ def accelerate(pipe: DiTPipeline, drafter: str | Drafter = "frozen", **settings:
         if name not in _SETTINGS:
             fail(where, "settings", "among " + ", ".join(_SETTINGS), repr(name), TypeError)
     if any(hasattr(module, "_hf_hook") for module in pipe.transformer.modules()):
-        # Hooks move weights in when the module's own forward begins, which is never called here.
+        # The hooks move weights when the module's own forward begins; it is never called here.
         fail(where, "pipe", "without CPU offload of its transformer", "an offloaded one")
     _schedule(pipe.scheduler, 1)
     DrafterDefaults.read(drafter, "check_target")(_target(pipe.transformer), where)

@@ -71,7 +71,7 @@ class CapturedCalls(Generic[Result]):
             captured = self._try_to_capture(key)
             if captured is not None:
                 return captured
-            # Only now: within a capture memory cannot be given back, and what was captured held some.
+            # Here and not earlier: memory cannot be given back within a capture, and the abandoned graph held some.
             torch.cuda.empty_cache()
 
     def _try_to_capture(self, key: Hashable) -> tuple[Callable[[], None], Result] | None:
@@ -85,7 +85,7 @@ class CapturedCalls(Generic[Result]):
                 with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=self._pool):
                     result = self._function(key)
             except RuntimeError as error:
-                # The end of an abandoned capture may fail too, and hides the reason.
+                # Ending an abandoned capture may raise as well; the reason is then its context.
                 if not any(isinstance(reason, CaptureAgain) for reason in (error, error.__context__)):
                     raise
                 return None

@@ -86,7 +86,7 @@ class Replayed(Fresh):
         super().__init__(job, drafter)
         serving = serving_rows(refused, lengths, drafts)
         self._count = max(serving)
-        # Drafts up to this one come from rows in every slot that makes them.
+        # For drafts before this number every slot that drafts has a row, so that the drafter is not called.
         self._without_drafter = 0
         if lengths is not None:
             wanted = [drafts if have >= length - 1 else have for have, length in zip(serving, lengths, strict=True)]
@@ -148,7 +148,7 @@ class Corrected(Fresh):
         if not self._count:
             return
         self._rows = refused.latest(slots.steps, self._count)
-        # Among all rows, step by step, those that serve; None: all of them.
+        # Which of the rows [n S] serve; None: all of them.
         self._index: Tensor | None = None
         if lengths is not None and min(serving) < self._count:
             pairs = ((ahead, slot) for ahead in range(self._count) for slot in range(len(serving)))
@@ -156,7 +156,7 @@ class Corrected(Fresh):
             self._index = torch.tensor(chosen, device=slots.steps.device)
         self._steps = slots.steps_ahead(self._count).T.flatten()
         self._labels = slots.labels.repeat(self._count)
-        # [B, n, S, T, D], with the first call.
+        # [B, n, S, T, D], set by the first call.
         self._errors: Tensor | None = None
 
     def _with_errors(self, inputs: DraftInputs) -> Tensor:
@@ -177,7 +177,7 @@ class Corrected(Fresh):
         )
         both = self._feature(DraftInputs(*(torch.cat(pair) for pair in zip(inputs, further, strict=True))))
         drafted, there = both[: len(inputs.t)], both[len(inputs.t) :]
-        # What a row that is not finite leads to must not spoil a draft.
+        # A row that is not finite has an error that is not; it counts as none.
         errors = (exact.flatten(0, 1).to(both.dtype) - there).nan_to_num(0.0, 0.0, 0.0).unflatten(0, (job.branches, -1))
         if index is not None:
             full = errors.new_zeros(job.branches, len(self._labels), *errors.shape[2:])

@@ -49,7 +49,7 @@ def draft_states(
         return Drafts(torch.stack(states, dim=1), none, none)
     timesteps = job.timesteps[steps]
     active: Tensor | None = None
-    # Only the calls before a capture come without a parent: no image has one yet.
+    # Before the first round no image has a parent; only the warm-up calls of a capture draft then.
     feature = slots.parent
     if feature is None:
         feature = state.new_zeros(job.branches, count, *job.target.feature_shape)

@@ -54,10 +54,10 @@ class ImagePool:
         left = len(self._job.labels) - self._loaded
         if not left or self.rows - self._entered >= self._slots:
             return None
-        # Every slot is busy here: so far more images waited than there are slots.
+        # Every slot holds an image here, because more images waited than there are slots.
         kept = slots + list(range(self._entered, self.rows))
         fresh = min(self.rows - len(kept), left)
-        # At the end of the buffers, whose last row is the last image to enter.
+        # They go to the end of the buffers, whose last row holds the last image to enter.
         first = self.rows - len(kept) - fresh
         between, device = first + len(kept), self.labels.device
         order = torch.tensor(kept, device=device)

@@ -109,7 +109,7 @@ class Rounds:
         self._no_rows = torch.zeros_like(slots.steps)
         # A memory holds one call of the drafter a step, so there is none for a refused row.
         if job.options.reuse_refused and length > 1 and self.memory is None:
-            # With new noise every round only the refused draft's own row stays near the states of the next one.
+            # Blocks have new noise every round, so only the refused draft's own row is near the next round's states.
             rows = 2 if job.options.block else length
             generations = 2 if DrafterDefaults.read(drafter, "repeats_feature") else 1
             self.refused = RefusedRows(len(slots), job.branches, rows, generations, device)

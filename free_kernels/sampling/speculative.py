@@ -106,7 +106,7 @@ class Speculation:
                 began = time.perf_counter()
                 lengths = self._lengths(now)
                 if max(lengths) > 1:
-                    # Hoisting is work of the whole run, not of its first round.
+                    # Hoisting is done once for the run, so its time is not counted as the round's.
                     began += self._prepare_drafter(now)
                 ordinary = self._ordinary_steps_ahead(lengths, now)
                 after = self._ordinary_steps(now, ordinary) if ordinary else self.rounds.play(lengths, now)
@@ -174,7 +174,7 @@ class Speculation:
         """How many of the next rounds are ordinary steps of every slot, to be taken at once; 0 for a round."""
         if self.policy is None or self.job.options.cuda_graphs or max(lengths) > 1 or min(now.images) < 0:
             return 0
-        # A callback sees every step.
+        # With a callback, one step at a time: it is called after every step.
         most = 1 if self.job.options.callback else max(1, NOISE_CHUNK_ELEMENTS // self.slots.state.numel())
         return min(self.policy.ordinary_ahead, len(self.job.timesteps) - max(now.steps), most)
 
@@ -191,7 +191,7 @@ class Speculation:
             job.check_output(step.output, [k + i for k in now.steps], images)
             self.run_stats.called(len(slots))
             if i < count - 1:
-                # No graph holds on to these buffers here, so they change places instead of contents.
+                # There is no CUDA graph that reads these buffers, so the two can be exchanged instead of copied.
                 slots.previous, slots.state = slots.state, step.state
         slots.steps += count - 1
         slots.rounds += count - 1

@@ -80,7 +80,7 @@ class DDIMSchedule:
         alpha = torch.from_numpy(self.train_alphas_cumprod)[self.timesteps]
         after = torch.cat([alpha[1:], torch.ones(1, dtype=torch.float64)])
         std = self.eta * ((1 - after) / (1 - alpha) * (1 - alpha / after)).sqrt()
-        # Rounding must not make this negative where eta = 1 leaves (nearly) nothing.
+        # With eta = 1 this is zero up to rounding, which could make it negative.
         towards_noise = (1 - after - std.square()).clamp(min=0.0).sqrt()
         columns = torch.zeros(self.num_steps, len(TransitionColumn), dtype=torch.float64)
         columns[:, TransitionColumn.X0_FROM_STATE] = alpha.rsqrt()

@@ -223,7 +223,7 @@ class DDPMSchedule:
         if isinstance(scheduler, type) or not isinstance(config, Mapping) or not hasattr(scheduler, "set_timesteps"):
             fail(where, "scheduler", "a diffusers DDPMScheduler", describe(scheduler), TypeError)
         if not any(base.__name__ == "DDPMScheduler" for base in type(scheduler).__mro__):
-            # Others are deterministic, or not Gaussian given the state before alone.
+            # Other schedulers' steps are deterministic, or depend on more than the state before.
             reason = "there is no fresh noise in their steps to speculate on"
             remedy = "use DDPMScheduler.from_config(scheduler.config)"
             fail(where, "scheduler", f"a DDPMScheduler, not another: {reason}; {remedy}", type(scheduler).__name__)
@@ -233,7 +233,7 @@ class DDPMSchedule:
         if config.get("trained_betas") is not None:
             fail(where, "trained_betas", "None (not supported)", "a list of betas")
         variance = config.get("variance_type", "fixed_small")
-        # Their logarithm of the smaller variance is taken back at once; the larger one's is not, and gives NaN.
+        # diffusers undoes the logarithm for fixed_small_log only; fixed_large_log gives NaN there.
         variance = "fixed_small" if variance == "fixed_small_log" else variance
         check_choice(where, "variance_type", variance, VARIANCES[1:])
         check_choice(where, "beta_schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES)

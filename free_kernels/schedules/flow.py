@@ -75,7 +75,7 @@ class FlowSDESchedule:
     prediction: str = "velocity"
     num_train_steps: int = TIME_TICKS
 
-    # Compared with the target's, where it has one.
+    # Must equal the target's `family`, where the target has one.
     family = "flow"
     # Bound of the predicted clean sample: none.
     clip = math.inf
@@ -103,7 +103,7 @@ class FlowSDESchedule:
     @functools.cached_property
     def timesteps(self) -> Tensor:
         """Ticks shown to the target at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, ascending."""
-        # A single step starts at noise, and is the last one.
+        # With one step, that step starts at pure noise and is also the last.
         times = torch.linspace(self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64)
         return (times * self.num_train_steps).round().long()
 

@@ -42,6 +42,6 @@ def spaced_timesteps(num_train_steps: int, num_steps: int, spacing: str, steps_o
         return np.linspace(0, num_train_steps - 1, num_steps).round().astype(int).tolist()
     if spacing == "leading":
         return [step * (num_train_steps // num_steps) + steps_offset for step in range(num_steps)]
-    # The stride's rounding can leave diffusers' grid with one more point, at -1, which is no timestep.
+    # The rounding of the stride can give diffusers' grid one more point, -1, which is not a timestep.
     grid = np.arange(num_train_steps, 0, -num_train_steps / num_steps)[:num_steps]
     return (grid.round().astype(int) - 1)[::-1].tolist()

@@ -60,7 +60,7 @@ class AdaLNTarget(TargetDefaults):
         ValueError: the module is in training mode, or cannot be compiled block by block.
     """
 
-    # Compared with the schedule's.
+    # Must equal the schedule's `family`.
     family = "diffusion"
     latent_shape: tuple[int, int, int]
     feature_shape: tuple[int, int]

@@ -40,7 +40,7 @@ class DiffusersDiTTarget(AdaLNTarget):
         name = type(self).__name__
         if not is_diffusers_dit(module):
             fail(name, "module", f"a diffusers {_CLASS}", type(module).__name__, TypeError)
-        # Feed-forward in chunks trades speed for memory; it is the block's own forward that knows how.
+        # Only the block's own forward knows how to run its feed-forward part in chunks.
         whole = all(block._chunk_size is None for block in module.transformer_blocks)
         parts = [BlockParts(b.norm1.norm, b.attn1, b.norm3, b.ff) for b in module.transformer_blocks]
         super().__init__(name, module, parts if whole else None, compile)

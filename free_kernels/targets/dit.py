@@ -50,7 +50,7 @@ class DiTTarget(AdaLNTarget):
         self.learns_variance = outputs == 2 * channels
         self.num_classes = int(self.module.y_embedder.num_classes)
         self.has_null_label = self.module.y_embedder.embedding_table.num_embeddings > self.num_classes
-        # The original guides its first three channels of four.
+        # The original DiT guides the first three of its four channels.
         self.guidance_channels = 3 if channels == 4 else channels
 
     @property
