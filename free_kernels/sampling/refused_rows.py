@@ -108,7 +108,7 @@ class RefusedRows:
         j = torch.arange(states.shape[1], device=steps.device)
         packed = (row_offsets[:-1].unsqueeze(1) + j).clamp_(max=features.shape[1] - 1).flatten()
         features, outputs = features.index_select(1, packed), outputs.index_select(1, packed)
-        # A row behind a refusal may not be finite, and then its sum is not. Finite rows whose sum overflows are not used.
+        # A row behind a refusal may not be finite; then its sum is not either. Rows whose sum overflows are left out.
         sums = features.flatten(2).sum(2, dtype=torch.float32) + outputs.flatten(2).sum(2, dtype=torch.float32)
         finite = sums.isfinite().all(0).view(len(steps), -1)
         behind = j - committed.unsqueeze(1)
