@@ -53,8 +53,6 @@ class DrafterConfig:
     time_unit: int = 1
 
 
-# Values for files that were written before these settings existed.
-_BEFORE = {"window": 1, "inputs": "state+unit_change", "skip": False, "first_step": False}
 INPUTS = ("state", "unit_change", "scaled_change")
 
 
@@ -390,7 +388,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             shapes = [
                 _checked_shape(metadata[name], count) for name, count in (("latent_shape", 3), ("feature_shape", 2))
             ]
-            config = DrafterConfig(**_BEFORE | metadata["config"])
+            config = DrafterConfig(**metadata["config"])
             _check_types(config)
             check_depth(config.depth, weights)
             calibration = _checked_calibration(metadata.get("calibration"))

@@ -13,15 +13,10 @@ ROW = re.compile(r"^\| `(?P<name>[^`]+)` \| (?P<size>\d+) \| `(?P<digest>[0-9a-f
 
 
 @pytest.mark.parametrize("model", bundled_names())
-def test_weights_are_those_of_the_model_card(model, fault_log):
+def test_weights_are_those_of_the_model_card(model):
     folder = MODELS / model
     listed = {
         row["name"]: (int(row["size"]), row["digest"]) for row in ROW.finditer((folder / "MODEL_CARD.md").read_text())
     }
     weights = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
     assert listed == {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in weights.items()}
-    for name, data in weights.items():
-        changed = bytearray(data)
-        changed[len(data) // 2] ^= 1
-        assert hashlib.sha256(changed).hexdigest() != listed[name][1]
-        fault_log("bit flipped in a shipped weight", "not the SHA-256 of the model card")

@@ -22,7 +22,6 @@ SECTIONS = {
     "test_interrupts": "Signals",
     "test_distributed": "Processes that fail",
     "test_fuzzed_files": "Files of arbitrary content",
-    "test_hashes": "Changed weights",
     "test_packing_properties": "Bookkeeping",
     "test_soak": "Long runs",
 }

@@ -100,12 +100,14 @@ def test_deterministic_chains_approach_the_data():
     assert errors[2] < 0.03
 
 
+@pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_law_is_the_ordinary_samplers(eta, uncorrected):
+def test_law_is_the_ordinary_samplers(eta, reuse):
     target = GaussianTarget()
     drafter, schedule = BiasedDrafter(target, eps_bias=0.4 if eta == 1.0 else 0.2), DDIMSchedule(8, eta)
-    result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11)
-    assert 0.1 < result.stats.acceptance < 0.8, "the drafter has to be bad enough to exercise reflection"
+    result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11, reuse_refused=reuse)
+    worst = 0.95 if reuse else 0.8
+    assert 0.1 < result.stats.acceptance < worst, "the drafter has to be bad enough to exercise reflection"
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) > FALSE_ALARM
 
 
