@@ -172,7 +172,7 @@ class Rounds:
         if longest > 1:
             self._learn(coupling, steps, weights)
         features = wait()
-        if self.refused is not None:
+        if self.refused is not None and self._leaves_rows(coupling.committed):
             decided = coupling.committed, slots.lengths, slots.steps
             self.refused.keep(drafts.states, features, output, row_offsets, *decided)
         fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
@@ -200,7 +200,7 @@ class Rounds:
         }
         if noise is None:
             source = self.kernel_noise
-            given = (*drafts, source.seed, source.keys(slots.noise_keys()), steps, output, row_offsets, columns)
+            given = (*drafts, source.seed, source.keys(slots.indices), steps, output, row_offsets, columns)
             if block:
                 return couple_block_philox(*given, rounds=slots.rounds, **settings)
             return couple_philox(*given, relaxation=weights, **settings)
@@ -211,6 +211,10 @@ class Rounds:
         given = (*drafts, noise, slack, uniform, output, row_offsets, columns)
         return couple_block(*given, **settings) if block else couple(*given, relaxation=weights, **settings)
 
+    def _leaves_rows(self, committed: Tensor) -> bool:
+        """Whether a round may have left rows; on a GPU always True, as looking at the values would wait for it."""
+        return not committed.is_cpu or bool((committed < torch.maximum(self.slots.lengths, self.refused.ahead)).any())
+
     def _learn(self, coupling: Coupling, steps: Tensor, weights: Tensor | None) -> None:
         """Take in the tested rows: those up to and including a slot's first refused one."""
         drafts = coupling.gap_sq.shape[1]
@@ -219,7 +223,7 @@ class Rounds:
         if weights is not None:
             self.relaxation.update(coupling, tested)
             weights = weights[:, :drafts]
-        self.stats.gather(self.slots.noise_keys(), steps[:, :drafts], coupling.gap_sq, tested, weights)
+        self.stats.gather(self.slots.indices, steps[:, :drafts], coupling.gap_sq, tested, weights)
 
     def commit_steps(self, after: Tensor, features: Tensor) -> None:
         """Commit an ordinary step of every slot, after ``after [S, C, H, W]`` and ``features [B S, T, D]``."""
@@ -245,7 +249,7 @@ class Rounds:
     def _keys(self, steps: Tensor) -> tuple[Tensor, Tensor | None]:
         """Image of each row, and with block verification its round; both ``[S, L]`` like ``steps``."""
         width = steps.shape[1]
-        images = self.slots.noise_keys().unsqueeze(1).expand(-1, width).contiguous()
+        images = self.slots.indices.unsqueeze(1).expand(-1, width).contiguous()
         return images, self.slots.rounds.unsqueeze(1).expand(-1, width).contiguous() if self.options.block else None
 
     def _draw(self, purpose: Purpose, steps: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class Slots:
     Attributes:
         pool: where images come from and go to.
         images: int64 ``[S]``, the row of the pool in each slot; negative where the slot is idle.
+        indices: int64 ``[S]``, the image of the job in each slot, which keys its noise; any where the slot is idle.
         labels: int64 ``[S]``.
         steps: int64 ``[S]``, the next step of each image.
         lengths: int64 ``[S]``, rows of the round that is played; 0 where a slot takes no part.
@@ -35,6 +36,7 @@ class Slots:
         self.job, self.backend = job, backend
         self.pool = ImagePool(job, count, pool_rows)
         self.images = torch.arange(count, device=job.labels.device)
+        self.indices = self.images.clone()
         self.labels = self.pool.labels[:count].clone()
         self.steps = torch.zeros_like(self.images)
         self.lengths = torch.zeros_like(self.images)
@@ -45,10 +47,6 @@ class Slots:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def noise_keys(self) -> Tensor:
-        """The job's image in each slot ``[S]``; any of them where a slot is idle."""
-        return self.pool.indices[self.images.clamp(min=0)]
 
     def steps_ahead(self, count: int) -> Tensor:
         """Steps ``[S, count]`` of the rows of a round; those past the end of the chain are its last step."""
@@ -90,6 +88,7 @@ class Slots:
             num_steps=len(self.job.timesteps),
             backend=self.backend,
         )
+        self.indices.copy_(self.pool.indices.index_select(0, self.images.clamp(min=0)))
         fresh = self.steps == 0
         self.rounds.add_(1).masked_fill_(fresh, 0)
         return fresh

@@ -182,7 +182,7 @@ class Speculation:
         """``count`` steps of every slot, perhaps including its last, without drafts and packing."""
         job, slots = self.job, self.slots
         ahead = torch.arange(count, device=slots.state.device).unsqueeze(1)
-        at, keys = slots.steps + ahead, slots.noise_keys().repeat(count, 1)
+        at, keys = slots.steps + ahead, slots.indices.repeat(count, 1)
         noise = job.draw(Purpose.STEP, keys, at, slots.rounds + ahead if self.job.options.block else None)
         t, columns, y = job.timesteps[at], job.table[at], job.branched(slots.labels)
         images = [slots.pool.images[row] for row in now.images]
