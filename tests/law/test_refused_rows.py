@@ -227,6 +227,10 @@ def test_rows_leave_with_their_image(leaves, monkeypatch):
             self.ahead.copy_(torch.where(steps <= 1, self.rows - 1, self.ahead))
 
         monkeypatch.setattr(RefusedRows, "begin", with_all)
+        # They are far away, and would not be taken for that.
+        monkeypatch.setattr(
+            Corrected, "nearer", staticmethod(lambda state, *_: torch.ones(len(state), dtype=torch.bool))
+        )
     labels = torch.arange(9) % 3
     runs = [
         sample(target, labels, schedule=schedule, drafter=SwingingDrafter(target), max_slots=slots).samples
