@@ -120,8 +120,10 @@ def drawn(target, schedule, drafter, **settings):
     return sample(target, torch.full((IMAGES,), LABEL), schedule=schedule, drafter=drafter, seed=11, **settings)
 
 
-@pytest.mark.parametrize("drafter", [SwingingDrafter, BiasedDrafter, "frozen"])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("drafter", "guidance"),
+    [(SwingingDrafter, 1.0), (SwingingDrafter, 2.0), (BiasedDrafter, 1.0), ("frozen", 1.0)],
+)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
 def test_law_with_refused_rows(variance, guidance, drafter):
     target = GaussianTarget(learns_variance=variance == "learned_range")
@@ -131,7 +133,7 @@ def test_law_with_refused_rows(variance, guidance, drafter):
     assert law(target, schedule, result, BiasedDrafter(target), guidance) > FALSE_ALARM
 
 
-@pytest.mark.parametrize("length", [2, 3, 5, 12, 32])
+@pytest.mark.parametrize("length", [2, 5, 12, 32])
 @pytest.mark.parametrize("dense", [False, True])
 def test_law_for_every_length_and_ragged_slots(length, dense, monkeypatch):
     target, schedule = GaussianTarget(learns_variance=True), DDPMSchedule(40)
