@@ -65,7 +65,9 @@ class Observations(NamedTuple):
         return torch.erfc(torch.from_numpy(self.gap) / math.sqrt(8)).numpy()
 
 
-def reach_places(job: Job, network: Network, images: int, positions: int, calls: int, tick: Callable[[int], None]) -> Places:
+def reach_places(
+    job: Job, network: Network, images: int, positions: int, calls: int, tick: Callable[[int], None]
+) -> Places:
     """States of the first images of a job at evenly spaced steps, by a chain of few calls.
 
     From one call to the next the clean sample that the target predicts is held, and steps are those of the schedule
@@ -94,7 +96,8 @@ def reach_places(job: Job, network: Network, images: int, positions: int, calls:
         job.check_output(output, node, keys)
         mean, std = job.transition(state, output, columns)
         given, from_clean = (
-            job.table[:, column] for column in (TransitionColumn.MEAN_FROM_STATE_GIVEN_X0, TransitionColumn.MEAN_FROM_X0)
+            job.table[:, column]
+            for column in (TransitionColumn.MEAN_FROM_STATE_GIVEN_X0, TransitionColumn.MEAN_FROM_X0)
         )
         clean = (mean - given[node] * state) / from_clean[node]
         for k in range(node, until):
@@ -111,9 +114,9 @@ def reach_places(job: Job, network: Network, images: int, positions: int, calls:
     return Places(steps.to(keys.device), torch.stack(states, 1), torch.stack(before, 1), parents, len(nodes))
 
 
-def slots_at(job: Job, places: Places) -> Slots:
-    """A slot for each image and position, image by image."""
-    slots = Slots(job, places.states.shape[0] * places.states.shape[1], None, job.options.packing_backend)
+def slots_at(job: Job, places: Places, count: int) -> Slots:
+    """A slot for each of the first ``count`` places, all positions of an image before those of the next."""
+    slots = Slots(job, count, None, job.options.packing_backend)
     put(slots, places)
     return slots
 
@@ -152,15 +155,14 @@ def probe(
     Returns:
         What was seen, and whether refused rows drafted.
     """
-    slots, num_steps = slots_at(job, places), len(job.timesteps)
+    slots, num_steps = slots_at(job, places, len(job.labels)), len(job.timesteps)
     rounds = rounds_on(job, slots, drafter, network, length)
     asked = np.zeros((len(slots), num_steps + 1), np.int64)
     now = RoundReport([], slots.images.tolist(), slots.steps.tolist(), [0] * len(slots))
     columns: list[tuple[np.ndarray, ...]] = []
     for _ in range(count):
         lengths = [
-            0 if image < 0 else min(length, num_steps - step)
-            for image, step in zip(now.images, now.steps, strict=True)
+            0 if image < 0 else min(length, num_steps - step) for image, step in zip(now.images, now.steps, strict=True)
         ]
         if not any(lengths):
             break
