@@ -159,7 +159,7 @@ def feasibility(
     draft_lengths: Iterable[int] = LENGTHS,
     images: int = 2,
     positions: int = 8,
-    rounds: int = 3,
+    rounds: int = 4,
     probe_length: int = 12,
     chain_calls: int = 24,
     seed: int = 0,
@@ -170,7 +170,8 @@ def feasibility(
 ) -> Feasibility:
     """Tell whether lossless speculation will pay for a target, from a few hundred rows and without training.
 
-    A coarse chain of ``chain_calls`` calls reaches ``positions`` steps of the chain, where real rounds are played. whitened gap delta of every draft gives its acceptance ``2 Phi(-delta / 2)``, tested or not. An exact Markov chain
+    A coarse chain of ``chain_calls`` calls reaches ``positions`` steps of the chain, where real rounds are played. The
+    whitened gap delta of every draft gives its acceptance ``2 Phi(-delta / 2)``, tested or not. An exact Markov chain
     over step and refused rows turns that into steps per call for every draft length, and times into a speed-up.
 
     This looks at discarded rows. It must not steer a run with the same seed: such a run would no longer have the
@@ -186,7 +187,7 @@ def feasibility(
         draft_lengths: L of the forecasts; lengths from K on are left out.
         images: I, images that are probed.
         positions: P, places of the chain, at most K - 2 of them.
-        rounds: played at each place: one shows new drafts, two refused rows, three rows that were refused twice.
+        rounds: played at each place: one shows new drafts, two rows seen once, three rows seen again.
         probe_length: their L.
         chain_calls: calls of the coarse chain; with K or more it is the ordinary chain.
         seed: of the noise and of the bootstrap.
@@ -320,10 +321,10 @@ def _forecast(
                 _interval(np.array(speeds)),
             )
         )
-    readings = []
+    readings, kinds = [], np.array(CLASSES)[seen.kind]
     for position, step in enumerate(places.steps.tolist()):
-        for number, kind in enumerate(CLASSES):
-            chosen = (seen.position == position) & (seen.kind == number)
+        for kind in dict.fromkeys(CLASSES):
+            chosen = (seen.position == position) & (kinds == kind)
             if chosen.any():
                 mean = np.average(acceptance[chosen], weights=seen.reached[chosen] + 1e-12)
                 readings.append(

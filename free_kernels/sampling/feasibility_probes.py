@@ -18,7 +18,7 @@ from free_kernels.sampling.noise import Purpose
 from free_kernels.sampling.round import RoundReport, Rounds
 from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.slots import Slots
-from free_kernels.steering.round_chain import AGAIN, NEW, ONCE
+from free_kernels.steering.round_chain import classify
 
 
 class Places(NamedTuple):
@@ -184,8 +184,7 @@ def _of_round(slot: int, step: int, ahead: int, asked: np.ndarray, gap: np.ndarr
     """The round's drafts as columns: slot, step, kind, place, gap, reached."""
     j = np.arange(len(gap))
     again = int((asked[step : step + min(ahead, len(gap))] > 1).cumprod().sum())
-    kind = np.where(j < again, AGAIN, np.where(j < ahead, ONCE, NEW))
-    place = j - np.where(j < again, 0, np.where(j < ahead, again, min(ahead, len(gap))))
+    kind, place = classify(len(gap), min(ahead, len(gap)), again)
     accepted = torch.erfc(torch.from_numpy(gap) / math.sqrt(8)).numpy()
     reached = np.append(1.0, accepted[:-1]).cumprod()
     return np.full_like(j, slot), step + j, kind, place, gap, reached

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from free_kernels.steering.round_chain import CLASSES
+from free_kernels.steering.round_chain import CLASSES, STAND_IN
 
 # Width of the kernel in steps, in distances between positions; and in places, in doublings of the place.
 _STEP_WIDTH, _PLACE_WIDTH = 0.5, 0.25
-# Drafts that a kind without any counts for those of the kind before it.
+# Drafts for which the class that stands in counts.
 _PRIOR = 0.1
 
 
@@ -16,7 +16,7 @@ class AcceptanceField:
     """Kernel means of acceptance, weighted by how likely a test is to be reached.
 
     Tails of the kernel are heavy, so that where nothing was seen the nearest stands in. A kind of which little was seen
-    is drawn to the one before it: rows seen again to those seen once, and those to new ones, which understates them.
+    is drawn to another that stands in for it and is accepted less readily.
 
     Args:
         num_steps: K.
@@ -45,7 +45,7 @@ class AcceptanceField:
         near = 1 / (1 + ((grid[:, None] - step - 0.5) / (_STEP_WIDTH * spacing)) ** 4)
         doublings = np.log2(np.arange(1, places + 1)[:, None] / (place + 1))
         alike = 1 / (1 + (doublings / _PLACE_WIDTH) ** 4)
-        # Accepted and counted, by place of the round: [2, probes, P, 3, M].
+        # Accepted and counted, by place of the round: [2, probes, P, classes, M].
         self.sums = np.zeros((2, int(probe.max()) + 1, positions, len(CLASSES), places))
         for number in range(self.sums.shape[1]):
             for which in range(len(CLASSES)):
@@ -58,12 +58,11 @@ class AcceptanceField:
         )
 
     def table(self, weights: np.ndarray) -> np.ndarray:
-        """Acceptance ``[K, 3, M]`` with each probe counted ``weights [probes]`` times."""
+        """Acceptance ``[K, classes, M]`` with each probe counted ``weights [probes]`` times."""
         accepted, counted = np.einsum("n,snpcm->spcm", weights, self.sums)
-        for which in range(len(CLASSES)):
-            prior = _PRIOR if which else 1e-9
-            before = accepted[:, which - 1] / counted[:, which - 1] if which else 0.0
-            accepted[:, which] += prior * before
+        for which, other in enumerate(STAND_IN):
+            prior = 1e-9 if which == other else _PRIOR
+            accepted[:, which] += prior * accepted[:, other] / counted[:, other]
             counted[:, which] += prior
         flat = [self._between @ part.reshape(len(part), -1) for part in (accepted, counted)]
         return (flat[0] / flat[1]).reshape(-1, *accepted.shape[1:])

@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-# How often the target was asked about a draft's step before: never, once, more often.
-CLASSES = ("new", "seen once", "seen again")
-NEW, ONCE, AGAIN = range(3)
+# How often the target was asked about a draft's step before: never, once, more often. The first two are told apart by
+# whether drafts seen (for the second: seen again) stand before them in the round: those lie further from what is exact.
+CLASSES = ("new", "new", "seen once", "seen once", "seen again")
+NEW, NEW_BEHIND, ONCE, ONCE_BEHIND, AGAIN = range(len(CLASSES))
+# The class that stands in for one of which little is known: never one that is accepted more readily.
+STAND_IN = (NEW, NEW, NEW, ONCE, ONCE)
+
+
+def classify(drafts: int, ahead: np.ndarray | int, again: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    """Class of each draft of a round, and its place among those seen as often.
+
+    Args:
+        drafts: J.
+        ahead: a, drafts that were seen; an int, or ``[n, 1]``.
+        again: b, those of them that were seen more than once.
+
+    Returns:
+        int64 ``[J]`` or ``[n, J]`` each.
+    """
+    j = np.arange(drafts)
+    once = np.where(again > np.zeros_like(j), ONCE_BEHIND, ONCE)
+    new = np.where(ahead > np.zeros_like(j), NEW_BEHIND, NEW)
+    kinds = np.where(j < again, AGAIN, np.where(j < ahead, once, new))
+    return kinds, j - np.where(j < again, 0, np.where(j < ahead, again, ahead))
 
 
 def _behind(rows: int, ahead: int, refused: int) -> tuple[int, int]:
@@ -36,10 +57,8 @@ class RoundChain:
         pairs = [(a, b) for a in range(top + 1 if reuse else 1) for b in range(a + 1)]
         number = {pair: i for i, pair in enumerate(pairs)}
         ahead, again = (np.array(column, np.int64)[:, None] for column in zip(*pairs, strict=True))
-        j = np.arange(top)
         # By state and draft: its class, and its place among the drafts of its class, as one index.
-        classes = np.where(j < again, AGAIN, np.where(j < ahead, ONCE, NEW))
-        places = j - np.where(j < again, 0, np.where(j < ahead, again, ahead))
+        classes, places = classify(top, ahead, again)
         self._kinds = classes * top + places
         # By rows of the round, state and draft: the state that a refusal leads to.
         self._after = {
@@ -55,11 +74,11 @@ class RoundChain:
         """Rounds of an image, and how they change with each probability.
 
         Args:
-            acceptance: ``[K, 3, M]``, of a draft of step k that is number m of its class (:data:`CLASSES`) in its
+            acceptance: ``[K, classes, M]``, of a draft of step k that is number m of its class (:data:`CLASSES`) in its
                 round; M at least L - 1. The last step is never drafted.
 
         Returns:
-            The expectation, and its gradient ``[K, 3, M]``.
+            The expectation, and its gradient, alike.
         """
         top, states = self.length - 1, self._states
         flat = np.ascontiguousarray(acceptance[:, :, :top], np.float64).reshape(self.num_steps, -1)
@@ -86,7 +105,7 @@ class RoundChain:
                 to_come = (1.0 - accepted[:, j]) * left[:, j] + accepted[:, j] * to_come
                 visits[k + 1 + j] += np.bincount(self._after[drafts + 1][visited, j], refused[:, j], states)
         whole = np.zeros_like(acceptance, dtype=np.float64)
-        whole[:, :, :top] = gradient.reshape(self.num_steps, 3, top)
+        whole[:, :, :top] = gradient.reshape(self.num_steps, len(CLASSES), top)
         return float(expected[0, 0]), whole
 
     def _round(

@@ -27,7 +27,9 @@ def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
 
 def test_help_lists_the_commands():
     text = run("--help").stdout
-    commands = "train train-drafter sample generate compare evaluate figures sweep study scale-model info card"
+    commands = (
+        "train train-drafter sample generate compare evaluate feasibility figures sweep study scale-model info card"
+    )
     for command in commands.split():
         assert command in text
 
