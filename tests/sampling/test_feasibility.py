@@ -20,9 +20,9 @@ from free_kernels.sampling.target_call import TargetCall
 from free_kernels.steering.round_chain import CLASSES, RoundChain, classify
 
 COSTS = RowCosts({1: 1.0, 32: 1.0})
-# What forecasts may be off by. Steps per call of 16 images have a standard error of up to 3 %, the forecast's own
-# interval is about 4 % to either side, and the chain of rounds leaves out what rounds have in common: up to 8 % of
-# docs/feasibility.md. A sum of squares of these is 10 %.
+# What forecasts may be off by here, where drafts are not as poor as in the worst line of docs/feasibility.md. Steps per
+# call of 16 images have a standard error of up to 3 %, and a forecast from 16 places of up to 4 % (half its interval):
+# two standard errors of their difference.
 TOLERANCE = 0.10
 
 
