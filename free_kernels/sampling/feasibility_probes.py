@@ -168,7 +168,7 @@ def probe(
             break
         played = rounds.start(lengths)
         after = rounds.read(played, lengths, now)
-        gaps = played.coupling.gap_sq.double().sqrt().nan_to_num(torch.inf).cpu().numpy()
+        gaps = played.coupling.gap_sq.double().sqrt().nan_to_num(torch.inf, torch.inf).cpu().numpy()
         for slot, (step, rows) in enumerate(zip(now.steps, lengths, strict=True)):
             if rows > 1:
                 columns.append(_of_round(slot, step, now.ahead[slot], asked[slot], gaps[slot, : rows - 1]))

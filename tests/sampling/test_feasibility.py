@@ -11,10 +11,11 @@ import torch
 from analytic import BiasedDrafter, GaussianTarget, PerfectDrafter
 
 from free_dit.networks.denoiser import DenoiserTarget, photograph_crops
-from free_kernels import DDPMSchedule, Feasibility, FlowSDESchedule, RowCosts, feasibility, sample
+from free_kernels import DDIMSchedule, DDPMSchedule, Feasibility, FlowSDESchedule, RowCosts, feasibility, sample
 from free_kernels.constants import TransitionColumn
 from free_kernels.sampling.feasibility_probes import reach_places
 from free_kernels.sampling.job import make_job
+from free_kernels.sampling.noise import Purpose
 from free_kernels.sampling.options import Options
 from free_kernels.sampling.target_call import TargetCall
 from free_kernels.steering.round_chain import CLASSES, RoundChain, classify
@@ -127,7 +128,7 @@ def test_places_lie_on_the_ordinary_chain_with_calls_for_all_steps(schedule):
         if k in places.steps:
             at = places.steps.tolist().index(k)
             torch.testing.assert_close(places.states[:, at], state)
-        noise = job.draw(0 + 1, keys.unsqueeze(1), torch.full((2, 1), k)).squeeze(1)
+        noise = job.draw(Purpose.STEP, keys.unsqueeze(1), torch.full((2, 1), k)).squeeze(1)
         t = job.timesteps[k : k + 1].expand(2)
         state = job.ordinary_step(job.verify, state, t, job.labels, job.table[k : k + 1], noise).state
 
@@ -181,6 +182,7 @@ def test_the_same_seed_finds_the_same():
     ("settings", "error", "message"),
     [
         ({"schedule": DDPMSchedule(3)}, ValueError, r"schedule.num_steps must be an int in \[4, inf\), got 3"),
+        ({"schedule": DDIMSchedule(20)}, ValueError, "schedule must be one whose steps add noise, got steps without"),
         ({"draft_lengths": (1,)}, ValueError, r"draft_lengths must be an int in \[2, inf\), got 1"),
         ({"draft_lengths": (40,)}, ValueError, r"draft_lengths must be ints in \[2, 19\], one at least, got \(40,\)"),
         ({"draft_lengths": 6}, TypeError, "draft_lengths must be ints of at least 2, got 6"),
