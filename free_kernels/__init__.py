@@ -6,6 +6,8 @@ from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
 from free_kernels.protocols import Drafter, NoiseSource, Schedule, Target
 from free_kernels.results import RoundInfo, SampleResult, SampleStats
 from free_kernels.sampling.api import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
+from free_kernels.sampling.feasibility import Feasibility, feasibility
+from free_kernels.sampling.feasibility_costs import RowCosts
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
 from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule
 from free_kernels.steering.relaxation import Relaxation
@@ -19,6 +21,7 @@ __all__ = [
     "DiffusersDiTTarget",
     "Drafter",
     "DrafterConfig",
+    "Feasibility",
     "FeatureDrafter",
     "FlowSDESchedule",
     "FinishedImage",
@@ -29,6 +32,7 @@ __all__ = [
     "Purpose",
     "Relaxation",
     "RoundInfo",
+    "RowCosts",
     "SampleIterator",
     "SampleResult",
     "SampleStats",
@@ -38,6 +42,7 @@ __all__ = [
     "TensorNoise",
     "__version__",
     "ancestral_sample",
+    "feasibility",
     "ops",
     "sample",
     "sample_iter",

@@ -126,7 +126,10 @@ class Rounds:
         Raises:
             FloatingPointError: a row that was decided holds a NaN or an infinity.
         """
-        played = self.start(lengths)
+        return self.read(self.start(lengths), lengths, before)
+
+    def read(self, played: Played, lengths: list[int], before: RoundReport) -> RoundReport:
+        """The host's part of a round that :meth:`start` has begun; waits for it, and raises as :meth:`play`."""
         report = RoundReport.read(played.report)
         if not report.finite:
             self._check_committed(played, lengths, report.committed, before)

@@ -9,6 +9,7 @@ import tyro
 from free_dit.commands.card import card
 from free_dit.commands.compare import compare
 from free_dit.commands.evaluate import evaluate
+from free_dit.commands.feasibility import feasibility
 from free_dit.commands.figures import figures
 from free_dit.commands.generate import generate
 from free_dit.commands.info import info
@@ -27,6 +28,7 @@ COMMANDS = (
     train_drafter,
     sample,
     compare,
+    feasibility,
     figures,
     sweep,
     study,

@@ -27,7 +27,9 @@ def run(*arguments: object, check: bool = True) -> subprocess.CompletedProcess:
 
 def test_help_lists_the_commands():
     text = run("--help").stdout
-    commands = "train train-drafter sample generate compare evaluate figures sweep study scale-model info card"
+    commands = (
+        "train train-drafter sample generate compare evaluate feasibility figures sweep study scale-model info card"
+    )
     for command in commands.split():
         assert command in text
 
@@ -70,9 +72,24 @@ def test_comparison_writes_pictures_and_figures(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_feasibility_writes_a_table_a_plot_and_json(tmp_path):
+    small = ("--steps", 20, "--lengths", 2, 4, "--positions", 2, "--timing-repeats", 1)
+    check = ("--check", 4, "--check-images", 2)
+    text = run("feasibility", "--out", tmp_path, "--drafter", "bundled", *small, *check).stdout
+    assert "seen once" in text
+    assert "steps a call" in text
+    report = json.loads((tmp_path / "feasibility.json").read_text())
+    assert report["verdict"] in text
+    assert [one["draft_length"] for one in report["drafters"]["learned"]["lengths"]] == [2, 4]
+    assert [one["drafter"] for one in report["runs"]] == ["frozen", "learned"]
+    assert (tmp_path / "feasibility.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("feasibility", "--out", "x", "--model", "denoiser-65"), "model must be denoiser-SIZE with SIZE in [1, 64]"),
+        (("feasibility", "--out", "x", "--check", "1"), "check must be an int in [2, 250], got 1"),
         (("sample", "--out", "x.gif"), "sample: out must end in .png or .npz, got x.gif"),
         (("sample", "--out", "/proc/none/x.png"), "sample: out must be a writable file path"),
         (("sample", "--out", "x.png", "--classes", "11"), "class_labels must be int64 [N] in [0, 10)"),
