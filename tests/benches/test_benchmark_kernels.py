@@ -11,7 +11,8 @@ from types import FunctionType, ModuleType, SimpleNamespace
 import pytest
 
 from free_kernels import DDPMSchedule, extension, sample
-from free_kernels.sampling import speculative as speculation
+from free_kernels.sampling import round as round_module
+from free_kernels.sampling import slots as slots_module
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the source checkout")
@@ -74,7 +75,8 @@ def test_a_wrong_kernel_is_found(monkeypatch, capsys):
 
 def ops_of_a_round() -> set[str]:
     """Public ops that the speculative loop calls."""
-    functions = {name: value for name, value in vars(speculation).items() if isinstance(value, FunctionType)}
+    members = vars(round_module) | vars(slots_module)
+    functions = {name: value for name, value in members.items() if isinstance(value, FunctionType)}
     ops = {name for name, value in functions.items() if value.__module__.startswith("free_kernels.ops.")}
     return ops - {"use_triton"}
 
@@ -90,7 +92,7 @@ def test_the_profile_times_every_op_of_a_round(monkeypatch):
 def test_the_profile_sees_the_coupling_that_a_gpu_runs(monkeypatch):
     """Where the coupling draws its numbers itself, as on a GPU, its time counts too."""
     module = benchmark(monkeypatch, "profile_sampler")
-    monkeypatch.setattr(speculation, "use_triton", lambda *_: True)
+    monkeypatch.setattr(round_module, "use_triton", lambda *_: True)
     monkeypatch.setattr(module, "sample", partial(sample, schedule=DDPMSchedule(10)))
     step = SimpleNamespace(stats=SimpleNamespace(elapsed_s=1.0))
     monkeypatch.setattr(module, "ancestral_sample", lambda *_, **__: step)

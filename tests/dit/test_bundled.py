@@ -46,15 +46,19 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.slow
 def test_call_reduction(digits):
-    """Committed steps per round at 250 steps, learned variance, lossless; block against token image by image."""
+    """Committed steps per round at 250 steps, learned variance, lossless; block against token image by image.
+
+    Blocks save rounds over tokens that go without refused rows, which blocks cannot use beyond the first.
+    """
     target, drafter = digits
     rounds = {}
-    for verification, draft_length, guidance, floor in (
-        ("token", 6, 1.0, 5.45),
-        ("token", 6, 2.0, 5.35),
-        ("token", 12, 1.0, 9.5),
-        ("block", 6, 1.0, 5.55),
-        ("block", 12, 1.0, 9.9),
+    for verification, draft_length, guidance, reuse, floor in (
+        ("token", 6, 1.0, True, 5.45),
+        ("token", 6, 2.0, True, 5.35),
+        ("token", 12, 1.0, True, 9.7),
+        ("token", 12, 1.0, False, 9.2),
+        ("block", 6, 1.0, True, 5.55),
+        ("block", 12, 1.0, True, 9.9),
     ):
         stats = sample(
             target,
@@ -63,21 +67,25 @@ def test_call_reduction(digits):
             draft_length=draft_length,
             guidance_scale=guidance,
             verification=verification,
+            reuse_refused=reuse,
             seed=NEW_SEED,
         ).stats
-        assert stats.call_reduction >= floor
+        assert stats.call_reduction >= floor, (verification, draft_length, guidance, reuse)
         assert stats.bias_bound == 0.0
-        rounds[verification, draft_length] = stats.rounds_per_image
+        rounds[verification, draft_length, reuse] = stats.rounds_per_image
 
     def saves(one: np.ndarray, other: np.ndarray) -> bool:
         """One-sided t test image by image, chance of a false alarm 1e-3 (3.37 at 31 degrees of freedom)."""
         saved = one - other
         return bool(saved.mean() > 3.37 * saved.std(ddof=1) / len(saved) ** 0.5)
 
-    assert saves(rounds["token", 12], rounds["block", 12])
+    without = rounds["token", 12, False]
+    assert saves(without, rounds["block", 12, True])
+    assert saves(without, rounds["token", 12, True])
     # Negative control: the same verification with other noise saves nothing.
-    again = sample(target, LABELS[:32], drafter=drafter, draft_length=12, seed=NEW_SEED + 1).stats
-    assert not saves(rounds["token", 12], again.rounds_per_image)
+    settings = {"drafter": drafter, "draft_length": 12, "reuse_refused": False}
+    again = sample(target, LABELS[:32], seed=NEW_SEED + 1, **settings).stats
+    assert not saves(without, again.rounds_per_image)
 
 
 @pytest.mark.slow
