@@ -46,9 +46,10 @@ NOT_NUMERICAL = {
     "test_triton_launches",
     "test_wheel",
 }
-# Minutes each, or few numbers for their time: whole rounds in Triton's interpreter, training, runs of the command line.
+# Minutes each, or few numbers for their time: Triton's interpreter, training, whole runs of the command line.
 LONG = {
     "test_analysis",
+    "test_attention",
     "test_checkpoints",
     "test_diffusers_pipeline",
     "test_distributed",
@@ -60,7 +61,9 @@ LONG = {
     "test_training",
     "test_training_processes",
     "test_training_shards",
+    "test_triton_block",
     "test_triton_coupling",
+    "test_triton_random",
     "test_triton_sampler",
 }
 
