@@ -64,12 +64,8 @@ class Fresh:
         return drafted
 
 
-class Replayed(Fresh):
-    """The target's own output at the refused row of the same step, without any call; the drafter where there is none.
-
-    For a drafter that says the same at all states of a step: then this is what :class:`Corrected` comes to. Where the
-    step was asked about twice, the output follows the line through both rows to the point nearest to the state (a
-    secant), but no further from the latest row than the two are apart.
+class _FromRows(Fresh):
+    """Base of the sources that take refused rows.
 
     Args:
         job: the job.
@@ -84,16 +80,32 @@ class Replayed(Fresh):
         self, job: Job, drafter: Drafter, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None
     ) -> None:
         super().__init__(job, drafter)
-        serving = serving_rows(refused, lengths, drafts)
-        self._count = max(serving)
+        self._serving = serving_rows(refused, lengths, drafts)
+        self._count = max(self._serving)
+        if self._count:
+            self._begin(refused, slots, drafts, lengths)
+
+    def _begin(self, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None) -> None:
+        """Take the rows of the round; called where there are any."""
+        raise NotImplementedError
+
+
+class Replayed(_FromRows):
+    """The target's own output at the refused row of the same step, without any call; the drafter where there is none.
+
+    For a drafter that says the same at all states of a step: then this is what :class:`Corrected` comes to. Where the
+    step was asked about twice, the output follows the line through both rows to the point nearest to the state (a
+    secant), but no further from the latest row than the two are apart.
+    """
+
+    def _begin(self, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None) -> None:
         # For drafts before this number every slot that drafts has a row, so that the drafter is not called.
         self._without_drafter = 0
         if lengths is not None:
-            wanted = [drafts if have >= length - 1 else have for have, length in zip(serving, lengths, strict=True)]
-            self._without_drafter = min(self._count, *wanted)
-        if self._count:
-            self._latest = refused.latest(slots.steps, self._count)
-            self._replaced = refused.replaced(slots.steps, self._count)
+            pairs = zip(self._serving, lengths, strict=True)
+            self._without_drafter = min(self._count, *(drafts if n >= length - 1 else n for n, length in pairs))
+        self._latest = refused.latest(slots.steps, self._count)
+        self._replaced = refused.replaced(slots.steps, self._count)
 
     def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
         """As :meth:`Fresh.__call__`."""
@@ -129,30 +141,21 @@ def _follow(share: Tensor, known: Tensor, latest: Tensor, replaced: Tensor) -> T
     return torch.where(known.view(shape), ahead, latest)
 
 
-class Corrected(Fresh):
+class Corrected(_FromRows):
     """The drafter's feature plus what it gets wrong at the refused row of the same step: an error at both cancels.
 
     A row serves where it is nearer to the state than the state one step before: a drafter that is far off could
     otherwise lead itself further and further astray. The drafter's first call in the round has all rows that serve as
     further rows, which gives their errors.
-
-    Args: as in :class:`Replayed`.
     """
 
-    def __init__(
-        self, job: Job, drafter: Drafter, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None
-    ) -> None:
-        super().__init__(job, drafter)
-        serving = serving_rows(refused, lengths, drafts)
-        self._count = max(serving)
-        if not self._count:
-            return
+    def _begin(self, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None) -> None:
         self._rows = refused.latest(slots.steps, self._count)
         # Which of the rows [n S] serve; None: all of them.
         self._index: Tensor | None = None
-        if lengths is not None and min(serving) < self._count:
-            pairs = ((ahead, slot) for ahead in range(self._count) for slot in range(len(serving)))
-            chosen = [ahead * len(serving) + slot for ahead, slot in pairs if serving[slot] > ahead]
+        if lengths is not None and min(self._serving) < self._count:
+            pairs = ((ahead, slot) for ahead in range(self._count) for slot in range(len(lengths)))
+            chosen = [ahead * len(lengths) + slot for ahead, slot in pairs if self._serving[slot] > ahead]
             self._index = torch.tensor(chosen, device=slots.steps.device)
         self._steps = slots.steps_ahead(self._count).T.flatten()
         self._labels = slots.labels.repeat(self._count)
