@@ -150,7 +150,7 @@ class Corrected(_FromRows):
     """
 
     def _begin(self, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None) -> None:
-        self._rows = refused.latest(slots.steps, self._count)
+        self._rows = refused.latest(slots.steps, self._count, outputs=False)
         # Which of the rows [n S] serve; None: all of them.
         self._index: Tensor | None = None
         if lengths is not None and min(self._serving) < self._count:

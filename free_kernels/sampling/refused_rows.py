@@ -15,13 +15,13 @@ class HeldRows(NamedTuple):
         known: bool ``[n, S]``, whether the slot has the row.
         states: ``[n, S, C, H, W]``.
         features: ``[B, n, S, T, D]``.
-        outputs: ``[B, n, S, C or 2C, H, W]``.
+        outputs: ``[B, n, S, C or 2C, H, W]``; None where they were not asked for.
     """
 
     known: Tensor
     states: Tensor
     features: Tensor
-    outputs: Tensor
+    outputs: Tensor | None
 
 
 class RefusedRows:
@@ -140,21 +140,21 @@ class RefusedRows:
         self.ahead.zero_()
         self._at.fill_(-1)
 
-    def latest(self, steps: Tensor, count: int) -> HeldRows:
+    def latest(self, steps: Tensor, count: int, outputs: bool = True) -> HeldRows:
         """The last rows at ``count`` steps from ``steps [S]`` on, and before them at the step just before ``steps``.
 
         That first one, the last committed row, is there wherever the next one is known, and called known itself.
         """
         numbers = self._numbers[: count + 1]
         _, place = self._places(steps, numbers)
-        return self._read(self._index(place, turns=0), self.ahead > numbers.unsqueeze(1))
+        return self._read(self._index(place, turns=0), self.ahead > numbers.unsqueeze(1), outputs)
 
     def replaced(self, steps: Tensor, count: int) -> HeldRows:
         """As :meth:`latest`, the rows that those replaced; with two generations only."""
         numbers = self._numbers[: count + 1]
         step, place = self._places(steps, numbers)
         known = self._has(step, place, turns=1) & (self.ahead > numbers.unsqueeze(1))
-        return self._read(self._index(place, turns=1), known)
+        return self._read(self._index(place, turns=1), known, outputs=True)
 
     def _places(self, steps: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Steps ``[n, S]`` at ``steps [S]`` plus each number ``[n]``, and their places among all slots' ``[n S]``."""
@@ -172,12 +172,12 @@ class RefusedRows:
         """Whether there are rows of the steps ``[n, S]``."""
         return self._at.view(-1).index_select(0, self._index(place, turns)).view_as(step) == step
 
-    def _read(self, index: Tensor, known: Tensor) -> HeldRows:
+    def _read(self, index: Tensor, known: Tensor, outputs: bool) -> HeldRows:
         return HeldRows(
             known,
             self._states.flatten(0, 2).index_select(0, index).unflatten(0, known.shape),
             self._features.flatten(1, 3).index_select(1, index).unflatten(1, known.shape),
-            self._outputs.flatten(1, 3).index_select(1, index).unflatten(1, known.shape),
+            self._outputs.flatten(1, 3).index_select(1, index).unflatten(1, known.shape) if outputs else None,
         )
 
     def _allocate(self, states: Tensor, features: Tensor, outputs: Tensor) -> None:
