@@ -17,4 +17,17 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "philox_normal(int seed, Tensor images, Tensor steps, int purpose, int numel, Tensor? rounds=None) "
       "-> Tensor");
+  library.def(
+      "advance_drafts_cpu(Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor columns,"
+      " Tensor output, Tensor rows, int first, int end, Tensor? asked, Tensor? replaced, float "
+      "guidance_scale, int guidance_channels, float clip) -> Tensor");
+  library.def(
+      "keep_rows_cpu(Tensor states, Tensor features, Tensor output, Tensor row_offsets, Tensor committed, "
+      "Tensor lengths, Tensor steps, Tensor(a!) at, Tensor(b!) turn, Tensor(c!) held_states, Tensor(d!)"
+      " held_features, Tensor(e!)? held_output) -> ()");
+  library.def(
+      "find_rows_cpu(Tensor at, Tensor turn, Tensor steps, Tensor(a!) places, Tensor(b!) ahead) -> ()");
+  library.def(
+      "tally_round_cpu(Tensor output, Tensor next_states, Tensor gap_sq, Tensor committed, Tensor lengths, "
+      "Tensor steps, Tensor(a!) deviation) -> Tensor");
 }

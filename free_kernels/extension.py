@@ -14,7 +14,16 @@ from typing import Any, NoReturn
 import torch
 
 NAMESPACE = "free_kernels"
-OPS = ("pack_drafts", "commit_drafts", "philox_uniform", "philox_normal")
+OPS = (
+    "pack_drafts",
+    "commit_drafts",
+    "philox_uniform",
+    "philox_normal",
+    "advance_drafts_cpu",
+    "keep_rows_cpu",
+    "find_rows_cpu",
+    "tally_round_cpu",
+)
 CUDA_OPS = ("pack_drafts", "commit_drafts")
 BACKENDS = ("auto", "reference", "extension")
 

@@ -6,9 +6,10 @@ The fields of the tuple, in their order, are the op's schema; every implementati
 from __future__ import annotations
 
 import importlib
+import string
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,21 @@ from free_kernels.ops.triton_runtime import use_triton
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool"}
 _TYPES |= {kind | None: f"{name}?" for kind, name in _TYPES.items()}
+# The type of a tensor that the op writes to.
+_WRITTEN = Annotated[Tensor, "written"]
 
 
 def schema_of(arguments: type) -> str:
     """The arguments of a schema, in parentheses, from the fields of a named tuple and their types."""
-    kinds = typing.get_type_hints(arguments)
-    return f"({', '.join(f'{_TYPES[kinds[field]]} {field}' for field in arguments._fields)})"
+    kinds, written = typing.get_type_hints(arguments, include_extras=True), iter(string.ascii_lowercase)
+
+    def declare(field: str) -> str:
+        kind = kinds[field]
+        if kind in (_WRITTEN, _WRITTEN | None):
+            return f"Tensor({next(written)}!){'' if kind == _WRITTEN else '?'} {field}"
+        return f"{_TYPES[kind]} {field}"
+
+    return f"({', '.join(map(declare, arguments._fields))})"
 
 
 class Op:

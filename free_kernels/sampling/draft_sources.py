@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from free_kernels.protocols import Drafter, DrafterDefaults, DraftMemory
+from free_kernels.sampling.drafting import DraftingPass, Places
 from free_kernels.sampling.job import Job
-from free_kernels.sampling.refused_rows import HeldRows, RefusedRows
-from free_kernels.sampling.slots import Slots
+from free_kernels.sampling.refused_rows import RefusedRows
 from free_kernels.validation import fail
 
 
@@ -24,15 +25,8 @@ class DraftInputs(NamedTuple):
     y: Tensor
 
 
-class Drafted(NamedTuple):
-    """What a draft's transition is made of: ``feature [B R, T, D]`` and the head's ``output [B R, C or 2C, H, W]``."""
-
-    feature: Tensor
-    output: Tensor
-
-
 class Fresh:
-    """The drafter's own feature, through the target's head.
+    """One draft after the other: the drafter's feature, through the target's head.
 
     Args:
         job: the job.
@@ -44,18 +38,32 @@ class Fresh:
         self._job, self._drafter = job, drafter
         self._remembered: dict[str, Any] = {} if memory is None else {"memory": memory}
 
-    def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
-        """Draft ``j`` of the slots.
+    def draft(self, ahead: DraftingPass) -> None:
+        """Make all drafts of the pass."""
+        job, slots, states = self._job, ahead.slots, ahead.drafts.states
+        feature, previous, labels = ahead.parent, slots.previous, slots.labels
+        drafting = None if ahead.lengths is None else _are_drafting(ahead.lengths, ahead.count)
+        places = _in_order(drafting, len(slots), ahead.count, states.device)
+        active: Tensor | None = None
+        for j in range(ahead.count):
+            if drafting is not None and drafting[:, j].sum() < (len(slots) if active is None else len(active)):
+                now = torch.from_numpy(drafting[:, j].nonzero()[0]).to(states.device)
+                within = now if active is None else torch.searchsorted(active, now)
+                feature, previous, labels, active = feature[:, within], previous[within], labels[within], now
+            state, t = states[:, j], ahead.timesteps[:, j]
+            if active is not None:
+                state, t = state[active], t[active]
+            doubled = job.doubled(previous), job.doubled(state).contiguous(), job.doubled(t).contiguous()
+            inputs = DraftInputs(feature.flatten(0, 1), *doubled, job.branched(labels))
+            drafted = self._draft_feature(j, inputs, active)
+            ahead.advance(job.head(drafted, inputs.t, inputs.y), places, j, j + 1)
+            previous, feature = state, drafted.unflatten(0, (job.branches, -1))
 
-        Args:
-            j: number of the draft.
-            inputs: of R rows a branch.
-            active: int64 ``[R]``, the slots that they belong to; all if None.
-        """
-        feature = self._feature(inputs)
-        return Drafted(feature, self._job.head(feature, inputs.t, inputs.y))
+    def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
+        """The feature ``[B R, T, D]`` of draft ``j`` of R slots: ``active [R]``, or all if None."""
+        return self._call(inputs)
 
-    def _feature(self, inputs: DraftInputs) -> Tensor:
+    def _call(self, inputs: DraftInputs) -> Tensor:
         """The drafter's feature, of the shape that it promises."""
         drafted = self._drafter(*inputs, **self._remembered)
         wanted = (len(inputs.t), *self._job.target.feature_shape)
@@ -64,103 +72,110 @@ class Fresh:
         return drafted
 
 
-class _FromRows(Fresh):
-    """Base of the sources that take refused rows.
+class Repeated:
+    """Drafts of a drafter that repeats its feature, whatever the state: all outputs are there before any state is.
+
+    A step that an earlier round asked the target about has the target's own output at that row, which is what
+    :class:`Corrected` comes to for such a drafter. Where it was asked about twice, the output follows the secant
+    through both rows; see :func:`~free_kernels.ops.drafting.advance_drafts`. The steps behind repeat the feature of
+    the last such row, or the parent's, in one call of the head.
 
     Args:
         job: the job.
-        drafter: drafts what the rows do not.
-        refused: the rows; not empty.
-        slots: where the images are.
-        drafts: how many drafts the round makes, at most.
-        lengths: rows that each slot wants; with None shapes are fixed.
+        refused: rows of earlier rounds; None drafts without.
     """
 
-    def __init__(
-        self, job: Job, drafter: Drafter, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None
-    ) -> None:
-        super().__init__(job, drafter)
-        self._serving = serving_rows(refused, lengths, drafts)
-        self._count = max(self._serving)
-        if self._count:
-            self._begin(refused, slots, drafts, lengths)
+    def __init__(self, job: Job, refused: RefusedRows | None) -> None:
+        self._job, self._refused = job, refused
 
-    def _begin(self, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None) -> None:
-        """Take the rows of the round; called where there are any."""
-        raise NotImplementedError
+    def draft(self, ahead: DraftingPass) -> None:
+        """Make all drafts of the pass."""
+        refused, lengths = self._refused, ahead.lengths
+        feature, serving = ahead.parent, [0] * len(ahead.slots)
+        if refused is not None:
+            serving = serving_rows(refused, lengths, ahead.count)
+        count = max(serving)
+        if count:
+            places = Places(refused.latest_places, refused.states, refused.replaced_places)
+            share = ahead.advance(refused.outputs, places, 0, count)
+        if lengths is None:
+            # The outputs of all drafts, as shapes are fixed; those of drafts that have a row are not used.
+            rows = torch.arange(len(serving) * ahead.count, device=ahead.steps.device).view(-1, ahead.count)
+            if count:
+                drafted = torch.nn.functional.pad(refused.latest_places[:, :count] >= 0, (0, ahead.count - count))
+                rows = rows.masked_fill(drafted, -1)
+        else:
+            behind = _are_drafting(lengths, ahead.count) & (np.arange(ahead.count) >= np.array(serving)[:, None])
+            if not behind.any():
+                return
+            numbers = np.where(behind, behind.cumsum().reshape(behind.shape) - 1, -1)
+            rows = torch.from_numpy(numbers).to(ahead.steps.device)
+        if count:
+            feature = self._last_features(share, count, feature)
+        ahead.advance(self._outputs(ahead, feature, None if lengths is None else behind), Places(rows), 0, ahead.count)
 
+    def _outputs(self, ahead: DraftingPass, feature: Tensor, behind: np.ndarray | None) -> Tensor:
+        """The head's output for drafts of each slot, those of the mask ``behind [S, L - 1]`` or all, slot by slot."""
+        job, t = self._job, ahead.timesteps[:, : ahead.count]
+        slots = torch.arange(len(t), device=t.device).repeat_interleave(ahead.count)
+        if behind is not None:
+            slots = torch.from_numpy(behind.nonzero()[0]).to(t.device)
+            t = t[torch.from_numpy(behind).to(t.device)]
+        rows = feature.index_select(1, slots).flatten(0, 1)
+        return job.head(rows, job.doubled(t.flatten()), job.branched(ahead.slots.labels[slots]))
 
-class Replayed(_FromRows):
-    """The target's own output at the refused row of the same step, without any call; the drafter where there is none.
-
-    For a drafter that says the same at all states of a step: then this is what :class:`Corrected` comes to. Where the
-    step was asked about twice, the output follows the line through both rows to the point nearest to the state (a
-    secant), but no further from the latest row than the two are apart.
-    """
-
-    def _begin(self, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None) -> None:
-        # For drafts before this number every slot that drafts has a row, so that the drafter is not called.
-        self._without_drafter = 0
-        if lengths is not None:
-            pairs = zip(self._serving, lengths, strict=True)
-            self._without_drafter = min(self._count, *(drafts if n >= length - 1 else n for n, length in pairs))
-        self._latest = refused.latest(slots.steps, self._count)
-        self._replaced = refused.replaced(slots.steps, self._count)
-
-    def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
-        """As :meth:`Fresh.__call__`."""
-        if j >= self._count:
-            return super().__call__(j, inputs, active)
-        latest, replaced = (rows_at(rows, j + 1, active) for rows in (self._latest, self._replaced))
-        share = self._share(inputs.state[: len(latest.known)], latest, replaced)
-        feature, output = (
-            _follow(share, replaced.known, *pair).flatten(0, 1)
-            for pair in ((latest.features, replaced.features), (latest.outputs, replaced.outputs))
+    def _last_features(self, share: Tensor, count: int, parent: Tensor) -> Tensor:
+        """Features ``[B, S, T, D]`` of the last row that serves each slot; the parent's where none does."""
+        refused = self._refused
+        known = refused.ahead.clamp(max=count)
+        last = (known - 1).clamp_(min=0).unsqueeze(1)
+        latest, replaced = (
+            places.gather(1, last).squeeze(1) for places in (refused.latest_places, refused.replaced_places)
         )
-        if j < self._without_drafter:
-            return Drafted(feature, output)
-        fresh = super().__call__(j, inputs, active)
-        known = latest.known.repeat(len(latest.features))
-        return Drafted(
-            torch.where(known.view(-1, 1, 1), feature.to(fresh.feature.dtype), fresh.feature),
-            torch.where(known.view(-1, 1, 1, 1), output.to(fresh.output.dtype), fresh.output),
-        )
-
-    @staticmethod
-    def _share(state: Tensor, latest: HeldRows, replaced: HeldRows) -> Tensor:
-        """How far states ``[R, C, H, W]`` lie along the way from replaced to latest rows, in its lengths, ``[R]``."""
-        way = (latest.states - replaced.states).flatten(1)
-        along = ((state - latest.states).flatten(1) * way).sum(1)
-        return (along / way.square().sum(1).clamp(min=torch.finfo(way.dtype).tiny)).clamp(-1.0, 1.0)
+        feature = refused.features.index_select(1, latest.clamp(min=0))
+        way = feature - refused.features.index_select(1, replaced.clamp(min=0))
+        shape = (1, -1, 1, 1)
+        ahead = feature + share.gather(1, last).to(feature.dtype).view(shape) * way
+        # A row that is not there may hold anything.
+        feature = torch.where((replaced >= 0).view(shape), ahead, feature)
+        return torch.where((known > 0).view(shape), feature.to(parent.dtype), parent)
 
 
-def _follow(share: Tensor, known: Tensor, latest: Tensor, replaced: Tensor) -> Tensor:
-    """What the line through two rows says at ``share [R]``; the latest ``[B, R, ...]`` where the other is not known."""
-    shape = (1, -1, *[1] * (latest.ndim - 2))
-    ahead = latest + share.to(latest.dtype).view(shape) * (latest - replaced)
-    return torch.where(known.view(shape), ahead, latest)
-
-
-class Corrected(_FromRows):
+class Corrected(Fresh):
     """The drafter's feature plus what it gets wrong at the refused row of the same step: an error at both cancels.
 
     A row serves where it is nearer to the state than the state one step before: a drafter that is far off could
     otherwise lead itself further and further astray. The drafter's first call in the round has all rows that serve as
     further rows, which gives their errors.
+
+    Args:
+        job: the job.
+        drafter: drafts features.
+        refused: the rows; not empty.
     """
 
-    def _begin(self, refused: RefusedRows, slots: Slots, drafts: int, lengths: list[int] | None) -> None:
-        self._rows = refused.latest(slots.steps, self._count, outputs=False)
-        # Which of the rows [n S] serve; None: all of them.
-        self._index: Tensor | None = None
-        if lengths is not None and min(self._serving) < self._count:
-            pairs = ((ahead, slot) for ahead in range(self._count) for slot in range(len(lengths)))
-            chosen = [ahead * len(lengths) + slot for ahead, slot in pairs if self._serving[slot] > ahead]
-            self._index = torch.tensor(chosen, device=slots.steps.device)
-        self._steps = slots.steps_ahead(self._count).T.flatten()
-        self._labels = slots.labels.repeat(self._count)
-        # [B, n, S, T, D], set by the first call.
-        self._errors: Tensor | None = None
+    def __init__(self, job: Job, drafter: Drafter, refused: RefusedRows) -> None:
+        super().__init__(job, drafter)
+        self._refused = refused
+
+    def draft(self, ahead: DraftingPass) -> None:
+        """As :meth:`Fresh.draft`."""
+        slots, lengths = ahead.slots, ahead.lengths
+        serving = serving_rows(self._refused, lengths, ahead.count)
+        self._count = max(serving)
+        if self._count:
+            self._rows = self._refused.latest(slots.steps, self._count)
+            # Which of the rows [n S] serve; None: all of them.
+            self._index: Tensor | None = None
+            if lengths is not None and min(serving) < self._count:
+                pairs = ((number, slot) for number in range(self._count) for slot in range(len(lengths)))
+                chosen = [number * len(lengths) + slot for number, slot in pairs if serving[slot] > number]
+                self._index = torch.tensor(chosen, device=slots.steps.device)
+            self._steps = slots.steps_ahead(self._count).T.flatten()
+            self._labels = slots.labels.repeat(self._count)
+            # [B, n, S, T, D], set by the first call.
+            self._errors: Tensor | None = None
+        super().draft(ahead)
 
     def _with_errors(self, inputs: DraftInputs) -> Tensor:
         """The drafter's feature at ``inputs``; sets its errors at the rows that serve, zero at the others."""
@@ -178,7 +193,7 @@ class Corrected(_FromRows):
             job.doubled(t),
             job.branched(labels),
         )
-        both = self._feature(DraftInputs(*(torch.cat(pair) for pair in zip(inputs, further, strict=True))))
+        both = self._call(DraftInputs(*(torch.cat(pair) for pair in zip(inputs, further, strict=True))))
         drafted, there = both[: len(inputs.t)], both[len(inputs.t) :]
         # A row that is not finite has an error that is not; it counts as none.
         errors = (exact.flatten(0, 1).to(both.dtype) - there).nan_to_num(0.0, 0.0, 0.0).unflatten(0, (job.branches, -1))
@@ -188,17 +203,17 @@ class Corrected(_FromRows):
         self._errors = errors.unflatten(1, (self._count, -1))
         return drafted
 
-    def __call__(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Drafted:
-        """As :meth:`Fresh.__call__`."""
-        drafted = self._with_errors(inputs) if j == 0 and self._count else self._feature(inputs)
-        if j < self._count:
-            known, there, errors = self._rows.known[j + 1], self._rows.states[j + 1], self._errors[:, j]
-            if active is not None:
-                known, there, errors = known[active], there[active], errors[:, active]
-            nearer = self.nearer(inputs.state[: len(known)], inputs.previous[: len(known)], there)
-            serves = (known & nearer).view(-1, 1, 1)
-            drafted = drafted + torch.where(serves, errors, 0.0).flatten(0, 1).to(drafted.dtype)
-        return Drafted(drafted, self._job.head(drafted, inputs.t, inputs.y))
+    def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
+        """As :meth:`Fresh._draft_feature`."""
+        drafted = self._with_errors(inputs) if j == 0 and self._count else self._call(inputs)
+        if j >= self._count:
+            return drafted
+        known, there, errors = self._rows.known[j + 1], self._rows.states[j + 1], self._errors[:, j]
+        if active is not None:
+            known, there, errors = known[active], there[active], errors[:, active]
+        nearer = self.nearer(inputs.state[: len(known)], inputs.previous[: len(known)], there)
+        serves = (known & nearer).view(-1, 1, 1)
+        return drafted + torch.where(serves, errors, 0.0).flatten(0, 1).to(drafted.dtype)
 
     @staticmethod
     def nearer(state: Tensor, previous: Tensor, there: Tensor) -> Tensor:
@@ -206,13 +221,16 @@ class Corrected(_FromRows):
         return (state - there).flatten(1).norm(dim=1) < (state - previous).flatten(1).norm(dim=1)
 
 
-def rows_at(rows: HeldRows, number: int, active: Tensor | None) -> HeldRows:
-    """One row of R slots, all or ``active [R]``: ``known [R]``, ``states [R, ...]``, the rest ``[B, R, ...]``."""
-    known, states = rows.known[number], rows.states[number]
-    features, outputs = rows.features[:, number], rows.outputs[:, number]
-    if active is None:
-        return HeldRows(known, states, features, outputs)
-    return HeldRows(known[active], states[active], features[:, active], outputs[:, active])
+def _are_drafting(lengths: list[int], drafts: int) -> np.ndarray:
+    """Whether slots of so many rows make each of the pass's drafts, bool ``[S, drafts]``."""
+    return np.arange(1, drafts + 1) < np.array(lengths)[:, None]
+
+
+def _in_order(drafting: np.ndarray | None, slots: int, drafts: int, device: torch.device) -> Places:
+    """Outputs of one draft of each slot: those of the slots that make it, one after the other; of all slots if None."""
+    if drafting is None:
+        return Places(torch.arange(slots, device=device).unsqueeze(1).expand(-1, drafts).contiguous())
+    return Places(torch.from_numpy(np.where(drafting, drafting.cumsum(0) - 1, -1)).to(device))
 
 
 def serving_rows(refused: RefusedRows, lengths: list[int] | None, drafts: int) -> list[int]:
@@ -229,27 +247,17 @@ def serving_rows(refused: RefusedRows, lengths: list[int] | None, drafts: int) -
 
 
 def draft_source(
-    job: Job,
-    drafter: Drafter,
-    slots: Slots,
-    drafts: int,
-    lengths: list[int] | None,
-    *,
-    memory: DraftMemory | None,
-    refused: RefusedRows | None,
-) -> Fresh:
+    job: Job, drafter: Drafter, *, memory: DraftMemory | None, refused: RefusedRows | None
+) -> Fresh | Repeated:
     """The source of a round's drafts: refused rows with the drafter's correction, or as they are where it has none.
 
     Args:
         job: the job.
         drafter: drafts features.
-        slots: where the images are.
-        drafts: how many drafts the round makes, at most.
-        lengths: rows that each slot wants; with None shapes are fixed.
         memory: the drafter's, where it has one; it holds one call a step, so refused rows do not go with it.
         refused: rows of earlier rounds; None drafts without.
     """
-    if refused is None or refused.is_empty or not drafts:
-        return Fresh(job, drafter, memory)
-    kind = Replayed if DrafterDefaults.read(drafter, "repeats_feature") else Corrected
-    return kind(job, drafter, refused, slots, drafts, lengths)
+    known = None if refused is None or refused.is_empty else refused
+    if DrafterDefaults.read(drafter, "repeats_feature"):
+        return Repeated(job, known)
+    return Fresh(job, drafter, memory) if known is None else Corrected(job, drafter, known)

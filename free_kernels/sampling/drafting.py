@@ -1,14 +1,12 @@
-"""The drafting pass of a round: the drafter's features through the target's frozen head, one step after the other."""
+"""The drafting pass of a round: every slot's states ahead, each from the output that its source gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from free_kernels.sampling.draft_sources import DraftInputs, Fresh
+from free_kernels.ops.drafting import advance_drafts
 from free_kernels.sampling.job import Job
 from free_kernels.sampling.slots import Slots
 
@@ -21,53 +19,74 @@ class Drafts(NamedTuple):
     std: Tensor
 
 
-def draft_states(
-    job: Job,
-    source: Fresh,
-    slots: Slots,
-    steps: Tensor,
-    columns: Tensor,
-    lengths: list[int] | None,
-    noise: Callable[[Tensor, int], Tensor],
-) -> Drafts:
-    """Draft L - 1 steps of every slot.
+class Places(NamedTuple):
+    """Where the outputs of drafts stand, and the states at which they were asked, if they are old rows.
+
+    Attributes:
+        rows: int64 ``[S, W]``, the output's row of each draft; negative where a draft has none.
+        asked: ``[R, C, H, W]``, states of the rows; None where these are the drafts' own.
+        replaced: int64 ``[S, W]``, with ``asked`` only: the row that this one replaced; negative where there is none.
+    """
+
+    rows: Tensor
+    asked: Tensor | None = None
+    replaced: Tensor | None = None
+
+
+class DraftingPass:
+    """Drafts of a round in the making, which sources fill in.
 
     Args:
         job: the job.
-        source: of features and outputs.
         slots: where the images are.
         steps: int64 ``[S, L]``.
         columns: ``[S, L, 8]``, transition coefficients at ``steps``.
-        lengths: rows that each slot wants, so that a shorter one drafts no further; None drafts all of all slots.
-        noise: maps ``steps`` and a draft's number to standard normals ``[S, C, H, W]``.
+        noise: ``[S, L, C, H, W]``; may be empty where L = 1.
+        lengths: rows that each slot wants, so that a shorter one drafts no further; None drafts all of all slots, in
+            fixed shapes.
+
+    Attributes:
+        drafts: the states so far; those of slots that draft no further are undefined.
+        count: L - 1.
+        timesteps: int64 ``[S, L]``, the network's.
     """
-    count, longest = steps.shape
-    state, previous, labels = slots.state, slots.previous, slots.labels
-    states, means, stds = [state], [], []
-    if longest == 1:
-        none = state.new_zeros(count, 0, *state.shape[1:])
-        return Drafts(torch.stack(states, dim=1), none, none)
-    timesteps = job.timesteps[steps]
-    active: Tensor | None = None
-    # Before the first round no image has a parent; only the warm-up calls of a capture draft then.
-    feature = slots.parent
-    if feature is None:
-        feature = state.new_zeros(job.branches, count, *job.target.feature_shape)
-    for j in range(longest - 1):
-        drafting = None if lengths is None else [slot for slot, length in enumerate(lengths) if length > j + 1]
-        if drafting is not None and len(drafting) < (count if active is None else len(active)):
-            now = torch.tensor(drafting, device=steps.device)
-            within = now if active is None else torch.searchsorted(active, now)
-            feature, previous, state, labels = feature[:, within], previous[within], state[within], labels[within]
-            active = now
-        pick = (lambda rows: rows) if active is None else (lambda rows, chosen=active: rows[chosen])
-        t, y = job.doubled(pick(timesteps[:, j])), job.branched(labels)
-        inputs = DraftInputs(feature.flatten(0, 1), job.doubled(previous), job.doubled(state), t, y)
-        drafted = source(j, inputs, active)
-        mean, std = job.transition(state, drafted.output, pick(columns[:, j]))
-        previous, state = state, torch.addcmul(mean, std, pick(noise(steps, j)))
-        feature = drafted.feature.unflatten(0, (job.branches, -1))
-        for column, rows in ((states, state), (means, mean), (stds, std)):
-            full = rows if active is None else rows.new_zeros(count, *rows.shape[1:]).index_copy_(0, active, rows)
-            column.append(full)
-    return Drafts(*(torch.stack(column, dim=1) for column in (states, means, stds)))
+
+    def __init__(
+        self, job: Job, slots: Slots, steps: Tensor, columns: Tensor, noise: Tensor, lengths: list[int] | None
+    ) -> None:
+        self.job, self.slots, self.lengths, self.steps = job, slots, lengths, steps
+        self._columns, self._noise = columns, noise
+        slot_count, length = steps.shape
+        self.count, self.timesteps = length - 1, job.timesteps[steps]
+        states = slots.state.new_empty(slot_count, length, *slots.state.shape[1:])
+        states[:, 0] = slots.state
+        mean, std = (slots.state.new_empty(slot_count, length - 1, *slots.state.shape[1:]) for _ in range(2))
+        self.drafts = Drafts(states, mean, std)
+
+    @property
+    def parent(self) -> Tensor:
+        """Features ``[B, S, T, D]`` one step before the first row."""
+        slots, job = self.slots, self.job
+        # Before the first round no image has a parent; only the warm-up calls of a capture draft then.
+        if slots.parent is None:
+            return slots.state.new_zeros(job.branches, len(slots), *job.target.feature_shape)
+        return slots.parent
+
+    def advance(self, output: Tensor, places: Places, first: int, end: int) -> Tensor:
+        """Make drafts ``first`` to ``end - 1``, those that have a row; returns the shares of their secants."""
+        job = self.job
+        return advance_drafts(
+            *self.drafts,
+            self._noise,
+            self._columns,
+            output,
+            places.rows,
+            first,
+            end,
+            asked=places.asked,
+            replaced=places.replaced,
+            guidance_scale=job.guidance_scale,
+            guidance_channels=job.guidance_channels,
+            clip=job.clip,
+            backend=job.options.backend,
+        )

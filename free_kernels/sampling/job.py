@@ -136,7 +136,7 @@ class Job:
         outputs = 2 * channels if self.target.learns_variance else channels
         if output.shape != (rows, outputs, height, width):
             fail(self.where, "target.head", f"[R, C or 2C, H, W] = {[rows, outputs, height, width]}", output)
-        return output if self.learned else output[:, :channels]
+        return (output if self.learned else output[:, :channels]).contiguous()
 
     def verify(self, x: Tensor, t: Tensor, y: Tensor) -> Verified:
         """The target's output and features of rows ``x [B R, C, H, W]``, ``t`` and ``y [B R]``."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from free_kernels.ops.drafting import FindArguments, KeepArguments, find_rows, keep_rows
+
 
 class HeldRows(NamedTuple):
     """Rows at n steps one after the other, the same number of every slot.
@@ -15,13 +17,11 @@ class HeldRows(NamedTuple):
         known: bool ``[n, S]``, whether the slot has the row.
         states: ``[n, S, C, H, W]``.
         features: ``[B, n, S, T, D]``.
-        outputs: ``[B, n, S, C or 2C, H, W]``; None where they were not asked for.
     """
 
     known: Tensor
     states: Tensor
     features: Tensor
-    outputs: Tensor | None
 
 
 class RefusedRows:
@@ -49,6 +49,8 @@ class RefusedRows:
         rows: M, how many are kept, the last committed one among them; those of a whole round are its L.
         generations: 1, or 2 to keep the row that another one of the same step replaces.
         device: where the slots are.
+        backend: of the drafting ops.
+        with_outputs: keep the outputs, which a drafter that repeats its feature needs.
 
     Attributes:
         counts: how many of the steps ahead of each slot have a row, without a gap; for the host, which is told by the
@@ -56,21 +58,32 @@ class RefusedRows:
         ahead: the same on the device, int64 ``[S]``.
     """
 
-    def __init__(self, slots: int, branches: int, rows: int, generations: int, device: torch.device) -> None:
-        self.rows, self._branches, self._generations = rows, branches, generations
+    def __init__(
+        self,
+        slots: int,
+        branches: int,
+        rows: int,
+        generations: int,
+        device: torch.device,
+        backend: str = "auto",
+        *,
+        with_outputs: bool = True,
+    ) -> None:
+        self.rows, self._branches, self._backend = rows, branches, backend
         self.counts = [0] * slots
         self.ahead = torch.zeros(slots, dtype=torch.int64, device=device)
         places = slots, rows + 1
         # By generation, slot and place: the step of the row, -1 where there is none.
         self._at = torch.full((generations, *places), -1, dtype=torch.int64, device=device)
         # The generation of each place's latest row.
-        self._latest = torch.zeros(places, dtype=torch.int64, device=device)
-        self._first_places = torch.arange(slots, device=device) * (rows + 1)
-        self._numbers = torch.arange(-1, rows, device=device)
+        self._turn = torch.zeros(places, dtype=torch.int64, device=device)
+        # By generation on, slot and step from the one before the next: where the row is among all; -1: there is none.
+        self._places = torch.full((generations, slots, rows), -1, dtype=torch.int64, device=device)
         # By generation, slot and place, and before that by branch; made with the first round.
         self._states: Tensor | None = None
         self._features: Tensor | None = None
         self._outputs: Tensor | None = None
+        self._with_outputs = with_outputs
 
     @property
     def nbytes(self) -> int:
@@ -103,25 +116,10 @@ class RefusedRows:
             lengths: int64 ``[S]``, rows of each slot.
             steps: int64 ``[S]``, step of each slot's first row.
         """
-        features, outputs = features.unflatten(0, (self._branches, -1)), outputs.unflatten(0, (self._branches, -1))
         self._allocate(states, features, outputs)
-        j = torch.arange(states.shape[1], device=steps.device)
-        packed = (row_offsets[:-1].unsqueeze(1) + j).clamp_(max=features.shape[1] - 1).flatten()
-        features, outputs = features.index_select(1, packed), outputs.index_select(1, packed)
-        # A row behind a refusal may not be finite; then its sum is not either. Rows whose sum overflows are left out.
-        sums = features.flatten(2).sum(2, dtype=torch.float32) + outputs.flatten(2).sum(2, dtype=torch.float32)
-        finite = sums.isfinite().all(0).view(len(steps), -1)
-        behind = j - committed.unsqueeze(1)
-        taken = (behind >= -1) & (behind < self.rows - 1) & (j < lengths.unsqueeze(1))
-        step = steps.unsqueeze(1) + j
-        place = (torch.where(taken, step % self.rows, self.rows) + self._first_places.unsqueeze(1)).flatten()
-        index = self._index(place, turns=1)
-        if self._generations > 1:
-            self._latest.view(-1).index_copy_(0, place, index // self._latest.numel())
-        self._at.view(-1).index_copy_(0, index, torch.where(taken & finite, step, -1).flatten())
-        self._states.flatten(0, 2).index_copy_(0, index, states.flatten(0, 1))
-        self._features.flatten(1, 3).index_copy_(1, index, features)
-        self._outputs.flatten(1, 3).index_copy_(1, index, outputs)
+        round_ = (states, features, outputs, row_offsets, committed, lengths, steps)
+        held = (self._at, self._turn, self._states, self._features, self._outputs)
+        keep_rows(KeepArguments(*round_, *held), self._backend)
 
     def begin(self, steps: Tensor, fresh: Tensor) -> None:
         """After the commit: count the rows ahead.
@@ -131,53 +129,56 @@ class RefusedRows:
             fresh: bool ``[S]``, slots whose image is at its first step; the rows of the image before are dropped.
         """
         self._at.masked_fill_(fresh.unsqueeze(1), -1)
-        known = self._has(*self._places(steps, self._numbers[1:-1]), turns=0)
-        self.ahead.copy_(known.to(torch.int64).cumprod(0).sum(0))
+        find_rows(FindArguments(self._at, self._turn, steps, self._places, self.ahead), self._backend)
 
     def forget(self) -> None:
         """Steps were taken without drafts: what was kept is of earlier ones."""
         self.counts = [0] * len(self.counts)
         self.ahead.zero_()
         self._at.fill_(-1)
+        self._places.fill_(-1)
 
-    def latest(self, steps: Tensor, count: int, outputs: bool = True) -> HeldRows:
+    @property
+    def latest_places(self) -> Tensor:
+        """Where the last row of each draft's step is, int64 ``[S, M - 1]``: a row of :attr:`states`; -1: nowhere."""
+        return self._places[0, :, 1:].contiguous()
+
+    @property
+    def replaced_places(self) -> Tensor:
+        """As :attr:`latest_places`, of the rows that those replaced; -1 everywhere with one generation."""
+        return (
+            self._places[-1, :, 1:].contiguous() if len(self._places) > 1 else torch.full_like(self.latest_places, -1)
+        )
+
+    @property
+    def states(self) -> Tensor:
+        """All rows' states ``[G S (M + 1), C, H, W]``."""
+        return self._states.flatten(0, 2)
+
+    @property
+    def features(self) -> Tensor:
+        """All rows' features ``[B, G S (M + 1), T, D]``."""
+        return self._features.flatten(1, 3)
+
+    @property
+    def outputs(self) -> Tensor:
+        """All rows' outputs ``[B G S (M + 1), C or 2C, H, W]``."""
+        return self._outputs.flatten(0, 3)
+
+    def latest(self, steps: Tensor, count: int) -> HeldRows:
         """The last rows at ``count`` steps from ``steps [S]`` on, and before them at the step just before ``steps``.
 
         That first one, the last committed row, is there wherever the next one is known, and called known itself.
         """
-        numbers = self._numbers[: count + 1]
-        _, place = self._places(steps, numbers)
-        return self._read(self._index(place, turns=0), self.ahead > numbers.unsqueeze(1), outputs)
-
-    def replaced(self, steps: Tensor, count: int) -> HeldRows:
-        """As :meth:`latest`, the rows that those replaced; with two generations only."""
-        numbers = self._numbers[: count + 1]
-        step, place = self._places(steps, numbers)
-        known = self._has(step, place, turns=1) & (self.ahead > numbers.unsqueeze(1))
-        return self._read(self._index(place, turns=1), known, outputs=True)
-
-    def _places(self, steps: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps ``[n, S]`` at ``steps [S]`` plus each number ``[n]``, and their places among all slots' ``[n S]``."""
-        step = steps + numbers.unsqueeze(1)
-        return step, (step % self.rows + self._first_places).flatten()
-
-    def _index(self, place: Tensor, turns: int) -> Tensor:
-        """Where the rows at places ``[n]`` of all slots are: the latest ones, or ``turns`` generations on."""
-        if self._generations == 1:
-            return place
-        generation = (self._latest.view(-1).index_select(0, place) + turns) % self._generations
-        return place + generation * self._latest.numel()
-
-    def _has(self, step: Tensor, place: Tensor, turns: int) -> Tensor:
-        """Whether there are rows of the steps ``[n, S]``."""
-        return self._at.view(-1).index_select(0, self._index(place, turns)).view_as(step) == step
-
-    def _read(self, index: Tensor, known: Tensor, outputs: bool) -> HeldRows:
+        numbers = torch.arange(-1, count, device=steps.device).unsqueeze(1)
+        slots = torch.arange(len(steps), device=steps.device) * (self.rows + 1)
+        place = ((steps + numbers) % self.rows + slots).flatten()
+        index = place + self._turn.view(-1).index_select(0, place) * self._turn.numel()
+        known = self.ahead > numbers
         return HeldRows(
             known,
-            self._states.flatten(0, 2).index_select(0, index).unflatten(0, known.shape),
-            self._features.flatten(1, 3).index_select(1, index).unflatten(1, known.shape),
-            self._outputs.flatten(1, 3).index_select(1, index).unflatten(1, known.shape) if outputs else None,
+            self.states.index_select(0, index).unflatten(0, known.shape),
+            self.features.index_select(1, index).unflatten(1, known.shape),
         )
 
     def _allocate(self, states: Tensor, features: Tensor, outputs: Tensor) -> None:
@@ -185,7 +186,10 @@ class RefusedRows:
         places = self._at.shape
         if self._states is None:
             self._states = states.new_zeros(*places, *states.shape[2:])
-            self._features = features.new_zeros(self._branches, *places, *features.shape[2:])
-            self._outputs = outputs.new_zeros(self._branches, *places, *outputs.shape[2:])
-        elif self._features.dtype != features.dtype or self._outputs.dtype != outputs.dtype:
-            self._features, self._outputs = self._features.to(features.dtype), self._outputs.to(outputs.dtype)
+            self._features = features.new_zeros(self._branches, *places, *features.shape[1:])
+            if self._with_outputs:
+                self._outputs = outputs.new_zeros(self._branches, *places, *outputs.shape[1:])
+        elif self._features.dtype != features.dtype:
+            self._features = self._features.to(features.dtype)
+        if self._outputs is not None and self._outputs.dtype != outputs.dtype:
+            self._outputs = self._outputs.to(outputs.dtype)

@@ -14,7 +14,7 @@ from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
 from free_kernels.sampling.draft_sources import draft_source
-from free_kernels.sampling.drafting import Drafts, draft_states
+from free_kernels.sampling.drafting import DraftingPass, Drafts
 from free_kernels.sampling.job import Job, Network
 from free_kernels.sampling.refused_rows import RefusedRows
 from free_kernels.sampling.run_stats import RunStats
@@ -43,7 +43,7 @@ class RoundReport(NamedTuple):
     @staticmethod
     def pack(committed: Tensor, slots: Slots, ahead: Tensor, finite: Tensor) -> Tensor:
         """The report as one tensor, int64 ``[4 S + 1]``, still on the device."""
-        return torch.cat([committed, slots.images, slots.steps, ahead, finite.to(torch.int64).view(1)])
+        return torch.cat([committed, slots.images, slots.steps, ahead, finite])
 
     @classmethod
     def read(cls, packed: Tensor) -> RoundReport:
@@ -98,6 +98,7 @@ class Rounds:
     ) -> None:
         self.job, self.slots, self.drafter, self.network = job, slots, drafter, network
         self.stats, self.options, self.length = stats, job.options, length
+        self.backend = job.options.backend
         self._drafter_is_free = DrafterDefaults.read(drafter, "is_free")
         # A kernel that draws its noise itself saves two tensors of the size of all drafts.
         op, device = "couple_block" if job.options.block else "couple", slots.state.device
@@ -111,8 +112,10 @@ class Rounds:
         if job.options.reuse_refused and length > 1 and self.memory is None:
             # Blocks have new noise every round, so only the refused draft's own row is near the next round's states.
             rows = 2 if job.options.block else length
-            generations = 2 if DrafterDefaults.read(drafter, "repeats_feature") else 1
-            self.refused = RefusedRows(len(slots), job.branches, rows, generations, device)
+            # A drafter that repeats its feature needs the outputs, and of both rows where a step was asked about twice.
+            repeats = DrafterDefaults.read(drafter, "repeats_feature")
+            sizes = len(slots), job.branches, rows, 2 if repeats else 1
+            self.refused = RefusedRows(*sizes, device, self.backend, with_outputs=repeats)
         self.dense = dense or job.options.cuda_graphs or self.memory is not None
         self.graphs = self._captured() if job.options.cuda_graphs else None
 
@@ -158,11 +161,12 @@ class Rounds:
         job, slots = self.job, self.slots
         steps = slots.steps_ahead(longest)
         columns = job.table[steps]
-        noise = None if self.kernel_noise is not None else self._draw(Purpose.STEP, steps)
-        drawn = self._draw_one if noise is None else lambda steps, j: noise[:, j]
-        known = {"memory": self.memory, "refused": self.refused}
-        source = draft_source(job, self.drafter, slots, longest - 1, lengths, **known)
-        drafts = draft_states(job, source, slots, steps, columns, lengths, drawn)
+        in_kernel = self.kernel_noise is not None
+        noise = self._draw(Purpose.STEP, steps) if longest > 1 or not in_kernel else None
+        drafting = DraftingPass(job, slots, steps, columns, noise, lengths)
+        if longest > 1:
+            draft_source(job, self.drafter, memory=self.memory, refused=self.refused).draft(drafting)
+        drafts = drafting.drafts
         x, t, y, row_offsets = pack_drafts(
             drafts.states, slots.lengths, slots.steps, slots.labels, job.timesteps, rows, job.null, slots.backend
         )
@@ -170,13 +174,13 @@ class Rounds:
         weights = None
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
-        coupling = self._couple(drafts, noise, steps, output, row_offsets, columns, weights)
-        finite = output.isfinite().all() & coupling.next_states.isfinite().all()
-        if longest > 1:
-            self._learn(coupling, steps, weights)
+        coupling = self._couple(drafts, None if in_kernel else noise, steps, output, row_offsets, columns, weights)
+        decided = coupling.committed, slots.lengths, slots.steps
+        finite = self.stats.tally(output, coupling, *decided, self.backend)
+        if weights is not None:
+            self._learn(coupling, weights)
         features = wait()
-        if self.refused is not None and self._leaves_rows(coupling.committed):
-            decided = coupling.committed, slots.lengths, slots.steps
+        if self.refused is not None:
             self.refused.keep(drafts.states, features, output, row_offsets, *decided)
         fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
         self._forget_past(fresh, coupling.committed, longest - 1)
@@ -214,19 +218,13 @@ class Rounds:
         given = (*drafts, noise, slack, uniform, output, row_offsets, columns)
         return couple_block(*given, **settings) if block else couple(*given, relaxation=weights, **settings)
 
-    def _leaves_rows(self, committed: Tensor) -> bool:
-        """Whether a round may have left rows; on a GPU always True, as looking at the values would wait for it."""
-        return not committed.is_cpu or bool((committed < torch.maximum(self.slots.lengths, self.refused.ahead)).any())
-
-    def _learn(self, coupling: Coupling, steps: Tensor, weights: Tensor | None) -> None:
-        """Take in the tested rows: those up to and including a slot's first refused one."""
+    def _learn(self, coupling: Coupling, weights: Tensor) -> None:
+        """Let relaxation learn from the tested rows: those up to and including a slot's first refused one."""
         drafts = coupling.gap_sq.shape[1]
         count = torch.minimum(coupling.committed, self.slots.lengths - 1)
         tested = torch.arange(drafts, device=count.device) < count.unsqueeze(1)
-        if weights is not None:
-            self.relaxation.update(coupling, tested)
-            weights = weights[:, :drafts]
-        self.stats.gather(self.slots.indices, steps[:, :drafts], coupling.gap_sq, tested, weights)
+        self.relaxation.update(coupling, tested)
+        self.stats.gather_bias(self.slots.indices, coupling.gap_sq, tested, weights[:, :drafts])
 
     def commit_steps(self, after: Tensor, features: Tensor) -> None:
         """Commit an ordinary step of every slot, after ``after [S, C, H, W]`` and ``features [B S, T, D]``."""
@@ -259,10 +257,6 @@ class Rounds:
         """Standard normals ``[S, L, C, H, W]`` of rows at ``steps [S, L]``."""
         images, rounds = self._keys(steps)
         return self.job.draw(purpose, images, steps, rounds)
-
-    def _draw_one(self, steps: Tensor, j: int) -> Tensor:
-        """Noise ``[S, C, H, W]`` of draft ``j`` of every slot, whose rows are at ``steps [S, L]``."""
-        return self._draw(Purpose.STEP, steps[:, j : j + 1].contiguous()).squeeze(1)
 
     def _bucket_length(self, longest: int) -> int:
         """Drafts come in few lengths where shapes are fixed."""

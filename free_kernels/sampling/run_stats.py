@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from free_kernels.ops.coupling import Coupling
+from free_kernels.ops.drafting import TallyArguments, tally_round
+from free_kernels.ops.drafting.reference import LARGEST_GAP_SQ
 from free_kernels.results import SampleStats
 from free_kernels.steering.relaxation import bias_of_rows
 
@@ -53,21 +56,37 @@ class RunStats:
         for image in images:
             self.stats.rounds_per_image[image] += steps
 
-    def gather(self, images: Tensor, steps: Tensor, gap_sq: Tensor, tested: Tensor, weights: Tensor | None) -> None:
-        """Add up a round's deviations and biases; waits for nothing.
+    def tally(
+        self, output: Tensor, coupling: Coupling, committed: Tensor, lengths: Tensor, steps: Tensor, backend: str
+    ) -> Tensor:
+        """Add up the deviations of a round's tested rows; waits for nothing.
+
+        Args:
+            output: ``[B R, C or 2C, H, W]``, the target's.
+            coupling: what was decided.
+            committed: int64 ``[S]``.
+            lengths: int64 ``[S]``, rows of each slot.
+            steps: int64 ``[S]``, step of each slot's first row.
+            backend: of the drafting ops.
+
+        Returns:
+            int64 ``[1]``, whether the output and the next states are finite.
+        """
+        found = (coupling.next_states, coupling.gap_sq, committed, lengths, steps, self.deviation)
+        return tally_round(TallyArguments(output, *found), backend)
+
+    def gather_bias(self, images: Tensor, gap_sq: Tensor, tested: Tensor, weights: Tensor) -> None:
+        """Add up a round's biases; waits for nothing.
 
         Args:
             images: int64 ``[S]``.
-            steps: int64 ``[S, L - 1]``.
             gap_sq: ``[S, L - 1]``, squared whitened deviations.
             tested: bool ``[S, L - 1]``.
             weights: ``[S, L - 1]``, of relaxation.
         """
-        known = torch.where(tested, gap_sq, 0.0).nan_to_num(1e30, 1e30)
-        self.deviation.index_add_(0, steps.reshape(-1), known.view(-1))
-        if weights is not None:
-            bias = torch.where(tested, bias_of_rows(known, weights), 0.0)
-            self.bias.index_add_(0, images, bias.sum(1))
+        known = torch.where(tested, gap_sq, 0.0).nan_to_num(LARGEST_GAP_SQ, LARGEST_GAP_SQ)
+        bias = torch.where(tested, bias_of_rows(known, weights), 0.0)
+        self.bias.index_add_(0, images, bias.sum(1))
 
     def finish(self) -> None:
         """Bring over what the device has gathered."""

@@ -8,9 +8,9 @@ import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, SwingingDrafter, law_p_value
 
 from free_kernels import DDPMSchedule, PhiloxNoise, sample
-from free_kernels.sampling import draft_sources
-from free_kernels.sampling.draft_sources import Corrected, Replayed, _follow, serving_rows
-from free_kernels.sampling.refused_rows import HeldRows, RefusedRows
+from free_kernels.ops.drafting import FindArguments, find_rows
+from free_kernels.sampling.draft_sources import Corrected, Repeated, serving_rows
+from free_kernels.sampling.refused_rows import RefusedRows
 from free_kernels.sampling.speculative import Speculation
 
 IMAGES, LABEL = 3000, 1
@@ -41,9 +41,13 @@ def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
 
 def held(refused: RefusedRows, slot: int, step: int) -> list[float]:
     """The first values of the state, and of each branch's feature and output, of a slot's row at a step."""
-    rows = refused.latest(torch.full((4,), step), 1)
-    lists = rows.states[1, slot, 0, 0, :1], rows.features[:, 1, slot, 0, 0], rows.outputs[:, 1, slot, 0, 0, 0]
-    return torch.cat(lists).tolist()
+    steps, places = torch.full((4,), step), torch.empty_like(refused._places)
+    find_rows(FindArguments(refused._at, refused._turn, steps, places, torch.empty_like(steps)))
+    place, rows = places[0, slot, 1], refused.latest(steps, 1)
+    assert place >= 0
+    assert torch.equal(refused.states[place], rows.states[1, slot])
+    outputs = refused.outputs.unflatten(0, (rows.features.shape[0], -1))[:, place, 0, 0, 0]
+    return torch.cat([rows.states[1, slot, 0, 0, :1], rows.features[:, 1, slot, 0, 0], outputs]).tolist()
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -62,7 +66,7 @@ def test_rows_of_rounds_before_serve_behind_those_of_the_last():
     refused, none = kept(), torch.zeros(4, dtype=torch.bool)
     drafts, features, outputs = a_round(shift=0.5)
     lengths, offsets, steps = torch.tensor([1, 0, 0, 0]), torch.tensor([0, 1, 1, 1, 1]), STEPS + COMMITTED
-    refused.keep(drafts[:, :1], features[:1], outputs[:1], offsets, lengths, lengths, steps)
+    refused.keep(drafts[:, :1].contiguous(), features[:1], outputs[:1], offsets, lengths, lengths, steps)
     refused.begin(steps + lengths, none)
     assert refused.ahead.tolist() == [2, 0, 0, 1]
     assert [held(refused, 0, step)[0] for step in (6, 7, 8)] == [0.5, 2, 3]
@@ -146,7 +150,7 @@ def test_law_for_every_length_and_ragged_slots(length, dense, monkeypatch):
 
 def looking_ahead(refused: RefusedRows) -> None:
     """The row at step k + 1 stands at the place of step k: what drafts step k was made with its noise."""
-    for buffer, places in ((refused._states, 2), (refused._features, 3), (refused._outputs, 3)):
+    for buffer, places in ((refused._states, 2), (refused._features, 3)):
         buffer.narrow(places, 0, refused.rows).copy_(buffer.narrow(places, 0, refused.rows).roll(-1, places))
 
 
@@ -179,9 +183,9 @@ def test_a_length_must_not_look_at_discarded_rows(looks, monkeypatch):
         lengths, refused, job = choose(self, now), self.rounds.refused, self.job
         if refused.is_empty:
             return lengths
-        at = torch.tensor(now.steps)
-        rows = refused.latest(at, 2)
-        mean, _ = job.transition(rows.states[1], rows.outputs[0, 1], job.table[at.clamp(max=schedule.num_steps - 1)])
+        rows, at = refused.latest(torch.tensor(now.steps), 2), torch.tensor(now.steps).clamp(max=schedule.num_steps - 1)
+        output = job.head(rows.features[0, 1], job.timesteps[at], self.slots.labels)
+        mean, _ = job.transition(rows.states[1], output, job.table[at])
         noise = (rows.states[2] - mean).flatten(1) @ axis
         direct = noise > 0 if looks else torch.rand(len(noise), generator=coin) < 0.5
         direct &= refused.ahead >= 2
@@ -201,8 +205,8 @@ def test_old_rows_and_blocks(keyed, monkeypatch):
     target, schedule = GaussianTarget(), DDPMSchedule(12, variance="fixed_large")
     begin, draw, uniform = RefusedRows.__init__, PhiloxNoise.normal, PhiloxNoise.uniform
 
-    def all_rows(self, slots, branches, rows, generations, device):
-        begin(self, slots, branches, 4, generations, device)
+    def all_rows(self, slots, branches, rows, *rest, **settings):
+        begin(self, slots, branches, 4, *rest, **settings)
 
     monkeypatch.setattr(RefusedRows, "__init__", all_rows)
     if not keyed:
@@ -258,8 +262,13 @@ def test_a_constant_error_cancels(guidance):
 def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch):
     """Wherever a row is from its state, the two are the same drafts up to rounding, where a step is asked once."""
     target, schedule = GaussianTarget(), DDPMSchedule(40)
+    begin = RefusedRows.__init__
+
+    def one_generation(self, slots, branches, rows, generations, *rest, **settings):
+        begin(self, slots, branches, rows, 1, *rest, **settings)
+
+    monkeypatch.setattr(RefusedRows, "__init__", one_generation)
     monkeypatch.setattr(Corrected, "nearer", staticmethod(lambda state, previous, there: torch.tensor(True)))
-    monkeypatch.setattr(draft_sources, "_follow", lambda share, known, latest, replaced: latest)
     settings = {"schedule": schedule, "seed": 4, "draft_length": 8}
     replayed, corrected = (
         sample(target, torch.arange(20) % 3, drafter=drafter, **settings)
@@ -269,23 +278,19 @@ def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch)
     assert (replayed.stats.rounds_per_image == corrected.stats.rounds_per_image).all()
 
 
-def test_the_secant_is_exact_for_a_linear_target_on_the_line_of_two_rows():
-    """Output ``3 x + 1`` per element; states on the line through both rows, up to as far behind the latest."""
-    generator = torch.Generator().manual_seed(0)
-    origin, way = torch.randn(2, 1, 2, 2, generator=generator), torch.randn(2, 1, 2, 2, generator=generator)
-
-    def row(place: float) -> HeldRows:
-        state = origin + place * way
-        said = (3 * state + 1).expand(2, -1, -1, -1, -1)
-        return HeldRows(torch.ones(2, dtype=torch.bool), state, said.flatten(3), said)
-
-    for place, reached in ((0.0, 0.0), (0.5, 0.5), (1.7, 1.7), (5.0, 2.0), (-3.0, 0.0)):
-        share = Replayed._share(origin + place * way, row(1.0), row(0.0))
-        said = _follow(share, row(0.0).known, row(1.0).outputs, row(0.0).outputs)
-        torch.testing.assert_close(said[0], 3 * (origin + reached * way) + 1)
-        torch.testing.assert_close(said[1], said[0])
-    nothing = torch.full_like(said, torch.nan)
-    assert torch.equal(_follow(share, torch.tensor([False, False]), row(1.0).outputs, nothing), row(1.0).outputs)
+@pytest.mark.parametrize("branches", [1, 2])
+def test_drafts_behind_the_rows_repeat_the_secant_of_the_last(branches):
+    """Slot 0 has two rows ahead, the second asked about twice; slot 1 one, once; slot 2 none."""
+    refused = RefusedRows(3, branches, 3, 2, torch.device("cpu"))
+    features = torch.randn(branches, 2 * 3 * 4, 4, 2, generator=torch.Generator().manual_seed(0))
+    refused._features = features.view(branches, 2, 3, 4, 4, 2)
+    refused._places[:] = torch.tensor([[[0, 3, 5], [0, 7, -1], [-1, -1, -1]], [[0, 1, 9], [-1, -1, -1], [-1, 2, 2]]])
+    refused.ahead[:] = torch.tensor([2, 1, 0])
+    parent, share = torch.randn(branches, 3, 4, 2), torch.tensor([[0.5, -0.25], [0.0, 0.0], [0.0, 0.0]])
+    found = Repeated(None, refused)._last_features(share, 2, parent)
+    torch.testing.assert_close(found[:, 0], features[:, 5] - 0.25 * (features[:, 5] - features[:, 9]))
+    assert torch.equal(found[:, 1], features[:, 7])
+    assert torch.equal(found[:, 2], parent[:, 2])
 
 
 def test_a_perfect_drafter_stays_perfect():

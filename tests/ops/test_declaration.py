@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import pytest
@@ -12,10 +13,14 @@ from free_kernels import extension
 from free_kernels.ops.attention import api as attention
 from free_kernels.ops.coupling import dispatch
 from free_kernels.ops.declaration import Op, schema_of
+from free_kernels.ops.drafting import api as drafting
+from free_kernels.ops.drafting.arguments import Written
 from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
 
 OPS = [*dispatch.OPS.values(), attention.OP, packing.PACK, packing.COMMIT, random.UNIFORM, random.NORMAL, random.FILL]
+for both in (drafting.ADVANCE, drafting.KEEP, drafting.FIND, drafting.TALLY):
+    OPS += [both.triton, both.compiled]
 
 
 def fields_of(op: Op) -> list[tuple[str, str]]:
@@ -27,7 +32,7 @@ def fields_of(op: Op) -> list[tuple[str, str]]:
 def declared(arguments: type) -> list[tuple[str, str]]:
     """The same of a named tuple."""
     return [
-        (name, kind.rstrip("?"))
+        (name, re.sub(r"\(\w!\)", "", kind.rstrip("?")))
         for kind, name in (field.split(" ") for field in schema_of(arguments)[1:-1].split(", "))
     ]
 
@@ -54,13 +59,26 @@ def test_a_schema_from_fields():
     class Arguments(NamedTuple):
         x: Tensor
         y: Tensor | None
+        state: Written
         count: int
+        memory: Written | None
         limit: float | None = None
         fast: bool = False
 
     # The annotations name what the test has imported.
-    Arguments.__annotations__ = {"x": Tensor, "y": Tensor | None, "count": int, "limit": float | None, "fast": bool}
-    assert schema_of(Arguments) == "(Tensor x, Tensor? y, int count, float? limit, bool fast)"
+    Arguments.__annotations__ = {
+        "x": Tensor,
+        "y": Tensor | None,
+        "state": Written,
+        "count": int,
+        "memory": Written | None,
+        "limit": float | None,
+        "fast": bool,
+    }
+    assert (
+        schema_of(Arguments)
+        == "(Tensor x, Tensor? y, Tensor(a!) state, int count, Tensor(b!)? memory, float? limit, bool fast)"
+    )
 
 
 def test_other_arguments_are_seen():

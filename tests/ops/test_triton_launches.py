@@ -14,17 +14,21 @@ import pytest
 
 WORKER = Path(__file__).parents[1].joinpath("workers", "triton_worker_launches.py")
 COUPLING = {"coupling_rows_kernel", "coupling_commit_kernel"}
+ROUND = COUPLING | {"philox_kernel", "advance_kernel", "tally_kernel"}
+KEPT = ROUND | {"keep_kernel", "find_kernel"}
 # Kernels that a run launches, and the most compilations that it adds to those of the runs before it. A round's longest
 # draft goes into the commit kernel as the next power of two: L = 4, 2 and 1 are three compilations.
 RUNS = {
-    "learned": (COUPLING | {"philox_kernel", "feature_attention_kernel"}, 6),
-    "other sizes": (COUPLING | {"philox_kernel", "feature_attention_kernel"}, 0),
-    "automatic lengths": (COUPLING | {"philox_kernel"}, 1),
-    "guided": (COUPLING | {"philox_kernel"}, 4),
-    "block": (COUPLING | {"philox_kernel"}, 5),
-    "relaxed": (COUPLING | {"philox_kernel"}, 3),
-    "own noise": (COUPLING | {"philox_kernel"}, 5),
-    "windowed": (COUPLING | {"philox_kernel", "feature_attention_kernel"}, 1),
+    "learned": (KEPT | {"feature_attention_kernel"}, 12),
+    "other sizes": (KEPT | {"feature_attention_kernel"}, 0),
+    "frozen": (KEPT | {"replay_kernel"}, 3),
+    "frozen, other sizes": (KEPT | {"replay_kernel"}, 0),
+    "automatic lengths": (KEPT, 2),
+    "guided": (KEPT, 6),
+    "block": (KEPT, 6),
+    "relaxed": (KEPT, 3),
+    "own noise": (KEPT, 5),
+    "windowed": (ROUND | {"feature_attention_kernel"}, 1),
     "attention": ({"feature_attention_kernel"}, 1),
     "attention of other sizes": ({"feature_attention_kernel"}, 0),
     "numbers": ({"philox_kernel"}, 1),

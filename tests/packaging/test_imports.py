@@ -28,6 +28,8 @@ SHARED = {
     ("coupling", "triton_launch"): {("random", "triton_philox")},
     ("coupling", "triton_kernels"): {("random", "triton_philox")},
     ("coupling", "triton_math"): {("random", "triton_philox")},
+    ("drafting", "reference"): {("coupling", "reference")},
+    ("drafting", "triton_kernels"): {("coupling", "triton_math")},
 }
 # Modules beside the ops' folders that Triton code may import; they know no op.
 TRITON_SHARED = {"aot", "triton_device"}

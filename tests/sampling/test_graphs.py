@@ -133,6 +133,8 @@ def on_meta(speculation: Speculation) -> Speculation:
 @pytest.mark.parametrize(("guidance", "learned"), SETTINGS)
 def test_a_round_waits_for_nothing(guidance, learned):
     class Peeking(FrozenDrafter):
+        repeats_feature = False
+
         def __call__(self, feature, previous, state, t, y):
             return feature if state.sum() > 0 else 2 * feature
 

@@ -18,16 +18,17 @@ import torch
 from fake_cuda import Launches, Mover, allow_cuda_devices, new_mode, on_fake_gpu
 from torch import Tensor
 
-import free_kernels.sampling.job as job_module
 from free_dit import load_bundled
 from free_kernels import DDPMSchedule, DrafterConfig, FeatureDrafter, FrozenDrafter, extension
 from free_kernels import conditioning as hoisting
+from free_kernels.sampling import drafting as drafting_module
 from free_kernels.sampling import round as round_module
 from free_kernels.sampling import slots as slots_module
 from free_kernels.sampling.ancestral import _Batch
 from free_kernels.sampling.job import Job, make_job
 from free_kernels.sampling.options import Options
 from free_kernels.sampling.round import Rounds
+from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.speculative import Speculation
 from free_kernels.schedules import FlowSDESchedule
 from free_kernels.steering.relaxation import Relaxation
@@ -51,12 +52,16 @@ class Fixed(FeatureDrafter):
 class Peeking(FrozenDrafter):
     """Looks at a value."""
 
+    repeats_feature = False
+
     def __call__(self, feature: Tensor, *rest: Tensor) -> Tensor:
         return feature * (1.0 if rest[1].sum().item() > 0 else 2.0)
 
 
 class Fetching(FrozenDrafter):
     """Computes on the host."""
+
+    repeats_feature = False
 
     def __call__(self, feature: Tensor, *rest: Tensor) -> Tensor:
         return feature + rest[1].cpu().numel()
@@ -171,11 +176,12 @@ def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
 
         for name, part in PARTS.items():
             patch(round_module if hasattr(round_module, name) else slots_module, name, part)
-        patch(job_module, "gaussian_transition", "draft transition")
+        patch(drafting_module, "advance_drafts", "drafts")
         patch(Job, "draw", "noise")
-        patch(Rounds, "_learn", "learning")
+        patch(RunStats, "tally", "tally")
+        patch(Rounds, "_learn", "relaxation")
         if rounds.refused is not None:
-            for name in ("keep", "begin", "latest", "replaced"):
+            for name in ("keep", "begin", "latest"):
                 patch(rounds.refused, name, "refused rows")
         yield
 

@@ -30,6 +30,8 @@ from free_kernels.ops.coupling import reference as coupling_reference
 from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling import triton_launch as coupling_kernels
 from free_kernels.ops.declaration import Op
+from free_kernels.ops.drafting import api as drafting
+from free_kernels.ops.drafting import triton_kernels as drafting_kernels
 from free_kernels.ops.random import api as random
 from free_kernels.ops.random import triton_launch as random_kernels
 from free_kernels.steering.relaxation import Relaxation
@@ -39,6 +41,11 @@ KERNELS = (
     coupling_kernels.coupling_commit_kernel,
     random_kernels.philox_kernel,
     attention_kernels.feature_attention_kernel,
+    drafting_kernels.advance_kernel,
+    drafting_kernels.replay_kernel,
+    drafting_kernels.keep_kernel,
+    drafting_kernels.find_kernel,
+    drafting_kernels.tally_kernel,
 )
 
 
@@ -160,7 +167,8 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     for op, decide in (("couple_philox", coupling_reference.couple), ("couple_block_philox", block.couple_block)):
         by_reference = lambda keyed, decide=decide: decide(dispatch.draw_noise(keyed, "reference"))  # noqa: E731
         patch(mock.patch.object(dispatch.OPS[op], "reference", by_reference))
-    for op in (*dispatch.OPS.values(), random.FILL, attention.OP):
+    drafts = (op.triton for op in (drafting.ADVANCE, drafting.KEEP, drafting.FIND, drafting.TALLY))
+    for op in (*dispatch.OPS.values(), random.FILL, attention.OP, *drafts):
         patch(mock.patch.object(op, "triton", both(op)))
 
 
@@ -192,6 +200,8 @@ def random_of(keys: int, numel: int, seed: int) -> None:
 RUNS = {
     "learned": lambda: run_of(5, 3),
     "other sizes": lambda: [run_of(images, slots, seed=seed) for images, slots, seed in ((7, 2, 2**40), (9, 5, 3))],
+    "frozen": lambda: run_of(5, 3, drafter="frozen"),
+    "frozen, other sizes": lambda: [run_of(images, slots, drafter="frozen") for images, slots in ((7, 2), (9, 5))],
     "automatic lengths": lambda: run_of(6, 3, draft_length="auto"),
     "guided": lambda: run_of(4, 2, guidance_scale=2.0),
     "block": lambda: run_of(4, 2, verification="block"),

@@ -28,21 +28,15 @@ _LN2_LOW = tl.constexpr(-2.12194440e-4)
 
 
 @triton.jit
-def _exp(x):
+def exp(x):
     """exp(x). The hardware's ``exp2(x log2(e))`` alone would lose the digits that rounding the product drops."""
     n = tl.minimum(tl.maximum(tl.floor(x * _LOG2_E + 0.5), -200.0), 200.0)
     return tl.exp((x - n * _LN2_HIGH) - n * _LN2_LOW) * tl.exp2(n)
 
 
 @triton.jit
-def target_mean(given, o, mask, guided_numel, scale, clip, GUIDED: tl.constexpr, CLIPPED: tl.constexpr):
-    """Mean of the target's transition for elements ``o`` of one row.
-
-    ``given``: pointers to the row's state and to its output; how many elements after that the unconditional output is;
-    pointer to the row's columns.
-    """
-    p_state, p_output, unconditional, p_columns = given
-    b_state = tl.load(p_state + o, mask=mask, other=0.0)
+def guided_output(p_output, unconditional, o, mask, guided_numel, scale, GUIDED: tl.constexpr):
+    """Elements ``o`` of a row's output, float32; the unconditional row lies ``unconditional`` elements after it."""
     b_output = tl.load(p_output + o, mask=mask, other=0.0).to(tl.float32)
     if GUIDED:
         guided = mask & (o < guided_numel)
@@ -51,6 +45,12 @@ def target_mean(given, o, mask, guided_numel, scale, clip, GUIDED: tl.constexpr,
         difference = b_output - b_other
         mixed = tl.where(scale < 0.5, b_other + scale * difference, b_output - (1.0 - scale) * difference)
         b_output = tl.where(guided, mixed, b_output)
+    return b_output
+
+
+@triton.jit
+def transition_mean(b_state, b_output, p_columns, clip, CLIPPED: tl.constexpr):
+    """Mean of a transition from states and guided outputs."""
     if CLIPPED:
         b_x0 = tl.load(p_columns + X0_FROM_STATE) * b_state + tl.load(p_columns + X0_FROM_OUTPUT) * b_output
         # These comparisons leave a NaN as it is; the sampler looks for it in the result.
@@ -62,13 +62,26 @@ def target_mean(given, o, mask, guided_numel, scale, clip, GUIDED: tl.constexpr,
 
 
 @triton.jit
+def target_mean(given, o, mask, guided_numel, scale, clip, GUIDED: tl.constexpr, CLIPPED: tl.constexpr):
+    """Mean of the target's transition for elements ``o`` of one row.
+
+    ``given``: pointers to the row's state and to its output; how many elements after that the unconditional output is;
+    pointer to the row's columns.
+    """
+    p_state, p_output, unconditional, p_columns = given
+    b_state = tl.load(p_state + o, mask=mask, other=0.0)
+    b_output = guided_output(p_output, unconditional, o, mask, guided_numel, scale, GUIDED)
+    return transition_mean(b_state, b_output, p_columns, clip, CLIPPED)
+
+
+@triton.jit
 def target_std(p_output, p_columns, o, mask, numel, LEARNED: tl.constexpr):
     """Standard deviation of the target's transition; a scalar if it is fixed."""
     log_std = tl.load(p_columns + LOG_STD)
     if LEARNED:
         b_variance = tl.load(p_output + numel + o, mask=mask, other=0.0).to(tl.float32)
         log_std = log_std + tl.load(p_columns + LOG_STD_SLOPE) * b_variance
-    return _exp(log_std)
+    return exp(log_std)
 
 
 @triton.jit

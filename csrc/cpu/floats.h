@@ -1,0 +1,59 @@
+// Values of the three floating-point dtypes on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../tensors.h"
+
+namespace free_kernels {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+inline float to_float(float value) { return value; }
+inline float to_float(Half value) { return static_cast<float>(value); }
+inline float to_float(BFloat16 value) { return static_cast<float>(value); }
+
+// Calls `run` with the data as values of the tensor's dtype.
+template <typename Run>
+void with_floats(const char* op, const char* name, const Tensor& tensor, const Run& run) {
+  const void* data = tensor.const_data_ptr();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return run(static_cast<const float*>(data));
+    case ScalarType::Half:
+      return run(static_cast<const Half*>(data));
+    case ScalarType::BFloat16:
+      return run(static_cast<const BFloat16*>(data));
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float16 or bfloat16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// Whether no value is a NaN or an infinity: those have all exponent bits set. Without a branch in the loop,
+// so that it is vectorised.
+template <typename Bits, typename T>
+bool has_no_full_exponent(const T* values, int64_t count, Bits exponent) {
+  static_assert(sizeof(Bits) == sizeof(T));
+  Bits full = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    Bits bits;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    full |= static_cast<Bits>((bits & exponent) == exponent);
+  }
+  return full == 0;
+}
+
+inline bool is_finite(const float* values, int64_t count) {
+  return has_no_full_exponent<uint32_t>(values, count, 0x7F800000);
+}
+inline bool is_finite(const Half* values, int64_t count) {
+  return has_no_full_exponent<uint16_t>(values, count, 0x7C00);
+}
+inline bool is_finite(const BFloat16* values, int64_t count) {
+  return has_no_full_exponent<uint16_t>(values, count, 0x7F80);
+}
+
+}  // namespace free_kernels

@@ -1,0 +1,251 @@
+"""Ops of the drafting pass: the states of drafts, and the memory of refused rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from free_kernels.constants import TransitionColumn
+from free_kernels.ops.checks import FLOATS, INT64, Layouts
+from free_kernels.ops.declaration import Op
+from free_kernels.ops.drafting import reference
+from free_kernels.ops.drafting.arguments import AdvanceArguments, FindArguments, KeepArguments, TallyArguments
+from free_kernels.validation import fail
+
+FLOAT32 = (torch.float32,)
+
+
+def _check_advance(a: AdvanceArguments) -> None:
+    op = "advance_drafts"
+    Layouts(op, None, {}).check("states", a.states, FLOAT32, "[S, L, C, H, W]")
+    slots, length, channels, height, width = a.states.shape
+    sizes = {"S": slots, "L": length, "L - 1": length - 1, "C": channels, "H": height, "W": width}
+    sizes["8"] = len(TransitionColumn)
+    layouts = Layouts(op, a.states.device, sizes)
+    for name in ("mean", "std"):
+        layouts.check(name, getattr(a, name), FLOAT32, "[S, L - 1, C, H, W]")
+    layouts.check("noise", a.noise, FLOAT32, "[S, L, C, H, W]")
+    layouts.check("columns", a.columns, FLOAT32, "[S, L, 8]")
+    layouts.check("output", a.output, FLOATS, "[B R, C or 2 C, H, W]")
+    branches, outputs = 1 if a.guidance_scale == 1.0 else 2, a.output.shape[1]
+    sizes["R"] = a.output.shape[0] // branches
+    if a.output.shape[0] % branches or outputs not in (channels, 2 * channels):
+        fail(op, "output", f"[B R, C or 2 C, H, W] with B = {branches} and C = {channels}", a.output)
+    layouts.check("rows", a.rows, INT64, "[S, width]")
+    if not 0 <= a.first <= a.end <= min(length - 1, a.rows.shape[1]):
+        fail(op, "first and end", f"in order in [0, {min(length - 1, a.rows.shape[1])}]", (a.first, a.end))
+    if (a.asked is None) != (a.replaced is None):
+        fail(op, "asked and replaced", "both given or neither", "one of them")
+    if a.asked is not None:
+        layouts.check("asked", a.asked, FLOAT32, "[R, C, H, W]")
+        sizes["width"] = a.rows.shape[1]
+        layouts.check("replaced", a.replaced, INT64, "[S, width]")
+
+
+def _check_keep(a: KeepArguments) -> None:
+    op = "keep_rows"
+    Layouts(op, None, {}).check("states", a.states, FLOAT32, "[S, L, C, H, W]")
+    slots, _, channels, height, width = a.states.shape
+    sizes = {"S": slots, "S + 1": slots + 1, "C": channels, "H": height, "W": width}
+    layouts = Layouts(op, a.states.device, sizes)
+    layouts.check("features", a.features, FLOATS, "[B R, T, D]")
+    sizes["B R"], sizes["T"], sizes["D"] = a.features.shape
+    layouts.check("output", a.output, FLOATS, "[B R, outputs, H, W]")
+    sizes["outputs"] = a.output.shape[1]
+    layouts.check("row_offsets", a.row_offsets, INT64, "[S + 1]")
+    for name in ("committed", "lengths", "steps"):
+        layouts.check(name, getattr(a, name), INT64, "[S]")
+    layouts.check("at", a.at, INT64, "[G, S, M + 1]")
+    sizes["G"], _, sizes["M + 1"] = a.at.shape
+    layouts.check("turn", a.turn, INT64, "[S, M + 1]")
+    layouts.check("held_states", a.held_states, FLOAT32, "[G, S, M + 1, C, H, W]")
+    layouts.check("held_features", a.held_features, (a.features.dtype,), "[B, G, S, M + 1, T, D]")
+    sizes["B"] = a.held_features.shape[0]
+    if a.held_output is not None:
+        layouts.check("held_output", a.held_output, (a.output.dtype,), "[B, G, S, M + 1, outputs, H, W]")
+
+
+def _check_find(a: FindArguments) -> None:
+    op = "find_rows"
+    Layouts(op, None, {}).check("at", a.at, INT64, "[G, S, M + 1]")
+    generations, slots, places = a.at.shape
+    layouts = Layouts(op, a.at.device, {"G": generations, "S": slots, "M + 1": places, "M": places - 1})
+    layouts.check("turn", a.turn, INT64, "[S, M + 1]")
+    layouts.check("places", a.places, INT64, "[G, S, M]")
+    for name in ("steps", "ahead"):
+        layouts.check(name, getattr(a, name), INT64, "[S]")
+
+
+def _check_tally(a: TallyArguments) -> None:
+    op = "tally_round"
+    Layouts(op, None, {}).check("next_states", a.next_states, FLOAT32, "[S, C, H, W]")
+    layouts = Layouts(op, a.next_states.device, {"S": a.next_states.shape[0]})
+    layouts.check("output", a.output, FLOATS, "[B R, outputs, H, W]")
+    layouts.check("gap_sq", a.gap_sq, FLOAT32, "[S, L - 1]")
+    for name in ("committed", "lengths", "steps"):
+        layouts.check(name, getattr(a, name), INT64, "[S]")
+    layouts.check("deviation", a.deviation, FLOAT32, "[K]")
+
+
+def _advance(a: AdvanceArguments) -> Tensor:
+    if a.states.is_cpu and not torch.compiler.is_compiling():
+        count = a.output.shape[0] // (1 if a.guidance_scale == 1.0 else 2)
+        for name, rows in (("rows", a.rows), ("replaced", a.replaced)):
+            within = None if rows is None else rows[:, a.first : a.end]
+            if within is not None and within.numel() and int(within.max()) >= count:
+                fail("advance_drafts", name, f"below {count}", int(within.max()))
+    return reference.advance_drafts(a)
+
+
+def _fake_advance(a: AdvanceArguments) -> Tensor:
+    return a.states.new_empty(a.states.shape[0], 0 if a.replaced is None else a.end - a.first)
+
+
+class DraftingOp:
+    """An op of the drafting pass: Triton's, and the compiled one, whose name ends in ``_cpu``.
+
+    Args:
+        name: the op's.
+        arguments: named tuple of the op's arguments.
+        run: plain PyTorch; takes the tuple.
+        fake: outputs without values; takes the tuple.
+        check: raises an error for wrong arguments; takes the tuple.
+        outputs: what the schema returns.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type,
+        run: Callable[[Any], Any],
+        fake: Callable[[Any], Any],
+        check: Callable[[Any], None],
+        outputs: str = "()",
+    ) -> None:
+        self.triton = Op(name, arguments, run, fake, f"drafting.{name}", outputs)
+        self.compiled = Op(f"{name}_cpu", arguments, run, fake, check=check)
+        self.check = check
+
+    def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
+        """Run with a backend: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
+
+        Args:
+            arguments: the named tuple.
+            tensor: one of its tensors, whose device decides.
+            backend: of the op.
+
+        Raises:
+            ValueError, TypeError: a wrong argument.
+            RuntimeError: the backend cannot be used; the message says why.
+        """
+        if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
+            self.check(arguments)
+            return self.triton.launch(arguments, tensor)
+        return self.compiled(arguments, tensor, backend)
+
+
+ADVANCE = DraftingOp("advance_drafts", AdvanceArguments, _advance, _fake_advance, _check_advance, "Tensor")
+KEEP = DraftingOp("keep_rows", KeepArguments, reference.keep_rows, lambda a: None, _check_keep)
+FIND = DraftingOp("find_rows", FindArguments, reference.find_rows, lambda a: None, _check_find)
+TALLY = DraftingOp(
+    "tally_round", TallyArguments, reference.tally_round, lambda a: a.steps.new_empty(1), _check_tally, "Tensor"
+)
+
+
+def advance_drafts(
+    states: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    noise: Tensor,
+    columns: Tensor,
+    output: Tensor,
+    rows: Tensor,
+    first: int,
+    end: int,
+    *,
+    asked: Tensor | None = None,
+    replaced: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    clip: float = math.inf,
+    backend: str = "auto",
+) -> Tensor:
+    """Make drafts ``first`` to ``end - 1`` of every slot, each from the state before it, in place.
+
+    Draft j of slot s takes the network's output at ``rows[s, j]``: ``mean[s, j]`` and ``std[s, j]`` are those of
+    :func:`~free_kernels.ops.gaussian_transition` at ``states[s, j]``, and ``states[s, j + 1] = mean + std *
+    noise[s, j]``. Where ``rows[s, j]`` is negative nothing is written.
+
+    Where the outputs are of other states, ``asked``, and a step was asked about twice, the output follows the line
+    through both rows to the point nearest to the draft's state (a secant), no further from the latest row than the two
+    are apart: with ``share = clamp(<x - latest, latest - replaced> / |latest - replaced|^2, -1, 1)`` it is
+    ``output[latest] + share (output[latest] - output[replaced])``.
+
+    Args:
+        states: float32 ``[S, L, C, H, W]``; entries ``first + 1`` to ``end`` are written.
+        mean, std: float32 ``[S, L - 1, C, H, W]``, written.
+        noise: float32 ``[S, L, C, H, W]``.
+        columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
+        output: ``[B R, C or 2C, H, W]``, float32, float16 or bfloat16; B = 2 with guidance, conditional rows first.
+        rows: int64 ``[S, W]`` with W at least ``end``, in ``[0, R)`` or negative.
+        first, end: in ``[0, L - 1]``.
+        asked: float32 ``[R, C, H, W]``, states at which the rows of ``output`` were asked.
+        replaced: int64 ``[S, W]``, the older row of the step of each draft; negative where there is none.
+        guidance_scale, guidance_channels, clip: as in :func:`~free_kernels.ops.gaussian_transition`.
+        backend: ``"auto"`` (Triton on a GPU, else the extension if it is there), ``"reference"``, ``"extension"`` or
+            ``"triton"``.
+
+    Returns:
+        ``share``, float32 ``[S, end - first]``, 0 where it has no meaning; ``[S, 0]`` without ``replaced``.
+
+    Raises:
+        ValueError, TypeError: a wrong argument; values are checked on the CPU only.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    channels = states.shape[2] if guidance_channels is None else guidance_channels
+    given = (states, mean, std, noise, columns, output, rows, first, end, asked, replaced)
+    return ADVANCE(AdvanceArguments(*given, guidance_scale, channels, clip), states, backend)
+
+
+def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
+    """Keep a round's last committed row of each slot and those behind it, in place.
+
+    Row j of slot s is kept where ``-1 <= j - committed[s] < M - 1`` and ``j < lengths[s]``. It is of step ``steps[s] +
+    j`` and goes to place ``step % M``, into the generation after the one of the place's latest row, ``turn``. There
+    ``at`` is its step, or -1 if its feature or output is not finite.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    KEEP(arguments, arguments.states, backend)
+
+
+def find_rows(arguments: FindArguments, backend: str = "auto") -> None:
+    """Where the rows of the next steps are: ``places`` and ``ahead``, in place.
+
+    Entry i of a slot is of step ``steps[s] - 1 + i``. ``places[0]`` are its latest rows and ``places[1]`` those that
+    they replaced, as numbers among all G S (M + 1); -1 where there is none or where an entry from 1 to i has no latest
+    row. ``ahead`` counts the latest rows from entry 1 on.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    FIND(arguments, arguments.at, backend)
+
+
+def tally_round(arguments: TallyArguments, backend: str = "auto") -> Tensor:
+    """Add the squared gaps of the tested rows to ``deviation`` at their steps; int64 ``[1]``, whether all is finite.
+
+    Rows are tested up to and including the first refused one. A gap that is not finite counts as 1e30.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return TALLY(arguments, arguments.next_states, backend)

@@ -1,0 +1,108 @@
+"""The drafting ops in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from free_kernels.ops.coupling.reference import gaussian_transition
+from free_kernels.ops.drafting.arguments import AdvanceArguments, FindArguments, KeepArguments, TallyArguments
+
+# What a squared gap that is not finite counts as in the sums of a run.
+LARGEST_GAP_SQ = 1e30
+
+
+def share_of_way(state: Tensor, latest: Tensor, replaced: Tensor) -> Tensor:
+    """How far states ``[S, D]`` lie along the way from replaced to latest rows, in its lengths, held in [-1, 1]."""
+    way = latest - replaced
+    along = ((state - latest) * way).sum(1)
+    return (along / way.square().sum(1).clamp(min=torch.finfo(way.dtype).tiny)).clamp(-1.0, 1.0)
+
+
+def advance_drafts(a: AdvanceArguments) -> Tensor:
+    """See ``free_kernels.ops.drafting.api.advance_drafts``."""
+    slots = a.states.shape[0]
+    branches = 1 if a.guidance_scale == 1.0 else 2
+    output = a.output.unflatten(0, (branches, -1))
+    shares = a.states.new_zeros(slots, a.end - a.first if a.replaced is not None else 0)
+    settings = {
+        "guidance_scale": a.guidance_scale,
+        "guidance_channels": a.guidance_channels,
+        "clip": a.clip,
+    }
+    for j in range(a.first, a.end):
+        row = a.rows[:, j]
+        drafted = row >= 0
+        row, state = row.clamp(min=0), a.states[:, j]
+        said = output[:, row].float()
+        if a.replaced is not None:
+            before = a.replaced[:, j].clamp(min=0)
+            share = share_of_way(state.flatten(1), a.asked[row].flatten(1), a.asked[before].flatten(1))
+            share = torch.where(drafted & (a.replaced[:, j] >= 0), share, 0.0)
+            known = (a.replaced[:, j] >= 0).view(-1, 1, 1, 1)
+            ahead = said + share.view(-1, 1, 1, 1) * (said - output[:, before].float())
+            said = torch.where(known, ahead, said)
+            shares[:, j - a.first] = share
+        mean, std = gaussian_transition(state, said.flatten(0, 1), a.columns[:, j], **settings)
+        after = torch.addcmul(mean, std, a.noise[:, j])
+        drafted = drafted.view(-1, 1, 1, 1)
+        for buffer, place, rows in ((a.mean, j, mean), (a.std, j, std), (a.states, j + 1, after)):
+            buffer[:, place] = torch.where(drafted, rows, buffer[:, place])
+    return shares
+
+
+def keep_rows(a: KeepArguments) -> None:
+    """See ``free_kernels.ops.drafting.api.keep_rows``."""
+    generations, slots, places = a.at.shape
+    branches, rows = a.held_features.shape[0], places - 1
+    features = a.features.unflatten(0, (branches, -1))
+    output = a.output.unflatten(0, (branches, -1))
+    j = torch.arange(a.states.shape[1], device=a.steps.device)
+    packed = (a.row_offsets[:-1].unsqueeze(1) + j).clamp_(max=features.shape[1] - 1).flatten()
+    features, output = features.index_select(1, packed), output.index_select(1, packed)
+    finite = features.isfinite().flatten(2).all(2).all(0) & output.isfinite().flatten(2).all(2).all(0)
+    behind = j - a.committed.unsqueeze(1)
+    taken = (behind >= -1) & (behind < rows - 1) & (j < a.lengths.unsqueeze(1))
+    step = a.steps.unsqueeze(1) + j
+    first = torch.arange(slots, device=j.device).unsqueeze(1) * places
+    place = (torch.where(taken, step % rows, rows) + first).flatten()
+    turn = (a.turn.view(-1).index_select(0, place) + 1) % generations
+    a.turn.view(-1).index_copy_(0, place, turn)
+    index = place + turn * a.turn.numel()
+    a.at.view(-1).index_copy_(0, index, torch.where(taken & finite.view(slots, -1), step, -1).flatten())
+    a.held_states.flatten(0, 2).index_copy_(0, index, a.states.flatten(0, 1))
+    a.held_features.flatten(1, 3).index_copy_(1, index, features)
+    if a.held_output is not None:
+        a.held_output.flatten(1, 3).index_copy_(1, index, output)
+
+
+def find_rows(a: FindArguments) -> None:
+    """See ``free_kernels.ops.drafting.api.find_rows``."""
+    generations, slots, places = a.at.shape
+    rows = places - 1
+    step = a.steps.unsqueeze(1) + torch.arange(-1, rows - 1, device=a.steps.device)
+    first = torch.arange(slots, device=step.device).unsqueeze(1) * places
+    place = step % rows + first
+    turn = a.turn.view(-1)[place]
+    held = []
+    for generation in range(generations):
+        index = place + ((turn + generation) % generations) * a.turn.numel()
+        held.append(torch.where(a.at.view(-1)[index] == step, index, -1))
+    unbroken = (held[0][:, 1:] >= 0).to(torch.int64).cumprod(1)
+    a.ahead.copy_(unbroken.sum(1))
+    served = torch.cat([a.ahead.unsqueeze(1) > 0, unbroken > 0], dim=1)
+    for generation in range(generations):
+        a.places[generation] = torch.where(served, held[generation], -1)
+
+
+def tally_round(a: TallyArguments) -> Tensor:
+    """See ``free_kernels.ops.drafting.api.tally_round``."""
+    drafts = a.gap_sq.shape[1]
+    if drafts:
+        j = torch.arange(drafts, device=a.steps.device)
+        tested = j < torch.minimum(a.committed, a.lengths - 1).unsqueeze(1)
+        known = torch.where(tested, a.gap_sq, 0.0).nan_to_num(LARGEST_GAP_SQ, LARGEST_GAP_SQ)
+        step = (a.steps.unsqueeze(1) + j).clamp_(max=len(a.deviation) - 1)
+        a.deviation.index_add_(0, step.flatten(), known.flatten())
+    finite = a.output.isfinite().all() & a.next_states.isfinite().all()
+    return finite.to(torch.int64).view(1)

@@ -1,0 +1,164 @@
+"""The drafting ops in one Triton launch each."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+import triton
+from torch import Tensor
+
+from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configuration
+from free_kernels.ops.drafting.arguments import AdvanceArguments, FindArguments, KeepArguments, TallyArguments
+from free_kernels.ops.drafting.triton_kernels import (
+    advance_kernel,
+    find_kernel,
+    keep_kernel,
+    replay_kernel,
+    tally_kernel,
+)
+from free_kernels.ops.triton_device import current, warp_size
+
+# Whether the kernels run in Triton's interpreter, on CPU tensors.
+INTERPRETED = not isinstance(advance_kernel, triton.runtime.JITFunction)
+# Elements of a program that shares a state with others, and of one that has it alone or copies a row, which should
+# have many loads on their way at once.
+_SHARED_BLOCK, _ALONE_BLOCK, _TALLY_BLOCK = 256, 2048, 1024
+
+
+def alone_block(numel: int) -> int:
+    """Elements at a time of a program that goes through D elements."""
+    return min(_ALONE_BLOCK, max(64, triton.next_power_of_2(numel)))
+
+
+def warps_for(block: int, warp: int) -> int:
+    """Warps of ``warp`` threads for a block: four elements a thread, which is one 16-byte access in float32."""
+    return max(1, block // (4 * warp))
+
+
+def advance_drafts(a: AdvanceArguments) -> Tensor:
+    """Contract of :func:`free_kernels.ops.drafting.advance_drafts`; arguments have been checked."""
+    slots, length, channels, *latent = a.states.shape
+    numel = channels * math.prod(latent)
+    branches = 1 if a.guidance_scale == 1.0 else 2
+    share = a.states.new_empty(slots, 0 if a.replaced is None else a.end - a.first)
+    if not slots or a.first == a.end:
+        return share
+    drafts = a.states, a.mean, a.std, a.noise, a.columns, a.output, a.rows
+    sizes = a.first, a.end, length, a.rows.shape[1], numel, a.guidance_channels * numel // channels
+    sizes += a.output.shape[0] // branches, a.output.stride(0), float(a.guidance_scale), float(a.clip)
+    flags = {
+        "LEARNED": a.output.shape[1] == 2 * channels,
+        "GUIDED": branches == 2,
+        "CLIPPED": not math.isinf(a.clip),
+    }
+    warp = warp_size(a.states.device)
+    with current(a.states):
+        if a.replaced is None:
+            grid = (slots * triton.cdiv(numel, _SHARED_BLOCK),)
+            warps = warps_for(_SHARED_BLOCK, warp)
+            advance_kernel[grid](*drafts, *sizes, **flags, BLOCK=_SHARED_BLOCK, num_warps=warps)
+        else:
+            block = alone_block(numel)
+            warps = warps_for(block, warp)
+            held = a.asked, a.replaced, share
+            replay_kernel[(slots,)](*drafts, *held, *sizes, **flags, BLOCK=block, num_warps=warps)
+    return share
+
+
+def keep_rows(a: KeepArguments) -> None:
+    """Contract of :func:`free_kernels.ops.drafting.keep_rows`; arguments have been checked."""
+    slots, length = a.states.shape[:2]
+    generations, _, places = a.at.shape
+    branches = a.held_features.shape[0]
+    numels = (math.prod(part.shape[axis:]) for part, axis in ((a.states, 2), (a.features, 1), (a.output, 1)))
+    if not slots:
+        return
+    with current(a.states):
+        keep_kernel[(slots * length,)](
+            *a,
+            *(length, slots, places, a.features.shape[0] // branches, *numels),
+            BRANCHES=branches,
+            GENERATIONS=generations,
+            WITH_OUTPUT=a.held_output is not None,
+            BLOCK=_ALONE_BLOCK,
+            num_warps=warps_for(_ALONE_BLOCK, warp_size(a.states.device)),
+        )
+
+
+def find_rows(a: FindArguments) -> None:
+    """Contract of :func:`free_kernels.ops.drafting.find_rows`; arguments have been checked."""
+    generations, slots, places = a.at.shape
+    if not slots:
+        return
+    with current(a.at):
+        find_kernel[(slots,)](
+            *a,
+            *(slots, places),
+            GENERATIONS=generations,
+            ENTRIES=triton.next_power_of_2(places - 1),
+            num_warps=1,
+        )
+
+
+def tally_round(a: TallyArguments) -> Tensor:
+    """Contract of :func:`free_kernels.ops.drafting.tally_round`; arguments have been checked."""
+    slots, drafts = a.gap_sq.shape
+    finite = torch.ones(1, dtype=torch.int64, device=a.steps.device)
+    numels = a.output.numel(), a.next_states.numel()
+    programs = max(slots, *(triton.cdiv(numel, _TALLY_BLOCK) for numel in numels))
+    if not programs:
+        return finite
+    with current(a.steps):
+        tally_kernel[(programs,)](
+            *(*a, finite, slots, drafts, len(a.deviation), *numels),
+            PADDED_DRAFTS=triton.next_power_of_2(max(1, drafts)),
+            BLOCK=_TALLY_BLOCK,
+            num_warps=warps_for(_TALLY_BLOCK, warp_size(a.steps.device)),
+        )
+    return finite
+
+
+_FLOATS = ("states", "mean", "std", "noise", "columns", "asked", "share", "held_states", "next_states", "gap_sq")
+_INTEGERS = ("rows", "replaced", "row_offsets", "committed", "lengths", "steps", "at", "turn", "places", "ahead")
+
+
+def aot_configurations(device: Device) -> list[AotConfiguration]:
+    """All output dtypes and flags of drafts, both sizes of blocks; memories with and without guidance and outputs."""
+    types = {f"p_{name}": "*fp32" for name in (*_FLOATS, "deviation")} | {"guidance_scale": "fp32", "clip": "fp32"}
+    types |= {f"p_{name}": "*i64" for name in (*_INTEGERS, "finite")}
+    found = []
+
+    def add(kernel: object, dtype: torch.dtype, block: int, values: dict, aligned: bool = True) -> None:
+        name = kernel.__name__
+        floats = dict.fromkeys(("p_output", "p_features", "p_held_features", "p_held_output"), POINTERS[dtype])
+        said = " ".join(f"{key.lower()}={value}" for key, value in values.items() if value is not None)
+        sizes = ["numel", "guided_numel", "output_stride", "feature_numel", "output_numel"] if aligned else []
+        found.append(
+            configuration(
+                kernel,
+                types | floats,
+                values | {"BLOCK": block},
+                [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize],
+                label=f"{name} {str(dtype).removeprefix('torch.')} {block} {said}",
+                group=f"{name.removesuffix('_kernel')}",
+                size=block * (1 + sum(int(value or 0) for value in values.values())),
+                num_warps=warps_for(block, device.warp_size) if block else 1,
+            )
+        )
+
+    dtypes, flags = (torch.float32, torch.bfloat16, torch.float16), ("LEARNED", "GUIDED", "CLIPPED")
+    for dtype, switches in product(dtypes, product((False, True), repeat=3)):
+        values = dict(zip(flags, switches, strict=True))
+        add(advance_kernel, dtype, _SHARED_BLOCK, values, aligned=dtype != torch.float16)
+        for block in (64, _ALONE_BLOCK):
+            add(replay_kernel, dtype, block, values, aligned=block > 64)
+    for dtype, branches, generations, output in product(dtypes, (1, 2), (1, 2), (False, True)):
+        values = {"BRANCHES": branches, "GENERATIONS": generations, "WITH_OUTPUT": output}
+        add(keep_kernel, dtype, _ALONE_BLOCK, values | ({} if output else {"p_held_output": None}))
+    for dtype, drafts in product(dtypes, (1, 16)):
+        add(tally_kernel, dtype, _TALLY_BLOCK, {"PADDED_DRAFTS": drafts})
+    for generations, entries in product((1, 2), (2, 32)):
+        add(find_kernel, torch.float32, 0, {"GENERATIONS": generations, "ENTRIES": entries})
+    return found

@@ -1,0 +1,334 @@
+"""Drafting ops: the compiled ones and the reference against plain float64 formulas, and each other."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from free_kernels.extension import has_extension
+from free_kernels.ops.drafting import (
+    AdvanceArguments,
+    FindArguments,
+    KeepArguments,
+    TallyArguments,
+    advance_drafts,
+    api,
+    find_rows,
+    keep_rows,
+    tally_round,
+)
+
+# Kernels in Triton's interpreter need it in the whole process: test_triton_drafting.py runs this file in another one.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+needs_extension = pytest.mark.skipif(not has_extension(), reason="no compiled extension")
+needs_triton = pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="needs a CUDA device or TRITON_INTERPRET=1")
+REFERENCE, EXTENSION, TRITON = (
+    pytest.param(("reference", torch.device("cpu")), id="reference"),
+    pytest.param(("extension", torch.device("cpu")), id="extension", marks=needs_extension),
+    pytest.param(("triton", DEVICE), id="triton", marks=needs_triton),
+)
+BACKENDS = [REFERENCE, EXTENSION, TRITON]
+
+
+def on(arguments, device: torch.device):
+    """The same arguments on a device; copies where it is another one."""
+    return type(arguments)(*(part.to(device) if isinstance(part, Tensor) else part for part in arguments))
+
+
+def back(arguments):
+    return on(arguments, torch.device("cpu"))
+
+
+SLOTS, LENGTH, CHANNELS, SIDE, HELD = 3, 5, 2, 3, 11
+NOTHING = -1
+
+
+def normals(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def drafting(
+    *,
+    learned: bool = False,
+    guidance: float = 1.0,
+    guided: int = CHANNELS,
+    clip: float = math.inf,
+    dtype: torch.dtype = torch.float32,
+    secant: bool = False,
+    side: int = SIDE,
+) -> AdvanceArguments:
+    """Drafts 1 to 3 of slots that have all, some and none of their rows."""
+    latent = CHANNELS, side, side
+    outputs, branches = CHANNELS * (2 if learned else 1), 1 if guidance == 1.0 else 2
+    columns = 0.5 * normals(SLOTS, LENGTH, 8, seed=1)
+    # Deviations of about a half.
+    columns[..., 2] = -1.0
+    rows = torch.tensor([[7, 0, 1, 2], [8, 5, NOTHING, 6], [9, NOTHING, NOTHING, NOTHING]])
+    replaced = torch.tensor([[7, 3, NOTHING, 10], [8, 4, 4, NOTHING], [9, 1, 1, 1]])
+    return AdvanceArguments(
+        normals(SLOTS, LENGTH, *latent, seed=2),
+        normals(SLOTS, LENGTH - 1, *latent, seed=3),
+        normals(SLOTS, LENGTH - 1, *latent, seed=4),
+        normals(SLOTS, LENGTH, *latent, seed=5),
+        columns,
+        normals(branches * HELD, outputs, side, side, seed=6).to(dtype),
+        rows,
+        1,
+        4,
+        normals(HELD, *latent, seed=7) if secant else None,
+        replaced if secant else None,
+        guidance,
+        guided,
+        clip,
+    )
+
+
+def exact_row(a: AdvanceArguments, row: int) -> Tensor:
+    """The guided output of a row, float64."""
+    said = a.output.double()
+    if a.guidance_scale == 1.0:
+        return said[row]
+    conditional, unconditional = said[row].clone(), said[HELD + row]
+    guided = slice(0, a.guidance_channels)
+    conditional[guided] = unconditional[guided] + a.guidance_scale * (conditional[guided] - unconditional[guided])
+    return conditional
+
+
+def exact(a: AdvanceArguments) -> AdvanceArguments:
+    """The same drafts in float64, one after the other."""
+    states, mean, std = (buffer.double().clone() for buffer in (a.states, a.mean, a.std))
+    for slot in range(SLOTS):
+        for j in range(a.first, a.end):
+            row = int(a.rows[slot, j])
+            if row < 0:
+                continue
+            said, state = exact_row(a, row), states[slot, j]
+            older = NOTHING if a.replaced is None else int(a.replaced[slot, j])
+            if older >= 0:
+                way = a.asked[row].double() - a.asked[older].double()
+                share = float(((state - a.asked[row].double()) * way).sum() / way.square().sum())
+                said = said + min(1.0, max(-1.0, share)) * (said - exact_row(a, older))
+            from_state, from_output, log_std, slope, x0_state, x0_output, from_x0, given_x0 = a.columns[
+                slot, j
+            ].double()
+            if math.isinf(a.clip):
+                mean[slot, j] = from_state * state + from_output * said[:CHANNELS]
+            else:
+                clean = (x0_state * state + x0_output * said[:CHANNELS]).clamp(-a.clip, a.clip)
+                mean[slot, j] = given_x0 * state + from_x0 * clean
+            learned = said[CHANNELS:] if len(said) > CHANNELS else torch.zeros_like(state)
+            std[slot, j] = (log_std + slope * learned).exp()
+            states[slot, j + 1] = mean[slot, j] + std[slot, j] * a.noise[slot, j].double()
+    return a._replace(states=states, mean=mean, std=std)
+
+
+CASES = {
+    "fixed": {},
+    "learned": {"learned": True},
+    "clipped": {"clip": 0.4},
+    "guided": {"guidance": 2.5},
+    "guided below one half": {"guidance": 0.3, "learned": True},
+    "guided in part": {"guidance": 2.5, "guided": 1, "learned": True, "clip": 0.4},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16, secant": {"dtype": torch.float16, "secant": True},
+    "secant": {"secant": True},
+    "secant, large": {"secant": True, "side": 40},
+    "secant, all": {"secant": True, "learned": True, "guidance": 2.5, "guided": 1, "clip": 0.4},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_drafts_are_those_of_the_formulas(case, backend):
+    a = drafting(**CASES[case])
+    want = exact(a)
+    name, device = backend
+    given = on(a._replace(states=a.states.clone(), mean=a.mean.clone(), std=a.std.clone()), device)
+    share = advance_drafts(
+        *given[:9],
+        asked=given.asked,
+        replaced=given.replaced,
+        guidance_scale=a.guidance_scale,
+        guidance_channels=a.guidance_channels,
+        clip=a.clip,
+        backend=name,
+    )
+    # A state is a sum of four products and an exponential of numbers of size 10 at most, and so is each state that it
+    # is made from; a share is a quotient of two sums, whose relative error is a few units too.
+    bound = 1e3 * torch.finfo(torch.float32).eps
+    for name in ("states", "mean", "std"):
+        torch.testing.assert_close(getattr(given, name).cpu().double(), getattr(want, name), rtol=bound, atol=bound)
+    assert share.shape == (SLOTS, 0 if a.replaced is None else 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_has_no_row_is_left_alone(backend):
+    name, device = backend
+    a = on(drafting(secant=True), device)
+    before = a.states.cpu().clone()
+    share = api.ADVANCE(a, a.states, name)
+    a = back(a)
+    assert torch.equal(a.states[2], before[2])
+    assert torch.equal(a.states[:, :2], before[:, :2])
+    assert not torch.equal(a.states[1, 2], before[1, 2])
+    assert torch.equal(a.states[1, 3], before[1, 3])
+    assert not torch.equal(a.states[1, 4], before[1, 4])
+    assert share[2].tolist() == [0, 0, 0]
+    assert (share != 0).tolist() == [[True, False, True], [True, False, False], [False, False, False]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_is_not_clipped_away(backend):
+    a = drafting(clip=0.4)
+    a.output[0, 0, 0, 0] = math.nan
+    name, device = backend
+    a = on(a, device)
+    api.ADVANCE(a, a.states, name)
+    assert a.states[0, 2, 0, 0, 0].isnan()
+    assert a.states[1].isfinite().all()
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_share_slots(threads):
+    """Many slots, so that there is work for several threads; drafts do not depend on how it is shared."""
+    slots, latent = 40, (1, 64, 64)
+    rows = torch.arange(slots * 3).view(slots, 3)
+    states = normals(slots, 4, *latent, seed=0)
+    given = [normals(slots, 3, *latent, seed=1), normals(slots, 3, *latent, seed=2), normals(slots, 4, *latent, seed=3)]
+    given += [0.1 * normals(slots, 4, 8, seed=4), normals(3 * slots, *latent, seed=5), rows, 0, 3]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = states.clone()
+        advance_drafts(together, *given, backend="extension")
+    finally:
+        torch.set_num_threads(before)
+    for slot in (0, 17, 39):
+        alone = [part[slot : slot + 1].clone() for part in (states, *given[:4])]
+        advance_drafts(*alone, given[4], rows[slot : slot + 1], 0, 3, backend="extension")
+        assert torch.equal(alone[0][0], together[slot])
+
+
+def keeping(generations: int = 2, branches: int = 2, dtype: torch.dtype = torch.float32) -> KeepArguments:
+    """Rounds of 5, 2, 0 and 3 rows, room for four."""
+    slots, places = 4, 5
+    lengths = torch.tensor([5, 2, 0, 3])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    packed = int(offsets[-1]) + 1
+    return KeepArguments(
+        normals(slots, 5, 2, 3, 3, seed=1),
+        normals(branches * packed, 4, 3, seed=2).to(dtype),
+        normals(branches * packed, 4, 3, 3, seed=3).to(dtype),
+        offsets,
+        torch.tensor([1, 2, 0, 2]),
+        lengths,
+        torch.tensor([6, 0, 9, 3]),
+        torch.full((generations, slots, places), -1),
+        torch.zeros(slots, places, dtype=torch.int64),
+        torch.zeros(generations, slots, places, 2, 3, 3),
+        torch.zeros(branches, generations, slots, places, 4, 3, dtype=dtype),
+        torch.zeros(branches, generations, slots, places, 4, 3, 3, dtype=dtype),
+    )
+
+
+def copied(a: KeepArguments) -> KeepArguments:
+    return KeepArguments(*(part.clone() for part in a))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("generations", "branches"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("backend", [EXTENSION, TRITON])
+def test_memory_is_that_of_the_reference(generations, branches, dtype, backend):
+    """Three rounds one after the other, with rows that are not finite; the place of what is not kept may differ."""
+    by_reference, other = keeping(generations, branches, dtype), on(keeping(generations, branches, dtype), backend[1])
+    for number in range(3):
+        results = []
+        for name, a in (("reference", by_reference), (backend[0], other)):
+            a.features[-2 - number] = math.inf
+            a.output[number, 0, 0, 0] = math.nan
+            a = a._replace(steps=a.steps + number, committed=(a.committed + number).minimum(a.lengths))
+            keep_rows(a, name)
+            places = a.at.new_zeros(generations, 4, 4)
+            found = FindArguments(a.at, a.turn, a.steps + a.committed, places, a.steps.clone())
+            find_rows(found, name)
+            results.append((back(a), back(found)))
+        (want, want_found), (got, got_found) = results
+        for name in ("at", "turn", "held_states", "held_features", "held_output"):
+            # Rows that are not kept share a place, which holds anything.
+            rows = {"turn": 1, "at": 2, "held_states": 2}.get(name, 3)
+            want_rows, got_rows = (getattr(a, name).narrow(rows, 0, 4) for a in (want, got))
+            torch.testing.assert_close(got_rows, want_rows, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(want_found.places, got_found.places)
+        assert torch.equal(want_found.ahead, got_found.ahead)
+    assert int(want_found.ahead.sum()) > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_memory_without_outputs(backend):
+    a = on(keeping()._replace(held_output=None), backend[1])
+    keep_rows(a, backend[0])
+    a = back(a)
+    assert a.at[1, 0, :4].tolist() == [8, 9, 6, 7]
+    torch.testing.assert_close(a.held_states[1, 0, 0], a.states[0, 2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tally(backend):
+    """Slot 0 tests both drafts that it accepted and the refused one, slot 1 all of its one, slot 2 none."""
+    gaps = torch.tensor([[1.0, 2.0, 4.0, 8.0], [16.0, 32.0, 64.0, 128.0], [256.0] * 4])
+    name, device = backend
+    a = TallyArguments(
+        normals(4, 1, 2, 2, seed=0),
+        normals(3, 1, 2, 2, seed=1),
+        gaps,
+        torch.tensor([3, 2, 1]),
+        torch.tensor([5, 2, 1]),
+        torch.tensor([1, 2, 5]),
+        torch.zeros(6),
+    )
+    a = on(a, device)
+    assert tally_round(a, name).tolist() == [1]
+    assert a.deviation.tolist() == [0, 1, 18, 4, 0, 0]
+    a.gap_sq[0, 1] = math.inf
+    assert tally_round(a, name).tolist() == [1]
+    assert float(a.deviation[2]) > 1e29
+    for part, value in (("output", math.nan), ("next_states", -math.inf)):
+        spoilt = a._replace(**{part: getattr(a, part).clone()})
+        getattr(spoilt, part).view(-1)[-1] = value
+        assert tally_round(spoilt, name).tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"states": torch.zeros(3, 5)}, r"advance_drafts: states must "),
+        (
+            {"mean": torch.zeros(3, 4, 1, 3, 3)},
+            r"advance_drafts: mean must be float32 \[S, L - 1, C, H, W\] = \[3, 4, 2",
+        ),
+        ({"columns": torch.zeros(3, 5, 7)}, r"advance_drafts: columns must be float32 \[S, L, 8\] = \[3, 5, 8\]"),
+        ({"output": torch.zeros(11, 3, 3, 3)}, r"advance_drafts: output must be \[B R, C or 2 C, H, W\]"),
+        ({"end": 5}, r"advance_drafts: first and end must be in order in \[0, 4\], got \(1, 5\)"),
+        ({"replaced": torch.zeros(3, 4, dtype=torch.int64)}, r"advance_drafts: asked and replaced must be both given"),
+    ],
+)
+def test_wrong_arguments(change, message, backend):
+    a = on(drafting()._replace(**change), backend[1])
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        api.ADVANCE(a, a.states, backend[0])
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, EXTENSION])
+def test_rows_beyond_the_output(backend):
+    a = drafting()
+    a.rows[0, 1] = HELD
+    with pytest.raises((ValueError, RuntimeError, IndexError), match=r"rows.* must be below 11, got 11"):
+        api.ADVANCE(a, a.states, backend[0])
