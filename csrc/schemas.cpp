@@ -26,8 +26,21 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "Tensor lengths, Tensor steps, Tensor(a!) at, Tensor(b!) turn, Tensor(c!) held_states, Tensor(d!)"
       " held_features, Tensor(e!)? held_output) -> ()");
   library.def(
-      "find_rows_cpu(Tensor at, Tensor turn, Tensor steps, Tensor(a!) places, Tensor(b!) ahead) -> ()");
+      "find_rows_cpu(Tensor(a!) at, Tensor turn, Tensor steps, Tensor(b!) places, Tensor(c!) ahead) -> "
+      "()");
   library.def(
       "tally_round_cpu(Tensor output, Tensor next_states, Tensor gap_sq, Tensor committed, Tensor lengths, "
       "Tensor steps, Tensor(a!) deviation) -> Tensor");
+  library.def(
+      "open_round_cpu(Tensor state, Tensor current, Tensor timesteps, Tensor table, int length) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "follow_features_cpu(Tensor features, Tensor parent, Tensor latest, Tensor replaced, Tensor "
+      "ahead, Tensor share) -> Tensor");
+  library.def(
+      "correct_features_cpu(Tensor drafted, Tensor errors, Tensor state, Tensor previous, Tensor asked,"
+      " Tensor latest, int draft, Tensor? active) -> Tensor");
+  library.def(
+      "renew_slots_cpu(Tensor steps, Tensor images, Tensor numbers, Tensor(a!) indices, Tensor(b!) "
+      "rounds) -> Tensor");
 }

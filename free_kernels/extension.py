@@ -23,6 +23,10 @@ OPS = (
     "keep_rows_cpu",
     "find_rows_cpu",
     "tally_round_cpu",
+    "open_round_cpu",
+    "follow_features_cpu",
+    "correct_features_cpu",
+    "renew_slots_cpu",
 )
 CUDA_OPS = ("pack_drafts", "commit_drafts")
 BACKENDS = ("auto", "reference", "extension")

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../checks.h"
@@ -14,24 +15,6 @@ namespace {
 // Rows of fewer elements are not worth a thread.
 constexpr int64_t kGrain = 1 << 15;
 constexpr int64_t kColumns = 8;
-
-// Sums in float32 of so many elements at most; those of the blocks are added in float64.
-constexpr int64_t kBlock = 1024, kLanes = 16;
-
-template <typename Term>
-double sum(int64_t count, const Term& term) {
-  double total = 0;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t end = std::min(count, first + kBlock);
-    float lanes[kLanes] = {};
-    int64_t i = first;
-    for (; i + kLanes <= end; i += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += term(i + lane);
-    for (; i < end; ++i) lanes[0] += term(i);
-    for (const float lane : lanes) total += lane;
-  }
-  return total;
-}
 
 struct Guidance {
   float scale;
@@ -202,113 +185,60 @@ Tensor advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& st
   return share;
 }
 
-void keep_rows(const Tensor& states, const Tensor& features, const Tensor& output, const Tensor& row_offsets,
-               const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& at,
-               const Tensor& turn, const Tensor& held_states, const Tensor& held_features,
-               const std::optional<Tensor>& held_output) {
-  constexpr const char* op = "keep_rows";
+std::tuple<Tensor, Tensor, Tensor, Tensor> open_round(const Tensor& state, const Tensor& current,
+                                                      const Tensor& timesteps, const Tensor& table,
+                                                      int64_t length) {
+  constexpr const char* op = "open_round";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
-  STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
-  STD_TORCH_CHECK(features.dim() == 3, op, ": features must have 3 dimensions, got ", features.dim());
-  STD_TORCH_CHECK(output.dim() == 4, op, ": output must have 4 dimensions, got ", output.dim());
-  STD_TORCH_CHECK(at.dim() == 3, op, ": at must have 3 dimensions, got ", at.dim());
-  STD_TORCH_CHECK(held_features.dim() == 6, op, ": held_features must have 6 dimensions, got ",
-                  held_features.dim());
-  const auto s = states.sizes(), f = features.sizes(), o = output.sizes();
-  const int64_t slots = s[0], generations = at.size(0), places = at.size(2), rows = places - 1;
-  const int64_t branches = held_features.size(0);
-  STD_TORCH_CHECK(generations >= 1 && rows >= 1 && branches >= 1 && f[0] % branches == 0, op,
-                  ": at must be [G, S, M + 1] with G and M at least 1, and features [B R, T, D]");
-  const int64_t packed = f[0] / branches;
-  check_tensor(op, "states", states, kFloat, {slots, s[1], s[2], s[3], s[4]}, states);
-  check_tensor(op, "features", features, features.scalar_type(), {f[0], f[1], f[2]}, states);
-  check_tensor(op, "output", output, output.scalar_type(), {f[0], o[1], s[3], s[4]}, states);
-  check_tensor(op, "row_offsets", row_offsets, kLong, {slots + 1}, states);
-  check_tensor(op, "committed", committed, kLong, {slots}, states);
-  check_tensor(op, "lengths", lengths, kLong, {slots}, states);
-  check_tensor(op, "steps", steps, kLong, {slots}, states);
-  check_tensor(op, "at", at, kLong, {generations, slots, places}, states);
-  check_tensor(op, "turn", turn, kLong, {slots, places}, states);
-  check_tensor(op, "held_states", held_states, kFloat, {generations, slots, places, s[2], s[3], s[4]},
-               states);
-  check_tensor(op, "held_features", held_features, features.scalar_type(),
-               {branches, generations, slots, places, f[1], f[2]}, states);
-  if (held_output)
-    check_tensor(op, "held_output", *held_output, output.scalar_type(),
-                 {branches, generations, slots, places, o[1], s[3], s[4]}, states);
-
-  const int64_t state_size = s[2] * s[3] * s[4], feature_size = f[1] * f[2], output_size = o[1] * s[3] * s[4];
-  const int64_t all = generations * slots * places;
-  const auto bytes = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
-  const auto held = [](const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); };
-  const auto finite = [op](const char* name, const Tensor& tensor, int64_t row, int64_t size) {
-    bool all_finite = true;
-    with_floats(op, name, tensor,
-                [&](const auto* values) { all_finite = is_finite(values + row * size, size); });
-    return all_finite;
-  };
-  int64_t* steps_held = mutable_ints(at);
-  int64_t* turns = mutable_ints(turn);
+  STD_TORCH_CHECK(state.dim() == 4, op, ": state must have 4 dimensions, got ", state.dim());
+  const auto s = state.sizes();
+  const int64_t slots = s[0], num_steps = timesteps.numel(), size = s[1] * s[2] * s[3];
+  STD_TORCH_CHECK(length >= 1 && num_steps >= 1, op,
+                  ": length and the number of timesteps must be at least 1, got ", length, " and ",
+                  num_steps);
+  check_tensor(op, "state", state, kFloat, {slots, s[1], s[2], s[3]}, state);
+  check_tensor(op, "current", current, kLong, {slots}, state);
+  check_tensor(op, "timesteps", timesteps, kLong, {num_steps}, state);
+  check_tensor(op, "table", table, kFloat, {num_steps, kColumns}, state);
+  Tensor steps = empty_on(state, {slots, length}, kLong);
+  Tensor network_steps = empty_on(state, {slots, length}, kLong);
+  Tensor columns = empty_on(state, {slots, length, kColumns}, kFloat);
+  Tensor states = empty_on(state, {slots, length, s[1], s[2], s[3]}, kFloat);
   for (int64_t slot = 0; slot < slots; ++slot) {
-    const int64_t done = ints(committed)[slot], length = ints(lengths)[slot], step0 = ints(steps)[slot];
-    const int64_t end = std::min(length, done + rows - 1);
-    STD_TORCH_CHECK(end <= s[1] && ints(row_offsets)[slot] >= 0 && ints(row_offsets)[slot] + end <= packed,
-                    op, ": row_offsets must give slot ", slot, " at least ", end, " of the ", packed,
-                    " rows, got row ", ints(row_offsets)[slot]);
-    for (int64_t j = std::max<int64_t>(done - 1, 0); j < end; ++j) {
-      const int64_t row = ints(row_offsets)[slot] + j, step = step0 + j;
-      const int64_t place = slot * places + step % rows;
-      const int64_t generation = (turns[place] + 1) % generations;
-      const int64_t index = generation * slots * places + place;
-      turns[place] = generation;
-      bool usable = true;
-      std::memcpy(held(held_states) + index * state_size * 4,
-                  bytes(states) + (slot * s[1] + j) * state_size * 4, state_size * 4);
-      for (int64_t branch = 0; branch < branches; ++branch) {
-        const int64_t from = branch * packed + row, to = branch * all + index;
-        usable = usable && finite("features", features, from, feature_size) &&
-                 finite("output", output, from, output_size);
-        const int64_t feature_bytes = feature_size * static_cast<int64_t>(features.element_size());
-        std::memcpy(held(held_features) + to * feature_bytes, bytes(features) + from * feature_bytes,
-                    feature_bytes);
-        if (!held_output) continue;
-        const int64_t output_bytes = output_size * static_cast<int64_t>(output.element_size());
-        std::memcpy(held(*held_output) + to * output_bytes, bytes(output) + from * output_bytes,
-                    output_bytes);
-      }
-      steps_held[index] = usable ? step : -1;
+    const int64_t first = ints(current)[slot];
+    STD_TORCH_CHECK(first >= 0, op, ": current[", slot, "] must be at least 0, got ", first);
+    for (int64_t j = 0; j < length; ++j) {
+      const int64_t step = std::min(first + j, num_steps - 1), place = slot * length + j;
+      mutable_ints(steps)[place] = step;
+      mutable_ints(network_steps)[place] = ints(timesteps)[step];
+      std::copy_n(const_floats(table) + step * kColumns, kColumns, floats(columns) + place * kColumns);
     }
+    std::copy_n(const_floats(state) + slot * size, size, floats(states) + slot * length * size);
   }
+  return {steps, network_steps, columns, states};
 }
 
-void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const Tensor& places,
-               const Tensor& ahead) {
-  constexpr const char* op = "find_rows";
+Tensor renew_slots(const Tensor& steps, const Tensor& images, const Tensor& numbers, const Tensor& indices,
+                   const Tensor& rounds) {
+  constexpr const char* op = "renew_slots";
   constexpr ScalarType kLong = ScalarType::Long;
-  STD_TORCH_CHECK(at.dim() == 3 && at.size(0) >= 1 && at.size(2) >= 2, op,
-                  ": at must be [G, S, M + 1] with G and M at least 1");
-  const int64_t generations = at.size(0), slots = at.size(1), width = at.size(2), rows = width - 1;
-  check_tensor(op, "at", at, kLong, {generations, slots, width}, at);
-  check_tensor(op, "turn", turn, kLong, {slots, width}, at);
-  check_tensor(op, "steps", steps, kLong, {slots}, at);
-  check_tensor(op, "places", places, kLong, {generations, slots, rows}, at);
-  check_tensor(op, "ahead", ahead, kLong, {slots}, at);
+  STD_TORCH_CHECK(steps.dim() == 1, op, ": steps must have 1 dimension, got ", steps.dim());
+  const int64_t slots = steps.size(0), count = numbers.numel();
+  check_tensor(op, "steps", steps, kLong, {slots}, steps);
+  check_tensor(op, "images", images, kLong, {slots}, steps);
+  check_tensor(op, "numbers", numbers, kLong, {count}, steps);
+  check_tensor(op, "indices", indices, kLong, {slots}, steps);
+  check_tensor(op, "rounds", rounds, kLong, {slots}, steps);
+  Tensor fresh = empty_on(steps, {slots}, ScalarType::Bool);
+  bool* is_fresh = static_cast<bool*>(fresh.mutable_data_ptr());
   for (int64_t slot = 0; slot < slots; ++slot) {
-    const auto find = [&](int64_t entry, int64_t turns_on) -> int64_t {
-      const int64_t step = ints(steps)[slot] - 1 + entry;
-      const int64_t place = slot * width + (step % rows + rows) % rows;
-      const int64_t generation = (ints(turn)[place] + turns_on) % generations;
-      const int64_t index = generation * slots * width + place;
-      return ints(at)[index] == step ? index : -1;
-    };
-    int64_t count = 0;
-    while (count + 1 < rows && find(count + 1, 0) >= 0) ++count;
-    mutable_ints(ahead)[slot] = count;
-    for (int64_t generation = 0; generation < generations; ++generation)
-      for (int64_t entry = 0; entry < rows; ++entry)
-        mutable_ints(places)[(generation * slots + slot) * rows + entry] =
-            count > 0 && entry <= count ? find(entry, generation) : -1;
+    const int64_t image = std::max<int64_t>(ints(images)[slot], 0);
+    STD_TORCH_CHECK(image < count, op, ": images[", slot, "] must be below ", count, ", got ", image);
+    is_fresh[slot] = ints(steps)[slot] == 0;
+    mutable_ints(indices)[slot] = ints(numbers)[image];
+    mutable_ints(rounds)[slot] = is_fresh[slot] ? 0 : ints(rounds)[slot] + 1;
   }
+  return fresh;
 }
 
 Tensor tally_round(const Tensor& output, const Tensor& next_states, const Tensor& gap_sq,
@@ -347,8 +277,8 @@ Tensor tally_round(const Tensor& output, const Tensor& next_states, const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("advance_drafts_cpu", TORCH_BOX(&advance_drafts));
-  library.impl("keep_rows_cpu", TORCH_BOX(&keep_rows));
-  library.impl("find_rows_cpu", TORCH_BOX(&find_rows));
+  library.impl("open_round_cpu", TORCH_BOX(&open_round));
+  library.impl("renew_slots_cpu", TORCH_BOX(&renew_slots));
   library.impl("tally_round_cpu", TORCH_BOX(&tally_round));
 }
 

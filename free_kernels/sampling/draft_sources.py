@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from free_kernels.ops.drafting import CorrectArguments, FollowArguments, correct_features, follow_features
 from free_kernels.protocols import Drafter, DrafterDefaults, DraftMemory
 from free_kernels.sampling.drafting import DraftingPass, Places
 from free_kernels.sampling.job import Job
@@ -40,24 +41,28 @@ class Fresh:
 
     def draft(self, ahead: DraftingPass) -> None:
         """Make all drafts of the pass."""
-        job, slots, states = self._job, ahead.slots, ahead.drafts.states
-        feature, previous, labels = ahead.parent, slots.previous, slots.labels
+        job, slots = self._job, ahead.slots
+        feature, previous, labels = ahead.parent.flatten(0, 1), slots.previous, slots.labels
         drafting = None if ahead.lengths is None else _are_drafting(ahead.lengths, ahead.count)
-        places = _in_order(drafting, len(slots), ahead.count, states.device)
+        places = _in_order(drafting, len(slots), ahead.count, labels.device)
+        counts = [len(slots)] * ahead.count if drafting is None else drafting.sum(0).tolist()
+        states, timesteps, y = ahead.drafts.states.unbind(1), ahead.timesteps.unbind(1), job.branched(labels)
         active: Tensor | None = None
         for j in range(ahead.count):
-            if drafting is not None and drafting[:, j].sum() < (len(slots) if active is None else len(active)):
-                now = torch.from_numpy(drafting[:, j].nonzero()[0]).to(states.device)
+            if counts[j] < len(previous):
+                now = torch.from_numpy(drafting[:, j].nonzero()[0]).to(labels.device)
                 within = now if active is None else torch.searchsorted(active, now)
-                feature, previous, labels, active = feature[:, within], previous[within], labels[within], now
-            state, t = states[:, j], ahead.timesteps[:, j]
+                feature = feature.unflatten(0, (job.branches, -1))[:, within].flatten(0, 1)
+                previous, y, active = previous[within], job.branched(labels[now]), now
+            state, t = states[j], timesteps[j]
             if active is not None:
                 state, t = state[active], t[active]
-            doubled = job.doubled(previous), job.doubled(state).contiguous(), job.doubled(t).contiguous()
-            inputs = DraftInputs(feature.flatten(0, 1), *doubled, job.branched(labels))
-            drafted = self._draft_feature(j, inputs, active)
-            ahead.advance(job.head(drafted, inputs.t, inputs.y), places, j, j + 1)
-            previous, feature = state, drafted.unflatten(0, (job.branches, -1))
+            state, t = state.contiguous(), t.contiguous()
+            doubled = job.doubled(previous), job.doubled(state), job.doubled(t)
+            inputs = DraftInputs(feature, *doubled, y)
+            feature = self._draft_feature(j, inputs, active)
+            ahead.advance(job.head(feature, inputs.t, y), places, j, j + 1)
+            previous = state
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
         """The feature ``[B R, T, D]`` of draft ``j`` of R slots: ``active [R]``, or all if None."""
@@ -111,7 +116,7 @@ class Repeated:
             numbers = np.where(behind, behind.cumsum().reshape(behind.shape) - 1, -1)
             rows = torch.from_numpy(numbers).to(ahead.steps.device)
         if count:
-            feature = self._last_features(share, count, feature)
+            feature = self._last_features(share, feature)
         ahead.advance(self._outputs(ahead, feature, None if lengths is None else behind), Places(rows), 0, ahead.count)
 
     def _outputs(self, ahead: DraftingPass, feature: Tensor, behind: np.ndarray | None) -> Tensor:
@@ -124,21 +129,11 @@ class Repeated:
         rows = feature.index_select(1, slots).flatten(0, 1)
         return job.head(rows, job.doubled(t.flatten()), job.branched(ahead.slots.labels[slots]))
 
-    def _last_features(self, share: Tensor, count: int, parent: Tensor) -> Tensor:
+    def _last_features(self, share: Tensor, parent: Tensor) -> Tensor:
         """Features ``[B, S, T, D]`` of the last row that serves each slot; the parent's where none does."""
         refused = self._refused
-        known = refused.ahead.clamp(max=count)
-        last = (known - 1).clamp_(min=0).unsqueeze(1)
-        latest, replaced = (
-            places.gather(1, last).squeeze(1) for places in (refused.latest_places, refused.replaced_places)
-        )
-        feature = refused.features.index_select(1, latest.clamp(min=0))
-        way = feature - refused.features.index_select(1, replaced.clamp(min=0))
-        shape = (1, -1, 1, 1)
-        ahead = feature + share.gather(1, last).to(feature.dtype).view(shape) * way
-        # A row that is not there may hold anything.
-        feature = torch.where((replaced >= 0).view(shape), ahead, feature)
-        return torch.where((known > 0).view(shape), feature.to(parent.dtype), parent)
+        places = refused.latest_places, refused.replaced_places, refused.ahead
+        return follow_features(FollowArguments(refused.features, parent, *places, share), refused.backend)
 
 
 class Corrected(Fresh):
@@ -200,7 +195,7 @@ class Corrected(Fresh):
         if index is not None:
             full = errors.new_zeros(job.branches, len(self._labels), *errors.shape[2:])
             errors = full.index_copy_(1, index, errors)
-        self._errors = errors.unflatten(1, (self._count, -1))
+        self._errors = errors.unflatten(1, (self._count, -1)).contiguous()
         return drafted
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
@@ -208,17 +203,10 @@ class Corrected(Fresh):
         drafted = self._with_errors(inputs) if j == 0 and self._count else self._call(inputs)
         if j >= self._count:
             return drafted
-        known, there, errors = self._rows.known[j + 1], self._rows.states[j + 1], self._errors[:, j]
-        if active is not None:
-            known, there, errors = known[active], there[active], errors[:, active]
-        nearer = self.nearer(inputs.state[: len(known)], inputs.previous[: len(known)], there)
-        serves = (known & nearer).view(-1, 1, 1)
-        return drafted + torch.where(serves, errors, 0.0).flatten(0, 1).to(drafted.dtype)
-
-    @staticmethod
-    def nearer(state: Tensor, previous: Tensor, there: Tensor) -> Tensor:
-        """Whether states are nearer to refused rows than to the states before them, bool ``[R]``."""
-        return (state - there).flatten(1).norm(dim=1) < (state - previous).flatten(1).norm(dim=1)
+        asked, latest = self._refused.states, self._refused.latest_places
+        states = (rows[: len(inputs.state) // self._job.branches] for rows in (inputs.state, inputs.previous))
+        given = CorrectArguments(drafted.contiguous(), self._errors, *states, asked, latest, j, active)
+        return correct_features(given, self._refused.backend)
 
 
 def _are_drafting(lengths: list[int], drafts: int) -> np.ndarray:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from free_kernels.ops.drafting import advance_drafts
+from free_kernels.ops.drafting import AdvanceArguments, OpenArguments, open_round
+from free_kernels.ops.drafting.api import ADVANCE
 from free_kernels.sampling.job import Job
 from free_kernels.sampling.slots import Slots
 
@@ -39,29 +40,28 @@ class DraftingPass:
     Args:
         job: the job.
         slots: where the images are.
-        steps: int64 ``[S, L]``.
-        columns: ``[S, L, 8]``, transition coefficients at ``steps``.
-        noise: ``[S, L, C, H, W]``; may be empty where L = 1.
+        length: L.
         lengths: rows that each slot wants, so that a shorter one drafts no further; None drafts all of all slots, in
             fixed shapes.
 
     Attributes:
+        steps: int64 ``[S, L]``.
+        timesteps: int64 ``[S, L]``, the network's.
+        columns: ``[S, L, 8]``, transition coefficients at ``steps``.
+        noise: ``[S, L, C, H, W]``, to be set before drafts are made.
         drafts: the states so far; those of slots that draft no further are undefined.
         count: L - 1.
-        timesteps: int64 ``[S, L]``, the network's.
     """
 
-    def __init__(
-        self, job: Job, slots: Slots, steps: Tensor, columns: Tensor, noise: Tensor, lengths: list[int] | None
-    ) -> None:
-        self.job, self.slots, self.lengths, self.steps = job, slots, lengths, steps
-        self._columns, self._noise = columns, noise
-        slot_count, length = steps.shape
-        self.count, self.timesteps = length - 1, job.timesteps[steps]
-        states = slots.state.new_empty(slot_count, length, *slots.state.shape[1:])
-        states[:, 0] = slots.state
-        mean, std = (slots.state.new_empty(slot_count, length - 1, *slots.state.shape[1:]) for _ in range(2))
-        self.drafts = Drafts(states, mean, std)
+    noise: Tensor
+
+    def __init__(self, job: Job, slots: Slots, length: int, lengths: list[int] | None) -> None:
+        self.job, self.slots, self.lengths, self.count = job, slots, lengths, length - 1
+        given = slots.state, slots.steps, job.timesteps, job.table, length
+        self.steps, self.timesteps, self.columns, states = open_round(OpenArguments(*given), job.options.backend)
+        shape = len(slots), length - 1, *slots.state.shape[1:]
+        self.drafts = Drafts(states, states.new_empty(shape), states.new_empty(shape))
+        self._settings = job.guidance_scale, job.guidance_channels, job.clip
 
     @property
     def parent(self) -> Tensor:
@@ -74,19 +74,5 @@ class DraftingPass:
 
     def advance(self, output: Tensor, places: Places, first: int, end: int) -> Tensor:
         """Make drafts ``first`` to ``end - 1``, those that have a row; returns the shares of their secants."""
-        job = self.job
-        return advance_drafts(
-            *self.drafts,
-            self._noise,
-            self._columns,
-            output,
-            places.rows,
-            first,
-            end,
-            asked=places.asked,
-            replaced=places.replaced,
-            guidance_scale=job.guidance_scale,
-            guidance_channels=job.guidance_channels,
-            clip=job.clip,
-            backend=job.options.backend,
-        )
+        given = *self.drafts, self.noise, self.columns, output, places.rows, first, end, places.asked, places.replaced
+        return ADVANCE(AdvanceArguments(*given, *self._settings), output, self.job.options.backend)

@@ -69,7 +69,7 @@ class RefusedRows:
         *,
         with_outputs: bool = True,
     ) -> None:
-        self.rows, self._branches, self._backend = rows, branches, backend
+        self.rows, self._branches, self.backend = rows, branches, backend
         self.counts = [0] * slots
         self.ahead = torch.zeros(slots, dtype=torch.int64, device=device)
         places = slots, rows + 1
@@ -119,17 +119,15 @@ class RefusedRows:
         self._allocate(states, features, outputs)
         round_ = (states, features, outputs, row_offsets, committed, lengths, steps)
         held = (self._at, self._turn, self._states, self._features, self._outputs)
-        keep_rows(KeepArguments(*round_, *held), self._backend)
+        keep_rows(KeepArguments(*round_, *held), self.backend)
 
-    def begin(self, steps: Tensor, fresh: Tensor) -> None:
-        """After the commit: count the rows ahead.
+    def begin(self, steps: Tensor) -> None:
+        """After the commit: find and count the rows ahead.
 
         Args:
-            steps: int64 ``[S]``, the step of each slot now.
-            fresh: bool ``[S]``, slots whose image is at its first step; the rows of the image before are dropped.
+            steps: int64 ``[S]``, the step of each slot now; at step 0 the rows are of the image before and are dropped.
         """
-        self._at.masked_fill_(fresh.unsqueeze(1), -1)
-        find_rows(FindArguments(self._at, self._turn, steps, self._places, self.ahead), self._backend)
+        find_rows(FindArguments(self._at, self._turn, steps, self._places, self.ahead), self.backend)
 
     def forget(self) -> None:
         """Steps were taken without drafts: what was kept is of earlier ones."""

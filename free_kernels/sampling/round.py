@@ -159,11 +159,10 @@ class Rounds:
         Nothing here waits for the device, and with fixed shapes nothing comes from the host.
         """
         job, slots = self.job, self.slots
-        steps = slots.steps_ahead(longest)
-        columns = job.table[steps]
-        in_kernel = self.kernel_noise is not None
-        noise = self._draw(Purpose.STEP, steps) if longest > 1 or not in_kernel else None
-        drafting = DraftingPass(job, slots, steps, columns, noise, lengths)
+        drafting = DraftingPass(job, slots, longest, lengths)
+        steps, columns, in_kernel = drafting.steps, drafting.columns, self.kernel_noise is not None
+        if longest > 1 or not in_kernel:
+            drafting.noise = self._draw(Purpose.STEP, steps)
         if longest > 1:
             draft_source(job, self.drafter, memory=self.memory, refused=self.refused).draft(drafting)
         drafts = drafting.drafts
@@ -174,7 +173,8 @@ class Rounds:
         weights = None
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
-        coupling = self._couple(drafts, None if in_kernel else noise, steps, output, row_offsets, columns, weights)
+        noise = None if in_kernel else drafting.noise
+        coupling = self._couple(drafts, noise, steps, output, row_offsets, columns, weights)
         decided = coupling.committed, slots.lengths, slots.steps
         finite = self.stats.tally(output, coupling, *decided, self.backend)
         if weights is not None:
@@ -239,7 +239,7 @@ class Rounds:
     def _forget_past(self, fresh: Tensor, committed: Tensor, drafts: int) -> None:
         """After a commit, forget what belongs to finished images, and the drafter's calls at refused drafts."""
         if self.refused is not None:
-            self.refused.begin(self.slots.steps, fresh)
+            self.refused.begin(self.slots.steps)
         if self.relaxation is not None:
             self.relaxation.reset(fresh)
         if self.memory is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from free_kernels.ops.drafting import RenewArguments, renew_slots
 from free_kernels.ops.packing import commit_drafts
 from free_kernels.sampling.image_pool import ImagePool
 from free_kernels.sampling.job import Job
@@ -88,10 +89,8 @@ class Slots:
             num_steps=len(self.job.timesteps),
             backend=self.backend,
         )
-        self.indices.copy_(self.pool.indices.index_select(0, self.images.clamp(min=0)))
-        fresh = self.steps == 0
-        self.rounds.add_(1).masked_fill_(fresh, 0)
-        return fresh
+        now = self.steps, self.images, self.pool.indices, self.indices, self.rounds
+        return renew_slots(RenewArguments(*now), self.job.options.backend)
 
     def set_first_parents(self, guess: Tensor) -> None:
         """Images at their first step get a parent: the feature ``guess [S, T, D]`` at their own state."""

@@ -8,8 +8,9 @@ import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, SwingingDrafter, law_p_value
 
 from free_kernels import DDPMSchedule, PhiloxNoise, sample
-from free_kernels.ops.drafting import FindArguments, find_rows
-from free_kernels.sampling.draft_sources import Corrected, Repeated, serving_rows
+from free_kernels.ops.drafting import FindArguments, correct_features, find_rows
+from free_kernels.sampling import draft_sources
+from free_kernels.sampling.draft_sources import Repeated, serving_rows
 from free_kernels.sampling.refused_rows import RefusedRows
 from free_kernels.sampling.speculative import Speculation
 
@@ -35,7 +36,7 @@ def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
     if spoil is not None:
         features[2, 0, 0] = spoil
     refused.keep(drafts, features, outputs, OFFSETS, COMMITTED, LENGTHS, STEPS)
-    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    refused.begin(STEPS + COMMITTED)
     return refused
 
 
@@ -63,11 +64,11 @@ def test_rows_behind_the_last_committed_one_are_kept_with_it(branches):
 
 def test_rows_of_rounds_before_serve_behind_those_of_the_last():
     """Slot 0's next round is one row and commits it: the rest stay where they are. Idle slots keep theirs."""
-    refused, none = kept(), torch.zeros(4, dtype=torch.bool)
+    refused = kept()
     drafts, features, outputs = a_round(shift=0.5)
     lengths, offsets, steps = torch.tensor([1, 0, 0, 0]), torch.tensor([0, 1, 1, 1, 1]), STEPS + COMMITTED
     refused.keep(drafts[:, :1].contiguous(), features[:1], outputs[:1], offsets, lengths, lengths, steps)
-    refused.begin(steps + lengths, none)
+    refused.begin(steps + lengths)
     assert refused.ahead.tolist() == [2, 0, 0, 1]
     assert [held(refused, 0, step)[0] for step in (6, 7, 8)] == [0.5, 2, 3]
     assert [held(refused, 3, step)[0] for step in (8, 9)] == [31, 32]
@@ -75,12 +76,12 @@ def test_rows_of_rounds_before_serve_behind_those_of_the_last():
 
 def test_rows_of_a_finished_image_are_dropped():
     refused = kept()
-    refused.begin(torch.tensor([0, 2, 9, 9]), torch.tensor([True, False, False, False]))
+    refused.begin(torch.tensor([0, 2, 9, 9]))
     assert refused.ahead.tolist() == [0, 0, 0, 1]
-    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    refused.begin(STEPS + COMMITTED)
     assert refused.ahead.tolist() == [0, 0, 0, 1]
     refused.forget()
-    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    refused.begin(STEPS + COMMITTED)
     assert refused.ahead.tolist() == [0, 0, 0, 0]
 
 
@@ -88,7 +89,7 @@ def test_fewer_places_than_rows_keep_the_nearest():
     """Two places: the last committed row and the refused one."""
     refused = RefusedRows(4, 1, 2, 1, torch.device("cpu"))
     refused.keep(*a_round(), OFFSETS, COMMITTED, LENGTHS, STEPS)
-    refused.begin(STEPS + COMMITTED, torch.zeros(4, dtype=torch.bool))
+    refused.begin(STEPS + COMMITTED)
     assert refused.ahead.tolist() == [1, 0, 0, 1]
     assert [held(refused, 0, step)[0] for step in (5, 6)] == [0, 1]
 
@@ -218,6 +219,11 @@ def test_old_rows_and_blocks(keyed, monkeypatch):
     assert p_value > FALSE_ALARM if keyed else p_value < DETECTED
 
 
+def wherever_they_are(given, backend):
+    """Rows serve at any distance from the state, as the state before is infinitely far."""
+    return correct_features(given._replace(previous=torch.full_like(given.previous, torch.inf)), backend)
+
+
 @pytest.mark.parametrize("leaves", [True, False])
 def test_rows_leave_with_their_image(leaves, monkeypatch):
     """Images do not depend on the slots; with another image's rows in a slot they do (in law they would not)."""
@@ -225,18 +231,18 @@ def test_rows_leave_with_their_image(leaves, monkeypatch):
 
     if not leaves:
         # At an image's first steps, what the image before left at each place passes for the row of a step ahead.
-        def with_all(self, steps, fresh):
-            begin(self, steps, torch.zeros_like(fresh))
-            ahead = (torch.arange(self.rows) - steps.unsqueeze(1)) % self.rows
-            young = (steps <= 1).unsqueeze(1)
-            self._at[:, :, :-1] = torch.where(young, steps.unsqueeze(1) + ahead, self._at[:, :, :-1])
-            self.ahead.copy_(torch.where(steps <= 1, self.rows - 1, self.ahead))
+        def with_all(self, steps):
+            begin(self, steps.clamp(min=1))
+            place = (steps.unsqueeze(1) - 1 + torch.arange(self.rows)) % self.rows
+            place += torch.arange(len(steps)).unsqueeze(1) * (self.rows + 1)
+            index = place + self._turn.view(-1)[place] * self._turn.numel()
+            young = steps <= 1
+            self._places[0] = torch.where(young.unsqueeze(1), index, self._places[0])
+            self.ahead.copy_(torch.where(young, self.rows - 1, self.ahead))
 
         monkeypatch.setattr(RefusedRows, "begin", with_all)
         # They are far away, and would not be taken for that.
-        monkeypatch.setattr(
-            Corrected, "nearer", staticmethod(lambda state, *_: torch.ones(len(state), dtype=torch.bool))
-        )
+        monkeypatch.setattr(draft_sources, "correct_features", wherever_they_are)
     labels = torch.arange(9) % 3
     runs = [
         sample(target, labels, schedule=schedule, drafter=SwingingDrafter(target), max_slots=slots).samples
@@ -268,7 +274,7 @@ def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch)
         begin(self, slots, branches, rows, 1, *rest, **settings)
 
     monkeypatch.setattr(RefusedRows, "__init__", one_generation)
-    monkeypatch.setattr(Corrected, "nearer", staticmethod(lambda state, previous, there: torch.tensor(True)))
+    monkeypatch.setattr(draft_sources, "correct_features", wherever_they_are)
     settings = {"schedule": schedule, "seed": 4, "draft_length": 8}
     replayed, corrected = (
         sample(target, torch.arange(20) % 3, drafter=drafter, **settings)
@@ -287,7 +293,7 @@ def test_drafts_behind_the_rows_repeat_the_secant_of_the_last(branches):
     refused._places[:] = torch.tensor([[[0, 3, 5], [0, 7, -1], [-1, -1, -1]], [[0, 1, 9], [-1, -1, -1], [-1, 2, 2]]])
     refused.ahead[:] = torch.tensor([2, 1, 0])
     parent, share = torch.randn(branches, 3, 4, 2), torch.tensor([[0.5, -0.25], [0.0, 0.0], [0.0, 0.0]])
-    found = Repeated(None, refused)._last_features(share, 2, parent)
+    found = Repeated(None, refused)._last_features(share, parent)
     torch.testing.assert_close(found[:, 0], features[:, 5] - 0.25 * (features[:, 5] - features[:, 9]))
     assert torch.equal(found[:, 1], features[:, 7])
     assert torch.equal(found[:, 2], parent[:, 2])

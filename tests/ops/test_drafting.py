@@ -12,13 +12,21 @@ from torch import Tensor
 from free_kernels.extension import has_extension
 from free_kernels.ops.drafting import (
     AdvanceArguments,
+    CorrectArguments,
     FindArguments,
+    FollowArguments,
     KeepArguments,
+    OpenArguments,
+    RenewArguments,
     TallyArguments,
     advance_drafts,
     api,
+    correct_features,
     find_rows,
+    follow_features,
     keep_rows,
+    open_round,
+    renew_slots,
     tally_round,
 )
 
@@ -303,6 +311,99 @@ def test_tally(backend):
         spoilt = a._replace(**{part: getattr(a, part).clone()})
         getattr(spoilt, part).view(-1)[-1] = value
         assert tally_round(spoilt, name).tolist() == [0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_round_begins_with_its_steps(length, backend):
+    """Steps past the end are the last."""
+    state, current = normals(3, 2, 5, 7, seed=0), torch.tensor([0, 4, 9])
+    timesteps, table = torch.arange(10) * 7, normals(10, 8, seed=1)
+    a = on(OpenArguments(state, current, timesteps, table, length), backend[1])
+    steps, network_steps, columns, states = (part.cpu() for part in open_round(a, backend[0]))
+    want = [[min(first + j, 9) for j in range(length)] for first in (0, 4, 9)]
+    assert steps.tolist() == want
+    assert network_steps.tolist() == [[7 * step for step in row] for row in want]
+    assert torch.equal(columns, table[steps])
+    assert states.shape == (3, length, 2, 5, 7)
+    assert torch.equal(states[:, 0], state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_features_behind_the_rows_follow_the_secant_of_the_last(branches, dtype, backend):
+    """Slot 0 has more rows than drafts, slot 1 two, slot 2 one that was asked once, slot 3 none, next to NaN."""
+    features, parent = normals(branches, 9, 37, 41, seed=0).to(dtype), normals(branches, 4, 37, 41, seed=1).to(dtype)
+    features[:, 8] = math.nan
+    latest = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [6, -1, -1, -1], [8, 8, -1, -1]])
+    replaced = torch.tensor([[7, 7, 7, 8], [8, 0, -1, -1], [-1, 0, -1, -1], [8, 8, -1, -1]])
+    share = torch.tensor([[9.0, 9.0, 0.5], [9.0, -1.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    a = FollowArguments(features, parent, latest, replaced, torch.tensor([4, 2, 1, 0]), share)
+    found = follow_features(on(a, backend[1]), backend[0]).cpu()
+    exact = features.double()
+    want = torch.stack([1.5 * exact[:, 2] - 0.5 * exact[:, 7], exact[:, 0], exact[:, 6], parent.double()[:, 3]], dim=1)
+    # Three roundings in float32 of numbers of size 10 at most, and one to the dtype.
+    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 100 * torch.finfo(torch.float32).eps}
+    torch.testing.assert_close(found.double(), want, **tolerance)
+    assert torch.equal(found[:, 2:], torch.stack([features[:, 6], parent[:, 3]], dim=1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("active", [None, [0, 2, 3]])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_errors_are_added_where_a_row_is_nearer(branches, active, dtype, backend):
+    """Slot 0 has none, slot 1 a far one, slots 2 and 3 near ones."""
+    chosen = range(4) if active is None else active
+    latest = torch.tensor([[0, -1, 0], [0, 1, 0], [0, 2, 0], [0, 3, 0]])
+    states, asked = normals(4, 1, 9, 8, seed=0), normals(5, 1, 9, 8, seed=1)
+    asked[1] = states[1] + 3.0
+    asked[2:4] = states[2:4] + 0.5
+    drafted, errors = normals(branches * len(chosen), 37, 41, seed=2), normals(branches, 3, 4, 37, 41, seed=3)
+    rows = states[list(chosen)]
+    a = CorrectArguments(
+        drafted.to(dtype),
+        errors.to(dtype),
+        rows,
+        rows + 1.0,
+        asked,
+        latest,
+        1,
+        None if active is None else torch.tensor(active),
+    )
+    found = correct_features(on(a, backend[1]), backend[0]).cpu().unflatten(0, (branches, -1))
+    for i, slot in enumerate(chosen):
+        plain = a.drafted.unflatten(0, (branches, -1))[:, i]
+        if slot >= 2:
+            # A unit in the last place: Triton's interpreter cuts bfloat16 off where a GPU rounds.
+            want = plain.double() + a.errors[:, 1, slot].double()
+            torch.testing.assert_close(found[:, i].double(), want, rtol=torch.finfo(dtype).eps, atol=0)
+        else:
+            assert torch.equal(found[:, i], plain), slot
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_the_image_before_are_dropped(backend):
+    a = on(keeping(), backend[1])
+    keep_rows(a, backend[0])
+    steps = torch.tensor([0, 2, 9, 5], device=backend[1])
+    found = FindArguments(a.at, a.turn, steps, a.at.new_zeros(2, 4, 4), steps.clone())
+    find_rows(found, backend[0])
+    assert (found.at[:, 0] == -1).all()
+    assert found.ahead.tolist() == [0, 0, 0, 1]
+    assert (found.places[:, 0] == -1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_are_renewed(backend):
+    numbers = torch.tensor([10, 11, 12, 13])
+    steps, images = torch.tensor([3, 0, 7, 20]), torch.tensor([2, 3, 0, -1])
+    a = on(RenewArguments(steps, images, numbers, torch.zeros_like(steps), torch.tensor([5, 6, 7, 8])), backend[1])
+    fresh = renew_slots(a, backend[0])
+    assert fresh.tolist() == [False, True, False, False]
+    assert a.indices.tolist() == [12, 13, 10, 10]
+    assert a.rounds.tolist() == [6, 0, 8, 9]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

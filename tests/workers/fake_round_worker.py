@@ -176,7 +176,9 @@ def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
 
         for name, part in PARTS.items():
             patch(round_module if hasattr(round_module, name) else slots_module, name, part)
-        patch(drafting_module, "advance_drafts", "drafts")
+        patch(drafting_module, "ADVANCE", "drafts")
+        patch(drafting_module, "open_round", "opening")
+        patch(slots_module, "renew_slots", "renewal")
         patch(Job, "draw", "noise")
         patch(RunStats, "tally", "tally")
         patch(Rounds, "_learn", "relaxation")

@@ -32,6 +32,7 @@ from free_kernels.ops.coupling import triton_launch as coupling_kernels
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.drafting import api as drafting
 from free_kernels.ops.drafting import triton_kernels as drafting_kernels
+from free_kernels.ops.drafting import triton_rows as drafting_rows
 from free_kernels.ops.random import api as random
 from free_kernels.ops.random import triton_launch as random_kernels
 from free_kernels.steering.relaxation import Relaxation
@@ -43,9 +44,13 @@ KERNELS = (
     attention_kernels.feature_attention_kernel,
     drafting_kernels.advance_kernel,
     drafting_kernels.replay_kernel,
-    drafting_kernels.keep_kernel,
-    drafting_kernels.find_kernel,
     drafting_kernels.tally_kernel,
+    drafting_kernels.open_kernel,
+    drafting_kernels.renew_kernel,
+    drafting_rows.keep_kernel,
+    drafting_rows.find_kernel,
+    drafting_rows.follow_kernel,
+    drafting_rows.correct_kernel,
 )
 
 
@@ -167,7 +172,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     for op, decide in (("couple_philox", coupling_reference.couple), ("couple_block_philox", block.couple_block)):
         by_reference = lambda keyed, decide=decide: decide(dispatch.draw_noise(keyed, "reference"))  # noqa: E731
         patch(mock.patch.object(dispatch.OPS[op], "reference", by_reference))
-    drafts = (op.triton for op in (drafting.ADVANCE, drafting.KEEP, drafting.FIND, drafting.TALLY))
+    drafts = (op.triton for op in drafting.OPS)
     for op in (*dispatch.OPS.values(), random.FILL, attention.OP, *drafts):
         patch(mock.patch.object(op, "triton", both(op)))
 

@@ -13,7 +13,16 @@ from free_kernels.constants import TransitionColumn
 from free_kernels.ops.checks import FLOATS, INT64, Layouts
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.drafting import reference
-from free_kernels.ops.drafting.arguments import AdvanceArguments, FindArguments, KeepArguments, TallyArguments
+from free_kernels.ops.drafting.arguments import (
+    AdvanceArguments,
+    CorrectArguments,
+    FindArguments,
+    FollowArguments,
+    KeepArguments,
+    OpenArguments,
+    RenewArguments,
+    TallyArguments,
+)
 from free_kernels.validation import fail
 
 FLOAT32 = (torch.float32,)
@@ -44,6 +53,54 @@ def _check_advance(a: AdvanceArguments) -> None:
         layouts.check("asked", a.asked, FLOAT32, "[R, C, H, W]")
         sizes["width"] = a.rows.shape[1]
         layouts.check("replaced", a.replaced, INT64, "[S, width]")
+
+
+def _check_open(a: OpenArguments) -> None:
+    op = "open_round"
+    Layouts(op, None, {}).check("state", a.state, FLOAT32, "[S, C, H, W]")
+    layouts = Layouts(op, a.state.device, {"S": a.state.shape[0], "8": len(TransitionColumn)})
+    layouts.check("current", a.current, INT64, "[S]")
+    layouts.check("timesteps", a.timesteps, INT64, "[K]")
+    layouts.sizes = {"K": a.timesteps.shape[0], "8": len(TransitionColumn)}
+    layouts.check("table", a.table, FLOAT32, "[K, 8]")
+    if a.length < 1 or not len(a.timesteps):
+        fail(op, "length and the number of timesteps", "at least 1", (a.length, len(a.timesteps)))
+
+
+def _check_follow(a: FollowArguments) -> None:
+    op = "follow_features"
+    Layouts(op, None, {}).check("features", a.features, FLOATS, "[B, N, T, D]")
+    sizes = dict(zip(("B", "N", "T", "D"), a.features.shape, strict=True))
+    layouts = Layouts(op, a.features.device, sizes)
+    layouts.check("parent", a.parent, (a.features.dtype,), "[B, S, T, D]")
+    sizes["S"] = a.parent.shape[1]
+    layouts.check("latest", a.latest, INT64, "[S, W]")
+    sizes["W"] = a.latest.shape[1]
+    layouts.check("replaced", a.replaced, INT64, "[S, W]")
+    layouts.check("ahead", a.ahead, INT64, "[S]")
+    layouts.check("share", a.share, FLOAT32, "[S, drafts]")
+    if not 1 <= a.share.shape[1] <= sizes["W"]:
+        fail(op, "share", f"[S, drafts] with drafts in [1, {sizes['W']}]", a.share)
+
+
+def _check_correct(a: CorrectArguments) -> None:
+    op = "correct_features"
+    Layouts(op, None, {}).check("drafted", a.drafted, FLOATS, "[B A, T, D]")
+    sizes = dict(zip(("B A", "T", "D"), a.drafted.shape, strict=True))
+    layouts = Layouts(op, a.drafted.device, sizes)
+    layouts.check("errors", a.errors, (a.drafted.dtype,), "[B, drafts, S, T, D]")
+    branches, drafts, sizes["S"] = a.errors.shape[:3]
+    layouts.check("state", a.state, FLOAT32, "[A, C, H, W]")
+    sizes |= dict(zip(("A", "C", "H", "W"), a.state.shape, strict=True))
+    layouts.check("previous", a.previous, FLOAT32, "[A, C, H, W]")
+    layouts.check("asked", a.asked, FLOAT32, "[N, C, H, W]")
+    layouts.check("latest", a.latest, INT64, "[S, width]")
+    if a.active is not None:
+        layouts.check("active", a.active, INT64, "[A]")
+    if sizes["B A"] != branches * sizes["A"] or (a.active is None and sizes["A"] != sizes["S"]):
+        fail(op, "drafted", f"[B A, T, D] with B = {branches} and A = {sizes['A']} of {sizes['S']} slots", a.drafted)
+    if not 0 <= a.draft < min(drafts, a.latest.shape[1]):
+        fail(op, "draft", f"in [0, {min(drafts, a.latest.shape[1])})", a.draft)
 
 
 def _check_keep(a: KeepArguments) -> None:
@@ -80,6 +137,15 @@ def _check_find(a: FindArguments) -> None:
         layouts.check(name, getattr(a, name), INT64, "[S]")
 
 
+def _check_renew(a: RenewArguments) -> None:
+    op = "renew_slots"
+    Layouts(op, None, {}).check("steps", a.steps, INT64, "[S]")
+    layouts = Layouts(op, a.steps.device, {"S": a.steps.shape[0]})
+    for name in ("images", "indices", "rounds"):
+        layouts.check(name, getattr(a, name), INT64, "[S]")
+    layouts.check("numbers", a.numbers, INT64, "[N]")
+
+
 def _check_tally(a: TallyArguments) -> None:
     op = "tally_round"
     Layouts(op, None, {}).check("next_states", a.next_states, FLOAT32, "[S, C, H, W]")
@@ -103,6 +169,12 @@ def _advance(a: AdvanceArguments) -> Tensor:
 
 def _fake_advance(a: AdvanceArguments) -> Tensor:
     return a.states.new_empty(a.states.shape[0], 0 if a.replaced is None else a.end - a.first)
+
+
+def _fake_open(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = a.state.shape[0], a.length
+    steps = a.current.new_empty(rows)
+    return steps, torch.empty_like(steps), a.table.new_empty(*rows, 8), a.state.new_empty(*rows, *a.state.shape[1:])
 
 
 class DraftingOp:
@@ -154,6 +226,89 @@ FIND = DraftingOp("find_rows", FindArguments, reference.find_rows, lambda a: Non
 TALLY = DraftingOp(
     "tally_round", TallyArguments, reference.tally_round, lambda a: a.steps.new_empty(1), _check_tally, "Tensor"
 )
+OPEN = DraftingOp(
+    "open_round", OpenArguments, reference.open_round, _fake_open, _check_open, "(Tensor, Tensor, Tensor, Tensor)"
+)
+FOLLOW = DraftingOp(
+    "follow_features",
+    FollowArguments,
+    reference.follow_features,
+    lambda a: torch.empty_like(a.parent),
+    _check_follow,
+    "Tensor",
+)
+CORRECT = DraftingOp(
+    "correct_features",
+    CorrectArguments,
+    reference.correct_features,
+    lambda a: torch.empty_like(a.drafted),
+    _check_correct,
+    "Tensor",
+)
+RENEW = DraftingOp(
+    "renew_slots",
+    RenewArguments,
+    reference.renew_slots,
+    lambda a: a.steps.new_empty(a.steps.shape, dtype=torch.bool),
+    _check_renew,
+    "Tensor",
+)
+OPS = OPEN, ADVANCE, FOLLOW, CORRECT, KEEP, FIND, TALLY, RENEW
+
+
+def open_round(arguments: OpenArguments, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a round of L rows a slot begins with.
+
+    Returns:
+        Steps ``current[s] + j``, those past the end being the last, int64 ``[S, L]``; the network's timesteps there;
+        their transition coefficients ``[S, L, 8]``; the drafts' states ``[S, L, C, H, W]`` with ``state`` in row 0, the
+        others undefined.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return OPEN(arguments, arguments.state, backend)
+
+
+def follow_features(arguments: FollowArguments, backend: str = "auto") -> Tensor:
+    """The features that drafts behind the refused rows of each slot repeat, ``[B, S, T, D]``.
+
+    With ``j = min(ahead[s], drafts) - 1`` the last draft that a row serves: the feature of its row ``latest[s, j]``,
+    followed along the secant from ``replaced[s, j]``, where there is one, by ``share[s, j]`` as
+    :func:`advance_drafts` returns it. The parent's where no row serves.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return FOLLOW(arguments, arguments.features, backend)
+
+
+def correct_features(arguments: CorrectArguments, backend: str = "auto") -> Tensor:
+    """Drafted features plus the drafter's errors at refused rows, ``[B A, T, D]``.
+
+    The error ``errors[b, draft, s]`` of a slot is added where it has a row ``latest[s, draft]``, and the state that
+    was asked there is nearer to ``state`` than ``previous`` is. Row i is of slot ``active[i]``, or i.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return CORRECT(arguments, arguments.drafted, backend)
+
+
+def renew_slots(arguments: RenewArguments, backend: str = "auto") -> Tensor:
+    """After a commit: the job's number of each slot's image in ``indices``, and ``rounds`` one more, 0 for a new image.
+
+    Returns:
+        bool ``[S]``, the slots whose image is at its first step.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return RENEW(arguments, arguments.steps, backend)
 
 
 def advance_drafts(
@@ -228,9 +383,10 @@ def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
 def find_rows(arguments: FindArguments, backend: str = "auto") -> None:
     """Where the rows of the next steps are: ``places`` and ``ahead``, in place.
 
-    Entry i of a slot is of step ``steps[s] - 1 + i``. ``places[0]`` are its latest rows and ``places[1]`` those that
-    they replaced, as numbers among all G S (M + 1); -1 where there is none or where an entry from 1 to i has no latest
-    row. ``ahead`` counts the latest rows from entry 1 on.
+    A slot at step 0 has a new image and loses the rows of the one before. Entry i of a slot is of step
+    ``steps[s] - 1 + i``. ``places[0]`` are its latest rows and ``places[1]`` those that they replaced, as numbers among
+    all G S (M + 1); -1 where there is none or where an entry from 1 to i has no latest row. ``ahead`` counts the latest
+    rows from entry 1 on.
 
     Raises:
         ValueError, TypeError: a wrong argument.

@@ -29,6 +29,40 @@ class AdvanceArguments(NamedTuple):
     clip: float  # inf: no clipping
 
 
+class OpenArguments(NamedTuple):
+    """Arguments of ``open_round``: K steps."""
+
+    state: Tensor  # float32 [S, C, H, W]
+    current: Tensor  # int64 [S], steps
+    timesteps: Tensor  # int64 [K]
+    table: Tensor  # float32 [K, 8]
+    length: int  # L
+
+
+class FollowArguments(NamedTuple):
+    """Arguments of ``follow_features``: N rows that are held."""
+
+    features: Tensor  # float32, float16 or bfloat16 [B, N, T, D]
+    parent: Tensor  # of features' dtype [B, S, T, D]
+    latest: Tensor  # int64 [S, W]
+    replaced: Tensor  # int64 [S, W]
+    ahead: Tensor  # int64 [S]
+    share: Tensor  # float32 [S, drafts], W >= drafts >= 1
+
+
+class CorrectArguments(NamedTuple):
+    """Arguments of ``correct_features``: A of S slots, N states that are held."""
+
+    drafted: Tensor  # float32, float16 or bfloat16 [B A, T, D]
+    errors: Tensor  # of drafted's dtype [B, drafts, S, T, D]
+    state: Tensor  # float32 [A, C, H, W]
+    previous: Tensor  # float32 [A, C, H, W]
+    asked: Tensor  # float32 [N, C, H, W]
+    latest: Tensor  # int64 [S, W], W > draft
+    draft: int
+    active: Tensor | None  # int64 [A]; None: A = S
+
+
 class KeepArguments(NamedTuple):
     """Arguments of ``keep_rows``: M places of each slot and one for what is not kept, G generations."""
 
@@ -49,7 +83,7 @@ class KeepArguments(NamedTuple):
 class FindArguments(NamedTuple):
     """Arguments of ``find_rows``."""
 
-    at: Tensor  # int64 [G, S, M + 1]
+    at: Written  # int64 [G, S, M + 1], written
     turn: Tensor  # int64 [S, M + 1]
     steps: Tensor  # int64 [S]
     places: Written  # int64 [G, S, M], written
@@ -66,3 +100,13 @@ class TallyArguments(NamedTuple):
     lengths: Tensor  # int64 [S]
     steps: Tensor  # int64 [S]
     deviation: Written  # float32 [K], written
+
+
+class RenewArguments(NamedTuple):
+    """Arguments of ``renew_slots``: N images."""
+
+    steps: Tensor  # int64 [S]
+    images: Tensor  # int64 [S]
+    numbers: Tensor  # int64 [N]
+    indices: Written  # int64 [S], written
+    rounds: Written  # int64 [S], written

@@ -6,10 +6,28 @@ import torch
 from torch import Tensor
 
 from free_kernels.ops.coupling.reference import gaussian_transition
-from free_kernels.ops.drafting.arguments import AdvanceArguments, FindArguments, KeepArguments, TallyArguments
+from free_kernels.ops.drafting.arguments import (
+    AdvanceArguments,
+    CorrectArguments,
+    FindArguments,
+    FollowArguments,
+    KeepArguments,
+    OpenArguments,
+    RenewArguments,
+    TallyArguments,
+)
 
 # What a squared gap that is not finite counts as in the sums of a run.
 LARGEST_GAP_SQ = 1e30
+
+
+def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ``free_kernels.ops.drafting.api.open_round``."""
+    ahead = torch.arange(a.length, device=a.current.device)
+    steps = (a.current.unsqueeze(1) + ahead).clamp_(max=len(a.timesteps) - 1)
+    states = a.state.new_zeros(len(a.state), a.length, *a.state.shape[1:])
+    states[:, 0] = a.state
+    return steps, a.timesteps[steps], a.table[steps], states
 
 
 def share_of_way(state: Tensor, latest: Tensor, replaced: Tensor) -> Tensor:
@@ -51,6 +69,31 @@ def advance_drafts(a: AdvanceArguments) -> Tensor:
     return shares
 
 
+def follow_features(a: FollowArguments) -> Tensor:
+    """See ``free_kernels.ops.drafting.api.follow_features``."""
+    known = a.ahead.clamp(max=a.share.shape[1])
+    last = (known - 1).clamp_(min=0).unsqueeze(1)
+    latest, replaced = (places.gather(1, last).squeeze(1) for places in (a.latest, a.replaced))
+    shape = (1, -1, 1, 1)
+    feature = a.features.index_select(1, latest.clamp(min=0)).float()
+    way = feature - a.features.index_select(1, replaced.clamp(min=0)).float()
+    ahead = feature + a.share.gather(1, last).view(shape) * way
+    # A row that is not there may hold anything.
+    feature = torch.where((replaced >= 0).view(shape), ahead, feature)
+    return torch.where((known > 0).view(shape), feature.to(a.parent.dtype), a.parent)
+
+
+def correct_features(a: CorrectArguments) -> Tensor:
+    """See ``free_kernels.ops.drafting.api.correct_features``."""
+    place, errors = a.latest[:, a.draft], a.errors[:, a.draft]
+    if a.active is not None:
+        place, errors = place[a.active], errors[:, a.active]
+    there = a.asked[place.clamp(min=0)]
+    apart, step = ((a.state - other).flatten(1).square().sum(1) for other in (there, a.previous))
+    serves = ((place >= 0) & (apart < step)).view(-1, 1, 1)
+    return a.drafted + torch.where(serves, errors, 0.0).flatten(0, 1)
+
+
 def keep_rows(a: KeepArguments) -> None:
     """See ``free_kernels.ops.drafting.api.keep_rows``."""
     generations, slots, places = a.at.shape
@@ -80,6 +123,7 @@ def find_rows(a: FindArguments) -> None:
     """See ``free_kernels.ops.drafting.api.find_rows``."""
     generations, slots, places = a.at.shape
     rows = places - 1
+    a.at.masked_fill_((a.steps == 0).unsqueeze(1), -1)
     step = a.steps.unsqueeze(1) + torch.arange(-1, rows - 1, device=a.steps.device)
     first = torch.arange(slots, device=step.device).unsqueeze(1) * places
     place = step % rows + first
@@ -106,3 +150,11 @@ def tally_round(a: TallyArguments) -> Tensor:
         a.deviation.index_add_(0, step.flatten(), known.flatten())
     finite = a.output.isfinite().all() & a.next_states.isfinite().all()
     return finite.to(torch.int64).view(1)
+
+
+def renew_slots(a: RenewArguments) -> Tensor:
+    """See ``free_kernels.ops.drafting.api.renew_slots``."""
+    fresh = a.steps == 0
+    a.indices.copy_(a.numbers.index_select(0, a.images.clamp(min=0)))
+    a.rounds.add_(1).masked_fill_(fresh, 0)
+    return fresh

@@ -1,4 +1,4 @@
-"""The kernels of the drafting ops: drafts from outputs, drafts from refused rows, the memory of these, a round's tally.
+"""The kernels of a round: what it begins with, drafts from outputs and from refused rows, its tally, renewed slots.
 
 Drafts of given outputs are independent from element to element, so programs share a state's elements and go through
 the drafts with theirs. A secant needs the inner products of whole states before each draft, so one program makes all
@@ -119,95 +119,6 @@ def replay_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
-def _copy(p_from, p_to, size, BLOCK: tl.constexpr):
-    """Copy ``size`` elements; returns how many of them are not finite."""
-    b_wrong = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, size, BLOCK):
-        o = i + tl.arange(0, BLOCK)
-        mask = o < size
-        b_row = tl.load(p_from + o, mask=mask, other=0.0)
-        tl.store(p_to + o, b_row, mask=mask)
-        # Written so that a NaN counts.
-        b_wrong += tl.where(tl.abs(b_row.to(tl.float32)) < float("inf"), 0, 1)
-    return tl.sum(b_wrong, 0)
-
-
-@triton.jit
-def _count_wrong(p_from, size, BLOCK: tl.constexpr):
-    """How many of ``size`` elements are not finite."""
-    b_wrong = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, size, BLOCK):
-        o = i + tl.arange(0, BLOCK)
-        b_row = tl.load(p_from + o, mask=o < size, other=0.0)
-        b_wrong += tl.where(tl.abs(b_row.to(tl.float32)) < float("inf"), 0, 1)
-    return tl.sum(b_wrong, 0)
-
-
-@triton.jit(do_not_specialize=["length", "slots", "places", "packed"])
-def keep_kernel(
-    p_states, p_features, p_output, p_row_offsets, p_committed, p_lengths, p_steps, p_at, p_turn, p_held_states,
-    p_held_features, p_held_output, length, slots, places, packed, numel, feature_numel, output_numel,
-    BRANCHES: tl.constexpr, GENERATIONS: tl.constexpr, WITH_OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Keep one row of one slot."""
-    i_slot, j = tl.program_id(0) // length, tl.program_id(0) % length
-    committed, rows = tl.load(p_committed + i_slot), places - 1
-    behind = j - committed
-    if (behind >= -1) & (behind < rows - 1) & (j < tl.load(p_lengths + i_slot)):
-        packed_row = tl.load(p_row_offsets + i_slot) + j
-        step = tl.load(p_steps + i_slot) + j
-        place = i_slot.to(tl.int64) * places + step % rows
-        turn = (tl.load(p_turn + place) + 1) % GENERATIONS
-        index = turn * slots * places + place
-        _copy(p_states + (i_slot.to(tl.int64) * length + j) * numel, p_held_states + index * numel, numel, BLOCK)
-        wrong = 0
-        for branch in tl.static_range(BRANCHES):
-            from_row = packed_row + branch * packed
-            to_row = index + branch * GENERATIONS * slots * places
-            wrong += _copy(
-                p_features + from_row * feature_numel, p_held_features + to_row * feature_numel, feature_numel, BLOCK
-            )
-            p_said = p_output + from_row * output_numel
-            if WITH_OUTPUT:
-                wrong += _copy(p_said, p_held_output + to_row * output_numel, output_numel, BLOCK)
-            else:
-                wrong += _count_wrong(p_said, output_numel, BLOCK)
-        tl.store(p_turn + place, turn)
-        tl.store(p_at + index, tl.where(wrong == 0, step, -1))
-
-
-@triton.jit
-def _found(p_at, p_turn, step, place, mask, turns_on, all_places, GENERATIONS: tl.constexpr):
-    """Number of the row of each step, -1 where there is none."""
-    b_turn = (tl.load(p_turn + place, mask=mask, other=0) + turns_on) % GENERATIONS
-    b_index = b_turn * all_places + place
-    return tl.where(tl.load(p_at + b_index, mask=mask, other=-2) == step, b_index, -1)
-
-
-@triton.jit(do_not_specialize=["slots", "places"])
-def find_kernel(
-    p_at, p_turn, p_steps, p_places, p_ahead, slots, places, GENERATIONS: tl.constexpr, ENTRIES: tl.constexpr
-):
-    """Rows of the steps ahead of one slot."""
-    i_slot = tl.program_id(0).to(tl.int64)
-    rows, all_places = places - 1, slots.to(tl.int64) * places
-    o = tl.arange(0, ENTRIES)
-    mask = o < rows
-    step = tl.load(p_steps + i_slot) - 1 + o
-    place = i_slot * places + (step + rows) % rows
-    b_latest = _found(p_at, p_turn, step, place, mask, 0, all_places, GENERATIONS)
-    missing = mask & (o > 0) & (b_latest < 0)
-    ahead = tl.min(tl.where(missing, o, rows), 0) - 1
-    tl.store(p_ahead + i_slot, ahead.to(tl.int64))
-    served = (o <= ahead) & (ahead > 0)
-    p_own = p_places + i_slot * rows + o
-    tl.store(p_own, tl.where(served, b_latest, -1), mask=mask)
-    if GENERATIONS > 1:
-        b_replaced = _found(p_at, p_turn, step, place, mask, 1, all_places, GENERATIONS)
-        tl.store(p_own + slots.to(tl.int64) * rows, tl.where(served, b_replaced, -1), mask=mask)
-
-
 @triton.jit(do_not_specialize=["slots", "drafts", "num_steps", "output_numel", "numel"])
 def tally_kernel(
     p_output, p_next_states, p_gap_sq, p_committed, p_lengths, p_steps, p_deviation, p_finite, slots, drafts,
@@ -229,3 +140,37 @@ def tally_kernel(
         b_gap = tl.where(tl.abs(b_gap) < float("inf"), b_gap, _LARGEST_GAP_SQ)
         step = tl.minimum(tl.load(p_steps + i_program) + o_l, num_steps - 1)
         tl.atomic_add(p_deviation + step, b_gap, mask=mask)
+
+
+@triton.jit(do_not_specialize=["length", "num_steps"])
+def open_kernel(
+    p_state, p_current, p_timesteps, p_table, p_steps, p_network_steps, p_columns, p_states, length, num_steps, numel,
+    PADDED_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one slot's state; the first program of a slot has its steps and coefficients, too."""
+    blocks = tl.cdiv(numel, BLOCK)
+    i_slot, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    b_state = tl.load(p_state + i_slot * numel + o, mask=o < numel, other=0.0)
+    tl.store(p_states + i_slot * length * numel + o, b_state, mask=o < numel)
+    if i_block == 0:
+        o_l = tl.arange(0, PADDED_LENGTH)
+        mask = o_l < length
+        step = tl.minimum(tl.load(p_current + i_slot) + o_l, num_steps - 1)
+        tl.store(p_steps + i_slot * length + o_l, step, mask=mask)
+        tl.store(p_network_steps + i_slot * length + o_l, tl.load(p_timesteps + step, mask=mask, other=0), mask=mask)
+        for column in tl.static_range(NUM_COLUMNS):
+            b_column = tl.load(p_table + step * NUM_COLUMNS + column, mask=mask, other=0.0)
+            tl.store(p_columns + (i_slot * length + o_l) * NUM_COLUMNS + column, b_column, mask=mask)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def renew_kernel(p_steps, p_images, p_numbers, p_indices, p_rounds, p_fresh, slots, BLOCK: tl.constexpr):
+    """A block of slots."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = o < slots
+    b_fresh = tl.load(p_steps + o, mask=mask, other=1) == 0
+    image = tl.maximum(tl.load(p_images + o, mask=mask, other=0), 0)
+    tl.store(p_indices + o, tl.load(p_numbers + image, mask=mask, other=0), mask=mask)
+    tl.store(p_rounds + o, tl.where(b_fresh, 0, tl.load(p_rounds + o, mask=mask, other=0) + 1), mask=mask)
+    tl.store(p_fresh + o, b_fresh, mask=mask)

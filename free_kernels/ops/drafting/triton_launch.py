@@ -10,14 +10,24 @@ import triton
 from torch import Tensor
 
 from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configuration
-from free_kernels.ops.drafting.arguments import AdvanceArguments, FindArguments, KeepArguments, TallyArguments
+from free_kernels.ops.drafting.arguments import (
+    AdvanceArguments,
+    CorrectArguments,
+    FindArguments,
+    FollowArguments,
+    KeepArguments,
+    OpenArguments,
+    RenewArguments,
+    TallyArguments,
+)
 from free_kernels.ops.drafting.triton_kernels import (
     advance_kernel,
-    find_kernel,
-    keep_kernel,
+    open_kernel,
+    renew_kernel,
     replay_kernel,
     tally_kernel,
 )
+from free_kernels.ops.drafting.triton_rows import correct_kernel, find_kernel, follow_kernel, keep_kernel
 from free_kernels.ops.triton_device import current, warp_size
 
 # Whether the kernels run in Triton's interpreter, on CPU tensors.
@@ -25,6 +35,8 @@ INTERPRETED = not isinstance(advance_kernel, triton.runtime.JITFunction)
 # Elements of a program that shares a state with others, and of one that has it alone or copies a row, which should
 # have many loads on their way at once.
 _SHARED_BLOCK, _ALONE_BLOCK, _TALLY_BLOCK = 256, 2048, 1024
+# Slots of a program that has nothing else to do.
+_SLOTS = 32
 
 
 def alone_block(numel: int) -> int:
@@ -97,9 +109,70 @@ def find_rows(a: FindArguments) -> None:
             *a,
             *(slots, places),
             GENERATIONS=generations,
-            ENTRIES=triton.next_power_of_2(places - 1),
+            ENTRIES=triton.next_power_of_2(places),
             num_warps=1,
         )
+
+
+def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Contract of :func:`free_kernels.ops.drafting.open_round`; arguments have been checked."""
+    slots, *latent = a.state.shape
+    numel, rows = math.prod(latent), (slots, a.length)
+    steps, columns = a.current.new_empty(rows), a.table.new_empty(*rows, a.table.shape[1])
+    outputs = steps, torch.empty_like(steps), columns, a.state.new_empty(*rows, *latent)
+    blocks = triton.cdiv(numel, _TALLY_BLOCK)
+    if slots:
+        with current(a.state):
+            open_kernel[(slots * blocks,)](
+                *(*a[:4], *outputs, a.length, len(a.timesteps), numel),
+                PADDED_LENGTH=triton.next_power_of_2(a.length),
+                BLOCK=_TALLY_BLOCK,
+                num_warps=warps_for(_TALLY_BLOCK, warp_size(a.state.device)),
+            )
+    return outputs
+
+
+def renew_slots(a: RenewArguments) -> Tensor:
+    """Contract of :func:`free_kernels.ops.drafting.renew_slots`; arguments have been checked."""
+    fresh = torch.empty(len(a.steps), dtype=torch.bool, device=a.steps.device)
+    if len(a.steps):
+        with current(a.steps):
+            grid = (triton.cdiv(len(a.steps), _SLOTS),)
+            renew_kernel[grid](*a, fresh, len(a.steps), BLOCK=_SLOTS, num_warps=1)
+    return fresh
+
+
+def follow_features(a: FollowArguments) -> Tensor:
+    """Contract of :func:`free_kernels.ops.drafting.follow_features`; arguments have been checked."""
+    out = torch.empty_like(a.parent)
+    branches, slots, tokens, width = a.parent.shape
+    blocks = triton.cdiv(tokens * width, _TALLY_BLOCK)
+    if out.numel():
+        with current(out):
+            follow_kernel[(branches * slots * blocks,)](
+                *(*a, out, slots, a.features.shape[1], a.latest.shape[1], a.share.shape[1], tokens * width),
+                BLOCK=_TALLY_BLOCK,
+                num_warps=warps_for(_TALLY_BLOCK, warp_size(out.device)),
+            )
+    return out
+
+
+def correct_features(a: CorrectArguments) -> Tensor:
+    """Contract of :func:`free_kernels.ops.drafting.correct_features`; arguments have been checked."""
+    out = torch.empty_like(a.drafted)
+    branches, drafts, slots, tokens, width = a.errors.shape
+    rows, state_numel = len(a.state), math.prod(a.state.shape[1:])
+    tensors = a.drafted, a.errors, a.state, a.previous, a.asked, a.latest, a.active, out
+    if out.numel():
+        with current(out):
+            correct_kernel[(rows * triton.cdiv(tokens * width, _ALONE_BLOCK),)](
+                *(*tensors, rows, slots, drafts, a.draft, a.latest.shape[1], state_numel, tokens * width),
+                BRANCHES=branches,
+                STATE_BLOCK=alone_block(state_numel),
+                BLOCK=_ALONE_BLOCK,
+                num_warps=warps_for(_ALONE_BLOCK, warp_size(out.device)),
+            )
+    return out
 
 
 def tally_round(a: TallyArguments) -> Tensor:
@@ -121,26 +194,31 @@ def tally_round(a: TallyArguments) -> Tensor:
 
 
 _FLOATS = ("states", "mean", "std", "noise", "columns", "asked", "share", "held_states", "next_states", "gap_sq")
+_FLOATS += ("state", "previous", "table")
 _INTEGERS = ("rows", "replaced", "row_offsets", "committed", "lengths", "steps", "at", "turn", "places", "ahead")
+_INTEGERS += ("current", "timesteps", "network_steps", "images", "numbers", "indices", "rounds", "latest", "active")
+# Of the output's dtype.
+_GIVEN = ("output", "features", "held_features", "held_output", "parent", "out", "drafted", "errors")
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
     """All output dtypes and flags of drafts, both sizes of blocks; memories with and without guidance and outputs."""
     types = {f"p_{name}": "*fp32" for name in (*_FLOATS, "deviation")} | {"guidance_scale": "fp32", "clip": "fp32"}
-    types |= {f"p_{name}": "*i64" for name in (*_INTEGERS, "finite")}
+    types |= {f"p_{name}": "*i64" for name in (*_INTEGERS, "finite")} | {"p_fresh": "*i1"}
     found = []
 
     def add(kernel: object, dtype: torch.dtype, block: int, values: dict, aligned: bool = True) -> None:
         name = kernel.__name__
-        floats = dict.fromkeys(("p_output", "p_features", "p_held_features", "p_held_output"), POINTERS[dtype])
+        floats = {f"p_{given}": POINTERS[dtype] for given in _GIVEN}
         said = " ".join(f"{key.lower()}={value}" for key, value in values.items() if value is not None)
-        sizes = ["numel", "guided_numel", "output_stride", "feature_numel", "output_numel"] if aligned else []
+        sizes = ("numel", "guided_numel", "output_stride", "feature_numel", "output_numel", "state_numel")
+        fixed = [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize]
         found.append(
             configuration(
                 kernel,
                 types | floats,
                 values | {"BLOCK": block},
-                [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize],
+                fixed if aligned else [],
                 label=f"{name} {str(dtype).removeprefix('torch.')} {block} {said}",
                 group=f"{name.removesuffix('_kernel')}",
                 size=block * (1 + sum(int(value or 0) for value in values.values())),
@@ -159,6 +237,13 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         add(keep_kernel, dtype, _ALONE_BLOCK, values | ({} if output else {"p_held_output": None}))
     for dtype, drafts in product(dtypes, (1, 16)):
         add(tally_kernel, dtype, _TALLY_BLOCK, {"PADDED_DRAFTS": drafts})
+        add(follow_kernel, dtype, _TALLY_BLOCK, {})
+    for dtype, branches, block, active in product(dtypes, (1, 2), (64, _ALONE_BLOCK), (False, True)):
+        values = {"BRANCHES": branches, "STATE_BLOCK": block} | ({} if active else {"p_active": None})
+        add(correct_kernel, dtype, _ALONE_BLOCK, values)
     for generations, entries in product((1, 2), (2, 32)):
         add(find_kernel, torch.float32, 0, {"GENERATIONS": generations, "ENTRIES": entries})
+    for length in (1, 32):
+        add(open_kernel, torch.float32, _TALLY_BLOCK, {"PADDED_LENGTH": length})
+    add(renew_kernel, torch.float32, _SLOTS, {})
     return found

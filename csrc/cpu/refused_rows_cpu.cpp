@@ -1,0 +1,244 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+
+#include "../checks.h"
+#include "floats.h"
+
+namespace free_kernels {
+namespace {
+
+template <typename T>
+void follow(const T* latest, const T* replaced, float share, int64_t size, T* out) {
+  for (int64_t e = 0; e < size; ++e) {
+    const float here = to_float(latest[e]);
+    out[e] = static_cast<T>(here + share * (here - to_float(replaced[e])));
+  }
+}
+
+Tensor follow_features(const Tensor& features, const Tensor& parent, const Tensor& latest,
+                       const Tensor& replaced, const Tensor& ahead, const Tensor& share) {
+  constexpr const char* op = "follow_features";
+  constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
+  STD_TORCH_CHECK(features.dim() == 4, op, ": features must have 4 dimensions, got ", features.dim());
+  STD_TORCH_CHECK(parent.dim() == 4, op, ": parent must have 4 dimensions, got ", parent.dim());
+  STD_TORCH_CHECK(latest.dim() == 2 && share.dim() == 2, op, ": latest and share must have 2 dimensions");
+  const auto f = features.sizes();
+  const int64_t branches = f[0], held = f[1], size = f[2] * f[3];
+  const int64_t slots = parent.size(1), width = latest.size(1), drafts = share.size(1);
+  check_tensor(op, "features", features, features.scalar_type(), {branches, held, f[2], f[3]}, features);
+  check_tensor(op, "parent", parent, features.scalar_type(), {branches, slots, f[2], f[3]}, features);
+  check_tensor(op, "latest", latest, kLong, {slots, width}, features);
+  check_tensor(op, "replaced", replaced, kLong, {slots, width}, features);
+  check_tensor(op, "ahead", ahead, kLong, {slots}, features);
+  check_tensor(op, "share", share, kFloat, {slots, drafts}, features);
+  STD_TORCH_CHECK(drafts >= 1 && drafts <= width, op, ": share must be [S, drafts] with drafts in [1, ",
+                  width, "], got ", drafts);
+  Tensor out = empty_on(features, {branches, slots, f[2], f[3]}, features.scalar_type());
+  with_floats(op, "features", features, [&](const auto* rows) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const T* parents = static_cast<const T*>(parent.const_data_ptr());
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const int64_t known = std::min(ints(ahead)[slot], drafts), last = std::max<int64_t>(known - 1, 0);
+      const int64_t row = ints(latest)[slot * width + last], older = ints(replaced)[slot * width + last];
+      STD_TORCH_CHECK(row < held && older < held && (known <= 0 || row >= 0), op,
+                      ": latest and replaced must be rows of the ", held, " held ones, got ", row, " and ",
+                      older);
+      for (int64_t branch = 0; branch < branches; ++branch) {
+        T* own = to + (branch * slots + slot) * size;
+        const T* here = rows + (branch * held + row) * size;
+        if (known <= 0)
+          std::copy_n(parents + (branch * slots + slot) * size, size, own);
+        else if (older < 0)
+          std::copy_n(here, size, own);
+        else
+          follow(here, rows + (branch * held + older) * size, const_floats(share)[slot * drafts + last], size,
+                 own);
+      }
+    }
+  });
+  return out;
+}
+
+double distance_sq(const float* a, const float* b, int64_t count) {
+  return sum(count, [&](int64_t e) { return (a[e] - b[e]) * (a[e] - b[e]); });
+}
+
+Tensor correct_features(const Tensor& drafted, const Tensor& errors, const Tensor& state,
+                        const Tensor& previous, const Tensor& asked, const Tensor& latest, int64_t draft,
+                        const std::optional<Tensor>& active) {
+  constexpr const char* op = "correct_features";
+  constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
+  STD_TORCH_CHECK(drafted.dim() == 3, op, ": drafted must have 3 dimensions, got ", drafted.dim());
+  STD_TORCH_CHECK(errors.dim() == 5, op, ": errors must have 5 dimensions, got ", errors.dim());
+  STD_TORCH_CHECK(state.dim() == 4 && asked.dim() == 4, op, ": state and asked must have 4 dimensions");
+  STD_TORCH_CHECK(latest.dim() == 2, op, ": latest must have 2 dimensions, got ", latest.dim());
+  const auto d = drafted.sizes(), s = state.sizes();
+  const int64_t branches = errors.size(0), drafts = errors.size(1), slots = errors.size(2), rows = s[0];
+  const int64_t size = d[1] * d[2], state_size = s[1] * s[2] * s[3], width = latest.size(1),
+                held = asked.size(0);
+  check_tensor(op, "drafted", drafted, drafted.scalar_type(), {branches * rows, d[1], d[2]}, drafted);
+  check_tensor(op, "errors", errors, drafted.scalar_type(), {branches, drafts, slots, d[1], d[2]}, drafted);
+  check_tensor(op, "state", state, kFloat, {rows, s[1], s[2], s[3]}, drafted);
+  check_tensor(op, "previous", previous, kFloat, {rows, s[1], s[2], s[3]}, drafted);
+  check_tensor(op, "asked", asked, kFloat, {held, s[1], s[2], s[3]}, drafted);
+  check_tensor(op, "latest", latest, kLong, {slots, width}, drafted);
+  if (active) check_tensor(op, "active", *active, kLong, {rows}, drafted);
+  STD_TORCH_CHECK(active || rows == slots, op, ": state must have a row for each of the ", slots,
+                  " slots, got ", rows);
+  STD_TORCH_CHECK(draft >= 0 && draft < std::min(drafts, width), op, ": draft must be in [0, ",
+                  std::min(drafts, width), "), got ", draft);
+  Tensor out = empty_on(drafted, {branches * rows, d[1], d[2]}, drafted.scalar_type());
+  with_floats(op, "drafted", drafted, [&](const auto* given) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(given)>>;
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    const T* wrong = static_cast<const T*>(errors.const_data_ptr());
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t slot = active ? ints(*active)[i] : i;
+      STD_TORCH_CHECK(slot >= 0 && slot < slots, op, ": active must be in [0, ", slots, "), got ", slot);
+      const int64_t place = ints(latest)[slot * width + draft];
+      STD_TORCH_CHECK(place < held, op, ": latest must be below ", held, ", got ", place);
+      const float* own = const_floats(state) + i * state_size;
+      const bool serves =
+          place >= 0 && distance_sq(own, const_floats(asked) + place * state_size, state_size) <
+                            distance_sq(own, const_floats(previous) + i * state_size, state_size);
+      for (int64_t branch = 0; branch < branches; ++branch) {
+        const int64_t row = (branch * rows + i) * size;
+        const T* error = wrong + ((branch * drafts + draft) * slots + slot) * size;
+        if (!serves) {
+          std::copy_n(given + row, size, to + row);
+          continue;
+        }
+        for (int64_t e = 0; e < size; ++e)
+          to[row + e] = static_cast<T>(to_float(given[row + e]) + to_float(error[e]));
+      }
+    }
+  });
+  return out;
+}
+
+void keep_rows(const Tensor& states, const Tensor& features, const Tensor& output, const Tensor& row_offsets,
+               const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& at,
+               const Tensor& turn, const Tensor& held_states, const Tensor& held_features,
+               const std::optional<Tensor>& held_output) {
+  constexpr const char* op = "keep_rows";
+  constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
+  STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
+  STD_TORCH_CHECK(features.dim() == 3, op, ": features must have 3 dimensions, got ", features.dim());
+  STD_TORCH_CHECK(output.dim() == 4, op, ": output must have 4 dimensions, got ", output.dim());
+  STD_TORCH_CHECK(at.dim() == 3, op, ": at must have 3 dimensions, got ", at.dim());
+  STD_TORCH_CHECK(held_features.dim() == 6, op, ": held_features must have 6 dimensions, got ",
+                  held_features.dim());
+  const auto s = states.sizes(), f = features.sizes(), o = output.sizes();
+  const int64_t slots = s[0], generations = at.size(0), places = at.size(2), rows = places - 1;
+  const int64_t branches = held_features.size(0);
+  STD_TORCH_CHECK(generations >= 1 && rows >= 1 && branches >= 1 && f[0] % branches == 0, op,
+                  ": at must be [G, S, M + 1] with G and M at least 1, and features [B R, T, D]");
+  const int64_t packed = f[0] / branches;
+  check_tensor(op, "states", states, kFloat, {slots, s[1], s[2], s[3], s[4]}, states);
+  check_tensor(op, "features", features, features.scalar_type(), {f[0], f[1], f[2]}, states);
+  check_tensor(op, "output", output, output.scalar_type(), {f[0], o[1], s[3], s[4]}, states);
+  check_tensor(op, "row_offsets", row_offsets, kLong, {slots + 1}, states);
+  check_tensor(op, "committed", committed, kLong, {slots}, states);
+  check_tensor(op, "lengths", lengths, kLong, {slots}, states);
+  check_tensor(op, "steps", steps, kLong, {slots}, states);
+  check_tensor(op, "at", at, kLong, {generations, slots, places}, states);
+  check_tensor(op, "turn", turn, kLong, {slots, places}, states);
+  check_tensor(op, "held_states", held_states, kFloat, {generations, slots, places, s[2], s[3], s[4]},
+               states);
+  check_tensor(op, "held_features", held_features, features.scalar_type(),
+               {branches, generations, slots, places, f[1], f[2]}, states);
+  if (held_output)
+    check_tensor(op, "held_output", *held_output, output.scalar_type(),
+                 {branches, generations, slots, places, o[1], s[3], s[4]}, states);
+
+  const int64_t state_size = s[2] * s[3] * s[4], feature_size = f[1] * f[2], output_size = o[1] * s[3] * s[4];
+  const int64_t all = generations * slots * places;
+  const auto bytes = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
+  const auto held = [](const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); };
+  const auto finite = [op](const char* name, const Tensor& tensor, int64_t row, int64_t size) {
+    bool all_finite = true;
+    with_floats(op, name, tensor,
+                [&](const auto* values) { all_finite = is_finite(values + row * size, size); });
+    return all_finite;
+  };
+  int64_t* steps_held = mutable_ints(at);
+  int64_t* turns = mutable_ints(turn);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t done = ints(committed)[slot], length = ints(lengths)[slot], step0 = ints(steps)[slot];
+    const int64_t end = std::min(length, done + rows - 1);
+    STD_TORCH_CHECK(end <= s[1] && ints(row_offsets)[slot] >= 0 && ints(row_offsets)[slot] + end <= packed,
+                    op, ": row_offsets must give slot ", slot, " at least ", end, " of the ", packed,
+                    " rows, got row ", ints(row_offsets)[slot]);
+    for (int64_t j = std::max<int64_t>(done - 1, 0); j < end; ++j) {
+      const int64_t row = ints(row_offsets)[slot] + j, step = step0 + j;
+      const int64_t place = slot * places + step % rows;
+      const int64_t generation = (turns[place] + 1) % generations;
+      const int64_t index = generation * slots * places + place;
+      turns[place] = generation;
+      bool usable = true;
+      std::memcpy(held(held_states) + index * state_size * 4,
+                  bytes(states) + (slot * s[1] + j) * state_size * 4, state_size * 4);
+      for (int64_t branch = 0; branch < branches; ++branch) {
+        const int64_t from = branch * packed + row, to = branch * all + index;
+        usable = usable && finite("features", features, from, feature_size) &&
+                 finite("output", output, from, output_size);
+        const int64_t feature_bytes = feature_size * static_cast<int64_t>(features.element_size());
+        std::memcpy(held(held_features) + to * feature_bytes, bytes(features) + from * feature_bytes,
+                    feature_bytes);
+        if (!held_output) continue;
+        const int64_t output_bytes = output_size * static_cast<int64_t>(output.element_size());
+        std::memcpy(held(*held_output) + to * output_bytes, bytes(output) + from * output_bytes,
+                    output_bytes);
+      }
+      steps_held[index] = usable ? step : -1;
+    }
+  }
+}
+
+void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const Tensor& places,
+               const Tensor& ahead) {
+  constexpr const char* op = "find_rows";
+  constexpr ScalarType kLong = ScalarType::Long;
+  STD_TORCH_CHECK(at.dim() == 3 && at.size(0) >= 1 && at.size(2) >= 2, op,
+                  ": at must be [G, S, M + 1] with G and M at least 1");
+  const int64_t generations = at.size(0), slots = at.size(1), width = at.size(2), rows = width - 1;
+  check_tensor(op, "at", at, kLong, {generations, slots, width}, at);
+  check_tensor(op, "turn", turn, kLong, {slots, width}, at);
+  check_tensor(op, "steps", steps, kLong, {slots}, at);
+  check_tensor(op, "places", places, kLong, {generations, slots, rows}, at);
+  check_tensor(op, "ahead", ahead, kLong, {slots}, at);
+  for (int64_t slot = 0; slot < slots; ++slot) {
+    // The rows of the image before.
+    if (ints(steps)[slot] == 0)
+      for (int64_t generation = 0; generation < generations; ++generation)
+        std::fill_n(mutable_ints(at) + (generation * slots + slot) * width, width, -1);
+    const auto find = [&](int64_t entry, int64_t turns_on) -> int64_t {
+      const int64_t step = ints(steps)[slot] - 1 + entry;
+      const int64_t place = slot * width + (step % rows + rows) % rows;
+      const int64_t generation = (ints(turn)[place] + turns_on) % generations;
+      const int64_t index = generation * slots * width + place;
+      return ints(at)[index] == step ? index : -1;
+    };
+    int64_t count = 0;
+    while (count + 1 < rows && find(count + 1, 0) >= 0) ++count;
+    mutable_ints(ahead)[slot] = count;
+    for (int64_t generation = 0; generation < generations; ++generation)
+      for (int64_t entry = 0; entry < rows; ++entry)
+        mutable_ints(places)[(generation * slots + slot) * rows + entry] =
+            count > 0 && entry <= count ? find(entry, generation) : -1;
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
+  library.impl("follow_features_cpu", TORCH_BOX(&follow_features));
+  library.impl("correct_features_cpu", TORCH_BOX(&correct_features));
+  library.impl("keep_rows_cpu", TORCH_BOX(&keep_rows));
+  library.impl("find_rows_cpu", TORCH_BOX(&find_rows));
+}
+
+}  // namespace free_kernels

@@ -1,0 +1,163 @@
+"""The kernels of refused rows: keeping and finding them, and what drafts take from them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _copy(p_from, p_to, size, BLOCK: tl.constexpr):
+    """Copy ``size`` elements; returns how many of them are not finite."""
+    b_wrong = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, size, BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        mask = o < size
+        b_row = tl.load(p_from + o, mask=mask, other=0.0)
+        tl.store(p_to + o, b_row, mask=mask)
+        # Written so that a NaN counts.
+        b_wrong += tl.where(tl.abs(b_row.to(tl.float32)) < float("inf"), 0, 1)
+    return tl.sum(b_wrong, 0)
+
+
+@triton.jit
+def _count_wrong(p_from, size, BLOCK: tl.constexpr):
+    """How many of ``size`` elements are not finite."""
+    b_wrong = tl.zeros([BLOCK], tl.int32)
+    for i in range(0, size, BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        b_row = tl.load(p_from + o, mask=o < size, other=0.0)
+        b_wrong += tl.where(tl.abs(b_row.to(tl.float32)) < float("inf"), 0, 1)
+    return tl.sum(b_wrong, 0)
+
+
+@triton.jit(do_not_specialize=["length", "slots", "places", "packed"])
+def keep_kernel(
+    p_states, p_features, p_output, p_row_offsets, p_committed, p_lengths, p_steps, p_at, p_turn, p_held_states,
+    p_held_features, p_held_output, length, slots, places, packed, numel, feature_numel, output_numel,
+    BRANCHES: tl.constexpr, GENERATIONS: tl.constexpr, WITH_OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keep one row of one slot."""
+    i_slot, j = tl.program_id(0) // length, tl.program_id(0) % length
+    committed, rows = tl.load(p_committed + i_slot), places - 1
+    behind = j - committed
+    if (behind >= -1) & (behind < rows - 1) & (j < tl.load(p_lengths + i_slot)):
+        packed_row = tl.load(p_row_offsets + i_slot) + j
+        step = tl.load(p_steps + i_slot) + j
+        place = i_slot.to(tl.int64) * places + step % rows
+        turn = (tl.load(p_turn + place) + 1) % GENERATIONS
+        index = turn * slots * places + place
+        _copy(p_states + (i_slot.to(tl.int64) * length + j) * numel, p_held_states + index * numel, numel, BLOCK)
+        wrong = 0
+        for branch in tl.static_range(BRANCHES):
+            from_row = packed_row + branch * packed
+            to_row = index + branch * GENERATIONS * slots * places
+            wrong += _copy(
+                p_features + from_row * feature_numel, p_held_features + to_row * feature_numel, feature_numel, BLOCK
+            )
+            p_said = p_output + from_row * output_numel
+            if WITH_OUTPUT:
+                wrong += _copy(p_said, p_held_output + to_row * output_numel, output_numel, BLOCK)
+            else:
+                wrong += _count_wrong(p_said, output_numel, BLOCK)
+        tl.store(p_turn + place, turn)
+        tl.store(p_at + index, tl.where(wrong == 0, step, -1))
+
+
+@triton.jit
+def _found(p_at, p_turn, step, place, mask, turns_on, all_places, GENERATIONS: tl.constexpr):
+    """Number of the row of each step, -1 where there is none."""
+    b_turn = (tl.load(p_turn + place, mask=mask, other=0) + turns_on) % GENERATIONS
+    b_index = b_turn * all_places + place
+    return tl.where(tl.load(p_at + b_index, mask=mask, other=-2) == step, b_index, -1)
+
+
+@triton.jit(do_not_specialize=["slots", "places"])
+def find_kernel(
+    p_at, p_turn, p_steps, p_places, p_ahead, slots, places, GENERATIONS: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """Rows of the steps ahead of one slot."""
+    i_slot = tl.program_id(0).to(tl.int64)
+    rows, all_places = places - 1, slots.to(tl.int64) * places
+    o = tl.arange(0, ENTRIES)
+    mask = o < rows
+    step = tl.load(p_steps + i_slot) - 1 + o
+    # ENTRIES is at least the number of places.
+    place = i_slot * places + (step + rows) % rows
+    b_latest = _found(p_at, p_turn, step, place, mask, 0, all_places, GENERATIONS)
+    if tl.load(p_steps + i_slot) == 0:
+        # The rows of the image before.
+        for generation in tl.static_range(GENERATIONS):
+            p_old = p_at + generation * all_places + i_slot * places
+            tl.store(p_old + o, tl.full([ENTRIES], -1, tl.int64), mask=o < places)
+        b_latest = tl.full([ENTRIES], -1, tl.int64)
+    missing = mask & (o > 0) & (b_latest < 0)
+    ahead = tl.min(tl.where(missing, o, rows), 0) - 1
+    tl.store(p_ahead + i_slot, ahead.to(tl.int64))
+    served = (o <= ahead) & (ahead > 0)
+    p_own = p_places + i_slot * rows + o
+    tl.store(p_own, tl.where(served, b_latest, -1), mask=mask)
+    if GENERATIONS > 1:
+        b_replaced = _found(p_at, p_turn, step, place, mask, 1, all_places, GENERATIONS)
+        tl.store(p_own + slots.to(tl.int64) * rows, tl.where(served, b_replaced, -1), mask=mask)
+
+
+@triton.jit(do_not_specialize=["slots", "held", "width", "drafts"])
+def follow_kernel(
+    p_features, p_parent, p_latest, p_replaced, p_ahead, p_share, p_out, slots, held, width, drafts, numel,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one slot's feature of one branch."""
+    blocks = tl.cdiv(numel, BLOCK)
+    i_row = (tl.program_id(0) // blocks).to(tl.int64)
+    i_slot, i_branch = i_row % slots, i_row // slots
+    o = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    known = tl.minimum(tl.load(p_ahead + i_slot), drafts)
+    last = tl.maximum(known - 1, 0)
+    latest, replaced = tl.load(p_latest + i_slot * width + last), tl.load(p_replaced + i_slot * width + last)
+    share = tl.load(p_share + i_slot * drafts + last)
+    has, follows = (known > 0) & (latest >= 0), (known > 0) & (replaced >= 0)
+    first = i_branch * held
+    p_row = p_features + (first + tl.maximum(latest, 0)) * numel + o
+    p_older = p_features + (first + tl.maximum(replaced, 0)) * numel + o
+    b_row = tl.load(p_row, mask=(o < numel) & has, other=0.0)
+    b_older = tl.load(p_older, mask=(o < numel) & follows, other=0.0)
+    b_parent = tl.load(p_parent + i_row * numel + o, mask=(o < numel) & (known <= 0), other=0.0)
+    b_here = b_row.to(tl.float32)
+    b_ahead = (b_here + share * (b_here - b_older.to(tl.float32))).to(b_row.dtype)
+    b_out = tl.where(has, tl.where(follows, b_ahead, b_row), b_parent)
+    tl.store(p_out + i_row * numel + o, b_out, mask=o < numel)
+
+
+@triton.jit(do_not_specialize=["rows", "slots", "drafts", "draft", "width"])
+def correct_kernel(
+    p_drafted, p_errors, p_state, p_previous, p_asked, p_latest, p_active, p_out, rows, slots, drafts, draft, width,
+    state_numel, numel,
+    BRANCHES: tl.constexpr, STATE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one row's feature, of all branches; every program of a row measures its distances."""
+    blocks = tl.cdiv(numel, BLOCK)
+    i_row = (tl.program_id(0) // blocks).to(tl.int64)
+    o = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    slot = i_row
+    if p_active is not None:
+        slot = tl.load(p_active + i_row)
+    place = tl.load(p_latest + slot * width + draft)
+    known = place >= 0
+    b_apart, b_step = tl.zeros([STATE_BLOCK], tl.float32), tl.zeros([STATE_BLOCK], tl.float32)
+    for i in range(0, state_numel, STATE_BLOCK):
+        o_state = i + tl.arange(0, STATE_BLOCK)
+        used = (o_state < state_numel) & known
+        b_state = tl.load(p_state + i_row * state_numel + o_state, mask=used, other=0.0)
+        b_there = tl.load(p_asked + tl.maximum(place, 0) * state_numel + o_state, mask=used, other=0.0)
+        b_before = tl.load(p_previous + i_row * state_numel + o_state, mask=used, other=0.0)
+        b_apart += (b_state - b_there) * (b_state - b_there)
+        b_step += (b_state - b_before) * (b_state - b_before)
+    serves = known & (tl.sum(b_apart, 0) < tl.sum(b_step, 0))
+    for branch in tl.static_range(BRANCHES):
+        place_of_row = (branch * rows + i_row) * numel + o
+        p_error = p_errors + ((branch * drafts + draft) * slots + slot) * numel + o
+        b_drafted = tl.load(p_drafted + place_of_row, mask=o < numel, other=0.0)
+        b_error = tl.load(p_error, mask=(o < numel) & serves, other=0.0)
+        b_both = (b_drafted.to(tl.float32) + b_error.to(tl.float32)).to(b_drafted.dtype)
+        tl.store(p_out + place_of_row, tl.where(serves, b_both, b_drafted), mask=o < numel)
