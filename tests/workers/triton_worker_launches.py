@@ -205,8 +205,8 @@ def random_of(keys: int, numel: int, seed: int) -> None:
 RUNS = {
     "learned": lambda: run_of(5, 3),
     "other sizes": lambda: [run_of(images, slots, seed=seed) for images, slots, seed in ((7, 2, 2**40), (9, 5, 3))],
-    "frozen": lambda: run_of(5, 3, drafter="frozen"),
-    "frozen, other sizes": lambda: [run_of(images, slots, drafter="frozen") for images, slots in ((7, 2), (9, 5))],
+    "frozen": lambda: run_of(9, 5, drafter="frozen"),
+    "frozen, other sizes": lambda: [run_of(images, slots, drafter="frozen") for images, slots in ((7, 2), (5, 3))],
     "automatic lengths": lambda: run_of(6, 3, draft_length="auto"),
     "guided": lambda: run_of(4, 2, guidance_scale=2.0),
     "block": lambda: run_of(4, 2, verification="block"),

@@ -35,18 +35,30 @@ INTERPRETED = not isinstance(advance_kernel, triton.runtime.JITFunction)
 # Elements of a program that shares a state with others, and of one that has it alone or copies a row, which should
 # have many loads on their way at once.
 _SHARED_BLOCK, _ALONE_BLOCK, _TALLY_BLOCK = 256, 2048, 1024
+# The most elements at a time of a program that makes all drafts of a slot.
+_REPLAY_BLOCK = 1024
 # Slots of a program that has nothing else to do.
 _SLOTS = 32
 
 
-def alone_block(numel: int) -> int:
-    """Elements at a time of a program that goes through D elements."""
-    return min(_ALONE_BLOCK, max(64, triton.next_power_of_2(numel)))
+def block_for(numel: int, most: int) -> int:
+    """Elements at a time, at most so many, of a program that goes through D elements."""
+    return min(most, max(64, triton.next_power_of_2(numel)))
+
+
+def padded(length: int) -> int:
+    """Rows of a slot that a kernel has room for: few values, each of which is a compilation."""
+    return max(32, triton.next_power_of_2(length))
 
 
 def warps_for(block: int, warp: int) -> int:
     """Warps of ``warp`` threads for a block: four elements a thread, which is one 16-byte access in float32."""
     return max(1, block // (4 * warp))
+
+
+def replay_warps(block: int, warp: int) -> int:
+    """Warps of a program that makes all drafts of a slot: two elements a thread, as four would spill registers."""
+    return 2 * warps_for(block, warp)
 
 
 def advance_drafts(a: AdvanceArguments) -> Tensor:
@@ -72,8 +84,8 @@ def advance_drafts(a: AdvanceArguments) -> Tensor:
             warps = warps_for(_SHARED_BLOCK, warp)
             advance_kernel[grid](*drafts, *sizes, **flags, BLOCK=_SHARED_BLOCK, num_warps=warps)
         else:
-            block = alone_block(numel)
-            warps = warps_for(block, warp)
+            block = block_for(numel, _REPLAY_BLOCK)
+            warps = replay_warps(block, warp)
             held = a.asked, a.replaced, share
             replay_kernel[(slots,)](*drafts, *held, *sizes, **flags, BLOCK=block, num_warps=warps)
     return share
@@ -125,7 +137,7 @@ def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with current(a.state):
             open_kernel[(slots * blocks,)](
                 *(*a[:4], *outputs, a.length, len(a.timesteps), numel),
-                PADDED_LENGTH=triton.next_power_of_2(a.length),
+                PADDED_LENGTH=padded(a.length),
                 BLOCK=_TALLY_BLOCK,
                 num_warps=warps_for(_TALLY_BLOCK, warp_size(a.state.device)),
             )
@@ -168,7 +180,7 @@ def correct_features(a: CorrectArguments) -> Tensor:
             correct_kernel[(rows * triton.cdiv(tokens * width, _ALONE_BLOCK),)](
                 *(*tensors, rows, slots, drafts, a.draft, a.latest.shape[1], state_numel, tokens * width),
                 BRANCHES=branches,
-                STATE_BLOCK=alone_block(state_numel),
+                STATE_BLOCK=block_for(state_numel, _ALONE_BLOCK),
                 BLOCK=_ALONE_BLOCK,
                 num_warps=warps_for(_ALONE_BLOCK, warp_size(out.device)),
             )
@@ -186,7 +198,7 @@ def tally_round(a: TallyArguments) -> Tensor:
     with current(a.steps):
         tally_kernel[(programs,)](
             *(*a, finite, slots, drafts, len(a.deviation), *numels),
-            PADDED_DRAFTS=triton.next_power_of_2(max(1, drafts)),
+            PADDED_DRAFTS=padded(drafts),
             BLOCK=_TALLY_BLOCK,
             num_warps=warps_for(_TALLY_BLOCK, warp_size(a.steps.device)),
         )
@@ -222,7 +234,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
                 label=f"{name} {str(dtype).removeprefix('torch.')} {block} {said}",
                 group=f"{name.removesuffix('_kernel')}",
                 size=block * (1 + sum(int(value or 0) for value in values.values())),
-                num_warps=warps_for(block, device.warp_size) if block else 1,
+                num_warps=(replay_warps if kernel is replay_kernel else warps_for)(block, device.warp_size),
             )
         )
 
@@ -230,12 +242,12 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     for dtype, switches in product(dtypes, product((False, True), repeat=3)):
         values = dict(zip(flags, switches, strict=True))
         add(advance_kernel, dtype, _SHARED_BLOCK, values, aligned=dtype != torch.float16)
-        for block in (64, _ALONE_BLOCK):
+        for block in (64, _REPLAY_BLOCK):
             add(replay_kernel, dtype, block, values, aligned=block > 64)
     for dtype, branches, generations, output in product(dtypes, (1, 2), (1, 2), (False, True)):
         values = {"BRANCHES": branches, "GENERATIONS": generations, "WITH_OUTPUT": output}
         add(keep_kernel, dtype, _ALONE_BLOCK, values | ({} if output else {"p_held_output": None}))
-    for dtype, drafts in product(dtypes, (1, 16)):
+    for dtype, drafts in product(dtypes, (32, 256)):
         add(tally_kernel, dtype, _TALLY_BLOCK, {"PADDED_DRAFTS": drafts})
         add(follow_kernel, dtype, _TALLY_BLOCK, {})
     for dtype, branches, block, active in product(dtypes, (1, 2), (64, _ALONE_BLOCK), (False, True)):
@@ -243,7 +255,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         add(correct_kernel, dtype, _ALONE_BLOCK, values)
     for generations, entries in product((1, 2), (2, 32)):
         add(find_kernel, torch.float32, 0, {"GENERATIONS": generations, "ENTRIES": entries})
-    for length in (1, 32):
+    for length in (32, 256):
         add(open_kernel, torch.float32, _TALLY_BLOCK, {"PADDED_LENGTH": length})
     add(renew_kernel, torch.float32, _SLOTS, {})
     return found
