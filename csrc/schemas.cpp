@@ -43,4 +43,7 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "renew_slots_cpu(Tensor steps, Tensor images, Tensor numbers, Tensor(a!) indices, Tensor(b!) "
       "rounds) -> Tensor");
+  library.def(
+      "philox_round(int seed, Tensor images, Tensor steps, int numel, bool slack, Tensor? rounds=None) -> "
+      "(Tensor noise, Tensor slack_noise, Tensor uniform)");
 }

@@ -19,6 +19,7 @@ OPS = (
     "commit_drafts",
     "philox_uniform",
     "philox_normal",
+    "philox_round",
     "advance_drafts_cpu",
     "keep_rows_cpu",
     "find_rows_cpu",

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 
 #include "../checks.h"
 
@@ -58,6 +59,28 @@ struct Normal {
   }
 };
 
+// `numel` numbers of one key.
+template <typename Law>
+void fill(int64_t seed, int64_t image, int64_t step, int64_t round, int64_t purpose, int64_t numel,
+          float* out) {
+  Words words;
+  const auto last = static_cast<uint32_t>(purpose + 256 * round);
+  for (int64_t first = 0; first < numel; first += 4 * kBlocksAtOnce) {
+    const int64_t count = std::min(numel - first, 4 * kBlocksAtOnce);
+    philox(static_cast<uint64_t>(seed), static_cast<uint32_t>(first / 4), (count + 3) / 4,
+           static_cast<uint32_t>(step), static_cast<uint32_t>(image), last, words);
+    for (int64_t e = 0; e < count; e += 4) {
+      float element[4];
+      Law::transform(words, e / 4, element);
+      std::copy_n(element, std::min<int64_t>(4, count - e), out + first + e);
+    }
+  }
+}
+
+void check_numel(const char* op, int64_t numel) {
+  STD_TORCH_CHECK(numel >= 0 && numel <= int64_t{1} << 34, op, ": numel must be in [0, 2**34], got ", numel);
+}
+
 template <typename Law>
 Tensor draw(const char* op, int64_t seed, const Tensor& images, const Tensor& steps, int64_t purpose,
             int64_t numel, const std::optional<Tensor>& rounds) {
@@ -67,27 +90,13 @@ Tensor draw(const char* op, int64_t seed, const Tensor& images, const Tensor& st
   check_tensor(op, "steps", steps, ScalarType::Long, {rows}, images);
   if (rounds) check_tensor(op, "rounds", *rounds, ScalarType::Long, {rows}, images);
   STD_TORCH_CHECK(purpose >= 0 && purpose < 256, op, ": purpose must be in [0, 256), got ", purpose);
-  STD_TORCH_CHECK(numel >= 0 && numel <= int64_t{1} << 34, op, ": numel must be in [0, 2**34], got ", numel);
+  check_numel(op, numel);
 
   Tensor out = empty_on(images, {rows, numel}, ScalarType::Float);
   float* values = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t* image = ints(images);
-  const int64_t* step = ints(steps);
-  const int64_t* round = rounds ? ints(*rounds) : nullptr;
-  Words words;
-  for (int64_t m = 0; m < rows; ++m) {
-    const auto last = static_cast<uint32_t>(purpose + 256 * (round ? round[m] : 0));
-    for (int64_t first = 0; first < numel; first += 4 * kBlocksAtOnce) {
-      const int64_t count = std::min(numel - first, 4 * kBlocksAtOnce);
-      philox(static_cast<uint64_t>(seed), static_cast<uint32_t>(first / 4), (count + 3) / 4,
-             static_cast<uint32_t>(step[m]), static_cast<uint32_t>(image[m]), last, words);
-      for (int64_t e = 0; e < count; e += 4) {
-        float element[4];
-        Law::transform(words, e / 4, element);
-        std::copy_n(element, std::min<int64_t>(4, count - e), values + m * numel + first + e);
-      }
-    }
-  }
+  for (int64_t m = 0; m < rows; ++m)
+    fill<Law>(seed, ints(images)[m], ints(steps)[m], rounds ? ints(*rounds)[m] : 0, purpose, numel,
+              values + m * numel);
   return out;
 }
 
@@ -101,11 +110,40 @@ Tensor philox_normal(int64_t seed, const Tensor& images, const Tensor& steps, in
   return draw<Normal>("philox_normal", seed, images, steps, purpose, numel, rounds);
 }
 
+// Purposes, as `free_kernels.constants.Purpose`.
+constexpr int64_t kStep = 1, kSlack = 2, kAccept = 3;
+
+std::tuple<Tensor, Tensor, Tensor> philox_round(int64_t seed, const Tensor& images, const Tensor& steps,
+                                                int64_t numel, bool slack,
+                                                const std::optional<Tensor>& rounds) {
+  constexpr const char* op = "philox_round";
+  STD_TORCH_CHECK(steps.dim() == 2, op, ": steps must have 2 dimensions, got ", steps.dim());
+  const int64_t slots = steps.size(0), length = steps.size(1);
+  check_tensor(op, "steps", steps, ScalarType::Long, {slots, length}, steps);
+  check_tensor(op, "images", images, ScalarType::Long, {slots}, steps);
+  if (rounds) check_tensor(op, "rounds", *rounds, ScalarType::Long, {slots}, steps);
+  check_numel(op, numel);
+  const int64_t slack_numel = slack ? numel : 0;
+  Tensor noise = empty_on(steps, {slots, length, numel}, ScalarType::Float);
+  Tensor other = empty_on(steps, {slots, length, slack_numel}, ScalarType::Float);
+  Tensor uniform = empty_on(steps, {slots, length}, ScalarType::Float);
+  const auto floats = [](const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
+  for (int64_t row = 0; row < slots * length; ++row) {
+    const int64_t slot = row / length, image = ints(images)[slot], step = ints(steps)[row];
+    const int64_t round = rounds ? ints(*rounds)[slot] : 0;
+    fill<Normal>(seed, image, step, round, kStep, numel, floats(noise) + row * numel);
+    fill<Normal>(seed, image, step, round, kSlack, slack_numel, floats(other) + row * slack_numel);
+    fill<Uniform>(seed, image, step, round, kAccept, 1, floats(uniform) + row);
+  }
+  return {noise, other, uniform};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("philox_uniform", TORCH_BOX(&philox_uniform));
   library.impl("philox_normal", TORCH_BOX(&philox_normal));
+  library.impl("philox_round", TORCH_BOX(&philox_round));
 }
 
 }  // namespace free_kernels

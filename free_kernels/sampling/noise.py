@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from free_kernels.constants import Purpose
-from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.ops.random import philox_normal, philox_round, philox_uniform
 from free_kernels.protocols import NoiseSource
 from free_kernels.validation import check_int, fail
 
@@ -50,6 +50,15 @@ class PhiloxNoise:
         return philox_normal(self.seed, self.keys(images), steps, int(purpose), count, rounds, self.backend).view(
             -1, *shape
         )
+
+    def of_round(
+        self, images: Tensor, steps: Tensor, shape: tuple[int, ...], slack: bool, rounds: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Noise and slack noise ``[S, L, *shape]`` and uniforms ``[S, L]`` for images ``[S]`` at steps ``[S, L]``."""
+        numbers = philox_round(self.seed, self.keys(images), steps, math.prod(shape), slack, rounds, self.backend)
+        noise, slack_noise, uniform = numbers
+        rows = *steps.shape, *shape
+        return noise.view(rows), slack_noise.view(rows) if slack else None, uniform
 
     def uniform(self, images: Tensor, steps: Tensor, purpose: int, rounds: Tensor | None = None) -> Tensor:
         """Uniforms in (0, 1], ``[M]``."""

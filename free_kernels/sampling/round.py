@@ -53,6 +53,14 @@ class RoundReport(NamedTuple):
         return cls(*(columns[first : first + count] for first in range(0, 4 * count, count)), bool(finite))
 
 
+class Numbers(NamedTuple):
+    """Random numbers of a round's rows: ``noise [S, L, ...]``, ``slack_noise`` alike or None, ``uniform [S, L]``."""
+
+    noise: Tensor
+    slack_noise: Tensor | None
+    uniform: Tensor
+
+
 class Played(NamedTuple):
     """What a round leaves on the device.
 
@@ -103,7 +111,8 @@ class Rounds:
         # A kernel that draws its noise itself saves two tensors of the size of all drafts.
         op, device = "couple_block" if job.options.block else "couple", slots.state.device
         in_kernel = use_triton(op, "coupling", device, job.options.backend)
-        self.kernel_noise = NoiseDefaults.read(job.noise, "philox") if in_kernel else None
+        self.philox = NoiseDefaults.read(job.noise, "philox")
+        self.kernel_noise = self.philox if in_kernel else None
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, len(slots), device)
         self.memory = new_memory(drafter, len(slots), job.branches, length - 1) if length > 1 else None
         self.refused: RefusedRows | None = None
@@ -161,7 +170,10 @@ class Rounds:
         job, slots = self.job, self.slots
         drafting = DraftingPass(job, slots, longest, lengths)
         steps, columns, in_kernel = drafting.steps, drafting.columns, self.kernel_noise is not None
-        if longest > 1 or not in_kernel:
+        numbers = None if in_kernel else self._numbers(steps)
+        if numbers is not None:
+            drafting.noise = numbers.noise
+        elif longest > 1:
             drafting.noise = self._draw(Purpose.STEP, steps)
         if longest > 1:
             draft_source(job, self.drafter, memory=self.memory, refused=self.refused).draft(drafting)
@@ -173,8 +185,7 @@ class Rounds:
         weights = None
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
-        noise = None if in_kernel else drafting.noise
-        coupling = self._couple(drafts, noise, steps, output, row_offsets, columns, weights)
+        coupling = self._couple(drafts, numbers, steps, output, row_offsets, columns, weights)
         decided = coupling.committed, slots.lengths, slots.steps
         finite = self.stats.tally(output, coupling, *decided, self.backend)
         if weights is not None:
@@ -190,14 +201,14 @@ class Rounds:
     def _couple(
         self,
         drafts: Drafts,
-        noise: Tensor | None,
+        numbers: Numbers | None,
         steps: Tensor,
         output: Tensor,
         row_offsets: Tensor,
         columns: Tensor,
         weights: Tensor | None,
     ) -> Coupling:
-        """Decide the round's rows, with the noise of the drafts or with a kernel that draws it again."""
+        """Decide the round's rows, with numbers that were drawn or with a kernel that draws them itself."""
         job, slots, block = self.job, self.slots, self.options.block
         settings: dict[str, Any] = {
             "guidance_scale": job.guidance_scale,
@@ -205,17 +216,13 @@ class Rounds:
             "clip": job.clip,
             "backend": self.options.backend,
         }
-        if noise is None:
+        if numbers is None:
             source = self.kernel_noise
             given = (*drafts, source.seed, source.keys(slots.indices), steps, output, row_offsets, columns)
             if block:
                 return couple_block_philox(*given, rounds=slots.rounds, **settings)
             return couple_philox(*given, relaxation=weights, **settings)
-        slack = self._draw(Purpose.SLACK, steps) if job.learned and steps.shape[1] > 1 else None
-        keys, rounds = self._keys(steps)
-        flat = None if rounds is None else rounds.view(-1)
-        uniform = job.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT, flat).view_as(steps)
-        given = (*drafts, noise, slack, uniform, output, row_offsets, columns)
+        given = (*drafts, *numbers, output, row_offsets, columns)
         return couple_block(*given, **settings) if block else couple(*given, relaxation=weights, **settings)
 
     def _learn(self, coupling: Coupling, weights: Tensor) -> None:
@@ -252,6 +259,18 @@ class Rounds:
         width = steps.shape[1]
         images = self.slots.indices.unsqueeze(1).expand(-1, width).contiguous()
         return images, self.slots.rounds.unsqueeze(1).expand(-1, width).contiguous() if self.options.block else None
+
+    def _numbers(self, steps: Tensor) -> Numbers:
+        """All random numbers of the rows at ``steps [S, L]``."""
+        job, slots = self.job, self.slots
+        slack, rounds = job.learned and steps.shape[1] > 1, slots.rounds if self.options.block else None
+        if self.philox is not None:
+            shape = tuple(job.target.latent_shape)
+            return Numbers(*self.philox.of_round(slots.indices, steps, shape, slack, rounds))
+        keys, rounds = self._keys(steps)
+        flat = None if rounds is None else rounds.view(-1)
+        uniform = job.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT, flat).view_as(steps)
+        return Numbers(self._draw(Purpose.STEP, steps), self._draw(Purpose.SLACK, steps) if slack else None, uniform)
 
     def _draw(self, purpose: Purpose, steps: Tensor) -> Tensor:
         """Standard normals ``[S, L, C, H, W]`` of rows at ``steps [S, L]``."""

@@ -205,6 +205,7 @@ def test_old_rows_and_blocks(keyed, monkeypatch):
     """
     target, schedule = GaussianTarget(), DDPMSchedule(12, variance="fixed_large")
     begin, draw, uniform = RefusedRows.__init__, PhiloxNoise.normal, PhiloxNoise.uniform
+    of_round = PhiloxNoise.of_round
 
     def all_rows(self, slots, branches, rows, *rest, **settings):
         begin(self, slots, branches, 4, *rest, **settings)
@@ -213,6 +214,7 @@ def test_old_rows_and_blocks(keyed, monkeypatch):
     if not keyed:
         monkeypatch.setattr(PhiloxNoise, "normal", lambda self, i, s, p, shape, rounds=None: draw(self, i, s, p, shape))
         monkeypatch.setattr(PhiloxNoise, "uniform", lambda self, i, s, p, rounds=None: uniform(self, i, s, p))
+        monkeypatch.setattr(PhiloxNoise, "of_round", lambda self, *given: of_round(self, *given[:-1], None))
     drafter, labels = BiasedDrafter(target), torch.full((4 * IMAGES,), LABEL)
     settings = {"drafter": drafter, "verification": "block", "seed": 11, "draft_length": 4}
     p_value = law(target, schedule, sample(target, labels, schedule=schedule, **settings), drafter)

@@ -19,6 +19,7 @@ from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
 
 OPS = [*dispatch.OPS.values(), attention.OP, packing.PACK, packing.COMMIT, random.UNIFORM, random.NORMAL, random.FILL]
+OPS += [random.ROUND]
 for both in drafting.OPS:
     OPS += [both.triton, both.compiled]
 

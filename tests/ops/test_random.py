@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 
 from free_kernels import extension
-from free_kernels.ops.random import philox_normal, philox_uniform, reference
+from free_kernels.constants import Purpose
+from free_kernels.ops.random import philox_normal, philox_round, philox_uniform, reference
 
 needs_extension = pytest.mark.skipif(
     not extension.has_extension(), reason=f"no compiled extension: {extension.why_no_extension()}"
@@ -167,3 +168,33 @@ def test_traces_without_graph_breaks(backend: str) -> None:
     compiled = torch.compile(philox_normal, fullgraph=True, backend="eager")
     want = philox_normal(2**63 + 1, images, steps, 3, 10, backend=backend)
     assert torch.equal(compiled(2**63 + 1, images, steps, 3, 10, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slack", [False, True])
+@pytest.mark.parametrize("rounds", [None, torch.tensor([5, 0, 2**24 - 1])])
+def test_a_rounds_numbers_are_those_of_its_keys(backend: str, slack: bool, rounds: torch.Tensor | None) -> None:
+    images, steps, numel = torch.tensor([7, 2**31, 0]), torch.arange(12).view(3, 4) * 3, 70
+    flat = [None if key is None else key.repeat_interleave(4) for key in (images, rounds)]
+    noise, slack_noise, uniform = philox_round(2**63 + 9, images, steps, numel, slack, rounds, backend)
+    for purpose, got in ((Purpose.STEP, noise), (Purpose.SLACK, slack_noise)):
+        want = philox_normal(2**63 + 9, flat[0], steps.flatten(), purpose, got.shape[2], flat[1], backend)
+        assert torch.equal(got.view(12, -1), want.view(12, -1))
+    assert slack_noise.shape == (3, 4, numel if slack else 0)
+    want = philox_uniform(2**63 + 9, flat[0], steps.flatten(), Purpose.ACCEPT, 1, flat[1], backend)
+    assert torch.equal(uniform.flatten(), want.flatten())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_round_refuses_wrong_arguments(backend: str) -> None:
+    images, steps = torch.arange(3), torch.zeros(3, 4, dtype=torch.int64)
+    for change, message in (
+        ({"images": images.float()}, r"images must be int64 \[S\]"),
+        ({"steps": images}, r"steps must be int64 \[S, L\]"),
+        ({"rounds": torch.arange(4)}, r"rounds must be int64 \[S\] = \[3\]"),
+        ({"numel": -1}, r"numel must be an int in"),
+        ({"seed": -1}, r"seed must be an int in"),
+    ):
+        given = {"seed": 0, "images": images, "steps": steps, "numel": 5, "rounds": None} | change
+        with pytest.raises((ValueError, TypeError), match=f"^philox_round: {message}"):
+            philox_round(**given, backend=backend)

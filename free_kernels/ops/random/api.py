@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from free_kernels.constants import Purpose
+from free_kernels.ops.checks import INT64, Layouts
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.random import reference
-from free_kernels.ops.random.arguments import FillArguments, PhiloxArguments
+from free_kernels.ops.random.arguments import FillArguments, PhiloxArguments, RoundArguments
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.validation import check_choice, check_int, fail
 
@@ -47,9 +52,40 @@ def _fill(arguments: FillArguments) -> Tensor:
     return (reference.philox_normal if normal else reference.philox_uniform)(PhiloxArguments(*keys))
 
 
+def _check_round(a: RoundArguments) -> None:
+    op = "philox_round"
+    Layouts(op, None, {}).check("steps", a.steps, INT64, "[S, L]")
+    layouts = Layouts(op, a.steps.device, {"S": a.steps.shape[0]})
+    for name, value in (("images", a.images), ("rounds", a.rounds)):
+        if value is not None or name == "images":
+            layouts.check(name, value, INT64, "[S]")
+    check_int(op, "numel", a.numel, 0, 2**34)
+
+
+def _round(a: RoundArguments) -> tuple[Tensor, Tensor, Tensor]:
+    slots, length = a.steps.shape
+    images, rounds = (None if key is None else key.repeat_interleave(length) for key in (a.images, a.rounds))
+
+    def draw(call: Callable[[PhiloxArguments], Tensor], purpose: Purpose, *shape: int) -> Tensor:
+        keys = a.seed, images, a.steps.flatten(), int(purpose), math.prod(shape), rounds
+        return call(PhiloxArguments(*keys)).view(slots, length, *shape)
+
+    return (
+        draw(reference.philox_normal, Purpose.STEP, a.numel),
+        draw(reference.philox_normal, Purpose.SLACK, a.numel if a.slack else 0),
+        draw(reference.philox_uniform, Purpose.ACCEPT, 1).view(slots, length),
+    )
+
+
+def _fake_round(a: RoundArguments) -> tuple[Tensor, Tensor, Tensor]:
+    new = torch.empty_like(a.steps, dtype=torch.float32).new_empty
+    return new(*a.steps.shape, a.numel), new(*a.steps.shape, a.numel if a.slack else 0), new(a.steps.shape)
+
+
 # The extension's ops; Triton's is an op of its own, which exists without the extension.
 UNIFORM = Op("philox_uniform", PhiloxArguments, reference.philox_uniform, _fake)
 NORMAL = Op("philox_normal", PhiloxArguments, reference.philox_normal, _fake)
+ROUND = Op("philox_round", RoundArguments, _round, _fake_round, check=_check_round)
 FILL = Op("philox_fill", FillArguments, _fill, _fake, triton="random.philox_fill")
 
 
@@ -124,3 +160,35 @@ def philox_normal(
     """
     given = (signed_seed("philox_normal", seed), images, steps, purpose, numel, rounds)
     return _draw(NORMAL, PhiloxArguments(*given), backend)
+
+
+def philox_round(
+    seed: int,
+    images: Tensor,
+    steps: Tensor,
+    numel: int,
+    slack: bool = False,
+    rounds: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All random numbers of a round of L rows for S images, in one call; keys as in :func:`philox_uniform`.
+
+    Args:
+        seed: in ``[0, 2**64)``.
+        images: int64 ``[S]``.
+        steps: int64 ``[S, L]``, step of each row.
+        numel: elements of a state.
+        slack: whether variances are learned, so that slack noise is needed.
+        rounds: int64 ``[S]`` in ``[0, 2**24)``, or None for round 0.
+        backend: ``"auto"`` (the extension if it is there), ``"reference"`` or ``"extension"``.
+
+    Returns:
+        Standard normals with the purposes step and slack, float32 ``[S, L, numel]`` each, the second ``[S, L, 0]``
+        without ``slack``; uniforms in (0, 1] with the purpose accept, float32 ``[S, L]``.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: ``backend="extension"`` cannot be used; the message says why.
+    """
+    given = (signed_seed("philox_round", seed), images, steps, numel, slack, rounds)
+    return ROUND(RoundArguments(*given), steps, backend)

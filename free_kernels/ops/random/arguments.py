@@ -28,3 +28,14 @@ class FillArguments(NamedTuple):
     numel: int
     rounds: Tensor | None
     normal: bool  # standard normals, else uniforms
+
+
+class RoundArguments(NamedTuple):
+    """Arguments of ``philox_round``: S images, L steps of each."""
+
+    seed: int
+    images: Tensor  # int64 [S]
+    steps: Tensor  # int64 [S, L]
+    numel: int
+    slack: bool  # draw slack noise, too
+    rounds: Tensor | None = None  # int64 [S]; None: round 0
