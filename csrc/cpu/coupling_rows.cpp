@@ -18,17 +18,19 @@ constexpr float kAcross = 0.70710678118654752f;  // the root of kAcrossShare
 constexpr int64_t kLanes = 8;
 static_assert(kBlock % kLanes == 0);
 
-struct Lanes {
-  float value[kLanes] = {};
-};
+// A vector of the compilers' (gcc, clang), which they split where the CPU's are shorter.
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
 FREE_KERNELS_INLINE void add_product(Lanes& lanes, const float* a, const float* b) {
-  for (int64_t k = 0; k < kLanes; ++k) lanes.value[k] += a[k] * b[k];
+  Lanes left, right;
+  std::memcpy(&left, a, sizeof(Lanes));
+  std::memcpy(&right, b, sizeof(Lanes));
+  lanes += left * right;
 }
 
 FREE_KERNELS_INLINE double total(const Lanes& lanes) {
   double sum = 0;
-  for (int64_t k = 0; k < kLanes; ++k) sum += static_cast<double>(lanes.value[k]);
+  for (int64_t k = 0; k < kLanes; ++k) sum += static_cast<double>(lanes[k]);
   return sum;
 }
 
@@ -68,19 +70,23 @@ FREE_KERNELS_INLINE void gap_block(const Block& row, int64_t first, int64_t coun
   for (int64_t i = 0; i < count; ++i) gap[i] = (mean[i] - mean_p[i]) / std_p[i];
 }
 
-FREE_KERNELS_INLINE void variance_block(const Block& row, int64_t first, int64_t count, const float* std_q,
-                                        float* __restrict error, float* __restrict root,
-                                        float* __restrict t) {
-  const float* std_p = row.std_p + first;
-  for (int64_t i = 0; i < count; ++i) {
-    const float quotient = std_q[i] / std_p[i];
-    const float ratio = quotient * quotient;
-    float left = ratio - static_cast<float>(kAcrossShare);
-    left = left < kLeastLeft ? kLeastLeft : left;
-    error[i] = ratio - 1.0f;
-    root[i] = std::sqrt(left);
-    t[i] = error[i] / (root[i] + kAcross);
-  }
+// What an element of a row with learned variances is compared by.
+struct Element {
+  float gap, error, t, rooted;  // rooted: gap over the root of what is left of the ratio
+};
+
+// Three roundings in the place of one in gap and quotient, and two in t and rooted, save three of five
+// divisions. With those of mean and deviation, gap has at most 1.5 times and ratio 1.3 times the reference's
+// rounding.
+FREE_KERNELS_INLINE Element compare(float mean_q, float std_q, float mean_p, float std_p) {
+  const float inverse = 1.0f / std_p;
+  const float gap = (mean_q - mean_p) * inverse, quotient = std_q * inverse;
+  const float ratio = quotient * quotient, error = ratio - 1.0f;
+  float left = ratio - static_cast<float>(kAcrossShare);
+  left = left < kLeastLeft ? kLeastLeft : left;
+  const float root = std::sqrt(left), sum = root + kAcross;
+  const float both = 1.0f / (root * sum);
+  return {gap, error, error * (root * both), gap * (sum * both)};
 }
 
 FREE_KERNELS_INLINE RowSums sum_fixed(const Round& round, const Block& row, int64_t first, int64_t last) {
@@ -97,7 +103,7 @@ FREE_KERNELS_INLINE RowSums sum_fixed(const Round& round, const Block& row, int6
       pad(gap, count);
       z = noise;
     }
-    Lanes gap_gap, gap_z;
+    Lanes gap_gap = {}, gap_z = {};
     for (int64_t i = 0; i < count; i += kLanes) {
       add_product(gap_gap, gap + i, gap + i);
       add_product(gap_z, gap + i, z + i);
@@ -110,26 +116,28 @@ FREE_KERNELS_INLINE RowSums sum_fixed(const Round& round, const Block& row, int6
 
 FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const Block& row, int64_t first, int64_t last) {
   RowSums sums;
-  float mean[kBlock], std_q[kBlock], gap[kBlock], error[kBlock], root[kBlock], t[kBlock];
+  float mean[kBlock], std_q[kBlock], gap[kBlock], error[kBlock];
   float difference[kBlock], sum[kBlock], rooted[kBlock], moved[kBlock], scaled[kBlock];
-  Lanes least;
+  float least[kLanes] = {};
   for (int64_t begin = first; begin < last; begin += kBlock) {
     const int64_t count = std::min(kBlock, last - begin);
     mean_block(round.transition, row.columns, row.output, row.state, begin, count, mean);
     deviation_block(round.transition, row.columns, row.output, begin, count, std_q);
-    gap_block(row, begin, count, mean, gap);
-    variance_block(row, begin, count, std_q, error, root, t);
+    const float *mean_p = row.mean_p + begin, *std_p = row.std_p + begin;
     const float *z = row.z + begin, *slack = row.slack + begin;
     for (int64_t i = 0; i < count; ++i) {
+      const Element element = compare(mean[i], std_q[i], mean_p[i], std_p[i]);
+      gap[i] = element.gap;
+      error[i] = element.error;
+      rooted[i] = element.rooted;
       difference[i] = z[i] - slack[i];
       sum[i] = z[i] + slack[i];
-      rooted[i] = gap[i] / root[i];
-      moved[i] = t[i] * difference[i];
-      scaled[i] = t[i] * gap[i];
+      moved[i] = element.t * difference[i];
+      scaled[i] = element.t * element.gap;
     }
     for (float* values : {gap, error, difference, sum, rooted, moved, scaled}) pad(values, count);
 
-    Lanes lanes[kSums];
+    Lanes lanes[kSums] = {};
     for (int64_t i = 0; i < count; i += kLanes) {
       add_product(lanes[kGapGap], gap + i, gap + i);
       add_product(lanes[kGapSum], gap + i, sum + i);
@@ -149,11 +157,10 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const Block& row, in
       add_product(lanes[kMovedScaled], moved + i, scaled + i);
     }
     for (int64_t i = 0; i < count; i += kLanes)
-      for (int64_t k = 0; k < kLanes; ++k)
-        least.value[k] = error[i + k] < least.value[k] ? error[i + k] : least.value[k];
+      for (int64_t k = 0; k < kLanes; ++k) least[k] = error[i + k] < least[k] ? error[i + k] : least[k];
     for (int k = 0; k < kSums; ++k) sums.sum[k] += total(lanes[k]);
   }
-  for (const float value : least.value) sums.least_error = std::min(sums.least_error, value);
+  for (const float value : least) sums.least_error = std::min(sums.least_error, value);
   return sums;
 }
 
@@ -169,7 +176,7 @@ FREE_KERNELS_INLINE void commit_inline(const Round& round, int64_t slot, const C
   const Block row(round, slot, commit.row);
   const bool learned = round.transition.learned;
   const float ahead = commit.ahead, push = commit.push, pull = commit.pull;
-  float mean[kBlock], std_q[kBlock], gap[kBlock], error[kBlock], root[kBlock], t[kBlock];
+  float mean[kBlock], std_q[kBlock];
   for (int64_t begin = first; begin < last; begin += kBlock) {
     const int64_t count = std::min(kBlock, last - begin);
     const float* z = row.z + begin;
@@ -187,12 +194,12 @@ FREE_KERNELS_INLINE void commit_inline(const Round& round, int64_t slot, const C
       continue;
     }
     const float* slack = row.slack + begin;
-    gap_block(row, begin, count, mean, gap);
-    variance_block(row, begin, count, std_q, error, root, t);
     for (int64_t i = 0; i < count; ++i) {
+      const Element element = compare(mean[i], std_q[i], mean_p[i], std_p[i]);
       // Added to z and not only to the gap, which may be so large that the sum rounds the shift away.
-      const float shift = t[i] * (kAcross * (z[i] - slack[i]) + push * gap[i]) - pull * gap[i];
-      out[i] = mean[i] + std_p[i] * ((z[i] + shift) + ahead * (gap[i] + shift));
+      const float gap = element.gap;
+      const float shift = element.t * (kAcross * (z[i] - slack[i]) + push * gap) - pull * gap;
+      out[i] = mean[i] + std_p[i] * ((z[i] + shift) + ahead * (gap + shift));
     }
   }
 }
