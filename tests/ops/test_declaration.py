@@ -15,7 +15,16 @@ from free_kernels.ops.declaration import Op, schema_of
 from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
 
-OPS = [*dispatch.OPS.values(), attention.OP, packing.PACK, packing.COMMIT, random.UNIFORM, random.NORMAL, random.FILL]
+OPS = [
+    *dispatch.OPS.values(),
+    *dispatch.COMPILED.values(),
+    attention.OP,
+    packing.PACK,
+    packing.COMMIT,
+    random.UNIFORM,
+    random.NORMAL,
+    random.FILL,
+]
 
 
 def fields_of(op: Op) -> list[tuple[str, str]]:
