@@ -97,10 +97,12 @@ Round checked(const char* op, const CouplingInputs& inputs, Contiguous& contiguo
   round.offsets = contiguous.data<int64_t>(inputs.row_offsets);
   round.columns = contiguous.data<Columns>(inputs.columns);
   for (int64_t s = 0; s < slots; ++s) {
-    const int64_t first = round.offsets[s], count = round.rows_of(s);
-    STD_TORCH_CHECK(count == 0 || (first >= 0 && first <= round.packed_rows - count), op,
+    const int64_t first = round.offsets[s], end = round.offsets[s + 1];
+    const bool known = first >= 0 && end >= 0;
+    const int64_t count = known ? round.rows_of(s) : 1;
+    STD_TORCH_CHECK(known && (count == 0 || first <= round.packed_rows - count), op,
                     ": row_offsets must give slot ", s, " some of the ", round.packed_rows, " rows, got [",
-                    first, ", ", round.offsets[s + 1], ")");
+                    first, ", ", end, ")");
   }
   return round;
 }

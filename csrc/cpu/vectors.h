@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #define FREE_KERNELS_INLINE inline __attribute__((always_inline))
 
@@ -18,11 +20,15 @@ namespace free_kernels {
 // Elements of a block, whose intermediate results are kept in arrays on the stack, 1 KiB each.
 constexpr int64_t kBlock = 256;
 
-// Whether the running CPU has AVX2. Contraction of products and sums is not among the flags of either
-// function, so both give the same bits.
+// Whether to use AVX2: the running CPU has it, and PyTorch's own switch ATEN_CPU_CAPABILITY does not ask for
+// the plainest kernels. AVX2 does not bring fused multiply-add with it, so both functions give the same bits.
 inline bool has_avx2() {
 #if FREE_KERNELS_HAS_AVX2
-  static const bool has = __builtin_cpu_supports("avx2");
+  static const bool has = [] {
+    const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+    return __builtin_cpu_supports("avx2") &&
+           (capability == nullptr || std::strcmp(capability, "default") != 0);
+  }();
   return has;
 #else
   return false;

@@ -31,6 +31,8 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
         fail(op, "draft_states", "float32 [S, L, C, H, W]", states, TypeError if wrong_kind else ValueError)
     device = states.device
     slots, length, channels, height, width = states.shape
+    if length < 1:
+        fail(op, "draft_states", "float32 [S, L, C, H, W] with L >= 1", states)
     rows, draft = (slots, length), (slots, length - 1, channels, height, width)
     shapes = dict.fromkeys(("uniform", "steps", "relaxation"), rows) | dict.fromkeys(("draft_mean", "draft_std"), draft)
     shapes |= dict.fromkeys(("noise", "slack_noise"), (slots, length, channels, height, width))
