@@ -92,11 +92,13 @@ def extension_arguments() -> dict[str, Any]:
     # Error messages carry the source's name, which should not be a path of the machine that built it. PyTorch's
     # stable-ABI types are hidden, so whatever holds them must be hidden too.
     cxx = ["-O3", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}/="]
+    # Roots and selections become vector instructions; NaN and infinities keep their meaning, unlike with -ffast-math.
+    vectors = ["-fno-math-errno", "-fno-trapping-math"]
     cpu_module = cpp_extension.CppExtension(
         "free_kernels._C",
         sources_in("*.cpp", "cpu/*.cpp"),
         include_dirs=[*include_dirs],
-        extra_compile_args={"cxx": [*cxx]},
+        extra_compile_args={"cxx": [*cxx, *vectors]},
         depends=sources_in("**/*.h"),
     )
 

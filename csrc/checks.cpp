@@ -31,7 +31,7 @@ void check_positive(const char* op, const char* name, int64_t value) {
 
 }  // namespace
 
-void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+void check_layout(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                   std::initializer_list<int64_t> shape, const Tensor& same_device_as) {
   const auto sizes = tensor.sizes();
   bool fits =
@@ -40,6 +40,11 @@ void check_tensor(const char* op, const char* name, const Tensor& tensor, Scalar
   STD_TORCH_CHECK(fits, op, ": ", name, " must be ",
                   describe(dtype, shape.begin(), shape.size(), device_name(same_device_as)), ", got ",
                   describe(tensor.scalar_type(), sizes.data(), sizes.size(), device_name(tensor)));
+}
+
+void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                  std::initializer_list<int64_t> shape, const Tensor& same_device_as) {
+  check_layout(op, name, tensor, dtype, shape, same_device_as);
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
 }
 

@@ -64,7 +64,10 @@ struct CommitShape {
   int64_t feature_bytes;  // bytes of one [T, D] feature
 };
 
-// Dtype, shape, contiguity and device; nothing here reads the tensors' data.
+// Dtype, shape and device; nothing here reads the tensors' data.
+void check_layout(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                  std::initializer_list<int64_t> shape, const Tensor& same_device_as);
+// The same, and contiguity.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
                   std::initializer_list<int64_t> shape, const Tensor& same_device_as);
 PackShape check_pack(const PackInputs& inputs);

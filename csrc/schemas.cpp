@@ -1,6 +1,13 @@
 // The ops' schemas, for every device.
 #include "stable_abi.h"
 
+// Arguments of the coupling ops.
+#define FREE_KERNELS_COUPLING                                                                           \
+  "(Tensor draft_states, Tensor draft_mean, Tensor draft_std, Tensor noise, Tensor? slack_noise, "      \
+  "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, Tensor? relaxation, "             \
+  "float guidance_scale, int guidance_channels, float clip) -> (Tensor next_states, Tensor committed, " \
+  "Tensor gap_sq)"
+
 STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "pack_drafts(Tensor states, Tensor lengths, Tensor steps, Tensor labels, Tensor timesteps, int "
@@ -46,4 +53,6 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "philox_round(int seed, Tensor images, Tensor steps, int numel, bool slack, Tensor? rounds=None) -> "
       "(Tensor noise, Tensor slack_noise, Tensor uniform)");
+  library.def("couple_cpu" FREE_KERNELS_COUPLING);
+  library.def("couple_block_cpu" FREE_KERNELS_COUPLING);
 }

@@ -28,6 +28,8 @@ OPS = (
     "follow_features_cpu",
     "correct_features_cpu",
     "renew_slots_cpu",
+    "couple_cpu",
+    "couple_block_cpu",
 )
 CUDA_OPS = ("pack_drafts", "commit_drafts")
 BACKENDS = ("auto", "reference", "extension")
@@ -145,13 +147,14 @@ def why_no_kernel(op: str, device_type: str) -> str | None:
     return reason
 
 
-def use_extension(op: str, device_type: str, backend: str) -> bool:
+def use_extension(op: str, device_type: str, backend: str, public: str | None = None) -> bool:
     """Choose between the compiled op and the reference.
 
     Args:
-        op: name of the op, which begins the error messages.
+        op: name of the op.
         device_type: type of device of the tensors.
         backend: ``"auto"`` (compiled if possible), ``"reference"`` or ``"extension"``.
+        public: name of the function that was called, which begins the error messages; that of the op if None.
 
     Raises:
         ValueError: an unknown backend.
@@ -162,10 +165,10 @@ def use_extension(op: str, device_type: str, backend: str) -> bool:
     if backend == "reference":
         return False
     if backend != "extension":
-        raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ValueError(f"{public or op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     reason = why_no_kernel(op, device_type)
     if reason is not None:
-        raise RuntimeError(f"{op}: backend 'extension' cannot be used: {reason}")
+        raise RuntimeError(f"{public or op}: backend 'extension' cannot be used: {reason}")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Cost of ``couple``, ``couple_block``: eager PyTorch on the CPU; Triton against eager and compiled PyTorch on a GPU.
+"""Cost of ``couple``, ``couple_block``: C++ against eager PyTorch on a CPU, Triton against eager and compiled on a GPU.
 
 Bytes: what the row pass needs of every draft and the commit pass of every slot, read once, and the new states. FLOPs:
 see :func:`needed_flops`. Run with ``pytest benchmarks/ops/bench_coupling.py --benchmark-only``.
@@ -33,6 +33,7 @@ CPU_SIZES = [
     pytest.param(64, 6, (1, 8, 8), id="digits-64"),
     pytest.param(1, 6, (4, 32, 32), id="xl256-1"),
     pytest.param(1, 6, (4, 64, 64), id="xl512-1"),
+    pytest.param(64, 6, (4, 32, 32), id="xl256-64"),
 ]
 GPU_SIZES = [
     pytest.param(1, 6, (4, 32, 32), id="6x4096", marks=on_gpu),
@@ -81,13 +82,21 @@ def guided_share(latent: tuple[int, ...], guided: bool) -> float:
     return min(3, latent[0]) / latent[0] if guided else 0.0
 
 
-def needed_bytes(slots: int, length: int, latent: tuple[int, ...], guided: bool, dtype: torch.dtype, made: bool) -> int:
+def needed_bytes(
+    slots: int,
+    length: int,
+    latent: tuple[int, ...],
+    guided: bool,
+    dtype: torch.dtype,
+    made: bool,
+    learned: bool = True,
+) -> int:
     """Each input once per pass, noise unless it is ``made`` in place; every slot counted as ending on a direct draw.
 
     A slot that ends on a reflection or a residual also reads the draft's mean, deviation and slack noise of that row.
     """
-    noise, output = 0 if made else 4, dtype.itemsize * (2 + guided_share(latent, guided))
-    per_draft = 3 * 4 + 2 * noise + output
+    noise, output = 0 if made else 4, dtype.itemsize * (1 + learned + guided_share(latent, guided))
+    per_draft = 3 * 4 + (1 + learned) * noise + output
     per_slot = 4 + noise + output + 4
     return round(math.prod(latent) * slots * ((length - 1) * per_draft + per_slot))
 
@@ -113,39 +122,66 @@ def describe(slots: int, length: int, latent: tuple[int, ...]) -> dict[str, Any]
 Measure = Callable[..., None]
 guidance = pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 cpu_sizes = pytest.mark.parametrize(("slots", "length", "latent"), CPU_SIZES)
+cpu_rivals = pytest.mark.parametrize("rival", ["extension", "eager"])
 rivals = pytest.mark.parametrize("rival", ["triton", "triton-philox", "eager", "compiled"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 gpu_sizes = pytest.mark.parametrize(("slots", "length", "latent"), GPU_SIZES)
 
 
-def on_cpu(measure: Measure, name: str, slots: int, length: int, latent: tuple[int, ...], guided: bool) -> None:
-    """Measure one of the two ops."""
-    drafts, drawn, rest = make(slots, length, latent, guided, torch.float32, "cpu")
-    options = options_of(latent, guided)
+def on_cpu(
+    measure: Measure,
+    name: str,
+    slots: int,
+    length: int,
+    latent: tuple[int, ...],
+    guided: bool,
+    rival: str,
+    learned: bool = True,
+) -> None:
+    """Measure one of the two ops by one of its backends; a fixed variance is the first half of the output."""
+    drafts, (noise, slack_noise, uniform), (output, *rest) = make(slots, length, latent, guided, torch.float32, "cpu")
+    if not learned:
+        slack_noise, output = None, output[:, : latent[0]].contiguous()
+    options = options_of(latent, guided) | {"backend": "reference" if rival == "eager" else rival}
     op = {"couple": couple, "couple_block": couple_block}[name]
+    kind = f"{'guided' if guided else 'plain'}{'' if learned else ', fixed variance'}"
     measure(
-        lambda: op(*drafts, *drawn, *rest, **options),
+        lambda: op(*drafts, noise, slack_noise, uniform, output, *rest, **options),
         device="cpu",
         op=name,
-        case=f"{slots} x {length} rows of {math.prod(latent)}, {'guided' if guided else 'plain'}, float32 output",
-        backend="eager",
-        ours=True,
-        moved=needed_bytes(slots, length, latent, guided, torch.float32, made=False),
-        flops=needed_flops(slots, length, latent, guided),
+        case=f"{slots} x {length} rows of {math.prod(latent)}, {kind}, float32 output",
+        backend=rival,
+        ours=rival == "extension",
+        moved=needed_bytes(slots, length, latent, guided, torch.float32, made=False, learned=learned),
+        flops=needed_flops(slots, length, latent, guided) if learned else 0,
         params=describe(slots, length, latent),
     )
 
 
+@cpu_rivals
 @guidance
 @cpu_sizes
-def test_couple_on_cpu(measure: Measure, slots: int, length: int, latent: tuple[int, ...], guided: bool) -> None:
-    on_cpu(measure, "couple", slots, length, latent, guided)
+def test_couple_on_cpu(
+    measure: Measure, slots: int, length: int, latent: tuple[int, ...], guided: bool, rival: str
+) -> None:
+    on_cpu(measure, "couple", slots, length, latent, guided, rival)
 
 
+@cpu_rivals
+@cpu_sizes
+def test_couple_with_a_fixed_variance_on_cpu(
+    measure: Measure, slots: int, length: int, latent: tuple[int, ...], rival: str
+) -> None:
+    on_cpu(measure, "couple", slots, length, latent, False, rival, learned=False)
+
+
+@cpu_rivals
 @guidance
 @cpu_sizes
-def test_couple_block_on_cpu(measure: Measure, slots: int, length: int, latent: tuple[int, ...], guided: bool) -> None:
-    on_cpu(measure, "couple_block", slots, length, latent, guided)
+def test_couple_block_on_cpu(
+    measure: Measure, slots: int, length: int, latent: tuple[int, ...], guided: bool, rival: str
+) -> None:
+    on_cpu(measure, "couple_block", slots, length, latent, guided, rival)
 
 
 def on_gpu(

@@ -50,6 +50,7 @@ class Op:
             and implementations the extension registers: it exists once the extension is loaded.
         outputs: what the schema returns.
         check: raises an error for wrong arguments of a compiled op; takes the tuple.
+        public: name of the function that users call, which begins a compiled op's messages; ``name`` if empty.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Op:
         triton: str = "",
         outputs: str = "Tensor",
         check: Callable[[Any], None] | None = None,
+        public: str = "",
     ) -> None:
+        self.public = public or name
         self.name, self.arguments, self.reference, self.fake, self.check = name, arguments, reference, fake, check
         self.folder, _, self._function = triton.partition(".")
         self.overload: Any = None
@@ -91,6 +94,20 @@ class Op:
         """Run in Triton: as an op on a GPU; for CPU tensors, whose op is the reference, in the interpreter."""
         return self.triton(arguments) if tensor.is_cpu else self.overload(*arguments)
 
+    def run_compiled(self, arguments: Any) -> Any:
+        """Run a compiled op, which is there.
+
+        Raises:
+            ValueError: it refuses its arguments.
+        """
+        try:
+            return self.overload(*arguments)
+        except RuntimeError as error:
+            # The op has made the same checks; these word the message.
+            if self.check is not None:
+                self.check(arguments)
+            raise_from_op(self.public, error)
+
     def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
         """Run with a backend: ``"auto"``, ``"reference"``, and ``"triton"`` or ``"extension"``.
 
@@ -107,14 +124,8 @@ class Op:
             in_triton = self.runs_triton(tensor, backend)
             return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
         # Asking a tensor for its device takes longer.
-        if use_extension(self.name, "cpu" if tensor.is_cpu else tensor.device.type, backend):
-            try:
-                return self.overload(*arguments)
-            except RuntimeError as error:
-                # The op has made the same checks; these word the message.
-                if self.check is not None:
-                    self.check(arguments)
-                raise_from_op(self.name, error)
+        if use_extension(self.name, "cpu" if tensor.is_cpu else tensor.device.type, backend, self.public):
+            return self.run_compiled(arguments)
         if self.check is not None:
             self.check(arguments)
         return self.reference(arguments)

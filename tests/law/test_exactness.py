@@ -86,7 +86,7 @@ def test_law_of_shared_slack(bug, monkeypatch, uncorrected):
         return found
 
     def counted(*args, **kwargs):
-        outcome = couple(*args, **kwargs)
+        outcome = couple(*args, **kwargs | {"backend": "reference"})
         if outcome.gap_sq.shape[1]:
             refused, row = mutations._refused(args, outcome)
             row = row.clamp(max=outcome.gap_sq.shape[1] - 1)

@@ -10,7 +10,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 from analytic import DETECTED, FALSE_ALARM
-from coupling_calls import PLAIN, call
+from coupling_calls import ON_CPU, PLAIN, call, needs_extension
 from test_coupling import LATENT, columns_for, op_arguments
 from test_coupling_philox import arguments as philox_arguments
 from test_coupling_philox import with_tensors
@@ -24,6 +24,7 @@ from free_kernels.ops.coupling.reference import compare, compare_variances, guid
 
 COUNT, ELEMENTS = 40_000, 4
 SHAPE = (1, 2, 2)
+on_cpu = pytest.mark.parametrize("backend", ON_CPU)
 
 
 def constant(*values: float) -> Tensor:
@@ -61,7 +62,7 @@ class Round(NamedTuple):
     outcome: Coupling
 
 
-def verify(chain: Chain, length: int, seed: int = 0, verifier=couple_block) -> Round:
+def verify(chain: Chain, length: int, seed: int = 0, verifier=couple_block, backend: str = "auto") -> Round:
     generator = torch.Generator().manual_seed(seed)
     noise, slack_noise = torch.randn(2, COUNT, length, ELEMENTS, generator=generator)
     uniform = 1 - torch.rand(COUNT, length, generator=generator)
@@ -76,7 +77,7 @@ def verify(chain: Chain, length: int, seed: int = 0, verifier=couple_block) -> R
         shaped[4], output = None, output[:, :1]
     rest = (uniform, output, torch.arange(COUNT + 1) * length, columns_for(1.0, COUNT, length))
     inputs = CouplingArguments(*shaped, *rest, **PLAIN)
-    return Round(chain, inputs, call(verifier, inputs))
+    return Round(chain, inputs, call(verifier, inputs, backend=backend))
 
 
 def path_p_value(done: Round, next_states: Tensor | None = None, reuse: bool = False) -> float:
@@ -127,14 +128,27 @@ def test_law_of_a_block(chain, monkeypatch):
         return compare_variances(*args)
 
     monkeypatch.setattr(coupling, "compare_variances", recorded)
-    done = verify(chain, 5)
+    done = verify(chain, 5, backend="reference")
     for share in infeasible:
         assert (0.1 < share < 0.9) if chain == SOME_INFEASIBLE else share == 0
     assert len(infeasible) == (chain.spread > 0)
     assert path_p_value(done) > FALSE_ALARM
 
 
-def test_joint_law_of_two_steps_in_one_dimension():
+@needs_extension
+@pytest.mark.parametrize("chain", [STEERED, OFTEN_REFUSED, SHARED, SOME_INFEASIBLE])
+def test_law_of_a_compiled_block(chain):
+    """The same decisions as the reference's, but for ties to rounding, and the same law."""
+    done = verify(chain, 5, backend="extension")
+    assert path_p_value(done) > FALSE_ALARM
+    other = call(couple_block, done.inputs, backend="reference").committed
+    # Thresholds differ by the rounding of scores of size 10, below 1e-5, and that is the chance that a decision turns:
+    # 2 of 200,000 are expected to, and more than 10 with a probability of 1e-5.
+    assert int((done.outcome.committed != other).sum()) <= 10
+
+
+@on_cpu
+def test_joint_law_of_two_steps_in_one_dimension(backend):
     """x1 ~ N(0, 1), x2 | x1 ~ N(0.8 x1, 1) from drafts off by 0.8 and -0.6: the exact Gaussian in four directions."""
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(COUNT, 3, 1, 1, 1, generator=generator)
@@ -151,6 +165,7 @@ def test_joint_law_of_two_steps_in_one_dimension():
         0.8 * states.flatten(0, 1),
         torch.arange(COUNT + 1) * 3,
         columns_for(1.0, COUNT, 3),
+        backend=backend,
     )
     new, committed = outcome.next_states.flatten(), outcome.committed
     x1 = torch.where(committed > 1, states[:, 1].flatten(), new)
@@ -206,7 +221,7 @@ def new_slack_in_the_residual(monkeypatch):
 def test_wrong_blocks_are_found(mutation, setting, monkeypatch):
     torch.manual_seed(1)
     mutation(monkeypatch)
-    assert path_p_value(verify(setting, 5)) < DETECTED
+    assert path_p_value(verify(setting, 5, backend="reference")) < DETECTED
 
 
 def test_a_reflected_draft_is_not_the_residual():
@@ -230,17 +245,19 @@ def test_discarded_noise_must_not_be_met_again():
     assert path_p_value(verify(Chain(), 5, verifier=couple), reuse=True) > FALSE_ALARM
 
 
+@on_cpu
 @pytest.mark.parametrize("chain", [STEERED, OFTEN_REFUSED, SHARED])
-def test_more_steps_than_row_by_row(chain):
-    block, token = (verify(chain, 7, verifier=verifier) for verifier in (couple_block, couple))
+def test_more_steps_than_row_by_row(chain, backend):
+    block, token = (verify(chain, 7, verifier=verifier, backend=backend) for verifier in (couple_block, couple))
     gain = (block.outcome.committed - token.outcome.committed).double()
     assert float(gain.mean() / gain.std() * math.sqrt(COUNT)) > scipy.stats.norm.isf(DETECTED)
 
 
+@on_cpu
 @pytest.mark.parametrize("size", [0.3, 1.0])
-def test_probability_of_going_on_is_the_mean_weight(size):
+def test_probability_of_going_on_is_the_mean_weight(size, backend):
     """``P(tau >= i) = E P_i``; for one draft that is ``2 Phi(-delta / 2)``, as for the maximal coupling."""
-    done = verify(Chain(size), 6)
+    done = verify(Chain(size), 6, backend=backend)
     given = done.inputs
     states, mean, noise = (part.flatten(2) for part in (given.draft_states, given.draft_mean, given.noise))
     gap = done.chain.mean(states[:, :-1].flatten(0, 1)).view_as(mean) - mean
@@ -251,7 +268,7 @@ def test_probability_of_going_on_is_the_mean_weight(size):
         surplus = (done.outcome.committed > i + 1).double() - weight[-1]
         z = float(surplus.mean() / surplus.std() * math.sqrt(COUNT))
         assert abs(z) < scipy.stats.norm.isf(FALSE_ALARM / 2 / 5)
-    single = verify(Chain(size), 2)
+    single = verify(Chain(size), 2, backend=backend)
     expected = 2 * scipy.stats.norm.cdf(-0.2 * size / 2)
     accepted = int((single.outcome.committed == 2).sum())
     assert scipy.stats.binomtest(accepted, COUNT, expected).pvalue > FALSE_ALARM
@@ -303,25 +320,27 @@ def ragged(lengths: list[int], mean_q: Tensor, padding: int = 0) -> CouplingArgu
     return CouplingArguments(states, drafts, drafts + 1, noise, None, uniform, output, offsets, columns, **PLAIN)
 
 
-def test_identical_laws_commit_everything():
+@on_cpu
+def test_identical_laws_commit_everything(backend):
     """Every draft is kept, the last row is the ordinary step, and padding rows change nothing."""
     lengths = [3, 1, 0, 2]
     arguments = ragged(lengths, torch.zeros(6, *LATENT))
-    outcome = call(couple_block, arguments)
+    outcome = call(couple_block, arguments, backend=backend)
     assert outcome.committed.tolist() == lengths
     for slot in (0, 1, 3):
         assert torch.equal(outcome.next_states[slot], arguments.noise[slot, lengths[slot] - 1])
-    padded = call(couple_block, ragged(lengths, torch.zeros(6, *LATENT), padding=5))
+    padded = call(couple_block, ragged(lengths, torch.zeros(6, *LATENT), padding=5), backend=backend)
     assert torch.equal(padded.next_states, outcome.next_states)
 
 
+@on_cpu
 @pytest.mark.parametrize("gap", [1e-30, 1e-6, 50.0, 1e14, 1e30, math.nan])
-def test_gaps_of_any_size(gap):
+def test_gaps_of_any_size(gap, backend):
     """A gap in one row: tiny ones are not seen, huge ones stop the slot there and commit the target's state."""
     mean_q = torch.zeros(6, *LATENT)
     mean_q[1] = gap
     arguments = ragged([3, 3], mean_q)
-    outcome = call(couple_block, arguments)
+    outcome = call(couple_block, arguments, backend=backend)
     assert outcome.committed.tolist() == ([3, 3] if gap < 1 else [2, 3])
     assert torch.equal(outcome.next_states[1], arguments.noise[1, 2])
     if gap == 50.0:
@@ -331,9 +350,10 @@ def test_gaps_of_any_size(gap):
         torch.testing.assert_close(outcome.next_states[0], gap + arguments.noise[0, 1], equal_nan=True)
 
 
-def test_one_row_is_the_ordinary_step():
+@on_cpu
+def test_one_row_is_the_ordinary_step(backend):
     arguments = ragged([1, 1], torch.ones(2, *LATENT))
-    outcome, token = call(couple_block, arguments), call(couple, arguments)
+    outcome, token = call(couple_block, arguments, backend=backend), call(couple, arguments, backend=backend)
     assert torch.equal(outcome.next_states, token.next_states)
     assert outcome.committed.tolist() == [1, 1]
 
@@ -368,7 +388,7 @@ def test_the_op_passes_opcheck(learned):
     torch.library.opcheck(torch.ops.free_kernels.couple_block.default, op_arguments(learned))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 @pytest.mark.parametrize("learned", [False, True])
 def test_numbers_by_their_keys(learned, backend):
     """The same as with numbers of the source that the sampler uses; each key counts."""
@@ -394,7 +414,7 @@ def test_the_op_with_keys_passes_opcheck(learned):
         ({"rounds": None}, TypeError, r"rounds must be int64 \[S\], since noise must be fresh in each round, got None"),
         ({"rounds": torch.zeros(4)}, TypeError, r"rounds must be int64 \[4\]"),
         ({"seed": 2**64}, ValueError, "seed must be an int in"),
-        ({"backend": "extension"}, ValueError, "backend must be one of 'auto', 'reference', 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'extension', 'triton'"),
         ({"backend": "triton"}, RuntimeError, "backend 'triton' cannot be used: (it needs|importing Triton)"),
     ],
 )

@@ -9,7 +9,7 @@ import scipy.stats
 import slack_by_matrices
 import torch
 from analytic import DETECTED, FALSE_ALARM
-from coupling_calls import PLAIN, call
+from coupling_calls import ON_CPU, PLAIN, call
 
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple, gaussian_transition, reference
@@ -18,6 +18,7 @@ from free_kernels.ops.coupling.reference import compare_variances
 
 LATENT = (1, 4, 4)
 ELEMENTS = math.prod(LATENT)
+on_cpu = pytest.mark.parametrize("backend", ON_CPU)
 
 
 def columns_for(std: float, rows: int, length: int) -> torch.Tensor:
@@ -38,6 +39,7 @@ def one_row(
     learned: bool,
     seed: int = 0,
     relaxation: float | None = None,
+    backend: str = "auto",
 ):
     """``count`` independent trials of one drafted row (L = 2: a drafted row and a last row without draft)."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,6 +65,7 @@ def one_row(
         torch.arange(count + 1) * 2,
         columns,
         relaxation=None if relaxation is None else torch.full((count, 2), relaxation),
+        backend=backend,
     )
     accepted = outcome.committed == 2
     # A slot whose draft was accepted goes on to its last row; what the drafted row committed is then the draft.
@@ -90,24 +93,26 @@ def marginal_p_value(committed: torch.Tensor, mean: torch.Tensor, std: torch.Ten
     return min(1.0, len(values) * min(values))
 
 
+@on_cpu
 @pytest.mark.parametrize("gap", [0.05, 0.5, 1.0, 2.5])
-def test_acceptance_is_the_largest_possible(gap):
+def test_acceptance_is_the_largest_possible(gap, backend):
     # The control lies 5 % off: 13 deviations of a share or more, and 10 of the rarest with four times as many trials.
     count = 40_000 if gap < 2 else 160_000
     mean_p, mean_q, _ = means(gap)
     ones = torch.ones(ELEMENTS)
-    _, accepted, _ = one_row(mean_p, mean_q, ones, ones, count, False)
+    _, accepted, _ = one_row(mean_p, mean_q, ones, ones, count, False, backend=backend)
     expected = 2 * scipy.stats.norm.cdf(-gap / 2)
     assert scipy.stats.binomtest(int(accepted.sum()), count, expected).pvalue > FALSE_ALARM
     assert scipy.stats.binomtest(int(accepted.sum()), count, expected * 0.95).pvalue < DETECTED
 
 
+@on_cpu
 @pytest.mark.parametrize("std", [1.0, 0.01])
 @pytest.mark.parametrize("gap", [0.3, 1.5])
-def test_marginal_with_equal_covariance(gap, std):
+def test_marginal_with_equal_covariance(gap, std, backend):
     mean_p, mean_q, direction = means(gap, std)
     deviation = torch.full((ELEMENTS,), std)
-    _, accepted, committed = one_row(mean_p, mean_q, deviation, deviation, 20_000, False)
+    _, accepted, committed = one_row(mean_p, mean_q, deviation, deviation, 20_000, False, backend=backend)
     assert marginal_p_value(committed, mean_q, deviation, direction) > FALSE_ALARM
     assert marginal_p_value(committed, mean_p, deviation, direction) < DETECTED, "the draft's law is not the target's"
     unconditional = torch.where(accepted[:, None], committed, mean_q + deviation * torch.randn_like(committed))
@@ -116,16 +121,17 @@ def test_marginal_with_equal_covariance(gap, std):
     )
 
 
+@on_cpu
 @pytest.mark.parametrize("gap", [0.0, 0.7, 2.0])
 @pytest.mark.parametrize("ratios", [(0.75, 1.3), (0.55, 3.0), (0.97, 1.05), (1.3, 1.31), (0.7, 0.71), (0.4, 1.3)])
-def test_marginal_with_different_covariances(ratios, gap):
+def test_marginal_with_different_covariances(ratios, gap, backend):
     """Variance ratios target / draft within the given bounds; the last ones leave no shared slack."""
     generator = torch.Generator().manual_seed(7)
     mean_p, mean_q, direction = means(gap)
     std_p = torch.exp(0.3 * torch.randn(ELEMENTS, generator=generator))
     ratio = ratios[0] + (ratios[1] - ratios[0]) * torch.rand(ELEMENTS, generator=generator)
     std_q = std_p * ratio.sqrt()
-    _, accepted, committed = one_row(mean_p, mean_q, std_p, std_q, 30_000, True)
+    _, accepted, committed = one_row(mean_p, mean_q, std_p, std_q, 30_000, True, backend=backend)
     assert bool(accepted.any()) == (ratios[0] >= 0.5)
     assert marginal_p_value(committed, mean_q, std_q, direction) > FALSE_ALARM
     if max(ratios[1], 1 / ratios[0]) > 1.1:
@@ -137,7 +143,7 @@ def test_bugs_of_shared_slack_are_found(bug, monkeypatch):
     monkeypatch.setattr(reference, "compare_variances", lambda *args: slack_by_matrices.dense(*args, bug))
     mean_p, mean_q, direction = means(2.0)
     std_q = torch.linspace(1.05, 2.0, ELEMENTS)
-    _, _, committed = one_row(mean_p, mean_q, torch.ones(ELEMENTS), std_q, 30_000, True)
+    _, _, committed = one_row(mean_p, mean_q, torch.ones(ELEMENTS), std_q, 30_000, True, backend="reference")
     p_value = marginal_p_value(committed, mean_q, std_q, direction)
     assert p_value < DETECTED if bug else p_value > FALSE_ALARM
 
@@ -173,7 +179,7 @@ def test_one_deviation_on_both_sides_is_not_exact():
     assert marginal_p_value(committed, mean_q, std_q, direction) < DETECTED
 
 
-def acceptance_of_unequal(count: int, elements: int, gap: float, error: float) -> float:
+def acceptance_of_unequal(count: int, elements: int, gap: float, error: float, backend: str) -> float:
     """Share of drafts accepted: means ``gap`` apart, ratios of variances spread by ``error``."""
     shape = (1, 1, elements)
     generator = torch.Generator().manual_seed(1)
@@ -193,21 +199,23 @@ def acceptance_of_unequal(count: int, elements: int, gap: float, error: float) -
         output.expand(2 * count, 2, *shape[1:]),
         torch.arange(count + 1) * 2,
         columns_for(1.0, count, 2),
+        backend=backend,
     )
     return float((outcome.committed == 2).float().mean())
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("count", "elements", "gap", "error"),
     [(20_000, 64, 0.587, 0.0219), (20_000, 64, 0.19, 0.005), (2000, 4096, 0.3, 0.003), (2000, 4096, 0.3, 0.01)],
 )
-def test_acceptance_with_unequal_variances(count, elements, gap, error):
+def test_acceptance_with_unequal_variances(count, elements, gap, error, backend):
     """Gap and error of the digits' last four steps, of the five before, and DESIGN 3.3's two points.
 
     As if ``delta^2 = m^2 + D r^2``, where no coupling does better than about ``m^2 + D r^2 / 2``. One share for all
     directions has ``(sqrt(m^2 + D r^2 / 4) + sqrt(D) r / 2)^2`` at best, which the first point tells apart.
     """
-    rate, variance_sq = acceptance_of_unequal(count, elements, gap, error), elements * error**2
+    rate, variance_sq = acceptance_of_unequal(count, elements, gap, error, backend), elements * error**2
     accepted = lambda gap_sq: 2 * scipy.stats.norm.cdf(-math.sqrt(gap_sq) / 2)  # noqa: E731
     noise = scipy.stats.norm.isf(FALSE_ALARM / 2) * math.sqrt(rate * (1 - rate) / count)
     assert accepted(gap**2 + variance_sq) - noise < rate < accepted(gap**2 + variance_sq / 2) + noise
@@ -215,10 +223,11 @@ def test_acceptance_with_unequal_variances(count, elements, gap, error):
         assert rate - noise > accepted((math.sqrt(gap**2 + variance_sq / 4) + math.sqrt(variance_sq) / 2) ** 2)
 
 
-def test_reflection_is_an_involution_and_keeps_the_norm():
+@on_cpu
+def test_reflection_is_an_involution_and_keeps_the_norm(backend):
     mean_p, mean_q, _ = means(2.0)
     ones = torch.ones(ELEMENTS)
-    _, accepted, committed = one_row(mean_p, mean_q, ones, ones, 4000, False)
+    _, accepted, committed = one_row(mean_p, mean_q, ones, ones, 4000, False, backend=backend)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4000, 2, *LATENT, generator=generator)[:, 0].flatten(1)
     mirrored = (committed - mean_q)[~accepted]
@@ -228,36 +237,42 @@ def test_reflection_is_an_involution_and_keeps_the_norm():
     torch.testing.assert_close(again, z[~accepted], rtol=1e-4, atol=1e-5)
 
 
-def test_identical_laws_always_accept():
+@on_cpu
+def test_identical_laws_always_accept(backend):
     ones = torch.ones(ELEMENTS)
     for learned in (False, True):
-        outcome, accepted, _ = one_row(ones, ones, ones, ones, 2000, learned)
+        outcome, accepted, _ = one_row(ones, ones, ones, ones, 2000, learned, backend=backend)
         assert bool(accepted.all())
         assert float(outcome.gap_sq.abs().max()) < 1e-9
 
 
-def test_vanishing_noise_refuses_any_gap_and_commits_the_targets_mean():
+@on_cpu
+def test_vanishing_noise_refuses_any_gap_and_commits_the_targets_mean(backend):
     mean_p, mean_q, _ = means(1.0)
     tiny = torch.full((ELEMENTS,), 1e-6)
-    _, accepted, committed = one_row(mean_p, mean_q, tiny, tiny, 500, False)
+    _, accepted, committed = one_row(mean_p, mean_q, tiny, tiny, 500, False, backend=backend)
     assert not bool(accepted.any())
     torch.testing.assert_close(committed, mean_q.expand_as(committed), rtol=0, atol=1e-4)
 
 
+@on_cpu
 @pytest.mark.parametrize("learned", [False, True])
-def test_a_draft_far_off_is_replaced_without_loss(learned):
+def test_a_draft_far_off_is_replaced_without_loss(learned, backend):
     """What is committed does not depend on how far away the draft was: no digits are lost to it."""
     ones, committed = torch.ones(ELEMENTS), []
     for gap in (1e3, 1e6, 1e9):
         mean_p, _, _ = means(0.0)
-        _, accepted, states = one_row(mean_p - gap * means(1.0)[1], mean_p, ones, 1.1 * ones, 500, learned)
+        _, accepted, states = one_row(
+            mean_p - gap * means(1.0)[1], mean_p, ones, 1.1 * ones, 500, learned, backend=backend
+        )
         assert not bool(accepted.any())
         committed.append(states)
     for states in committed[:2]:
         torch.testing.assert_close(states, committed[2], rtol=0, atol=1e-2 if learned else 1e-5)
 
 
-def test_first_refusal_ends_a_ragged_trajectory():
+@on_cpu
+def test_first_refusal_ends_a_ragged_trajectory(backend):
     """Slots of lengths 3, 1, 0, 2: rows before the first refusal are accepted, rows behind it are ignored."""
     lengths = torch.tensor([3, 1, 0, 2])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -276,6 +291,7 @@ def test_first_refusal_ends_a_ragged_trajectory():
         mean_q,
         offsets,
         columns_for(1.0, slots, length),
+        backend=backend,
     )
     assert outcome.committed.tolist() == [2, 1, 0, 2]
     torch.testing.assert_close(outcome.next_states[1], noise[1, 0])
@@ -284,7 +300,8 @@ def test_first_refusal_ends_a_ragged_trajectory():
     torch.testing.assert_close(along.norm(), noise[0, 1].norm())
 
 
-def test_padding_rows_change_nothing():
+@on_cpu
+def test_padding_rows_change_nothing(backend):
     """Packed rows past the last draft, as a call of fixed shape has them, up to and beyond S L rows."""
     lengths = torch.tensor([1, 3])
     offsets = torch.tensor([0, 1, 4])
@@ -305,6 +322,7 @@ def test_padding_rows_change_nothing():
                 padded,
                 offsets,
                 columns_for(1.0, 2, 3),
+                backend=backend,
             )
         )
     assert outcomes[0].committed.tolist() == lengths.tolist()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from coupling_calls import call
+from coupling_calls import ON_CPU, call
 
 from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops import Coupling, couple, couple_philox
@@ -45,7 +45,9 @@ def arguments(learned: bool, with_rounds: bool) -> KeyedCouplingArguments:
     )
 
 
-def with_tensors(given: KeyedCouplingArguments, first_image: int = 0, op: Callable[..., Coupling] = couple) -> Coupling:
+def with_tensors(
+    given: KeyedCouplingArguments, first_image: int = 0, op: Callable[..., Coupling] = couple, backend: str = "auto"
+) -> Coupling:
     """The same round by ``couple`` or another op, its numbers drawn by the noise source that the sampler uses."""
     source, shape = PhiloxNoise(given.seed, first_image), given.steps.shape
     images, rounds = (
@@ -59,7 +61,7 @@ def with_tensors(given: KeyedCouplingArguments, first_image: int = 0, op: Callab
     learned = given.output.shape[1] == 2 * LATENT[0]
     drawn = {"noise": noise, "slack_noise": slack_noise if learned else None, "uniform": uniform}
     shared = {name: value for name, value in given._asdict().items() if name in CouplingArguments._fields}
-    return call(op, CouplingArguments(**shared, **drawn))
+    return call(op, CouplingArguments(**shared, **drawn), backend=backend)
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -69,13 +71,13 @@ def assert_same(one: Any, other: Any) -> None:
     torch.testing.assert_close(one.gap_sq, other.gap_sq)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *ON_CPU])
 @pytest.mark.parametrize("with_rounds", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
 def test_equals_couple_with_the_same_numbers(learned, with_rounds, backend):
     given = arguments(learned, with_rounds)
     outcome = call(couple_philox, given, backend=backend)
-    assert_same(outcome, with_tensors(given))
+    assert_same(outcome, with_tensors(given, backend=backend))
     live = torch.tensor(LENGTHS) > 0
     for change in ({"seed": SEED + 1}, {"images": given.images + 1}, {"rounds": torch.full((4,), 9)}):
         other = call(couple_philox, given, **change, backend=backend)
@@ -105,7 +107,7 @@ def test_no_rounds_are_round_zero():
         ({"relaxation": torch.ones(3)}, ValueError, r"relaxation must be float32 \[4, 4\]"),
         ({"output": torch.zeros(7, *LATENT)}, ValueError, "output must be"),
         ({"row_offsets": torch.zeros(5, device="meta", dtype=torch.int64)}, ValueError, "row_offsets must be on cpu"),
-        ({"backend": "extension"}, ValueError, "backend must be one of 'auto', 'reference', 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'extension', 'triton'"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

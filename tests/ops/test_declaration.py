@@ -18,10 +18,18 @@ from free_kernels.ops.drafting.arguments import Written
 from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
 
-OPS = [*dispatch.OPS.values(), attention.OP, packing.PACK, packing.COMMIT, random.UNIFORM, random.NORMAL, random.FILL]
-OPS += [random.ROUND]
-for both in drafting.OPS:
-    OPS += [both.triton, both.compiled]
+OPS = [
+    *dispatch.OPS.values(),
+    *dispatch.COMPILED.values(),
+    attention.OP,
+    packing.PACK,
+    packing.COMMIT,
+    random.UNIFORM,
+    random.NORMAL,
+    random.FILL,
+    random.ROUND,
+    *(op for both in drafting.OPS for op in (both.triton, both.compiled)),
+]
 
 
 def fields_of(op: Op) -> list[tuple[str, str]]:

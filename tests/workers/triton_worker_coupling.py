@@ -145,7 +145,10 @@ class Round:
     def flat_keys(self) -> tuple[int, Tensor, Tensor, Tensor | None]:
         """Seed, images, steps and rounds of every row, as the random ops take them."""
         images, steps, rounds = self.keys
-        wide = [None if key is None else key.unsqueeze(1).expand_as(steps).reshape(-1) for key in (images, rounds)]
+        wide = [
+            None if key is None else key.unsqueeze(1).expand_as(steps).flatten().contiguous()
+            for key in (images, rounds)
+        ]
         return self.seed, wide[0], steps.reshape(-1), wide[1]
 
 
@@ -283,7 +286,9 @@ def compare(got: Coupling, arguments: Round, variant: str = "tensors") -> list[s
     return wrong
 
 
-def precision(case: Case, variant: str, device: str = "cpu", planted: float = 0.0) -> dict[str, tuple[float, float]]:
+def precision(
+    case: Case, variant: str, device: str = "cpu", planted: float = 0.0, backend: str = "triton"
+) -> dict[str, tuple[float, float]]:
     """Errors against float64 over eager's, of every output: root mean square over the rows, and largest.
 
     A row's error is relative to the row, since gaps differ in size. A root mean square over a hundred rows is known to
@@ -293,7 +298,7 @@ def precision(case: Case, variant: str, device: str = "cpu", planted: float = 0.
     """
     arguments = make(case).to(device)
     given = arguments.changed(draft_std=arguments.given.draft_std * (1 + planted))
-    got, eager, exact = RUNS[variant](given), oracle(arguments, variant), in_float64(arguments, variant)
+    got, eager, exact = RUNS[variant](given, backend), oracle(arguments, variant), in_float64(arguments, variant)
     assert torch.equal(got.committed, eager.committed)
     assert torch.equal(eager.committed, exact.committed)
     parts = [relevant(outcome, arguments.lengths) for outcome in (got, eager, exact)]
@@ -317,22 +322,22 @@ def divided(case: Case, kernels: Any) -> Any:
     return mock.patch.object(kernels, "launch_shape", return_value=shape)
 
 
-def run_couple(arguments: Round) -> Coupling:
-    return call(couple, arguments.given, backend="triton")
+def run_couple(arguments: Round, backend: str = "triton") -> Coupling:
+    return call(couple, arguments.given, backend=backend)
 
 
-def run_philox(arguments: Round) -> Coupling:
-    return call(couple_philox, arguments.by_keys(), backend="triton")
+def run_philox(arguments: Round, backend: str = "triton") -> Coupling:
+    return call(couple_philox, arguments.by_keys(), backend=backend)
 
 
-def run_block(arguments: Round) -> Coupling:
-    return call(couple_block, arguments.given, backend="triton")
+def run_block(arguments: Round, backend: str = "triton") -> Coupling:
+    return call(couple_block, arguments.given, backend=backend)
 
 
-def run_block_philox(arguments: Round) -> Coupling:
+def run_block_philox(arguments: Round, backend: str = "triton") -> Coupling:
     given = arguments.by_keys()
     rounds = torch.zeros_like(given.images) if given.rounds is None else given.rounds
-    return call(couple_block_philox, given, rounds=rounds, backend="triton")
+    return call(couple_block_philox, given, rounds=rounds, backend=backend)
 
 
 RUNS = {"tensors": run_couple, "philox": run_philox, "block": run_block, "block-philox": run_block_philox}
@@ -353,11 +358,11 @@ def check(case: Case, kernels: Any, device: str = "cpu") -> list[str]:
     return wrong
 
 
-def check_overflow(device: str = "cpu") -> list[str]:
+def check_overflow(device: str = "cpu", backend: str = "triton") -> list[str]:
     """Decisions and states where the kernels' products of gap and error of the variance overflow, were they used."""
     arguments, wrong = make(OVERFLOW).to(device), []
     for variant, run in RUNS.items():
-        got, eager = run(arguments), oracle(arguments, variant)
+        got, eager = run(arguments, backend), oracle(arguments, variant)
         same = torch.equal(got.committed, eager.committed)
         off = distance(got.next_states, eager.next_states.double())
         if not same or not off <= TOLERANCE:
@@ -365,23 +370,23 @@ def check_overflow(device: str = "cpu") -> list[str]:
     return wrong
 
 
-def controls() -> dict[str, list[str]]:
+def controls(backend: str = "triton") -> dict[str, list[str]]:
     """Faults that ``compare`` has to find; each must give a non-empty list."""
     arguments = make(BY_NAME["learned-partly-guided"])
     wrong_channels = arguments.changed(guidance_channels=3)
     with_rounds = make(BY_NAME["fixed-guided"])
     without = replace(with_rounds, keys=(*with_rounds.keys[:2], None))
-    rounding = precision(PRECISION[-1], "tensors", planted=2.0**-21)
+    rounding = precision(PRECISION[-1], "tensors", planted=2.0**-21, backend=backend)
     digits = make(BY_NAME["digits"])
     uniform = digits.given.uniform
     other_draw = digits.changed(uniform=torch.cat([1 - 0.5 * uniform[:, :1], uniform[:, 1:]], 1))
     return {
-        "guidance_channels": compare(run_couple(wrong_channels), arguments),
-        "seed": compare(run_philox(replace(arguments, seed=12345)), arguments),
-        "rounds": compare(run_philox(without), with_rounds),
-        "block_rounds": compare(run_block_philox(without), with_rounds, "block-philox"),
-        "block_is_not_token": compare(run_couple(digits), digits, "block"),
-        "block_draw": compare(run_block(other_draw), digits, "block"),
+        "guidance_channels": compare(run_couple(wrong_channels, backend), arguments),
+        "seed": compare(run_philox(replace(arguments, seed=12345), backend), arguments),
+        "rounds": compare(run_philox(without, backend), with_rounds),
+        "block_rounds": compare(run_block_philox(without, backend), with_rounds, "block-philox"),
+        "block_is_not_token": compare(run_couple(digits, backend), digits, "block"),
+        "block_draw": compare(run_block(other_draw, backend), digits, "block"),
         "rounding": [f"{name} is {mean:.1f} times off" for name, (mean, _) in rounding.items() if mean > 2],
     }
 

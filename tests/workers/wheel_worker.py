@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 
 from free_kernels import extension  # noqa: E402
+from free_kernels.ops.coupling import couple, couple_block  # noqa: E402
 from free_kernels.ops.packing import commit_drafts, pack_drafts  # noqa: E402
 from free_kernels.ops.random import philox_normal, philox_uniform  # noqa: E402
 
@@ -60,6 +61,24 @@ def check_random() -> None:
             torch.testing.assert_close(*draws, rtol=1e-6, atol=2e-6)
 
 
+def check_coupling() -> None:
+    """The same decisions, and states and gaps to the rounding of sums; the target's mean is its output."""
+    g = torch.Generator().manual_seed(0)
+    states, noise, slack = torch.randn(3, 40, 4, 2, 9, 9, generator=g)
+    output, uniform = torch.randn(160, 4, 9, 9, generator=g), 1 - torch.rand(40, 4, generator=g)
+    columns = torch.zeros(40, 4, 8)
+    columns[..., 1], columns[..., 3] = 1.0, 0.01
+    mean = output[:, :2].unflatten(0, (40, 4))[:, :3] + 0.05 * torch.randn(40, 3, 2, 9, 9, generator=g)
+    for given, drawn in ((output, slack), (output[:, :2].bfloat16(), None)):
+        arguments = (states, mean, torch.ones_like(mean), noise, drawn, uniform, given, torch.arange(41) * 4, columns)
+        for op in (couple, couple_block):
+            got, want = (op(*arguments, backend=backend) for backend in reversed(BACKENDS))
+            assert torch.equal(got.committed, want.committed)
+            assert int(got.committed.unique().numel()) > 1
+            torch.testing.assert_close(got.next_states, want.next_states, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got.gap_sq, want.gap_sq, rtol=1e-4, atol=1e-4)
+
+
 def check_refusal() -> None:
     """The ops' own words pass torch's C interface."""
     one, two = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
@@ -77,6 +96,7 @@ compared = read(cases)
 for arguments in compared:
     check_case(arguments)
 check_random()
+check_coupling()
 check_refusal()
 config = extension.build_config()
 print(

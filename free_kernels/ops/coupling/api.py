@@ -104,14 +104,15 @@ def couple(
         columns: float32 ``[S, L, 8]``, transition coefficients of each row's step.
         relaxation: float32 ``[S, L]``, w in [0, 1) of each row (lossy), or None.
         guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
-        backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
+        backend: ``"auto"`` (Triton on a GPU, on the CPU the extension if it is there), ``"reference"``,
+            ``"extension"`` or ``"triton"``.
 
     Returns:
         A :class:`Coupling`.
 
     Raises:
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
-        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+        RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
     drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
     given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, relaxation, *settings)
@@ -160,7 +161,7 @@ def couple_philox(
 
     Raises:
         ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
-        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+        RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
     drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
     keys = (signed_seed("couple_philox", seed), images, steps)
@@ -200,14 +201,15 @@ def couple_block(
         uniform: float32 ``[S, L]`` in (0, 1]; entry 0 draws the residual, entry i > 0 tests draft i.
         output, row_offsets, columns: as in :func:`couple`.
         guidance_scale, guidance_channels, clip: as in :func:`gaussian_transition`.
-        backend: ``"auto"`` (Triton on a GPU), ``"reference"`` or ``"triton"``.
+        backend: ``"auto"`` (Triton on a GPU, on the CPU the extension if it is there), ``"reference"``,
+            ``"extension"`` or ``"triton"``.
 
     Returns:
         A :class:`Coupling`.
 
     Raises:
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
-        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+        RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
     drafts, settings = (draft_states, draft_mean, draft_std), (guidance_scale, guidance_channels, clip)
     given = (*drafts, noise, slack_noise, uniform, output, row_offsets, columns, None, *settings)
@@ -251,7 +253,7 @@ def couple_block_philox(
 
     Raises:
         ValueError, TypeError: a shape, dtype or seed does not fit, or the backend is unknown.
-        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+        RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
     if rounds is None:
         fail("couple_block_philox", "rounds", "int64 [S], since noise must be fresh in each round", rounds, TypeError)

@@ -19,7 +19,7 @@ class CouplingArguments(NamedTuple):
     noise: Tensor  # [S, L, C, H, W]
     slack_noise: Tensor | None  # [S, L, C, H, W]; None where variances are fixed or L = 1
     uniform: Tensor  # [S, L]
-    output: Tensor  # float32, float16 or bfloat16 [B R, C or 2 C, H, W]
+    output: Tensor  # any floating-point dtype [B R, C or 2 C, H, W]
     row_offsets: Tensor  # int64 [S + 1]
     columns: Tensor  # [S, L, 8]
     relaxation: Tensor | None  # [S, L]; None in couple_block
@@ -59,8 +59,8 @@ class Coupling(NamedTuple):
     Attributes:
         next_states: ``[S, C, H, W]``, the state after the committed steps; undefined where ``committed`` is 0.
         committed: int64 ``[S]``, steps committed, in ``[0, L]``; 0 for an idle slot.
-        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack). Not finite where a
-            draft was far off.
+        gap_sq: ``[S, L - 1]``, delta^2 of each draft's test (whitened, given the shared slack), also of drafts behind
+            the first refusal. Not finite where a draft was far off; undefined in rows without a draft.
     """
 
     next_states: Tensor

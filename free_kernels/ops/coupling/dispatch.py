@@ -10,31 +10,29 @@ import torch
 from torch import Tensor
 
 from free_kernels.constants import Purpose, TransitionColumn
+from free_kernels.extension import use_extension
 from free_kernels.ops.coupling import reference
 from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.random import philox_normal, philox_uniform
-from free_kernels.validation import check_choice, fail
+from free_kernels.validation import check_choice, check_int, fail
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", "extension", "triton")
 _OPTIONAL = ("slack_noise", "relaxation", "rounds")
 _INTEGERS = ("images", "steps", "rounds", "row_offsets")
 
 
 def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) -> None:
-    """Shapes, and the dtypes of integers and devices of everything beside ``draft_states``."""
+    """Shapes, dtypes and devices; of ``output`` the shape."""
     states, output = arguments.draft_states, arguments.output
-    if not isinstance(states, Tensor) or states.ndim != 5:
-        fail(
-            op,
-            "draft_states",
-            "float32 [S, L, C, H, W]",
-            states,
-            ValueError if isinstance(states, Tensor) else TypeError,
-        )
+    wrong_kind = not isinstance(states, Tensor) or states.dtype != torch.float32
+    if wrong_kind or states.ndim != 5:
+        fail(op, "draft_states", "float32 [S, L, C, H, W]", states, TypeError if wrong_kind else ValueError)
     device = states.device
     slots, length, channels, height, width = states.shape
+    if length < 1:
+        fail(op, "draft_states", "float32 [S, L, C, H, W] with L >= 1", states)
     rows, draft = (slots, length), (slots, length - 1, channels, height, width)
     shapes = dict.fromkeys(("uniform", "steps", "relaxation"), rows) | dict.fromkeys(("draft_mean", "draft_std"), draft)
     shapes |= dict.fromkeys(("noise", "slack_noise"), (slots, length, channels, height, width))
@@ -43,7 +41,8 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
     for name, tensor in zip(arguments._fields, arguments, strict=True):
         if name not in shapes or (tensor is None and name in _OPTIONAL):
             continue
-        wrong_kind = not isinstance(tensor, Tensor) or (name in _INTEGERS and tensor.dtype != torch.int64)
+        dtype = torch.int64 if name in _INTEGERS else torch.float32
+        wrong_kind = not isinstance(tensor, Tensor) or tensor.dtype != dtype
         if wrong_kind or tensor.shape != shapes[name]:
             expectation = f"{'int64' if name in _INTEGERS else 'float32'} {list(shapes[name])}"
             fail(op, name, expectation, tensor, TypeError if wrong_kind else ValueError)
@@ -52,6 +51,8 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
     rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if arguments.guidance_scale == 1.0 else 2) == 0
     if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
         fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
+    if arguments.guidance_scale != 1.0 and arguments.guidance_channels is not None:
+        check_int(op, "guidance_channels", arguments.guidance_channels, 0, channels)
     if isinstance(arguments, CouplingArguments):
         learned, slack_noise = output.shape[1] == 2 * channels, arguments.slack_noise
         if (slack_noise is not None) != learned and (length > 1 or not learned):
@@ -93,6 +94,20 @@ def _declare(name: str, arguments: type, run: Callable[[Any], Coupling], launch:
     return Op(name, arguments, run, _fake, f"coupling.{launch}", "(Tensor, Tensor, Tensor)")
 
 
+def _compiled(name: str, run: Callable[[Any], Coupling]) -> Op:
+    """The extension's op for CPU tensors, of a function ``name``."""
+
+    def check(arguments: CouplingArguments) -> None:
+        check_round(name, arguments)
+
+    def fake(arguments: CouplingArguments) -> Coupling:
+        # Also what runs where one of several tensors has no data, so that the op's own checks do not.
+        check(arguments)
+        return _fake(arguments)
+
+    return Op(f"{name}_cpu", CouplingArguments, run, fake, check=check, public=name)
+
+
 _TOKEN, _BLOCK = reference.couple, block.couple_block
 OPS = {
     "couple": _declare("couple", CouplingArguments, _TOKEN, "couple"),
@@ -102,6 +117,7 @@ OPS = {
         "couple_block_philox", KeyedCouplingArguments, lambda a: _BLOCK(draw_noise(a)), "couple_block"
     ),
 }
+COMPILED = {"couple": _compiled("couple", _TOKEN), "couple_block": _compiled("couple_block", _BLOCK)}
 
 
 def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backend: str) -> Coupling:
@@ -109,14 +125,28 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
 
     Raises:
         ValueError, TypeError: a shape or dtype does not fit, or the backend is unknown.
-        RuntimeError: ``backend="triton"`` cannot be used; the message says why.
+        RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
     check_choice(op, "backend", backend, BACKENDS)
-    check_round(op, arguments)
-    states = arguments.draft_states
+    states, keyed = arguments.draft_states, isinstance(arguments, KeyedCouplingArguments)
+    compiled = COMPILED[op.removesuffix("_philox")] if keyed else COMPILED[op]
+    in_cpp = _runs_compiled(op, compiled, states, backend)
+    # The compiled op makes the same checks in less time. What makes noise from keys, or traces, must not come before.
+    if keyed or not in_cpp or torch.compiler.is_compiling():
+        check_round(op, arguments)
     if arguments.guidance_channels is None:
         arguments = arguments._replace(guidance_channels=states.shape[2])
-    if isinstance(arguments, KeyedCouplingArguments) and not OPS[op].runs_triton(states, backend):
+    if keyed and not OPS[op].runs_triton(states, backend):
         # Done here and not in the op's reference, which cannot pass the caller's backend on to the random ops.
         op, arguments = op.removesuffix("_philox"), draw_noise(arguments, backend)
+    if in_cpp:
+        return Coupling(*compiled.run_compiled(arguments))
     return Coupling(*OPS[op](arguments, states, backend))
+
+
+def _runs_compiled(op: str, compiled: Op, states: object, backend: str) -> bool:
+    """Whether a backend means the extension for these states; a wrong kind of them is found by the checks."""
+    if backend in ("reference", "triton") or not isinstance(states, Tensor):
+        return False
+    # Asking a tensor for its device takes longer.
+    return use_extension(compiled.name, "cpu" if states.is_cpu else states.device.type, backend, op)

@@ -1,0 +1,294 @@
+#include "coupling_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace free_kernels {
+namespace {
+
+// As in reference.py.
+constexpr double kMaxGapSq = 1e30, kAcrossShare = 0.5, kLeastShared = 1.0 / 1024, kSmallestMeanGapSq = 1e-24;
+constexpr float kLeastLeft = 1.0f / 64;
+constexpr float kAcross = 0.70710678118654752f;  // the root of kAcrossShare
+
+// Sums are kept in lanes of float32 within a block and in float64 beyond. A lane adds kBlock / kLanes
+// products, so the rounding of a sum is at most kBlock / kLanes half spacings of float32 times the sum of its
+// products' sizes.
+constexpr int64_t kLanes = 8;
+static_assert(kBlock % kLanes == 0);
+
+// A vector of the compilers' (gcc, clang), which they split where the CPU's are shorter.
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+FREE_KERNELS_INLINE void add_product(Lanes& lanes, const float* a, const float* b) {
+  Lanes left, right;
+  std::memcpy(&left, a, sizeof(Lanes));
+  std::memcpy(&right, b, sizeof(Lanes));
+  lanes += left * right;
+}
+
+FREE_KERNELS_INLINE double total(const Lanes& lanes) {
+  double sum = 0;
+  for (int64_t k = 0; k < kLanes; ++k) sum += static_cast<double>(lanes[k]);
+  return sum;
+}
+
+// Pointers of a row to the elements of a block that begins at `first`.
+struct Block {
+  const float *state, *mean_p, *std_p, *z, *slack;
+  const Columns& columns;
+  OutputRow output;
+
+  FREE_KERNELS_INLINE Block(const Round& round, int64_t slot, int64_t row)
+      : columns(round.columns[slot * round.length + row]) {
+    const int64_t size = round.transition.elements;
+    const int64_t at = (slot * round.length + row) * size;
+    const int64_t draft = (slot * (round.length - 1) + row) * size;
+    state = round.states + at;
+    z = round.noise + at;
+    slack = round.slack_noise == nullptr ? nullptr : round.slack_noise + at;
+    const bool drafted = row < round.length - 1;
+    mean_p = drafted ? round.draft_mean + draft : nullptr;
+    std_p = drafted ? round.draft_std + draft : nullptr;
+    const char* conditional = round.output + (round.offsets[slot] + row) * round.row_bytes;
+    const bool guided = round.transition.guided > 0;
+    output = {conditional, guided ? conditional + round.packed_rows * round.row_bytes : nullptr};
+  }
+};
+
+FREE_KERNELS_INLINE int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+FREE_KERNELS_INLINE void pad(float* values, int64_t count) {
+  for (int64_t i = count; i < whole_lanes(count); ++i) values[i] = 0.0f;
+}
+
+// gap, and with learned variances ratio - 1, 1 / root of what is left of the ratio, and t.
+FREE_KERNELS_INLINE void gap_block(const Block& row, int64_t first, int64_t count, const float* mean,
+                                   float* __restrict gap) {
+  const float *mean_p = row.mean_p + first, *std_p = row.std_p + first;
+  for (int64_t i = 0; i < count; ++i) gap[i] = (mean[i] - mean_p[i]) / std_p[i];
+}
+
+// What an element of a row with learned variances is compared by.
+struct Element {
+  float gap, error, t, rooted;  // rooted: gap over the root of what is left of the ratio
+};
+
+// Three roundings in the place of one in gap and quotient, and two in t and rooted, save three of five
+// divisions. With those of mean and deviation, gap has at most 1.5 times and ratio 1.3 times the reference's
+// rounding.
+FREE_KERNELS_INLINE Element compare(float mean_q, float std_q, float mean_p, float std_p) {
+  const float inverse = 1.0f / std_p;
+  const float gap = (mean_q - mean_p) * inverse, quotient = std_q * inverse;
+  const float ratio = quotient * quotient, error = ratio - 1.0f;
+  float left = ratio - static_cast<float>(kAcrossShare);
+  left = left < kLeastLeft ? kLeastLeft : left;
+  const float root = std::sqrt(left), sum = root + kAcross;
+  const float both = 1.0f / (root * sum);
+  return {gap, error, error * (root * both), gap * (sum * both)};
+}
+
+FREE_KERNELS_INLINE RowSums sum_fixed(const Round& round, const Block& row, int64_t first, int64_t last) {
+  RowSums sums;
+  float mean[kBlock], gap[kBlock], noise[kBlock];
+  for (int64_t begin = first; begin < last; begin += kBlock) {
+    const int64_t count = std::min(kBlock, last - begin);
+    mean_block(round.transition, row.columns, row.output, row.state, begin, count, mean);
+    gap_block(row, begin, count, mean, gap);
+    const float* z = row.z + begin;
+    if (count % kLanes != 0) {
+      std::memcpy(noise, z, count * sizeof(float));
+      pad(noise, count);
+      pad(gap, count);
+      z = noise;
+    }
+    Lanes gap_gap = {}, gap_z = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      add_product(gap_gap, gap + i, gap + i);
+      add_product(gap_z, gap + i, z + i);
+    }
+    sums.sum[kGapGap] += total(gap_gap);
+    sums.sum[kGapSum] += total(gap_z);
+  }
+  return sums;
+}
+
+FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const Block& row, int64_t first, int64_t last) {
+  RowSums sums;
+  float mean[kBlock], std_q[kBlock], gap[kBlock], error[kBlock];
+  float difference[kBlock], sum[kBlock], rooted[kBlock], moved[kBlock], scaled[kBlock];
+  float least[kLanes] = {};
+  for (int64_t begin = first; begin < last; begin += kBlock) {
+    const int64_t count = std::min(kBlock, last - begin);
+    mean_block(round.transition, row.columns, row.output, row.state, begin, count, mean);
+    deviation_block(round.transition, row.columns, row.output, begin, count, std_q);
+    const float *mean_p = row.mean_p + begin, *std_p = row.std_p + begin;
+    const float *z = row.z + begin, *slack = row.slack + begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const Element element = compare(mean[i], std_q[i], mean_p[i], std_p[i]);
+      gap[i] = element.gap;
+      error[i] = element.error;
+      rooted[i] = element.rooted;
+      difference[i] = z[i] - slack[i];
+      sum[i] = z[i] + slack[i];
+      moved[i] = element.t * difference[i];
+      scaled[i] = element.t * element.gap;
+    }
+    for (float* values : {gap, error, difference, sum, rooted, moved, scaled}) pad(values, count);
+
+    Lanes lanes[kSums] = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      add_product(lanes[kGapGap], gap + i, gap + i);
+      add_product(lanes[kGapSum], gap + i, sum + i);
+      add_product(lanes[kGapDifference], gap + i, difference + i);
+      add_product(lanes[kErrorError], error + i, error + i);
+      add_product(lanes[kRootedRooted], rooted + i, rooted + i);
+      add_product(lanes[kRootedGap], rooted + i, gap + i);
+      add_product(lanes[kRootedDifference], rooted + i, difference + i);
+    }
+    for (int64_t i = 0; i < count; i += kLanes) {
+      add_product(lanes[kMovedGap], moved + i, gap + i);
+      add_product(lanes[kMovedMoved], moved + i, moved + i);
+      add_product(lanes[kMovedSum], moved + i, sum + i);
+      add_product(lanes[kScaledGap], scaled + i, gap + i);
+      add_product(lanes[kScaledScaled], scaled + i, scaled + i);
+      add_product(lanes[kScaledSum], scaled + i, sum + i);
+      add_product(lanes[kMovedScaled], moved + i, scaled + i);
+    }
+    for (int64_t i = 0; i < count; i += kLanes)
+      for (int64_t k = 0; k < kLanes; ++k) least[k] = error[i + k] < least[k] ? error[i + k] : least[k];
+    for (int k = 0; k < kSums; ++k) sums.sum[k] += total(lanes[k]);
+  }
+  for (const float value : least) sums.least_error = std::min(sums.least_error, value);
+  return sums;
+}
+
+FREE_KERNELS_INLINE RowSums sum_inline(const Round& round, int64_t slot, int64_t row, int64_t first,
+                                       int64_t last) {
+  const Block block(round, slot, row);
+  return round.transition.learned ? sum_learned(round, block, first, last)
+                                  : sum_fixed(round, block, first, last);
+}
+
+FREE_KERNELS_INLINE void commit_inline(const Round& round, int64_t slot, const Commit& commit, int64_t first,
+                                       int64_t last, float* __restrict next) {
+  const Block row(round, slot, commit.row);
+  const bool learned = round.transition.learned;
+  const float ahead = commit.ahead, push = commit.push, pull = commit.pull;
+  float mean[kBlock], std_q[kBlock];
+  for (int64_t begin = first; begin < last; begin += kBlock) {
+    const int64_t count = std::min(kBlock, last - begin);
+    const float* z = row.z + begin;
+    float* out = next + begin;
+    mean_block(round.transition, row.columns, row.output, row.state, begin, count, mean);
+    if (commit.direct || learned)
+      deviation_block(round.transition, row.columns, row.output, begin, count, std_q);
+    if (commit.direct) {
+      for (int64_t i = 0; i < count; ++i) out[i] = mean[i] + std_q[i] * z[i];
+      continue;
+    }
+    const float *mean_p = row.mean_p + begin, *std_p = row.std_p + begin;
+    if (!learned) {
+      for (int64_t i = 0; i < count; ++i) out[i] = mean[i] + std_p[i] * z[i] + ahead * (mean[i] - mean_p[i]);
+      continue;
+    }
+    const float* slack = row.slack + begin;
+    for (int64_t i = 0; i < count; ++i) {
+      const Element element = compare(mean[i], std_q[i], mean_p[i], std_p[i]);
+      // Added to z and not only to the gap, which may be so large that the sum rounds the shift away.
+      const float gap = element.gap;
+      const float shift = element.t * (kAcross * (z[i] - slack[i]) + push * gap) - pull * gap;
+      out[i] = mean[i] + std_p[i] * ((z[i] + shift) + ahead * (gap + shift));
+    }
+  }
+}
+
+// Each of the two for any CPU and for AVX2.
+RowSums sum_any(const Round& round, int64_t slot, int64_t row, int64_t first, int64_t last) {
+  return sum_inline(round, slot, row, first, last);
+}
+
+void commit_any(const Round& round, int64_t slot, const Commit& commit, int64_t first, int64_t last,
+                float* next) {
+  commit_inline(round, slot, commit, first, last, next);
+}
+
+#if FREE_KERNELS_HAS_AVX2
+FREE_KERNELS_AVX2 RowSums sum_avx2(const Round& round, int64_t slot, int64_t row, int64_t first,
+                                   int64_t last) {
+  return sum_inline(round, slot, row, first, last);
+}
+
+FREE_KERNELS_AVX2 void commit_avx2(const Round& round, int64_t slot, const Commit& commit, int64_t first,
+                                   int64_t last, float* next) {
+  commit_inline(round, slot, commit, first, last, next);
+}
+#else
+constexpr auto sum_avx2 = sum_any;
+constexpr auto commit_avx2 = commit_any;
+#endif
+
+Figures figures_of_learned(const RowSums& sums) {
+  const double* sum = sums.sum;
+  const double mean_sq = sum[kGapGap];
+  const bool directed = mean_sq > kSmallestMeanGapSq;
+  const double inverse = directed ? 1 / std::sqrt(mean_sq) : 0.0;
+  // Drafts so far off that products of gap and error would overflow are refused, too. The rule must not
+  // depend on z.
+  const bool far = !((1 + mean_sq) * (1 + sum[kErrorError]) < kMaxGapSq);
+  const bool infeasible = far || !(sums.least_error + (1.0 - kAcrossShare) >= kLeastLeft);
+
+  const double kappa = directed ? sum[kRootedRooted] * inverse * inverse : 1 / (1 - kAcrossShare);
+  const double error = 1 / kappa - (1 - kAcrossShare);
+  const double longest = std::sqrt(error * error + 4 * mean_sq);
+  const double shared = directed
+                            ? std::max(std::fabs(error) / (std::fabs(error) + longest), -error) + kLeastShared
+                            : 1 - kAcrossShare;
+  const double own = 1 - shared, across = std::sqrt(kAcrossShare);
+  const double kept_p = std::sqrt(shared), kept_q = std::sqrt(kappa * (error + shared));
+
+  const double difference_u = inverse * sum[kGapDifference];
+  const double slack_u = inverse * (sum[kGapSum] - sum[kGapDifference]) / 2, z_u = slack_u + difference_u;
+  const double z2_u = kept_p * z_u - std::sqrt(own) * slack_u;
+  // z2 = across d + turned u.
+  const double turned = z2_u - across * difference_u;
+  const double w_z2 = inverse * (across * sum[kRootedDifference] + turned * inverse * sum[kRootedGap]);
+  const double moved = (1 - kept_q) * w_z2 / kappa + (kept_p - across) * z2_u;
+  const double push = turned * inverse, pull = moved * inverse, rest = 1 - pull;
+
+  // lead = rest gap + across t d + push t gap.
+  const double lead_u = inverse * (rest * mean_sq + across * sum[kMovedGap] + push * sum[kScaledGap]);
+  const double lead_sq =
+      rest * rest * mean_sq + kAcrossShare * sum[kMovedMoved] + push * push * sum[kScaledScaled] +
+      2 * (rest * (across * sum[kMovedGap] + push * sum[kScaledGap]) + across * push * sum[kMovedScaled]);
+  const double gap_sq = lead_sq / kAcrossShare + (1 / own - 1 / kAcrossShare) * lead_u * lead_u;
+  const double lead_sum = rest * sum[kGapSum] + across * sum[kMovedSum] + push * sum[kScaledSum];
+  // Terms that cancel may leave a rounding error below 0; a NaN stays.
+  return {gap_sq < 0 ? 0.0 : gap_sq, lead_sum + (std::sqrt(shared / own) - 1) * slack_u * lead_u,
+          static_cast<float>(push), static_cast<float>(pull), infeasible};
+}
+
+}  // namespace
+
+void RowSums::add(const RowSums& other) {
+  for (int k = 0; k < kSums; ++k) sum[k] += other.sum[k];
+  least_error = std::min(least_error, other.least_error);
+}
+
+RowSums sum_row(const Round& round, int64_t slot, int64_t row, int64_t first, int64_t last) {
+  return (has_avx2() ? sum_avx2 : sum_any)(round, slot, row, first, last);
+}
+
+Figures figures_of(const Round& round, const RowSums& sums) {
+  if (round.transition.learned) return figures_of_learned(sums);
+  const double gap_sq = sums.sum[kGapGap];
+  return {gap_sq, sums.sum[kGapSum], 0.0f, 0.0f, !(gap_sq < kMaxGapSq)};
+}
+
+void commit_row(const Round& round, int64_t slot, const Commit& commit, int64_t first, int64_t last,
+                float* next) {
+  (has_avx2() ? commit_avx2 : commit_any)(round, slot, commit, first, last, next);
+}
+
+}  // namespace free_kernels
