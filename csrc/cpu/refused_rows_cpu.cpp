@@ -208,27 +208,29 @@ void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const 
   check_tensor(op, "at", at, kLong, {generations, slots, width}, at);
   check_tensor(op, "turn", turn, kLong, {slots, width}, at);
   check_tensor(op, "steps", steps, kLong, {slots}, at);
-  check_tensor(op, "places", places, kLong, {generations, slots, rows}, at);
+  for (int64_t slot = 0; slot < slots; ++slot)
+    STD_TORCH_CHECK(ints(steps)[slot] >= 0, op, ": steps[", slot, "] must be at least 0, got ",
+                    ints(steps)[slot]);
+  check_tensor(op, "places", places, kLong, {generations, slots, rows - 1}, at);
   check_tensor(op, "ahead", ahead, kLong, {slots}, at);
   for (int64_t slot = 0; slot < slots; ++slot) {
     // The rows of the image before.
     if (ints(steps)[slot] == 0)
       for (int64_t generation = 0; generation < generations; ++generation)
         std::fill_n(mutable_ints(at) + (generation * slots + slot) * width, width, -1);
-    const auto find = [&](int64_t entry, int64_t turns_on) -> int64_t {
-      const int64_t step = ints(steps)[slot] - 1 + entry;
-      const int64_t place = slot * width + (step % rows + rows) % rows;
+    const auto find = [&](int64_t draft, int64_t turns_on) -> int64_t {
+      const int64_t step = ints(steps)[slot] + draft, place = slot * width + step % rows;
       const int64_t generation = (ints(turn)[place] + turns_on) % generations;
       const int64_t index = generation * slots * width + place;
       return ints(at)[index] == step ? index : -1;
     };
     int64_t count = 0;
-    while (count + 1 < rows && find(count + 1, 0) >= 0) ++count;
+    while (count < rows - 1 && find(count, 0) >= 0) ++count;
     mutable_ints(ahead)[slot] = count;
     for (int64_t generation = 0; generation < generations; ++generation)
-      for (int64_t entry = 0; entry < rows; ++entry)
-        mutable_ints(places)[(generation * slots + slot) * rows + entry] =
-            count > 0 && entry <= count ? find(entry, generation) : -1;
+      for (int64_t draft = 0; draft < rows - 1; ++draft)
+        mutable_ints(places)[(generation * slots + slot) * (rows - 1) + draft] =
+            draft < count ? find(draft, generation) : -1;
   }
 }
 

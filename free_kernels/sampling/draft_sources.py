@@ -105,7 +105,9 @@ class Repeated:
             share = ahead.advance(refused.outputs, places, 0, count)
         if lengths is None:
             # The outputs of all drafts, as shapes are fixed; those of drafts that have a row are not used.
-            rows = torch.arange(len(serving) * ahead.count, device=ahead.steps.device).view(-1, ahead.count)
+            index = torch.arange(len(serving) * ahead.count, device=ahead.steps.device)
+            rows, slots = index.view(-1, ahead.count), index // ahead.count
+            t = ahead.timesteps[:, : ahead.count].flatten()
             if count:
                 drafted = torch.nn.functional.pad(refused.latest_places[:, :count] >= 0, (0, ahead.count - count))
                 rows = rows.masked_fill(drafted, -1)
@@ -114,20 +116,16 @@ class Repeated:
             if not behind.any():
                 return
             numbers = np.where(behind, behind.cumsum().reshape(behind.shape) - 1, -1)
-            rows = torch.from_numpy(numbers).to(ahead.steps.device)
+            place, (slot, draft) = ahead.steps.device, behind.nonzero()
+            rows, slots, index = (
+                torch.from_numpy(part).to(place) for part in (numbers, slot, slot * (ahead.count + 1) + draft)
+            )
+            t = ahead.timesteps.view(-1).index_select(0, index)
         if count:
             feature = self._last_features(share, feature)
-        ahead.advance(self._outputs(ahead, feature, None if lengths is None else behind), Places(rows), 0, ahead.count)
-
-    def _outputs(self, ahead: DraftingPass, feature: Tensor, behind: np.ndarray | None) -> Tensor:
-        """The head's output for drafts of each slot, those of the mask ``behind [S, L - 1]`` or all, slot by slot."""
-        job, t = self._job, ahead.timesteps[:, : ahead.count]
-        slots = torch.arange(len(t), device=t.device).repeat_interleave(ahead.count)
-        if behind is not None:
-            slots = torch.from_numpy(behind.nonzero()[0]).to(t.device)
-            t = t[torch.from_numpy(behind).to(t.device)]
-        rows = feature.index_select(1, slots).flatten(0, 1)
-        return job.head(rows, job.doubled(t.flatten()), job.branched(ahead.slots.labels[slots]))
+        job, y = self._job, ahead.slots.labels.index_select(0, slots)
+        repeated = feature.index_select(1, slots).flatten(0, 1)
+        ahead.advance(job.head(repeated, job.doubled(t), job.branched(y)), Places(rows), 0, ahead.count)
 
     def _last_features(self, share: Tensor, parent: Tensor) -> Tensor:
         """Features ``[B, S, T, D]`` of the last row that serves each slot; the parent's where none does."""

@@ -77,8 +77,8 @@ class RefusedRows:
         self._at = torch.full((generations, *places), -1, dtype=torch.int64, device=device)
         # The generation of each place's latest row.
         self._turn = torch.zeros(places, dtype=torch.int64, device=device)
-        # By generation on, slot and step from the one before the next: where the row is among all; -1: there is none.
-        self._places = torch.full((generations, slots, rows), -1, dtype=torch.int64, device=device)
+        # Latest and replaced rows by slot and step ahead: where the row is among all; -1: there is none.
+        self._places = torch.full((2, slots, rows - 1), -1, dtype=torch.int64, device=device)
         # By generation, slot and place, and before that by branch; made with the first round.
         self._states: Tensor | None = None
         self._features: Tensor | None = None
@@ -127,7 +127,7 @@ class RefusedRows:
         Args:
             steps: int64 ``[S]``, the step of each slot now; at step 0 the rows are of the image before and are dropped.
         """
-        find_rows(FindArguments(self._at, self._turn, steps, self._places, self.ahead), self.backend)
+        find_rows(FindArguments(self._at, self._turn, steps, self._places[: len(self._at)], self.ahead), self.backend)
 
     def forget(self) -> None:
         """Steps were taken without drafts: what was kept is of earlier ones."""
@@ -139,14 +139,12 @@ class RefusedRows:
     @property
     def latest_places(self) -> Tensor:
         """Where the last row of each draft's step is, int64 ``[S, M - 1]``: a row of :attr:`states`; -1: nowhere."""
-        return self._places[0, :, 1:].contiguous()
+        return self._places[0]
 
     @property
     def replaced_places(self) -> Tensor:
         """As :attr:`latest_places`, of the rows that those replaced; -1 everywhere with one generation."""
-        return (
-            self._places[-1, :, 1:].contiguous() if len(self._places) > 1 else torch.full_like(self.latest_places, -1)
-        )
+        return self._places[1]
 
     @property
     def states(self) -> Tensor:

@@ -42,9 +42,9 @@ def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
 
 def held(refused: RefusedRows, slot: int, step: int) -> list[float]:
     """The first values of the state, and of each branch's feature and output, of a slot's row at a step."""
-    steps, places = torch.full((4,), step), torch.empty_like(refused._places)
+    steps, places = torch.full((4,), step), torch.empty_like(refused._places[: len(refused._at)])
     find_rows(FindArguments(refused._at, refused._turn, steps, places, torch.empty_like(steps)))
-    place, rows = places[0, slot, 1], refused.latest(steps, 1)
+    place, rows = places[0, slot, 0], refused.latest(steps, 1)
     assert place >= 0
     assert torch.equal(refused.states[place], rows.states[1, slot])
     outputs = refused.outputs.unflatten(0, (rows.features.shape[0], -1))[:, place, 0, 0, 0]
@@ -235,7 +235,7 @@ def test_rows_leave_with_their_image(leaves, monkeypatch):
         # At an image's first steps, what the image before left at each place passes for the row of a step ahead.
         def with_all(self, steps):
             begin(self, steps.clamp(min=1))
-            place = (steps.unsqueeze(1) - 1 + torch.arange(self.rows)) % self.rows
+            place = (steps.unsqueeze(1) + torch.arange(self.rows - 1)) % self.rows
             place += torch.arange(len(steps)).unsqueeze(1) * (self.rows + 1)
             index = place + self._turn.view(-1)[place] * self._turn.numel()
             young = steps <= 1
@@ -292,7 +292,7 @@ def test_drafts_behind_the_rows_repeat_the_secant_of_the_last(branches):
     refused = RefusedRows(3, branches, 3, 2, torch.device("cpu"))
     features = torch.randn(branches, 2 * 3 * 4, 4, 2, generator=torch.Generator().manual_seed(0))
     refused._features = features.view(branches, 2, 3, 4, 4, 2)
-    refused._places[:] = torch.tensor([[[0, 3, 5], [0, 7, -1], [-1, -1, -1]], [[0, 1, 9], [-1, -1, -1], [-1, 2, 2]]])
+    refused._places[:] = torch.tensor([[[3, 5], [7, -1], [-1, -1]], [[1, 9], [-1, -1], [2, 2]]])
     refused.ahead[:] = torch.tensor([2, 1, 0])
     parent, share = torch.randn(branches, 3, 4, 2), torch.tensor([[0.5, -0.25], [0.0, 0.0], [0.0, 0.0]])
     found = Repeated(None, refused)._last_features(share, parent)

@@ -263,7 +263,7 @@ def test_memory_is_that_of_the_reference(generations, branches, dtype, backend):
             a.output[number, 0, 0, 0] = math.nan
             a = a._replace(steps=a.steps + number, committed=(a.committed + number).minimum(a.lengths))
             keep_rows(a, name)
-            places = a.at.new_zeros(generations, 4, 4)
+            places = a.at.new_zeros(generations, 4, 3)
             found = FindArguments(a.at, a.turn, a.steps + a.committed, places, a.steps.clone())
             find_rows(found, name)
             results.append((back(a), back(found)))
@@ -388,7 +388,7 @@ def test_rows_of_the_image_before_are_dropped(backend):
     a = on(keeping(), backend[1])
     keep_rows(a, backend[0])
     steps = torch.tensor([0, 2, 9, 5], device=backend[1])
-    found = FindArguments(a.at, a.turn, steps, a.at.new_zeros(2, 4, 4), steps.clone())
+    found = FindArguments(a.at, a.turn, steps, a.at.new_zeros(2, 4, 3), steps.clone())
     find_rows(found, backend[0])
     assert (found.at[:, 0] == -1).all()
     assert found.ahead.tolist() == [0, 0, 0, 1]

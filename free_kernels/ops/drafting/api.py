@@ -130,9 +130,9 @@ def _check_find(a: FindArguments) -> None:
     op = "find_rows"
     Layouts(op, None, {}).check("at", a.at, INT64, "[G, S, M + 1]")
     generations, slots, places = a.at.shape
-    layouts = Layouts(op, a.at.device, {"G": generations, "S": slots, "M + 1": places, "M": places - 1})
+    layouts = Layouts(op, a.at.device, {"G": generations, "S": slots, "M + 1": places, "M - 1": places - 2})
     layouts.check("turn", a.turn, INT64, "[S, M + 1]")
-    layouts.check("places", a.places, INT64, "[G, S, M]")
+    layouts.check("places", a.places, INT64, "[G, S, M - 1]")
     for name in ("steps", "ahead"):
         layouts.check(name, getattr(a, name), INT64, "[S]")
 
@@ -383,10 +383,10 @@ def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
 def find_rows(arguments: FindArguments, backend: str = "auto") -> None:
     """Where the rows of the next steps are: ``places`` and ``ahead``, in place.
 
-    A slot at step 0 has a new image and loses the rows of the one before. Entry i of a slot is of step
-    ``steps[s] - 1 + i``. ``places[0]`` are its latest rows and ``places[1]`` those that they replaced, as numbers among
-    all G S (M + 1); -1 where there is none or where an entry from 1 to i has no latest row. ``ahead`` counts the latest
-    rows from entry 1 on.
+    A slot at step 0 has a new image and loses the rows of the one before. Entry j of a slot is of step ``steps[s] +
+    j``, draft j's. ``places[0]`` are its latest rows and ``places[1]`` those that they replaced, as numbers among all
+    G S (M + 1); -1 from the first entry on that has no latest row, and where there is none. ``ahead`` counts the latest
+    rows.
 
     Raises:
         ValueError, TypeError: a wrong argument.

@@ -86,7 +86,7 @@ class FindArguments(NamedTuple):
     at: Written  # int64 [G, S, M + 1], written
     turn: Tensor  # int64 [S, M + 1]
     steps: Tensor  # int64 [S]
-    places: Written  # int64 [G, S, M], written
+    places: Written  # int64 [G, S, M - 1], written
     ahead: Written  # int64 [S], written
 
 

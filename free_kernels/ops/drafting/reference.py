@@ -124,19 +124,16 @@ def find_rows(a: FindArguments) -> None:
     generations, slots, places = a.at.shape
     rows = places - 1
     a.at.masked_fill_((a.steps == 0).unsqueeze(1), -1)
-    step = a.steps.unsqueeze(1) + torch.arange(-1, rows - 1, device=a.steps.device)
-    first = torch.arange(slots, device=step.device).unsqueeze(1) * places
-    place = step % rows + first
+    step = a.steps.unsqueeze(1) + torch.arange(rows - 1, device=a.steps.device)
+    place = step % rows + torch.arange(slots, device=step.device).unsqueeze(1) * places
     turn = a.turn.view(-1)[place]
-    held = []
     for generation in range(generations):
         index = place + ((turn + generation) % generations) * a.turn.numel()
-        held.append(torch.where(a.at.view(-1)[index] == step, index, -1))
-    unbroken = (held[0][:, 1:] >= 0).to(torch.int64).cumprod(1)
+        held = torch.where(a.at.view(-1)[index] == step, index, -1)
+        if generation == 0:
+            unbroken = (held >= 0).to(torch.int64).cumprod(1)
+        a.places[generation] = torch.where(unbroken > 0, held, -1)
     a.ahead.copy_(unbroken.sum(1))
-    served = torch.cat([a.ahead.unsqueeze(1) > 0, unbroken > 0], dim=1)
-    for generation in range(generations):
-        a.places[generation] = torch.where(served, held[generation], -1)
 
 
 def tally_round(a: TallyArguments) -> Tensor:

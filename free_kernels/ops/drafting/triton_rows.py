@@ -80,26 +80,25 @@ def find_kernel(
     i_slot = tl.program_id(0).to(tl.int64)
     rows, all_places = places - 1, slots.to(tl.int64) * places
     o = tl.arange(0, ENTRIES)
-    mask = o < rows
-    step = tl.load(p_steps + i_slot) - 1 + o
-    # ENTRIES is at least the number of places.
-    place = i_slot * places + (step + rows) % rows
+    mask = o < rows - 1
+    first = tl.load(p_steps + i_slot)
+    step = first + o
+    place = i_slot * places + step % rows
     b_latest = _found(p_at, p_turn, step, place, mask, 0, all_places, GENERATIONS)
-    if tl.load(p_steps + i_slot) == 0:
+    if first == 0:
         # The rows of the image before.
         for generation in tl.static_range(GENERATIONS):
             p_old = p_at + generation * all_places + i_slot * places
             tl.store(p_old + o, tl.full([ENTRIES], -1, tl.int64), mask=o < places)
         b_latest = tl.full([ENTRIES], -1, tl.int64)
-    missing = mask & (o > 0) & (b_latest < 0)
-    ahead = tl.min(tl.where(missing, o, rows), 0) - 1
+    ahead = tl.min(tl.where(mask & (b_latest >= 0), rows - 1, tl.minimum(o, rows - 1)), 0)
     tl.store(p_ahead + i_slot, ahead.to(tl.int64))
-    served = (o <= ahead) & (ahead > 0)
-    p_own = p_places + i_slot * rows + o
+    served = o < ahead
+    p_own = p_places + i_slot * (rows - 1) + o
     tl.store(p_own, tl.where(served, b_latest, -1), mask=mask)
     if GENERATIONS > 1:
         b_replaced = _found(p_at, p_turn, step, place, mask, 1, all_places, GENERATIONS)
-        tl.store(p_own + slots.to(tl.int64) * rows, tl.where(served, b_replaced, -1), mask=mask)
+        tl.store(p_own + slots.to(tl.int64) * (rows - 1), tl.where(served, b_replaced, -1), mask=mask)
 
 
 @triton.jit(do_not_specialize=["slots", "held", "width", "drafts"])
