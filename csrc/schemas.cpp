@@ -55,4 +55,7 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "(Tensor noise, Tensor slack_noise, Tensor uniform)");
   library.def("couple_cpu" FREE_KERNELS_COUPLING);
   library.def("couple_block_cpu" FREE_KERNELS_COUPLING);
+  library.def(
+      "drafter_tokens_cpu(Tensor feature, Tensor previous, Tensor state, Tensor t, Tensor? change_rms, "
+      "int time_unit, int patch, int state_at, int unit_at, int scaled_at) -> Tensor");
 }

@@ -28,6 +28,7 @@ OPS = (
     "follow_features_cpu",
     "correct_features_cpu",
     "renew_slots_cpu",
+    "drafter_tokens_cpu",
     "couple_cpu",
     "couple_block_cpu",
 )

@@ -19,6 +19,9 @@ from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, r
 from free_kernels.conditioning import ConditioningTable, table_fits
 from free_kernels.drafters.memory import FeatureMemory, check_memory
 from free_kernels.ops.attention import feature_attention
+from free_kernels.ops.tokens import TokenArguments, drafter_tokens
+from free_kernels.ops.tokens.reference import drafter_tokens as reference_tokens
+from free_kernels.ops.tokens.reference import tiles
 from free_kernels.protocols import DrafterDefaults, Target, TargetDefaults
 from free_kernels.validation import check_int, fail
 
@@ -113,10 +116,10 @@ class _Folded(NamedTuple):
     heads: int
 
     def __call__(
-        self, feature: Tensor, patches: Tensor, modulations: tuple[Tensor, ...], memory: FeatureMemory | None = None
+        self, feature: Tensor, tokens: Tensor, modulations: tuple[Tensor, ...], memory: FeatureMemory | None = None
     ) -> Tensor:
-        """Feature ``[R, T, D]`` from the parent feature, patches ``[R, T, 2 C p p]``, modulations and memory."""
-        x = F.linear(torch.cat([feature, patches], dim=-1), self.enter).add_(self.enter_bias)
+        """Feature ``[R, T, D]`` from the parent feature, this beside patches, modulations and memory."""
+        x = F.linear(tokens, self.enter).add_(self.enter_bias)
         embedded = x
         for index, weights in enumerate(self.blocks):
             attend = feature_attention if memory is None else partial(memory.attend, index)
@@ -302,8 +305,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         dtype = self.positions.dtype
         table = self._table or self._modulations
         folded = self._kept or self._fold()
-        patches = self._patches(previous, state, t).to(dtype)
-        return folded(feature.to(dtype), patches, table(t, y).unbind(1), memory)
+        feature = feature.to(dtype)
+        return folded(feature, self._tokens(feature, previous, state, t), table(t, y).unbind(1), memory)
 
     def new_memory(
         self, slots: int, branches: int, drafts: int, dtype: torch.dtype | None = None
@@ -411,27 +414,21 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             self.positions.shape[-1] // self.config.head_dim,
         )
 
-    def _patches(self, previous: Tensor, state: Tensor, t: Tensor) -> Tensor:
-        """Patches of the inputs side by side, ``[R, T, I C p p]``."""
-        change = state - previous
-        parts = {"state": state}
-        if "unit_change" in self.inputs:
-            parts["unit_change"] = change * change.square().mean((1, 2, 3), keepdim=True).add_(1e-12).rsqrt_()
-        if "scaled_change" in self.inputs:
-            parts["scaled_change"] = change / self.change_rms.index_select(0, self._unit(t)).view(-1, 1, 1, 1)
-        chosen = torch.cat([parts[name] for name in self.inputs], dim=1)
-        return self._tiles(chosen)
+    def _tokens(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor) -> Tensor:
+        """The parent feature and patches of the inputs side by side, ``[R, T, D + I C p p]``."""
+        rms = self.change_rms if "scaled_change" in self.inputs else None
+        places = (self.inputs.index(name) if name in self.inputs else -1 for name in INPUTS)
+        rows = (part.contiguous() for part in (feature, previous, state, t))
+        given = TokenArguments(*rows, rms, self.config.time_unit, self.patch, *places)
+        # The kernels have no gradient, and take states and scales in float32.
+        dtypes = {part.dtype for part in (previous, state, rms) if part is not None}
+        if torch.is_grad_enabled() or dtypes != {torch.float32}:
+            return reference_tokens(given)
+        return drafter_tokens(given)
 
     def _tiles(self, images: Tensor) -> Tensor:
         """Patches of images ``[R, C, H, W]``, ``[R, T, C p p]``."""
-        rows, channels, height, width = images.shape
-        p = self.patch
-        tiles = images.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        return tiles.reshape(rows, self.feature_shape[0], channels * p * p)
-
-    def _unit(self, t: Tensor) -> Tensor:
-        """Timesteps in units of the T that tables are made for, rounded down."""
-        return t if self.config.time_unit == 1 else t.div(self.config.time_unit, rounding_mode="floor")
+        return tiles(images, self.patch)
 
     def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """``[R, 6 depth + 2, 1, width]``: (shift, 1 + scale, 1 + gate) of each half block, then (shift, 1 + scale).

@@ -52,7 +52,7 @@ def concatenated(drafter: FeatureDrafter, past: list[list[tuple[Tensor, Tensor]]
     """The drafter's output with its past as a plain list (call by call, block by block), to which it is added."""
     feature, previous, state, t, y = given
     weights, modulations = drafter._fold(), drafter._modulations(t, y).unbind(1)
-    x = F.linear(torch.cat([feature, drafter._patches(previous, state, t)], -1), weights.enter) + weights.enter_bias
+    x = F.linear(drafter._tokens(feature, previous, state, t), weights.enter) + weights.enter_bias
     embedded = x
     seen, own = past[len(past) - min(len(past), drafter.config.window - 1) :], []
     for index, (qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias) in enumerate(weights.blocks):

@@ -199,7 +199,7 @@ class DraftingOp:
         outputs: str = "()",
     ) -> None:
         self.triton = Op(name, arguments, run, fake, f"drafting.{name}", outputs)
-        self.compiled = Op(f"{name}_cpu", arguments, run, fake, check=check)
+        self.compiled = Op(f"{name}_cpu", arguments, run, fake, check=check, public=name)
         self.check = check
 
     def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
