@@ -19,14 +19,14 @@ bool same_device(const Tensor& a, const Tensor& b) {
   return device_type(a) == device_type(b) && a.get_device_index() == b.get_device_index();
 }
 
-Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape.begin()[i];
+Tensor empty_on(const Tensor& device_of, const int64_t* shape, size_t dim, ScalarType dtype) {
+  std::vector<int64_t> strides(dim, 1);
+  for (size_t i = dim; i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   // The dispatcher's aten::empty costs about a microsecond more than this direct call.
   AtenTensorHandle handle;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  FREE_KERNELS_CHECK_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.begin(),
-                                                   strides.data(), shim_dtype, device_type(device_of),
+  FREE_KERNELS_CHECK_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(dim), shape, strides.data(),
+                                                   shim_dtype, device_type(device_of),
                                                    device_of.get_device_index(), &handle));
   return Tensor(handle);
 }

@@ -24,6 +24,9 @@ std::string device_name(const Tensor& tensor);
 bool same_device(const Tensor& a, const Tensor& b);
 
 // Contiguous and uninitialised, on the device of another tensor.
-Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> shape, ScalarType dtype);
+Tensor empty_on(const Tensor& device_of, const int64_t* shape, size_t dim, ScalarType dtype);
+inline Tensor empty_on(const Tensor& device_of, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return empty_on(device_of, shape.begin(), shape.size(), dtype);
+}
 
 }  // namespace free_kernels

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from free_kernels.ops.tables import TableArguments, table_rows
 from free_kernels.protocols import TargetDefaults
 
 MAX_TABLE_BYTES = 1 << 30
@@ -36,8 +37,8 @@ class ConditioningTable:
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Rows ``[R, ...]`` for timesteps and labels ``[R]`` that the table holds."""
-        row = self._timestep_row.index_select(0, t).add_(self._label_row.index_select(0, y))
-        return self._rows.index_select(0, row)
+        places = self._timestep_row, self._label_row
+        return table_rows(TableArguments(self._rows, *places, t.contiguous(), y.contiguous()))
 
 
 class TimestepTable:

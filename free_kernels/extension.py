@@ -29,6 +29,7 @@ OPS = (
     "correct_features_cpu",
     "renew_slots_cpu",
     "drafter_tokens_cpu",
+    "table_rows_cpu",
     "couple_cpu",
     "couple_block_cpu",
 )

@@ -17,6 +17,7 @@ from free_kernels.ops.drafting import api as drafting
 from free_kernels.ops.drafting.arguments import Written
 from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
+from free_kernels.ops.tables import api as tables
 from free_kernels.ops.tokens import api as tokens
 
 OPS = [
@@ -29,6 +30,8 @@ OPS = [
     random.NORMAL,
     random.FILL,
     random.ROUND,
+    tables.TRITON,
+    tables.COMPILED,
     tokens.TRITON,
     tokens.COMPILED,
     *(op for both in drafting.OPS for op in (both.triton, both.compiled)),

@@ -15,9 +15,9 @@ PACKAGE = Path(free_kernels.__file__).parent
 LAYERS = (
     {"constants", "validation", "version"},
     {"checkpoint", "extension", "protocols", "results"},
-    {"conditioning"},
     {"schedules"},
     {"ops"},
+    {"conditioning"},
     {"drafters", "targets"},
     {"steering"},
     {"sampling"},
