@@ -129,3 +129,55 @@ class Op:
         if self.check is not None:
             self.check(arguments)
         return self.reference(arguments)
+
+
+class KernelOp:
+    """An op with a Triton kernel and a compiled CPU one, which is an op of its own whose name ends in ``_cpu``.
+
+    Args:
+        name: the op's.
+        arguments: named tuple of the op's arguments.
+        reference: plain PyTorch; takes the tuple.
+        fake: outputs without values; takes the tuple.
+        check: raises an error for wrong arguments; takes the tuple.
+        folder: of ``free_kernels.ops``, whose ``triton_launch`` has a function with the op's name.
+        outputs: what the schema returns.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: type,
+        reference: Callable[[Any], Any],
+        fake: Callable[[Any], Any],
+        check: Callable[[Any], None],
+        *,
+        folder: str,
+        outputs: str = "Tensor",
+    ) -> None:
+        self.triton = Op(name, arguments, reference, fake, f"{folder}.{name}", outputs)
+        self.compiled = Op(f"{name}_cpu", arguments, reference, fake, check=check, public=name)
+        self.check = check
+        # Set once "auto" has found the compiled op for CPU tensors: asking again would take longer than a small op.
+        self._known_for_cpu = False
+
+    def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
+        """Run with a backend: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
+
+        Args:
+            arguments: the named tuple.
+            tensor: one of its tensors, whose device decides.
+            backend: of the op.
+
+        Raises:
+            ValueError, TypeError: a wrong argument.
+            RuntimeError: the backend cannot be used; the message says why.
+        """
+        if backend == "auto" and self._known_for_cpu and tensor.is_cpu:
+            return self.compiled.run_compiled(arguments)
+        if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
+            self.check(arguments)
+            return self.triton.launch(arguments, tensor)
+        if backend == "auto" and tensor.is_cpu:
+            self._known_for_cpu = use_extension(self.compiled.name, "cpu", backend)
+        return self.compiled(arguments, tensor, backend)

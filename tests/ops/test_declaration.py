@@ -30,11 +30,7 @@ OPS = [
     random.NORMAL,
     random.FILL,
     random.ROUND,
-    tables.TRITON,
-    tables.COMPILED,
-    tokens.TRITON,
-    tokens.COMPILED,
-    *(op for both in drafting.OPS for op in (both.triton, both.compiled)),
+    *(op for both in (*drafting.OPS, tables.OP, tokens.OP) for op in (both.triton, both.compiled)),
 ]
 
 

@@ -35,6 +35,10 @@ from free_kernels.ops.drafting import triton_kernels as drafting_kernels
 from free_kernels.ops.drafting import triton_rows as drafting_rows
 from free_kernels.ops.random import api as random
 from free_kernels.ops.random import triton_launch as random_kernels
+from free_kernels.ops.tables import api as tables
+from free_kernels.ops.tables import triton_kernels as table_kernels
+from free_kernels.ops.tokens import api as tokens
+from free_kernels.ops.tokens import triton_kernels as token_kernels
 from free_kernels.steering.relaxation import Relaxation
 
 KERNELS = (
@@ -42,6 +46,8 @@ KERNELS = (
     coupling_kernels.coupling_commit_kernel,
     random_kernels.philox_kernel,
     attention_kernels.feature_attention_kernel,
+    table_kernels.table_kernel,
+    token_kernels.tokens_kernel,
     drafting_kernels.advance_kernel,
     drafting_kernels.replay_kernel,
     drafting_kernels.tally_kernel,
@@ -172,8 +178,8 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     for op, decide in (("couple_philox", coupling_reference.couple), ("couple_block_philox", block.couple_block)):
         by_reference = lambda keyed, decide=decide: decide(dispatch.draw_noise(keyed, "reference"))  # noqa: E731
         patch(mock.patch.object(dispatch.OPS[op], "reference", by_reference))
-    drafts = (op.triton for op in drafting.OPS)
-    for op in (*dispatch.OPS.values(), random.FILL, attention.OP, *drafts):
+    kernels = (op.triton for op in (*drafting.OPS, tables.OP, tokens.OP))
+    for op in (*dispatch.OPS.values(), random.FILL, attention.OP, *kernels):
         patch(mock.patch.object(op, "triton", both(op)))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.checks import FLOATS, INT64, Layouts
-from free_kernels.ops.declaration import Op
+from free_kernels.ops.declaration import KernelOp
 from free_kernels.ops.drafting import reference
 from free_kernels.ops.drafting.arguments import (
     AdvanceArguments,
@@ -177,59 +177,27 @@ def _fake_open(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return steps, torch.empty_like(steps), a.table.new_empty(*rows, 8), a.state.new_empty(*rows, *a.state.shape[1:])
 
 
-class DraftingOp:
-    """An op of the drafting pass: Triton's, and the compiled one, whose name ends in ``_cpu``.
-
-    Args:
-        name: the op's.
-        arguments: named tuple of the op's arguments.
-        run: plain PyTorch; takes the tuple.
-        fake: outputs without values; takes the tuple.
-        check: raises an error for wrong arguments; takes the tuple.
-        outputs: what the schema returns.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        arguments: type,
-        run: Callable[[Any], Any],
-        fake: Callable[[Any], Any],
-        check: Callable[[Any], None],
-        outputs: str = "()",
-    ) -> None:
-        self.triton = Op(name, arguments, run, fake, f"drafting.{name}", outputs)
-        self.compiled = Op(f"{name}_cpu", arguments, run, fake, check=check, public=name)
-        self.check = check
-
-    def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
-        """Run with a backend: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
-
-        Args:
-            arguments: the named tuple.
-            tensor: one of its tensors, whose device decides.
-            backend: of the op.
-
-        Raises:
-            ValueError, TypeError: a wrong argument.
-            RuntimeError: the backend cannot be used; the message says why.
-        """
-        if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
-            self.check(arguments)
-            return self.triton.launch(arguments, tensor)
-        return self.compiled(arguments, tensor, backend)
+def _declare(
+    name: str,
+    arguments: type,
+    run: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    check: Callable[[Any], None],
+    outputs: str = "()",
+) -> KernelOp:
+    return KernelOp(name, arguments, run, fake, check, folder="drafting", outputs=outputs)
 
 
-ADVANCE = DraftingOp("advance_drafts", AdvanceArguments, _advance, _fake_advance, _check_advance, "Tensor")
-KEEP = DraftingOp("keep_rows", KeepArguments, reference.keep_rows, lambda a: None, _check_keep)
-FIND = DraftingOp("find_rows", FindArguments, reference.find_rows, lambda a: None, _check_find)
-TALLY = DraftingOp(
+ADVANCE = _declare("advance_drafts", AdvanceArguments, _advance, _fake_advance, _check_advance, "Tensor")
+KEEP = _declare("keep_rows", KeepArguments, reference.keep_rows, lambda a: None, _check_keep)
+FIND = _declare("find_rows", FindArguments, reference.find_rows, lambda a: None, _check_find)
+TALLY = _declare(
     "tally_round", TallyArguments, reference.tally_round, lambda a: a.steps.new_empty(1), _check_tally, "Tensor"
 )
-OPEN = DraftingOp(
+OPEN = _declare(
     "open_round", OpenArguments, reference.open_round, _fake_open, _check_open, "(Tensor, Tensor, Tensor, Tensor)"
 )
-FOLLOW = DraftingOp(
+FOLLOW = _declare(
     "follow_features",
     FollowArguments,
     reference.follow_features,
@@ -237,7 +205,7 @@ FOLLOW = DraftingOp(
     _check_follow,
     "Tensor",
 )
-CORRECT = DraftingOp(
+CORRECT = _declare(
     "correct_features",
     CorrectArguments,
     reference.correct_features,
@@ -245,7 +213,7 @@ CORRECT = DraftingOp(
     _check_correct,
     "Tensor",
 )
-RENEW = DraftingOp(
+RENEW = _declare(
     "renew_slots",
     RenewArguments,
     reference.renew_slots,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from free_kernels.ops.checks import INT64, Layouts
-from free_kernels.ops.declaration import Op
+from free_kernels.ops.declaration import KernelOp
 from free_kernels.ops.tables import reference
 from free_kernels.ops.tables.arguments import TableArguments as TableArguments
 from free_kernels.validation import fail
@@ -39,8 +39,7 @@ def _run(a: TableArguments) -> Tensor:
     return reference.table_rows(a)
 
 
-TRITON = Op("table_rows", TableArguments, _run, _fake, "tables.table_rows")
-COMPILED = Op("table_rows_cpu", TableArguments, _run, _fake, check=_check, public="table_rows")
+OP = KernelOp("table_rows", TableArguments, _run, _fake, _check, folder="tables")
 
 
 def table_rows(arguments: TableArguments, backend: str = "auto") -> Tensor:
@@ -55,8 +54,4 @@ def table_rows(arguments: TableArguments, backend: str = "auto") -> Tensor:
         ValueError, TypeError: a wrong argument; values are checked on the CPU only.
         RuntimeError: the backend cannot be used; the message says why.
     """
-    rows = arguments.rows
-    if backend in ("auto", "triton") and TRITON.runs_triton(rows, backend):
-        _check(arguments)
-        return TRITON.launch(arguments, rows)
-    return COMPILED(arguments, rows, backend)
+    return OP(arguments, arguments.rows, backend)

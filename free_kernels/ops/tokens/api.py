@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from free_kernels.ops.checks import FLOATS, INT64, Layouts
-from free_kernels.ops.declaration import Op
+from free_kernels.ops.declaration import KernelOp
 from free_kernels.ops.tokens import reference
 from free_kernels.ops.tokens.arguments import TokenArguments as TokenArguments
 from free_kernels.validation import fail
@@ -55,8 +55,7 @@ def _fake(a: TokenArguments) -> Tensor:
     return a.feature.new_empty(rows, tokens, width + len(_parts(a)) * a.state.shape[1] * a.patch**2)
 
 
-TRITON = Op("drafter_tokens", TokenArguments, _run, _fake, "tokens.drafter_tokens")
-COMPILED = Op("drafter_tokens_cpu", TokenArguments, _run, _fake, check=_check, public="drafter_tokens")
+OP = KernelOp("drafter_tokens", TokenArguments, _run, _fake, _check, folder="tokens")
 
 
 def drafter_tokens(arguments: TokenArguments, backend: str = "auto") -> Tensor:
@@ -77,8 +76,4 @@ def drafter_tokens(arguments: TokenArguments, backend: str = "auto") -> Tensor:
         ValueError, TypeError: a wrong argument; values are checked on the CPU only.
         RuntimeError: the backend cannot be used; the message says why.
     """
-    feature = arguments.feature
-    if backend in ("auto", "triton") and TRITON.runs_triton(feature, backend):
-        _check(arguments)
-        return TRITON.launch(arguments, feature)
-    return COMPILED(arguments, feature, backend)
+    return OP(arguments, arguments.feature, backend)
