@@ -174,6 +174,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
         patch(mock.patch.object(module, "use_triton", chosen))
     patch(mock.patch("free_kernels.sampling.round.use_triton", chosen))
     patch(mock.patch.object(attention, "_use_triton", return_value=True))
+    patch(mock.patch.object(dispatch, "_runs_compiled", return_value=False))
     # The references of these draw from the random ops, which are not to launch once more.
     for op, decide in (("couple_philox", coupling_reference.couple), ("couple_block_philox", block.couple_block)):
         by_reference = lambda keyed, decide=decide: decide(dispatch.draw_noise(keyed, "reference"))  # noqa: E731

@@ -65,7 +65,11 @@ def advance_kernel(
         b_state = tl.where(drafted, b_next, b_there)
 
 
-@triton.jit(do_not_specialize=["first", "end", "length", "width", "output_rows"])
+# Places of rows may begin anywhere in a buffer.
+@triton.jit(
+    do_not_specialize=["first", "end", "length", "width", "output_rows"],
+    do_not_specialize_on_alignment=["p_rows", "p_replaced"],
+)
 def replay_kernel(
     p_states, p_mean, p_std, p_noise, p_columns, p_output, p_rows, p_asked, p_replaced, p_share, first, end, length,
     width, numel, guided_numel, output_rows, output_stride, guidance_scale, clip,

@@ -101,7 +101,10 @@ def find_kernel(
         tl.store(p_own + slots.to(tl.int64) * (rows - 1), tl.where(served, b_replaced, -1), mask=mask)
 
 
-@triton.jit(do_not_specialize=["slots", "held", "width", "drafts"])
+# Places of rows may begin anywhere in a buffer.
+@triton.jit(
+    do_not_specialize=["slots", "held", "width", "drafts"], do_not_specialize_on_alignment=["p_latest", "p_replaced"]
+)
 def follow_kernel(
     p_features, p_parent, p_latest, p_replaced, p_ahead, p_share, p_out, slots, held, width, drafts, numel,
     BLOCK: tl.constexpr,
