@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
+from free_kernels.targets.inspection import is_replaced
+from free_kernels.targets.wrappers import first_output, see_through
 from free_kernels.validation import fail
 
 _PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
@@ -37,21 +39,25 @@ class DiTTarget(AdaLNTarget):
     """
 
     def __init__(self, module: nn.Module, compile: bool = False) -> None:
-        if not is_dit_module(module):
-            fail("DiTTarget", "module", f"a DiT with {', '.join(_PARTS)}", type(module).__name__, TypeError)
-        super().__init__("DiTTarget", module, _split(module.blocks), compile)
+        seen = see_through("DiTTarget", module)
+        if not is_dit_module(seen.module):
+            found = type(seen.module).__name__
+            fail("DiTTarget", "module", f"a DiT with {', '.join(_PARTS)}", found, TypeError)
+        super().__init__("DiTTarget", seen, _split(seen.module.blocks), compile)
         weight: Tensor = self.module.x_embedder.proj.weight
         channels, patch = int(weight.shape[1]), int(weight.shape[2])
         tokens, width = self.module.pos_embed.shape[-2:]
         side = math.isqrt(tokens) * patch
         outputs = int(self.module.final_layer.linear.out_features) // patch**2
+        embedded = len(self.module.y_embedder.embedding_table.weight)
         self.latent_shape = (channels, side, side)
         self.feature_shape = (int(tokens), int(width))
         self.learns_variance = outputs == 2 * channels
         self.num_classes = int(self.module.y_embedder.num_classes)
-        self.has_null_label = self.module.y_embedder.embedding_table.num_embeddings > self.num_classes
+        self.has_null_label = embedded > self.num_classes
         # The original DiT guides the first three of its four channels.
         self.guidance_channels = 3 if channels == 4 else channels
+        self.recheck("DiTTarget")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,14 +72,31 @@ class DiTTarget(AdaLNTarget):
     def _embed(self, x: Tensor) -> Tensor:
         return self.module.x_embedder(x) + self.module.pos_embed
 
-    def _plain_blocks(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        c = self._conditioning(t, y)
+    def _block_inputs(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (self._conditioning(t, y),)
+
+    def _plain_blocks(self, h: Tensor, *inputs: Tensor) -> Tensor:
         for block in self.module.blocks:
-            h = block(h, c)
+            h = block(h, *inputs)
         return h
 
     def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.module.unpatchify(self.module.final_layer(h, self._conditioning(t, y)))
+
+    def _left_out(self) -> list[nn.Module]:
+        return [*self.module.blocks, self.module.final_layer]
+
+    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Output of the module's own call, ``[R, C or 2C, H, W]``."""
+        mlp = getattr(self.module.t_embedder, "mlp", None)
+        if self.dtype == torch.float32 or not isinstance(mlp, nn.Module):
+            return first_output(self._whole(x.to(self.dtype), t, y))
+        # As `_embed_timesteps`: the original's own call fails in any other dtype.
+        handle = mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(self.dtype), *inputs[1:]))
+        try:
+            return first_output(self._whole(x.to(self.dtype), t, y))
+        finally:
+            handle.remove()
 
     def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
         final = self.module.final_layer
@@ -89,7 +112,7 @@ class DiTTarget(AdaLNTarget):
     def _embed_timesteps(self, t: Tensor) -> Tensor:
         embedder = self.module.t_embedder
         sinusoids = getattr(embedder, "timestep_embedding", None)
-        if self.dtype == torch.float32 or sinusoids is None:
+        if self.dtype == torch.float32 or sinusoids is None or is_replaced(embedder):
             return embedder(t)
         # The original's embedder hands float32 sinusoids to its MLP, which fails in any other dtype.
         return embedder.mlp(sinusoids(t, embedder.frequency_embedding_size).to(self.dtype))

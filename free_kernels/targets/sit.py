@@ -29,13 +29,17 @@ class SiTTarget(DiTTarget):
     family = "flow"
 
     def __init__(self, module: nn.Module, num_train_steps: int = TIME_TICKS, compile: bool = False) -> None:
-        super().__init__(module, compile)
         self.num_train_steps = check_int("SiTTarget", "num_train_steps", num_train_steps, 2)
+        super().__init__(module, compile)
         self.learns_variance = False
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Velocity ``[R, C, H, W]``."""
         return super().head(h, t, y)[:, : self.latent_shape[0]]
+
+    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity of the module's own call, ``[R, C, H, W]``."""
+        return super().own(x, t.float() / self.num_train_steps, y)[:, : self.latent_shape[0]]
 
     def _embed_timesteps(self, t: Tensor) -> Tensor:
         return super()._embed_timesteps(t.float() / self.num_train_steps)
