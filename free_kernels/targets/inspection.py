@@ -38,7 +38,8 @@ def refuse_unsafe(where: str, module: nn.Module) -> None:
     """
     for name, part in module.named_modules():
         held = vars(part)
-        if part.training:
+        # Lists of modules compute nothing: a new one around blocks in evaluation mode is in training mode.
+        if part.training and type(part).forward is not nn.Module.forward:
             fail(where, "module", "in evaluation mode (call .eval())", f"{_label(name, part)} in training mode")
         if is_sharded(part):
             fail(where, "module", "whole in each process", f"the sharded {_label(name, part)}")
