@@ -15,7 +15,7 @@ from free_kernels.targets.dit import DiTTarget, is_dit_module
 from free_kernels.targets.hook import HookTarget
 from free_kernels.targets.inspection import refuse_unsafe
 from free_kernels.targets.sit import SiTTarget
-from free_kernels.targets.wrappers import inner_module, see_through
+from free_kernels.targets.wrappers import kind_of, see_through
 from free_kernels.validation import fail
 
 
@@ -38,13 +38,12 @@ def as_target(where: str, target: object) -> Target:
     if is_diffusers_dit(module):
         return DiffusersDiTTarget(target)  # type: ignore[arg-type]
     if isinstance(target, nn.Module) and not isinstance(target, Target):
-        inner = inner_module(target)
         fail(
             where,
             "target",
             "a Target (HookTarget makes one of any module), a diffusers DiTTransformer2DModel, "
             "or a DiT module with x_embedder, t_embedder, y_embedder, blocks and final_layer",
-            type(target).__name__ + (f" (of a wrapper, pass its .{inner})" if inner else ""),
+            kind_of(target),
             TypeError,
         )
     missing = [

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
-from free_kernels.targets.wrappers import see_through
+from free_kernels.targets.wrappers import kind_of, see_through
 from free_kernels.validation import fail
 
 _CLASS = "DiTTransformer2DModel"
@@ -43,7 +43,7 @@ class DiffusersDiTTarget(AdaLNTarget):
         seen = see_through(name, module)
         module = seen.module
         if not is_diffusers_dit(module):
-            fail(name, "module", f"a diffusers {_CLASS}", type(module).__name__, TypeError)
+            fail(name, "module", f"a diffusers {_CLASS}", kind_of(module), TypeError)
         super().__init__(name, seen, _split(module.transformer_blocks), compile)
         config = self.module.config
         channels, side, patch = config.in_channels, config.sample_size, config.patch_size

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
 from free_kernels.targets.inspection import is_replaced
-from free_kernels.targets.wrappers import first_output, see_through
+from free_kernels.targets.wrappers import first_output, kind_of, see_through
 from free_kernels.validation import fail
 
 _PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
@@ -41,8 +41,7 @@ class DiTTarget(AdaLNTarget):
     def __init__(self, module: nn.Module, compile: bool = False) -> None:
         seen = see_through("DiTTarget", module)
         if not is_dit_module(seen.module):
-            found = type(seen.module).__name__
-            fail("DiTTarget", "module", f"a DiT with {', '.join(_PARTS)}", found, TypeError)
+            fail("DiTTarget", "module", f"a DiT with {', '.join(_PARTS)}", kind_of(seen.module), TypeError)
         super().__init__("DiTTarget", seen, _split(seen.module.blocks), compile)
         weight: Tensor = self.module.x_embedder.proj.weight
         channels, patch = int(weight.shape[1]), int(weight.shape[2])

@@ -74,12 +74,11 @@ def see_through(where: str, module: Any) -> Seen:
     return Seen(module, whole, compiler)
 
 
-def inner_module(module: object) -> str | None:
-    """Name of the attribute that holds the network, of a wrapper of another kind; None if it is none."""
-    if not isinstance(module, nn.Module):
-        return None
-    children = dict(module.named_children())
-    return next((name for name in ("module", "model", "ema_model", "base_model") if name in children), None)
+def kind_of(module: object) -> str:
+    """A module's class, for an error message; of a wrapper of another kind also where the network is."""
+    children = dict(module.named_children()) if isinstance(module, nn.Module) else {}
+    inner = next((name for name in ("module", "model", "ema_model", "base_model") if name in children), None)
+    return type(module).__name__ + (f" (of a wrapper, pass its .{inner})" if inner else "")
 
 
 def first_output(output: object) -> Tensor:
