@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from free_kernels.conditioning import ConditioningTable, TimestepTable, table_fits
 from free_kernels.protocols import TargetDefaults
-from free_kernels.targets.check import TargetCheck, checked, compare_paths
+from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
 from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
 from free_kernels.targets.wrappers import Seen
 from free_kernels.validation import fail
@@ -103,7 +103,12 @@ class AdaLNTarget(TargetDefaults):
         """
         refuse_unsafe(where, self._whole)
         self._refuse_outer_patches(where)
-        key = type(self), self._parts is None, TargetDefaults.read(self, "num_train_steps")
+        key = (
+            type(self),
+            self._parts is None,
+            TargetDefaults.read(self, "num_train_steps"),
+            getattr(self, "noise_time", 0),
+        )
         found = checked(key, self, self._whole, lambda: self.compare(where))
         if found.path == "blocks" and self._must_compile_parts:
             fail(where, "compile", "False for blocks whose own forward does more than their parts", True)
@@ -126,6 +131,13 @@ class AdaLNTarget(TargetDefaults):
     def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Output of the module's own call, as ``head`` gives it."""
         raise NotImplementedError
+
+    def convention(self) -> tuple[int, ...]:
+        """What the module is shown besides (x, t, y), as far as a caller chooses it."""
+        return ()
+
+    def check_convention(self, where: str, rows: Rows, own: Tensor) -> None:
+        """Raise ValueError where the output of rows near pure noise says that the family is another."""
 
     def paths(self) -> list[str]:
         """Ways to run the blocks, the preferred one first: by their parts, if all that is called so is untouched."""

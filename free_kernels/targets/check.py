@@ -75,6 +75,10 @@ class SplitTarget(Protocol):
         """The ways, the preferred one first."""
         ...
 
+    def check_convention(self, where: str, rows: Rows, own: Tensor) -> None:
+        """Raise ValueError where the module's own output says that it is a network of another kind."""
+        ...
+
     def on_path(self, path: str, t: Tensor, y: Tensor) -> Target:
         """The target taking one of the ways, hoisted for timesteps and labels, nothing compiled."""
         ...
@@ -137,6 +141,12 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return error / size if size else math.inf if error else 0.0
 
 
+def alignment(output: Tensor, noise: Tensor) -> float:
+    """Cosine between an output (its leading channels) and the state, which near pure noise is the noise itself."""
+    output, noise = output[: len(noise)].float().flatten(), noise.float().flatten()
+    return float(torch.nn.functional.cosine_similarity(output, noise, dim=0))
+
+
 @torch.no_grad()
 def compare_paths(where: str, name: str, target: SplitTarget | Target, module: nn.Module) -> TargetCheck:
     """The first way of a target that gives what its module's own call gives.
@@ -158,6 +168,7 @@ def compare_paths(where: str, name: str, target: SplitTarget | Target, module: n
     if not math.isfinite(size):
         # The samplers name the step and the image of a network that is not finite.
         return TargetCheck(target.paths()[-1], math.nan, tolerance, computed)
+    target.check_convention(where, rows, own)
     reasons, chosen = [], None
     for path in target.paths():
         gap, reason = _gap(target, path, last, own[1:])
