@@ -11,7 +11,7 @@ from free_kernels.sampling.feasibility_costs import RowCosts
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
 from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule
 from free_kernels.steering.relaxation import Relaxation
-from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget
+from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget, TargetCheck, check_target
 from free_kernels.version import __version__
 
 __all__ = [
@@ -39,9 +39,11 @@ __all__ = [
     "Schedule",
     "SiTTarget",
     "Target",
+    "TargetCheck",
     "TensorNoise",
     "__version__",
     "ancestral_sample",
+    "check_target",
     "feasibility",
     "ops",
     "sample",

@@ -16,6 +16,7 @@ from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.sampling.options import Options
 from free_kernels.schedules import DDPMSchedule
 from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
+from free_kernels.targets.wrappers import see_through
 from free_kernels.validation import check_float, describe, fail
 
 try:
@@ -73,6 +74,8 @@ class AcceleratedDiTPipeline(DiTPipeline):
         where = "AcceleratedDiTPipeline"
         if self._adapted is None or self._adapted[0] is not self.transformer:
             self._adapted = self.transformer, _target(self.transformer)
+        # Hooks may have come since: on the transformer that is sampled, whatever enabled them.
+        self._adapted[1].recheck(where)
         schedule = _schedule(self.scheduler, num_inference_steps)
         scale = check_float(where, "guidance_scale", guidance_scale, 0.0)
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
@@ -172,11 +175,11 @@ class _Progress:
 
 
 def _target(transformer: Any) -> DiffusersDiTTarget:
-    """The transformer's adapter; a compiled module is seen through."""
-    module = getattr(transformer, "_orig_mod", transformer)
+    """The transformer's adapter."""
+    module = see_through("accelerate", transformer).module
     if not is_diffusers_dit(module):
         fail("accelerate", "pipe.transformer", "a DiTTransformer2DModel", describe(type(module).__name__), TypeError)
-    return DiffusersDiTTarget(module, compile=module is not transformer)
+    return DiffusersDiTTarget(transformer)
 
 
 def _schedule(scheduler: Any, num_steps: int) -> DDPMSchedule:

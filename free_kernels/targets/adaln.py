@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from free_kernels.conditioning import ConditioningTable, TimestepTable, table_fits
 from free_kernels.protocols import TargetDefaults
+from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
+from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
+from free_kernels.targets.wrappers import Seen
 from free_kernels.validation import fail
 
 # Shift, scale and gate of attention and of the MLP; shift and scale of the head.
 BLOCK_CHUNKS, HEAD_CHUNKS = 6, 2
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 class BlockParts(NamedTuple):
@@ -47,17 +54,19 @@ def stack_block_modulations(rows: Sequence[Tensor]) -> Tensor:
 class AdaLNTarget(TargetDefaults):
     """Base of the adapters for DiT families; a :class:`free_kernels.protocols.Target` once a family fills it in.
 
-    A family gives ``dtype``, ``device`` and the methods below that raise; ``self.blocks`` is None where a block has
-    other parts than the family's, and its own forward is then all that is used of it.
+    A family gives ``dtype``, ``device`` and the methods below that raise, and calls :meth:`recheck` at the end of its
+    constructor. Blocks are run by their parts, so that modulations can be made once, where that gives what the module's
+    own call gives; else they are called as they are, and ``self.blocks`` is None.
 
     Args:
         name: of the class, for error messages.
-        module: the network, in evaluation mode.
-        blocks: its blocks' parts, or None.
+        seen: the network behind its wrappers, in evaluation mode.
+        blocks: its blocks' parts; None where a block has others than the family's.
         compile: run blocks and head through ``torch.compile``.
 
     Raises:
-        ValueError: the module is in training mode, or cannot be compiled block by block.
+        ValueError: the module cannot be sampled (:func:`free_kernels.check_target` has the reasons), or cannot be
+            compiled block by block.
     """
 
     # Must equal the schedule's `family`.
@@ -67,22 +76,86 @@ class AdaLNTarget(TargetDefaults):
     num_classes: int
     learns_variance: bool
 
-    def __init__(self, name: str, module: nn.Module, blocks: list[BlockParts] | None, compile: bool) -> None:
-        if module.training:
-            fail(name, "module", "in evaluation mode (call .eval())", "training mode")
+    def __init__(self, name: str, seen: Seen, blocks: list[BlockParts] | None, compile: bool) -> None:
         if not isinstance(compile, bool):
             fail(name, "compile", "a bool", compile, TypeError)
         if compile and blocks is None:
             fail(name, "compile", "False for blocks with parts of another kind", compile)
-        self.module: Any = module
+        self.module: Any = seen.module
         self.blocks = blocks
-        self.compile = compile
+        self.compile = compile or seen.compiler is not None
+        self._name, self._whole, self._parts = name, seen.whole, blocks
+        self._must_compile_parts = compile
         self._block_table: ConditioningTable | None = None
         self._final_table: ConditioningTable | None = None
         self._time_tables: list[TimestepTable] | None = None
         # A copy made by `hoisted` shares these, and so what has been compiled.
-        self._run_blocks = torch.compile(run_blocks) if compile else run_blocks
-        self._run_head = torch.compile(self._modulated_head) if compile else self._modulated_head
+        compiled = (seen.compiler or torch.compile) if self.compile else _as_it_is
+        self._run_blocks = compiled(run_blocks)
+        self._run_head = compiled(self._modulated_head)
+        self._run_plain_blocks = compiled(self._plain_blocks) if seen.compiler else self._plain_blocks
+
+    def recheck(self, where: str) -> TargetCheck:
+        """Compare with the module's own call unless that has been done of this very network, and take what agrees.
+
+        Raises:
+            ValueError: as :func:`free_kernels.check_target`.
+        """
+        refuse_unsafe(where, self._whole)
+        self._refuse_outer_patches(where)
+        key = (
+            type(self),
+            self._parts is None,
+            TargetDefaults.read(self, "num_train_steps"),
+            getattr(self, "noise_time", 0),
+        )
+        found = checked(key, self, self._whole, lambda: self.compare(where))
+        if found.path == "blocks" and self._must_compile_parts:
+            fail(where, "compile", "False for blocks whose own forward does more than their parts", True)
+        self.blocks = self._parts if found.path == "hoisted" else None
+        return found
+
+    def _refuse_outer_patches(self, where: str) -> None:
+        for module in (self._whole, self.module):
+            attached = patches("", module)
+            if attached:
+                wanted = (
+                    "without hooks or another forward around its whole call, which is made in parts (see HookTarget)"
+                )
+                fail(where, "module", wanted, attached[0])
+
+    def compare(self, where: str) -> TargetCheck:
+        """The comparison itself, made anew."""
+        return compare_paths(where, "module", self, self._whole)
+
+    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Output of the module's own call, as ``head`` gives it."""
+        raise NotImplementedError
+
+    def convention(self) -> tuple[int, ...]:
+        """What the module is shown besides (x, t, y), as far as a caller chooses it."""
+        return ()
+
+    def check_convention(self, where: str, rows: Rows, own: Tensor) -> None:
+        """Raise ValueError where the output of rows near pure noise says that the family is another."""
+
+    def paths(self) -> list[str]:
+        """Ways to run the blocks, the preferred one first: by their parts, if all that is called so is untouched."""
+        if self._parts is None or any(is_replaced(module) for module in self._left_out()):
+            return ["blocks"]
+        return ["hoisted", "blocks"]
+
+    def on_path(self, path: str, t: Tensor, y: Tensor) -> AdaLNTarget:
+        """A copy hoisted for timesteps and labels that takes one of the ways, nothing compiled."""
+        clone = copy.copy(self)
+        clone.blocks = self._parts if path == "hoisted" else None
+        clone._run_blocks, clone._run_head = run_blocks, clone._modulated_head
+        clone._run_plain_blocks = clone._plain_blocks
+        return clone._with_tables(t, y)
+
+    def _left_out(self) -> list[nn.Module]:
+        """Modules that running the blocks by their parts does not call."""
+        raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,29 +167,40 @@ class AdaLNTarget(TargetDefaults):
         """The module's device."""
         raise NotImplementedError
 
+    @property
+    def _by_parts(self) -> bool:
+        """Whether blocks are run by their parts: where something is hoisted for them, or compiled."""
+        hoisted = self._block_table is not None or self._time_tables is not None
+        return self.blocks is not None and (hoisted or self.compile)
+
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Top-block features ``[R, T, D]``."""
         h = self._embed(x.to(self.dtype))
-        if self._block_table is not None:
-            return self._run_blocks(self.blocks, h, self._block_table(t, y))
-        if self.compile:
-            return self._run_blocks(self.blocks, h, self._block_modulations(t, y))
-        return self._plain_blocks(h, t, y)
+        if not self._by_parts:
+            return self._run_plain_blocks(h, *self._block_inputs(t, y))
+        table = self._block_modulations if self._block_table is None else self._block_table
+        return self._run_blocks(self.blocks, h, table(t, y))
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Network output ``[R, C or 2C, H, W]``."""
         h = h.to(self.dtype)
-        if self._final_table is not None:
-            return self._run_head(h, self._final_table(t, y))
-        if self.compile:
-            return self._run_head(h, self._final_modulations(t, y))
-        return self._plain_head(h, t, y)
+        if not self._by_parts:
+            return self._plain_head(h, t, y)
+        table = self._final_modulations if self._final_table is None else self._final_table
+        return self._run_head(h, table(t, y))
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> AdaLNTarget:
         """A copy on which what depends on (t, y) only is computed once.
 
         All adaLN modulations, where they fit into the memory allowed for them; else the embeddings of the timesteps.
+
+        Raises:
+            ValueError: the module has changed since it was compared, and can no longer be sampled.
         """
+        self.recheck(self._name)
+        return self._with_tables(timesteps, labels)
+
+    def _with_tables(self, timesteps: Tensor, labels: Tensor) -> AdaLNTarget:
         clone = copy.copy(self)
         if self.blocks is not None:
             chunks = BLOCK_CHUNKS * len(self.blocks) + HEAD_CHUNKS
@@ -139,12 +223,16 @@ class AdaLNTarget(TargetDefaults):
         """States ``[R, C, H, W]`` to tokens ``[R, T, D]``, positions added."""
         raise NotImplementedError
 
-    def _plain_blocks(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Tokens through the blocks, nothing hoisted."""
+    def _block_inputs(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """What blocks are called with besides the tokens."""
+        raise NotImplementedError
+
+    def _plain_blocks(self, h: Tensor, *inputs: Tensor) -> Tensor:
+        """Tokens through the blocks as they are."""
         raise NotImplementedError
 
     def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The head, nothing hoisted."""
+        """The head as it is."""
         raise NotImplementedError
 
     def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, run_blocks, stack_block_modulations
+from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
+from free_kernels.targets.wrappers import kind_of, see_through
 from free_kernels.validation import fail
 
 _CLASS = "DiTTransformer2DModel"
@@ -38,12 +40,11 @@ class DiffusersDiTTarget(AdaLNTarget):
 
     def __init__(self, module: nn.Module, compile: bool = False) -> None:
         name = type(self).__name__
+        seen = see_through(name, module)
+        module = seen.module
         if not is_diffusers_dit(module):
-            fail(name, "module", f"a diffusers {_CLASS}", type(module).__name__, TypeError)
-        # Only the block's own forward knows how to run its feed-forward part in chunks.
-        whole = all(block._chunk_size is None for block in module.transformer_blocks)
-        parts = [BlockParts(b.norm1.norm, b.attn1, b.norm3, b.ff) for b in module.transformer_blocks]
-        super().__init__(name, module, parts if whole else None, compile)
+            fail(name, "module", f"a diffusers {_CLASS}", kind_of(module), TypeError)
+        super().__init__(name, seen, _split(module.transformer_blocks), compile)
         config = self.module.config
         channels, side, patch = config.in_channels, config.sample_size, config.patch_size
         if self.module.out_channels not in (channels, 2 * channels):
@@ -53,8 +54,9 @@ class DiffusersDiTTarget(AdaLNTarget):
         self.learns_variance = self.module.out_channels == 2 * channels
         embedder = self.module.transformer_blocks[0].norm1.emb.class_embedder
         self.num_classes = int(embedder.num_classes)
-        self.has_null_label = embedder.embedding_table.num_embeddings > self.num_classes
+        self.has_null_label = len(embedder.embedding_table.weight) > self.num_classes
         self.guidance_channels = channels
+        self.recheck(name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,19 +71,26 @@ class DiffusersDiTTarget(AdaLNTarget):
     def _embed(self, x: Tensor) -> Tensor:
         return self.module.pos_embed(x)
 
-    def _plain_blocks(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if self._time_tables is not None and self.blocks is not None:
-            # Every block embeds the timestep anew, with weights of its own.
-            for index, (block, parts) in enumerate(zip(self.module.transformer_blocks, self.blocks, strict=True)):
-                rows = block.norm1.linear(block.norm1.silu(self._conditioning(index, t, y)))
-                h = run_blocks([parts], h, stack_block_modulations([rows]))
-            return h
+    def _block_inputs(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return t, y
+
+    def _plain_blocks(self, h: Tensor, *inputs: Tensor) -> Tensor:
+        t, y = inputs
         for block in self.module.transformer_blocks:
             h = block(h, timestep=t, class_labels=y)
         return h
 
     def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self._modulated_head(h, self._final_modulations(t, y))
+        c = self.module.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=h.dtype)
+        return self._modulated_head(h, self._head_modulations(c))
+
+    def _left_out(self) -> list[nn.Module]:
+        blocks = self.module.transformer_blocks
+        return [part for block in blocks for part in (block, block.norm1, block.norm1.emb)]
+
+    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Output of the module's own call, ``[R, C or 2C, H, W]``."""
+        return self._whole(x.to(self.dtype), timestep=t, class_labels=y).sample
 
     def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
         shift, scale = modulations.unbind(1)
@@ -106,6 +115,16 @@ class DiffusersDiTTarget(AdaLNTarget):
         return stack_block_modulations([b.norm1.linear(b.norm1.silu(self._conditioning(i, t, y))) for i, b in blocks])
 
     def _final_modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        rows = self.module.proj_out_1(F.silu(self._conditioning(0, t, y))).unflatten(1, (HEAD_CHUNKS, 1, -1))
+        return self._head_modulations(self._conditioning(0, t, y))
+
+    def _head_modulations(self, c: Tensor) -> Tensor:
+        rows = self.module.proj_out_1(F.silu(c)).unflatten(1, (HEAD_CHUNKS, 1, -1))
         rows[:, 1] += 1
         return rows
+
+
+def _split(blocks: Iterable[Any]) -> list[BlockParts] | None:
+    """The parts of every block; None where only the block's own forward knows how they are called."""
+    if any(getattr(block, "_chunk_size", 0) is not None or not hasattr(block, "attn1") for block in blocks):
+        return None
+    return [BlockParts(block.norm1.norm, block.attn1, block.norm3, block.ff) for block in blocks]

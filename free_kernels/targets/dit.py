@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
+from free_kernels.targets.check import Rows, alignment
+from free_kernels.targets.wrappers import first_output, kind_of, see_through
 from free_kernels.validation import fail
 
 _PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
@@ -37,21 +40,25 @@ class DiTTarget(AdaLNTarget):
     """
 
     def __init__(self, module: nn.Module, compile: bool = False) -> None:
-        if not is_dit_module(module):
-            fail("DiTTarget", "module", f"a DiT with {', '.join(_PARTS)}", type(module).__name__, TypeError)
-        super().__init__("DiTTarget", module, _split(module.blocks), compile)
+        where = type(self).__name__
+        seen = see_through(where, module)
+        if not is_dit_module(seen.module):
+            fail(where, "module", f"a DiT with {', '.join(_PARTS)}", kind_of(seen.module), TypeError)
+        super().__init__(where, seen, _split(seen.module.blocks), compile)
         weight: Tensor = self.module.x_embedder.proj.weight
         channels, patch = int(weight.shape[1]), int(weight.shape[2])
         tokens, width = self.module.pos_embed.shape[-2:]
         side = math.isqrt(tokens) * patch
         outputs = int(self.module.final_layer.linear.out_features) // patch**2
+        embedded = len(self.module.y_embedder.embedding_table.weight)
         self.latent_shape = (channels, side, side)
         self.feature_shape = (int(tokens), int(width))
         self.learns_variance = outputs == 2 * channels
         self.num_classes = int(self.module.y_embedder.num_classes)
-        self.has_null_label = self.module.y_embedder.embedding_table.num_embeddings > self.num_classes
+        self.has_null_label = embedded > self.num_classes
         # The original DiT guides the first three of its four channels.
         self.guidance_channels = 3 if channels == 4 else channels
+        self.recheck(where)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,14 +73,43 @@ class DiTTarget(AdaLNTarget):
     def _embed(self, x: Tensor) -> Tensor:
         return self.module.x_embedder(x) + self.module.pos_embed
 
-    def _plain_blocks(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        c = self._conditioning(t, y)
+    def _block_inputs(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return (self._conditioning(t, y),)
+
+    def _plain_blocks(self, h: Tensor, *inputs: Tensor) -> Tensor:
         for block in self.module.blocks:
-            h = block(h, c)
+            h = block(h, *inputs)
         return h
 
     def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.module.unpatchify(self.module.final_layer(h, self._conditioning(t, y)))
+
+    def _left_out(self) -> list[nn.Module]:
+        return [*self.module.blocks, self.module.final_layer]
+
+    def check_convention(self, where: str, rows: Rows, own: Tensor) -> None:
+        """Raise ValueError where the output near pure noise points against the noise: a velocity towards the data."""
+        if alignment(own[0], rows.x[0]) < -0.5:
+            wanted = "a network that predicts noise (SiTTarget takes one that predicts a velocity)"
+            fail(where, "module", wanted, f"{type(self.module).__name__}, whose output at pure noise is against it")
+
+    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Output of the module's own call, ``[R, C or 2C, H, W]``."""
+        with self._cast_sinusoids():
+            return first_output(self._whole(x.to(self.dtype), t, y))
+
+    @contextmanager
+    def _cast_sinusoids(self) -> Iterator[None]:
+        """The original's embedder hands float32 sinusoids to its MLP, which fails in any other dtype: cast between."""
+        mlp = getattr(self.module.t_embedder, "mlp", None)
+        if self.dtype == torch.float32 or not isinstance(mlp, nn.Module):
+            yield
+            return
+        handle = mlp.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(self.dtype), *inputs[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
         final = self.module.final_layer
@@ -87,12 +123,8 @@ class DiTTarget(AdaLNTarget):
         return [self._embed_timesteps]
 
     def _embed_timesteps(self, t: Tensor) -> Tensor:
-        embedder = self.module.t_embedder
-        sinusoids = getattr(embedder, "timestep_embedding", None)
-        if self.dtype == torch.float32 or sinusoids is None:
-            return embedder(t)
-        # The original's embedder hands float32 sinusoids to its MLP, which fails in any other dtype.
-        return embedder.mlp(sinusoids(t, embedder.frequency_embedding_size).to(self.dtype))
+        with self._cast_sinusoids():
+            return self.module.t_embedder(t)
 
     def _block_modulations(self, t: Tensor, y: Tensor) -> Tensor:
         c = self._conditioning(t, y)

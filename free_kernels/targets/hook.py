@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from free_kernels.protocols import TargetDefaults
+from free_kernels.targets.check import TargetCheck, checked, compare_batches, probe_rows
+from free_kernels.targets.inspection import refuse_unsafe
+from free_kernels.targets.wrappers import first_output, see_through
 from free_kernels.validation import check_int, describe, fail
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], object]
@@ -49,7 +52,8 @@ class HookTarget(TargetDefaults):
 
     Raises:
         TypeError: the module is no nn.Module, or head or call cannot be called.
-        ValueError: training mode, no such sub-module, or an impossible shape.
+        ValueError: a module that cannot be sampled (:func:`free_kernels.check_target` has the reasons), no such
+            sub-module, or an impossible shape.
     """
 
     def __init__(
@@ -69,9 +73,11 @@ class HookTarget(TargetDefaults):
         where = "HookTarget"
         if not isinstance(module, nn.Module):
             fail(where, "module", "an nn.Module", describe(module), TypeError)
-        if module.training:
-            fail(where, "module", "in evaluation mode (call .eval())", "training mode")
-        layers = dict(module.named_modules())
+        seen = see_through(where, module)
+        # A forward is left by an exception, which a compiled one cannot be: what was compiled runs as written.
+        module = seen.module if seen.compiler is not None else seen.whole
+        refuse_unsafe(where, module)
+        layers = dict(seen.module.named_modules())
         if not isinstance(feature_layer, str) or feature_layer not in layers:
             fail(
                 where, "feature_layer", f"the name of a sub-module of {type(module).__name__}", describe(feature_layer)
@@ -92,6 +98,38 @@ class HookTarget(TargetDefaults):
         self._layer = layers[feature_layer]
         self._head = head
         self._call = call or _plain_call
+
+    def recheck(self, where: str) -> None:
+        """Refuse a module that can no longer be sampled.
+
+        Raises:
+            ValueError: as :func:`free_kernels.check_target`.
+        """
+        refuse_unsafe(where, self.module)
+
+    def compare(self, where: str, timesteps: Tensor | None = None, labels: Tensor | None = None) -> TargetCheck:
+        """Whether features and head are one function of their inputs, at timesteps that the module knows."""
+        return compare_batches(where, "module", self, self.module, probe_rows(self, timesteps, labels))
+
+    def hoisted(self, timesteps: Tensor, labels: Tensor) -> HookTarget:
+        """The target itself; its calls are compared once for a module and its weights.
+
+        Raises:
+            ValueError: they depend on earlier calls or on the batch.
+        """
+        where = "HookTarget"
+        key = HookTarget, self.feature_layer, self._head, self._call
+        self.recheck(where)
+        checked(key, self, self.module, lambda: self.compare(where, timesteps, labels))
+        return self
+
+    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Output of the module's own call: itself, the first of several, or the ``sample`` of diffusers."""
+        return first_output(self._call(self.module, x.to(self.dtype), t, y))
+
+    def paths(self) -> list[str]:
+        """There is one way: the module's own forward."""
+        return ["features"]
 
     @property
     def _weight(self) -> Tensor | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,29 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from free_dit.networks.dit import DiT, DiTConfig, sincos_positions, standard_heads
+from free_dit.networks.sit import SiT
 from free_kernels.checkpoint import CheckpointError
 from free_kernels.targets import is_diffusers_dit
-from free_kernels.validation import describe, fail
+from free_kernels.validation import check_choice, describe, fail
 
-# Keys of the weights in a training checkpoint, the preferred one first; a published file is the state dict itself.
-_NESTED = ("ema", "model", "state_dict")
-# Prefixes that wrappers add to every name.
-_PREFIXES = ("module.", "_orig_mod.")
+_LOG = logging.getLogger(__name__)
+
+# Keys of the weights in a training checkpoint, averages first; a published file is the state dict itself.
+_AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema")
+_NESTED = (*_AVERAGES, "model", "state_dict", "model_state_dict", "net", "network", "module")
+# What wrappers put into names, in any order and depth: torch.compile, data parallel, checkpointing, FSDP; and what
+# trainers put before them.
+_WRAPPERS = {"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
+_TRAINERS = {"model", "net", "network", "ema", "ema_model", "model_ema", "dit", "sit", "denoiser"}
+# How files begin that took the place of a checkpoint when it was fetched.
+_NO_WEIGHTS = {
+    b"<": "a page of HTML: the address it came from leads to a page, not to the file",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+}
+# Tensors that training keeps beside the network: counters of averages, projections of REPA.
+_BESIDE = ("n_averaged", "projectors.")
+# The network of each family that files in the original's layout hold.
+NETWORKS: dict[str, type[DiT]] = {"dit": DiT, "sit": SiT}
 
 
 def load_dit_checkpoint(
@@ -32,11 +50,16 @@ def load_dit_checkpoint(
     *,
     num_heads: int | None = None,
     has_null_label: bool = True,
+    family: str = "dit",
+    key: str | None = None,
+    prefix: str | None = None,
 ) -> DiT:
     """The DiT of a checkpoint in the original's format, such as the published ``DiT-XL-2-256x256.pt``.
 
-    The file is a state dict, or a training checkpoint that holds one under "ema", "model" or "state_dict" (the average
-    is preferred), read without unpickling code; or a state dict in safetensors. The shape is inferred from the tensors.
+    The file is a state dict, or a training checkpoint that holds one under a usual name, read without unpickling code;
+    or a state dict in safetensors. Averages such as "ema" or "model_ema" are preferred to "model" and "state_dict", and
+    a warning is logged where there are both. What wrappers and trainers put into names is taken off. The shape is
+    inferred from the tensors; floating-point tensors of several dtypes are cast to the widest.
 
     Args:
         path: a ``.pt`` or ``.safetensors`` file.
@@ -45,6 +68,9 @@ def load_dit_checkpoint(
         num_heads: attention heads, which the tensors do not tell; None takes those of the standard size (S, B, L, XL)
             of this width and depth.
         has_null_label: False where the model was trained without label dropout, and every embedded label is a class.
+        family: "dit", or "sit" for a velocity model, whose files have the same tensors.
+        key: of the weights in a training checkpoint, dots between nested ones; None looks under the usual names.
+        prefix: of the names of the weights to take, without which others are ignored; None takes off the usual ones.
 
     Returns:
         The model in evaluation mode, without gradients.
@@ -58,13 +84,14 @@ def load_dit_checkpoint(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{where}: path must be an existing file, got {path}")
-    state = _unwrapped(where, path, _read(where, path))
+    check_choice(where, "family", family, tuple(NETWORKS))
+    state = _unwrapped(where, path, _read(where, path), key, prefix)
     try:
         config = infer_config(state, num_heads=num_heads, has_null_label=has_null_label)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {path} must hold an original-style DiT; {error}") from error
     with torch.device("meta"):
-        model = DiT(config)
+        model = NETWORKS[family](config)
     try:
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
@@ -262,28 +289,110 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int
 
 def _read(where: str, path: Path) -> object:
     """The content of a file, on the CPU."""
+    with path.open("rb") as handle:
+        begin = handle.read(64).lstrip()
+    for mark, found in _NO_WEIGHTS.items():
+        if begin.lower().startswith(mark):
+            raise CheckpointError(f"{where}: {path} must be a complete checkpoint of tensors, got {found}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         # The original's training checkpoints also hold the arguments of the command line, as plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(?:GLOBAL|class|type) ([A-Za-z_][\w.]*\.\w+)", str(error))
+        if refused is None:
+            raise CheckpointError(
+                f"{where}: {path} must be a complete checkpoint of tensors, got a torn file"
+            ) from None
+        # The reader's own words advise to read the file unsafely.
+        raise CheckpointError(
+            f"{where}: {path} must hold tensors and plain values only, got a {refused.group(1)}; where it was written, "
+            "save the weights alone: torch.save(checkpoint['ema'], path), or safetensors.torch.save_file"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{where}: {path} must be a complete checkpoint of tensors, got {reason}") from error
 
 
-def _unwrapped(where: str, path: Path, held: object) -> dict[str, Tensor]:
-    """The state dict in the content of a file."""
-    while isinstance(held, Mapping) and not any(isinstance(value, Tensor) for value in held.values()):
-        inner = next((held[name] for name in _NESTED if isinstance(held.get(name), Mapping)), None)
-        if inner is None:
+def _unwrapped(where: str, path: Path, held: object, key: str | None, prefix: str | None) -> dict[str, Tensor]:
+    """The state dict in the content of a file, under the network's own names."""
+    taken, others = [], ""
+    for name in key.split(".") if key else ():
+        if not isinstance(held, Mapping) or name not in held:
+            found = ", ".join(map(str, held)) if isinstance(held, Mapping) else type(held).__name__
+            raise CheckpointError(f"{where}: {path} must hold key {key!r}, got {found}")
+        taken, held = [*taken, name], held[name]
+    while key is None and isinstance(held, Mapping):
+        name = next((name for name in _NESTED if isinstance(held.get(name), Mapping)), None)
+        if name is None:
             break
-        held = inner
+        others = others or ", ".join(
+            other for other in _NESTED if other != name and isinstance(held.get(other), Mapping)
+        )
+        taken, held = [*taken, name], held[name]
     if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
         raise CheckpointError(f"{where}: {path} must hold a state dict, or one under {', '.join(_NESTED)}")
-    state = {str(name): tensor for name, tensor in held.items()}
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    if prefix is not None:
+        state = {str(name).removeprefix(prefix): value for name, value in held.items() if str(name).startswith(prefix)}
+        if not state:
+            raise CheckpointError(f"{where}: {path} must hold names that begin with {prefix!r}, got {next(iter(held))}")
+    else:
+        state = _own_names(held)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(_BESIDE)}
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if others:
+        _LOG.warning("%s: of %s the weights under %s were taken, not %s", where, path, ".".join(taken), others)
+    if len(dtypes) > 1:
+        widest = functools.reduce(torch.promote_types, sorted(dtypes, key=str))
+        _LOG.warning("%s: %s holds %s, all cast to %s", where, path, ", ".join(sorted(map(str, dtypes))), widest)
+        state = {name: tensor.to(widest) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     return state
+
+
+def _own_names(held: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Tensors without what wrappers put anywhere into their names, and trainers before all of them."""
+    state = {
+        ".".join(piece for piece in str(name).split(".") if piece not in _WRAPPERS): tensor
+        for name, tensor in held.items()
+    }
+    while state:
+        first = {name.partition(".")[0] for name in state if not name.startswith(_BESIDE)}
+        if len(first) != 1 or not first <= _TRAINERS:
+            return state
+        state = {name.partition(".")[2] if name.partition(".")[0] in first else name: t for name, t in state.items()}
+    return state
+
+
+def save_dit_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
+    """Write a DiT's state dict as the published ``.pt`` files are.
+
+    Raises:
+        OSError: the path cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary
+        )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def told_family(model: DiT) -> str | None:
+    """The family that a network's answer at pure noise tells; None where it tells nothing, as untrained weights do.
+
+    There a noise prediction is the state itself, and a velocity towards the data the data's mean less the state.
+    """
+    config, weight = model.config, model.pos_embed
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, config.in_channels, config.input_size, config.input_size)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(weight)
+    t = torch.full((2,), 999, device=weight.device)
+    output = DiT.forward(model, noise, t, torch.zeros_like(t))[:, : config.in_channels]
+    cosine = torch.cosine_similarity(output.double().flatten(), noise.double().flatten(), dim=0)
+    return "dit" if cosine > 0.5 else "sit" if cosine < -0.5 else None

@@ -28,6 +28,7 @@ def load_target(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     num_heads: int | None = None,
+    family: str | None = None,
 ) -> tuple[Target, Drafter | None]:
     """A target and, where it is bundled, its drafter.
 
@@ -40,13 +41,16 @@ def load_target(
             float32. A drafter stays float32.
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
 
+        family: "dit" (noise prediction) or "sit" (velocity), for checkpoints in the original's format, whose tensors
+            are the same; None asks the network, which tells it at pure noise once it is trained.
+
     Raises:
         FileNotFoundError: no such file or folder.
         CheckpointError: broken, or none of the formats above.
-        ValueError: ``num_heads`` is needed, impossible, or given for a format that holds it.
+        ValueError: ``num_heads`` or ``family`` is needed, impossible, or given for a format that holds it.
         ImportError: a folder of diffusers without diffusers installed.
     """
-    module, drafter = _module(str(spec), dtype, num_heads)
+    module, drafter = _module(str(spec), dtype, num_heads, family)
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
@@ -68,21 +72,35 @@ def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) ->
     return FeatureDrafter.load(choice, target).to(device_of(target))
 
 
-def _module(spec: str, dtype: torch.dtype | None, num_heads: int | None) -> tuple[Any, Drafter | None]:
+def _module(
+    spec: str, dtype: torch.dtype | None, num_heads: int | None, family: str | None
+) -> tuple[Any, Drafter | None]:
     """The module on the CPU, and a bundled drafter."""
     accepted, path = ACCEPTED.format(names=", ".join(bundled_names())), Path(spec)
     kind = None if spec in bundled_names() else _kind(path)
     if num_heads is not None and kind != "original":
         raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
+    if family is not None and kind != "original":
+        raise ValueError(f"load_target: family must be None for {spec}, which says it itself, got {family!r}")
     if spec in bundled_names():
         target, drafter = load_bundled(spec)
         return target.module.to(dtype), drafter
     if kind == "ours":
         return load_model(path).to(dtype), None
     if kind == "original":
-        from free_dit.checkpoints import load_dit_checkpoint
+        from free_dit.checkpoints import NETWORKS, load_dit_checkpoint, told_family
 
-        return load_dit_checkpoint(path, dtype=dtype, num_heads=num_heads), None
+        model = load_dit_checkpoint(path, dtype=dtype, num_heads=num_heads, family=family or "dit")
+        found = family or told_family(model)
+        if found is None:
+            wanted = "'dit' (noise prediction) or 'sit' (velocity): neither its tensors nor its outputs tell"
+            raise ValueError(f"load_target: family of {spec} must be {wanted}, got None")
+        if type(model) is not NETWORKS[found]:
+            with torch.device("meta"):
+                network = NETWORKS[found](model.config)
+            network.load_state_dict(model.state_dict(), assign=True)
+            model = network
+        return model, None
     if kind in ("pipeline", "transformer"):
         return _from_diffusers(path, kind == "pipeline", dtype), None
     if not path.exists():

@@ -72,20 +72,28 @@ def heads(kind: str) -> int | None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_each_format_is_read_and_trained_for_and_sampled(tmp_path, kind):
     path = saved(kind, tmp_path)
-    target, drafter = load_target(path, num_heads=heads(kind))
+    family = "dit" if kind.startswith("original") else None
+    if family is not None:
+        with pytest.raises(
+            ValueError, match="^load_target: family of .* must be 'dit' .*neither its tensors nor its ou"
+        ):
+            load_target(path, num_heads=heads(kind))
+    target, drafter = load_target(path, num_heads=heads(kind), family=family)
     assert drafter is None
     x, t, y = torch.randn(3, 1, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 2, 3])
     if "folder" in kind:
         # Of the copy that is compared here; trained for is diffusers' own, which differs by more than rounding.
         use_original_arithmetic(target.module)
     torch.testing.assert_close(target.head(target.features(x, t, y), t, y), module()(x, t, y), rtol=1e-4, atol=1e-5)
-    half, _ = load_target(path, dtype=torch.bfloat16, num_heads=heads(kind))
+    half, _ = load_target(path, dtype=torch.bfloat16, num_heads=heads(kind), family=family)
     assert half.features(x, t, y).dtype == torch.bfloat16
 
     run = tmp_path / "run"
     for settings, dtype in ((SETTINGS, None), (SETTINGS + NARROW, "bfloat16")):
         out = run / str(dtype)
-        cli.train_drafter(out, str(path), set_=settings, device="cpu", dtype=dtype, num_heads=heads(kind))
+        cli.train_drafter(
+            out, str(path), set_=settings, device="cpu", dtype=dtype, num_heads=heads(kind), family=family
+        )
         FeatureDrafter.load(out / "drafter.safetensors", target)
         assert (out / "trajectories").exists() == (dtype is not None)
     if heads(kind) is None:

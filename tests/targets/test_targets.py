@@ -88,6 +88,9 @@ def test_impossible_shapes_are_refused(change):
 def test_patch_embedding_is_the_convolution():
     module = random_dit()
     x, _, _ = inputs()
+    proj = module.x_embedder.proj
+    convolved = torch.nn.functional.conv2d(x, proj.weight, proj.bias, stride=2)
+    torch.testing.assert_close(proj(x), convolved, rtol=1e-5, atol=1e-5)
     expected = module.x_embedder.proj(x).flatten(2).transpose(1, 2)
     torch.testing.assert_close(module.x_embedder(x), expected, rtol=1e-5, atol=1e-5)
 

@@ -271,7 +271,7 @@ def test_wrong_hook_arguments_are_named(changes, error, message):
 def test_a_hook_layer_must_be_run_and_give_tokens():
     module = randomised(OriginalDiT())
     x = random_inputs(4, 8, 5)
-    module.unused = torch.nn.Identity()
+    module.unused = torch.nn.Identity().eval()
     with pytest.raises(RuntimeError, match="^HookTarget: feature_layer must be run by the module's forward"):
         hook_target(module, feature_layer="unused").features(*x)
     with pytest.raises(ValueError, match=r"^HookTarget: the output of 't_embedder' must be a tensor \[6, 16, 48\]"):

@@ -78,21 +78,28 @@ def standard_heads(hidden_size: int, depth: int) -> int | None:
     return next((heads for *shape, heads in _SIZES.values() if shape == [hidden_size, depth]), None)
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution over disjoint patches ``[R, C, H, W] -> [R, D, H / p, W / p]``, as one matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Without the set-up of a convolution; the result is laid out as tokens, so that making them costs no copy.
+        (p, _), (rows, channels, height, width) = self.stride, x.shape
+        high, wide = height // p, width // p
+        patches = x.reshape(rows, channels, high, p, wide, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(rows, high * wide, channels * p * p)
+        return F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (high, wide))
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens: ``[R, C, H, W] -> [R, T, D]``."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.proj = PatchProjection(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A strided convolution over disjoint patches is one matrix product, which avoids the set-up of a convolution.
-        rows, channels, height, width = x.shape
-        p = self.patch_size
-        patches = x.view(rows, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(rows, (height // p) * (width // p), channels * p * p)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -111,7 +118,10 @@ class TimestepEmbedder(nn.Module):
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(self.max_period) * exponents)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        weight = self.mlp[0].weight
+        # The weights of a quantised layer, a method in some kinds, do not tell what it takes.
+        floating = isinstance(weight, Tensor) and weight.is_floating_point()
+        return self.mlp(features.to(weight.dtype) if floating else features)
 
 
 class LabelEmbedder(nn.Module):

@@ -1,0 +1,182 @@
+"""What is attached to a network: what makes its law another one is refused by name, all else is told apart."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from free_kernels.targets.wrappers import is_sharded
+from free_kernels.validation import fail
+
+# Attributes by which caches of whole steps are told; each is truthy where its cache is on.
+_STEP_CACHES = {
+    "_is_cached": "a step cache (cache-dit, para_attn, xfuser)",
+    "enable_teacache": "TeaCache",
+    "accumulated_rel_l1_distance": "TeaCache",
+    "mag_ratios": "MagCache",
+    "_cache_config": "a cache of diffusers",
+}
+_CACHE_LIBRARIES = ("cache_dit", "para_attn", "DeepCache", "xfuser")
+_PLAIN_VALUES = (bool, int, float, str, torch.dtype, torch.device, type(None))
+_MUTABLE = (dict, list, set, bytearray, Tensor)
+
+
+def _label(name: str, module: nn.Module) -> str:
+    return f"{name or 'the module'} ({type(module).__name__})"
+
+
+def refuse_unsafe(where: str, module: nn.Module) -> None:
+    """Raise ValueError where calls of a module, or of its parts, are not one fixed function of their inputs.
+
+    That is: a sub-module in training mode, weights that hooks move or that are spread over processes, caches of steps.
+    The message names the sub-module.
+    """
+    for name, part in module.named_modules():
+        held = vars(part)
+        # Lists of modules compute nothing: a new one around blocks in evaluation mode is in training mode.
+        if part.training and type(part).forward is not nn.Module.forward:
+            fail(where, "module", "in evaluation mode (call .eval())", f"{_label(name, part)} in training mode")
+        if is_sharded(part):
+            fail(where, "module", "whole in each process", f"the sharded {_label(name, part)}")
+        if "_hf_hook" in held:
+            # They move weights when a sub-module's own forward begins, which is not what is called here.
+            found = f"accelerate's {type(held['_hf_hook']).__name__} on {_label(name, part)}"
+            fail(where, "module", "without offload hooks (remove_hook_from_module takes them off)", found)
+        hooks = getattr(held.get("_diffusers_hook", _NO_HOOKS), "hooks", {"unknown": None})
+        if hooks:
+            found = f"{', '.join(map(str, hooks))} on {_label(name, part)}"
+            fail(where, "module", "without hooks of diffusers, which carry state from call to call", found)
+        library = type(part).__module__.partition(".")[0]
+        cache = f"a cache of {library}" if library in _CACHE_LIBRARIES else _step_cache(part)
+        if cache:
+            found = f"{cache} on {_label(name, part)}"
+            fail(where, "module", "without a cache of earlier steps, which sampling would bypass", found)
+
+
+_NO_HOOKS = types.SimpleNamespace(hooks={})
+
+
+def _step_cache(part: nn.Module) -> str | None:
+    held = vars(part)
+    for attribute, cache in _STEP_CACHES.items():
+        value = held.get(attribute, getattr(type(part), attribute, None))
+        if value is not None and not (isinstance(value, bool | int | float) and not value):
+            return cache
+    return None
+
+
+def patches(name: str, module: nn.Module) -> list[str]:
+    """What has been put onto one module from outside: hooks, another forward, a compiled call."""
+    found = []
+    if module._forward_hooks or module._forward_pre_hooks:
+        found.append(f"a hook on {_label(name, module)}")
+    if "forward" in vars(module):
+        found.append(f"another forward of {_label(name, module)}")
+    owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    forward = vars(owner)["forward"]
+    if getattr(forward, "__module__", owner.__module__) not in (owner.__module__, None):
+        found.append(f"another forward of the class {type(module).__name__}")
+    return found
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module's call does more than its class's forward: hooks, another forward, a compiled call of its own.
+
+    Such a module has to be called; what it is made of says no longer what it computes.
+    """
+    return bool(patches("", module)) or module._compiled_call_impl is not None
+
+
+def suspicions(module: nn.Module) -> list[str]:
+    """Why a module's calls might depend on earlier ones; none for a network as its classes define it."""
+    found, seen = [], set()
+    for name, part in module.named_modules():
+        found += patches(name, part)
+        if type(part) not in seen:
+            seen.add(type(part))
+            if _reaches_state(type(part).forward):
+                found.append(f"state outside of {type(part).__name__}")
+    return found
+
+
+def _reaches_state(forward: Callable[..., Any]) -> bool:
+    """Whether a forward can write to something that outlives its call and is no attribute of its module."""
+    function = inspect.unwrap(forward)
+    if not isinstance(function, types.FunctionType):
+        return False
+    cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
+    used = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return any(isinstance(value, _MUTABLE) for value in cells + used)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
+    """Equal as long as a module is the same network: its parts, their hooks, forwards and settings, and its weights.
+
+    Weights are told by identity, storage and version counter, so that reading them is not needed. Writing through
+    ``.data`` leaves the counter as it is: structure that was compared stays compared.
+    """
+    parts = tuple(
+        (
+            id(part),
+            type(part),
+            id(vars(part).get("forward")),
+            tuple(map(id, part._forward_hooks.values())),
+            tuple(map(id, part._forward_pre_hooks.values())),
+            tuple((key, value) for key, value in vars(part).items() if type(value) in _PLAIN_VALUES),
+        )
+        for part in module.modules()
+    )
+    return parts, tuple(_stamp(weight) for weight in _tensors(module))
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _stamp(weight: Tensor) -> tuple[Any, ...]:
+    try:
+        return id(weight), weight._version, weight.data_ptr(), weight.dtype, weight.device
+    except RuntimeError:  # inference tensors count no versions, and some subclasses have no storage
+        return id(weight), weight.dtype, weight.device
+
+
+def attributes(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What a module and its parts remember, by name; a change over a call means that the call leaves a trace."""
+    remembered = {}
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if not key.startswith("_") or type(value) in _PLAIN_VALUES:
+                remembered[f"{name}.{key}".lstrip(".")] = _trace(value)
+        for key, value in part.named_buffers(recurse=False):
+            remembered[f"{name}.{key}".lstrip(".")] = _trace(value)
+    return remembered
+
+
+def _trace(value: Any) -> tuple[Any, ...]:
+    if type(value) in _PLAIN_VALUES:
+        return (value,)
+    if isinstance(value, Tensor):
+        return _stamp(value)
+    return (id(value), len(value)) if isinstance(value, _MUTABLE) else (id(value),)
+
+
+def is_abstract(module: nn.Module) -> bool:
+    """Whether a module has no numbers to compare: weights without storage, or fake ones while a graph is traced."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return True
+    return any(weight.is_meta or isinstance(weight, FakeTensor) for weight in _tensors(module))
