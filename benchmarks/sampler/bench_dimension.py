@@ -46,11 +46,10 @@ def measured(cases: list[dict[str, Any]], images: int, seed: int) -> Iterator[di
     import free_kernels
 
     module, targets = denoiser_module(), {}
-    chosen = "reuse_refused" in inspect.signature(free_kernels.sample).parameters
     for case in cases:
         target = targets.setdefault(case["side"], module.DenoiserTarget(module.photograph_crops(case["side"])))
         drafter = module.PullingDrafter(target, case["share"]) if case["share"] else "frozen"
-        for reuse in (True, False) if chosen else (None,):
+        for reuse in runs_of_build():
             stats = free_kernels.sample(
                 target,
                 torch.zeros(images, dtype=torch.int64),
@@ -60,28 +59,38 @@ def measured(cases: list[dict[str, Any]], images: int, seed: int) -> Iterator[di
                 seed=seed,
                 **({} if reuse is None else {"reuse_refused": reuse}),
             ).stats
-            rounds = stats.rounds_per_image / case["steps"]
-            yield case | {
-                "dimension": 3 * case["side"] ** 2,
-                "reuse": reuse,
-                "steps_per_call": stats.call_reduction,
-                # Over images, as a share: the figure is one over a mean.
-                "standard_error": float(rounds.std(ddof=1) / len(rounds) ** 0.5 / rounds.mean()),
-                "acceptance": stats.acceptance,
-            }
+            yield case | {"dimension": 3 * case["side"] ** 2, "reuse": reuse} | described(stats, case["steps"])
 
 
-def run_build(path: Path, cases: list[dict[str, Any]], images: int, seed: int) -> Iterator[dict[str, Any]]:
-    """The cases with the build of a checkout, in a process of its own."""
+def run_build(script: Path, path: Path, cases: list[dict[str, Any]], arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """The cases with the build of a checkout, in a process of its own that runs ``script --worker``."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(path / "python")])}
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--images", str(images), "--seed", str(seed)]
+    command = [sys.executable, str(script), "--worker", *arguments]
     with subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         worker.stdin.write(json.dumps(cases))
         worker.stdin.close()
         for line in worker.stdout:
             yield json.loads(line)
     if worker.returncode:
-        raise RuntimeError(f"bench_dimension: the build in {path} must run, got exit status {worker.returncode}")
+        raise RuntimeError(f"{script.stem}: the build in {path} must run, got exit status {worker.returncode}")
+
+
+def runs_of_build() -> tuple[bool | None, ...]:
+    """Values of ``reuse_refused`` to measure with this process's build; None where it cannot be chosen."""
+    import free_kernels
+
+    return (True, False) if "reuse_refused" in inspect.signature(free_kernels.sample).parameters else (None,)
+
+
+def described(stats: Any, steps: int) -> dict[str, float]:
+    """Steps per call, their standard error and acceptance of a run."""
+    rounds = stats.rounds_per_image / steps
+    return {
+        "steps_per_call": stats.call_reduction,
+        # Over images, as a share: the figure is one over a mean.
+        "standard_error": float(rounds.std(ddof=1) / len(rounds) ** 0.5 / rounds.mean()),
+        "acceptance": stats.acceptance,
+    }
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -129,7 +138,8 @@ def main() -> None:
         parser.error("--out is needed")
     rows = []
     for name, path in (("this", str(ROOT)), *(build.split("=", 1) for build in asked.build)):
-        for row in run_build(Path(path).resolve(), CASES, asked.images, asked.seed):
+        drawn = ["--images", str(asked.images), "--seed", str(asked.seed)]
+        for row in run_build(Path(__file__).resolve(), Path(path).resolve(), CASES, drawn):
             rows.append(row | {"build": name})
             reuse = {True: "reuse", False: "without", None: ""}[row["reuse"]]
             print(

@@ -377,7 +377,7 @@ def test_windows_of_forward_noised_data():
     config = replace(SHORT, num_steps=10, trajectories=4, forward_dataset="digits", batch_size=4, unroll=2)
     drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes)
     loss = DrafterLoss(target, drafter, config)
-    data, again, other = loss.trajectories(0), loss.trajectories(0), loss.trajectories(1)
+    data, again, other = (loss.main.trajectories(number) for number in (0, 0, 1))
     assert torch.equal(data.states, again.states)
     assert not torch.equal(data.states, other.states)
     # The state before the last step is nearly a real digit of its label, which the sampler's own chains are not yet.

@@ -16,9 +16,9 @@ from torch import Tensor
 from free_dit import DiT, DiTConfig
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training.acceptance import acceptance_by_lookahead
-from free_dit.training.drafter_loss import _NetworkRows, _Windows
 from free_dit.training.loop import LoopConfig, TrainingLoop, iteration_seed
 from free_dit.training.trajectories import collect
+from free_dit.training.windows import NetworkRows, Windows
 from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter, sample
 from free_kernels.checkpoint import CheckpointError
 from free_kernels.drafters.memory import FeatureMemory
@@ -234,16 +234,16 @@ def test_a_training_window_remembers_the_steps_before_it(target):
     """Rows that start at steps 0, 1, 2 and 7 remember 0, 1, 2 and 2 drafts, from exact features but for step 0."""
     drafter = learner(target, TRAIN)
     loss = DrafterLoss(target, drafter, TRAIN)
-    data = loss.data(0)
+    data = loss.main.data(0)
     image, start = torch.arange(4), torch.tensor([0, 1, 2, 7])
     y = torch.cat([data.labels[:4], torch.full((4,), 10)])
-    rows = _NetworkRows(data.guidance[:4], True, torch.device("cpu"))
-    windows = _Windows(data, image, y, rows)
+    rows = NetworkRows(data.guidance[:4], True, torch.device("cpu"))
+    windows = Windows(loss.main, data, image, y, rows)
     memory = loss._past(windows, start)
     assert memory._length.tolist() == [[0, 1, 2, 2] * 2]
-    parents = loss._parents(windows, start)
+    parents = loss.parents(windows, start)
     poison(memory)
-    got = loss._draft(windows, parents, start, memory)
+    got = loss.draft(windows, parents, start, memory)
     for row in range(8):
         past, i = [], row % 4
         for k in range(max(0, int(start[i]) - 2), int(start[i]) + 1):
@@ -251,7 +251,7 @@ def test_a_training_window_remembers_the_steps_before_it(target):
                 data.features[k - 1, row // 4, i][None] if k else drafter.initial_feature(data.states[0, i][None]),
                 data.states[max(k - 1, 0), i][None],
                 data.states[k, i][None],
-                loss.schedule.timesteps[k][None],
+                loss.main.schedule.timesteps[k][None],
                 y[row][None],
             )
             expected = concatenated(drafter, past, given)

@@ -11,7 +11,7 @@ from free_dit.commands.shared import Overrides, console
 from free_dit.configuration import CONFIGS, load_config
 from free_dit.loading import load_target
 from free_dit.training.distributed import Place
-from free_dit.training.drafter_loss import DTYPES, DrafterTrainConfig
+from free_dit.training.drafter_config import DTYPES, DrafterTrainConfig
 from free_dit.training.train_drafter import train_drafter as run_train_drafter
 
 

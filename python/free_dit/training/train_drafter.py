@@ -11,13 +11,14 @@ from torch import Tensor
 from free_dit.networks.families import device_of
 from free_dit.training.acceptance import acceptance_by_lookahead
 from free_dit.training.distributed import Place
-from free_dit.training.drafter_loss import DTYPES, DrafterLoss, DrafterTrainConfig
+from free_dit.training.drafter_config import DTYPES, DrafterTrainConfig
+from free_dit.training.drafter_loss import DrafterLoss
 from free_dit.training.loop import CHECKPOINT, TrainingLoop, iteration_seed
 from free_dit.training.shards import target_fingerprint
 from free_dit.training.trajectories import Storage, collect, image_chunks, make_schedule
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.protocols import Target
-from free_kernels.validation import check_writable
+from free_kernels.validation import check_writable, fail
 
 __all__ = ["DrafterLoss", "DrafterTrainConfig", "calibrate", "train_drafter"]
 
@@ -56,6 +57,18 @@ def calibrate(target: Target, drafter: FeatureDrafter, config: DrafterTrainConfi
     return [[round(value, 4) for value in row] for row in known.tolist()]
 
 
+def _started(config: DrafterTrainConfig, target: Target) -> FeatureDrafter:
+    """The drafter that training begins from.
+
+    Raises:
+        ValueError: it is of another configuration, or of a target of other shapes.
+    """
+    drafter = FeatureDrafter.load(config.start, target)
+    if drafter.config != config.drafter:
+        fail("train_drafter", "start", f"a drafter of the configuration {config.drafter}", f"one of {drafter.config}")
+    return drafter
+
+
 def train_drafter(
     target: Target, config: DrafterTrainConfig, out: Path, target_name: str, place: Place = Place()
 ) -> Path:
@@ -92,10 +105,12 @@ def train_drafter(
     with place.joined(device, config.process_timeout_s):
         with iteration_seed(config.loop.seed, -1):
             drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
+        if config.start:
+            drafter.load_state_dict(_started(config, target).state_dict())
         drafter.to(device)
         loss = DrafterLoss(target, drafter, config, place, out / "trajectories")
         # A checkpoint holds the scales. With several processes all take those of the first one.
-        if not (out / CHECKPOINT).exists():
+        if not config.start and not (out / CHECKPOINT).exists():
             loss.fit_scales()
         loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler)
         loop.run()
