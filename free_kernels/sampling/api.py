@@ -109,8 +109,8 @@ def sample(
             ``"auto"`` only its law does not.
         noise: None, initial states ``[N, C, H, W]``, initial states and step noise ``[N, K, C, H, W]``, or a source.
         max_slots: images in the making at a time; all of them if None. A finished one makes room for a waiting one.
-        backend: of the coupling: ``"auto"`` (Triton on a GPU), ``"reference"`` (plain PyTorch for every op) or
-            ``"triton"`` (an error where it cannot run).
+        backend: of drafting and coupling: ``"auto"`` (Triton on a GPU, C++ on a CPU), ``"reference"`` (plain PyTorch,
+            also for packing and noise), ``"extension"`` or ``"triton"`` (an error where it cannot run).
         cuda_graphs: replay every round as a CUDA graph: worth it where a round's kernels are shorter than their
             launches. The first rounds capture; target, drafter and noise source must not wait for the device.
         reuse_refused: what the target said at rows that a round refused drafts the same steps of the next ones, as

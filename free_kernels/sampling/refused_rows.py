@@ -39,9 +39,9 @@ class RefusedRows:
     The row of step k stands at place ``k % M`` of its slot, so that nothing moves when steps are committed. One more
     place takes what is not kept. Where two generations are kept, which take turns, a step that was asked about twice
     has its row of the time before too. A generation holds ``S (M + 1)`` rows: with the shapes of DiT-XL/2 at 256 x 256
-    in bfloat16 (T = 256, width 1152, C = 4, learned variance) and M = 12 that is 7.7 MiB for each slot, 15.2 MiB with
-    guidance. Nothing waits for the device, shapes are fixed and every tensor is written in place, so rounds may be
-    captured in a CUDA graph.
+    in bfloat16 (T = 256, width 1152, C = 4, learned variance) and M = 12 that is 7.7 MiB for each slot with outputs,
+    15.2 MiB with guidance. Nothing waits for the device, shapes are fixed and every tensor is written in place, so
+    rounds may be captured in a CUDA graph.
 
     Args:
         slots: S.

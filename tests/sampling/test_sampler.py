@@ -16,6 +16,7 @@ from free_kernels import (
     ancestral_sample,
     sample,
 )
+from free_kernels.extension import has_extension
 
 LABELS = torch.arange(9) % 3
 STEPS = DDPMSchedule(20)
@@ -104,10 +105,15 @@ def test_noise_tensors_drive_both_samplers(target):
     torch.testing.assert_close(result.samples, x, rtol=1e-5, atol=1e-5)
 
 
-def test_the_reference_backend_gives_the_same_images(target):
-    settings = {"schedule": STEPS, "drafter": BiasedDrafter(target)}
-    auto = sample(target, LABELS, **settings).samples
-    torch.testing.assert_close(sample(target, LABELS, backend="reference", **settings).samples, auto)
+@pytest.mark.parametrize("drafter", [BiasedDrafter, None], ids=["corrected", "frozen"])
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_every_backend_gives_the_same_images(target, drafter, verification):
+    settings = {"schedule": STEPS, "drafter": drafter(target) if drafter else "frozen", "verification": verification}
+    auto = sample(target, LABELS, max_slots=3, **settings).samples
+    backends = ("reference", "extension") if has_extension() else ("reference",)
+    for backend in backends:
+        got = sample(target, LABELS, backend=backend, max_slots=3, **settings).samples
+        torch.testing.assert_close(got, auto, rtol=1e-5, atol=1e-5)
 
 
 def test_triton_is_never_replaced_silently():
