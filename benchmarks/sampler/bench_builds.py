@@ -94,6 +94,7 @@ def compared(builds: dict[str, Build], case: dict[str, Any], pairs: int) -> dict
         ratios = [before[name] / now[name] for now, before in drawn]
         low, median, high = (float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
         found[name] = {"ratio": median, "lower_quartile": low, "upper_quartile": high}
+        found[name]["this"] = float(np.median([now[name] for now, _ in drawn]))
     calls = [[1 / answer["steps_per_call"] for answer in one] for one in zip(*drawn, strict=True)]
     now, before = (1 / float(np.mean(one)) for one in calls)
     return case | found | {"steps_per_call": now, "steps_per_call_before": before, "pairs": pairs}
@@ -124,7 +125,7 @@ def main() -> None:
         print(
             f"{case['drafter']:9s} {case['steps']:4d} steps, L = {case['draft_length']!s:4s} {name} / this: "
             f"{wall['ratio']:.3f} ({wall['lower_quartile']:.3f} to {wall['upper_quartile']:.3f}), processor time "
-            f"{cpu['ratio']:.3f}; steps a call {row['steps_per_call_before']:.2f} -> {row['steps_per_call']:.2f}",
+            f"{cpu['ratio']:.3f} (this {cpu['this']:.3f} s); steps a call {row['steps_per_call_before']:.2f} -> {row['steps_per_call']:.2f}",
             flush=True,
         )
     for build in builds.values():
