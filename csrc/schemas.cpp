@@ -33,8 +33,8 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "Tensor lengths, Tensor steps, Tensor(a!) at, Tensor(b!) turn, Tensor(c!) held_states, Tensor(d!)"
       " held_features, Tensor(e!)? held_output) -> ()");
   library.def(
-      "find_rows_cpu(Tensor(a!) at, Tensor turn, Tensor steps, Tensor(b!) places, Tensor(c!) ahead) -> "
-      "()");
+      "find_rows_cpu(Tensor(a!) at, Tensor turn, Tensor steps, Tensor(b!) places, Tensor(c!) before, "
+      "Tensor(d!) ahead) -> ()");
   library.def(
       "tally_round_cpu(Tensor output, Tensor next_states, Tensor gap_sq, Tensor committed, Tensor lengths, "
       "Tensor steps, Tensor(a!) deviation) -> Tensor");
@@ -61,4 +61,11 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "table_rows_cpu(Tensor rows, Tensor row_of_timestep, Tensor row_of_label, Tensor t, Tensor y) -> "
       "Tensor");
+  library.def(
+      "join_rows_cpu(Tensor feature, Tensor previous, Tensor state, Tensor t, Tensor y, Tensor asked, "
+      "Tensor features, Tensor before, Tensor latest, Tensor timesteps, Tensor labels, int drafts, int?"
+      " null_label, Tensor? chosen) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "row_errors_cpu(Tensor drafted, Tensor features, Tensor latest, int drafts, int inputs, Tensor? "
+      "chosen) -> Tensor");
 }

@@ -27,6 +27,8 @@ OPS = (
     "open_round_cpu",
     "follow_features_cpu",
     "correct_features_cpu",
+    "join_rows_cpu",
+    "row_errors_cpu",
     "renew_slots_cpu",
     "drafter_tokens_cpu",
     "table_rows_cpu",

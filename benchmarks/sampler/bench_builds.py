@@ -125,7 +125,8 @@ def main() -> None:
         print(
             f"{case['drafter']:9s} {case['steps']:4d} steps, L = {case['draft_length']!s:4s} {name} / this: "
             f"{wall['ratio']:.3f} ({wall['lower_quartile']:.3f} to {wall['upper_quartile']:.3f}), processor time "
-            f"{cpu['ratio']:.3f} (this {cpu['this']:.3f} s); steps a call {row['steps_per_call_before']:.2f} -> {row['steps_per_call']:.2f}",
+            f"{cpu['ratio']:.3f}, {cpu['this']:.3f} s now; "
+            f"steps a call {row['steps_per_call_before']:.2f} -> {row['steps_per_call']:.2f}",
             flush=True,
         )
     for build in builds.values():

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <tuple>
 
 #include "../checks.h"
 #include "floats.h"
@@ -58,6 +59,141 @@ Tensor follow_features(const Tensor& features, const Tensor& parent, const Tenso
                  own);
       }
     }
+  });
+  return out;
+}
+
+// What the further rows of a drafter's call are made of, by number.
+struct FurtherRows {
+  const int64_t *latest, *before, *chosen;
+  int64_t slots, width, held;
+  int64_t number(int64_t i) const { return chosen ? chosen[i] : i; }
+  int64_t now(const char* op, int64_t number) const {
+    return row(op, latest[number % slots * width + number / slots]);
+  }
+  int64_t past(const char* op, int64_t number) const {
+    return number < slots ? row(op, before[number]) : now(op, number - slots);
+  }
+  // A row that is not there may be any.
+  int64_t row(const char* op, int64_t place) const {
+    STD_TORCH_CHECK(place < held, op, ": latest and before must be below ", held, ", got ", place);
+    return std::max<int64_t>(place, 0);
+  }
+};
+
+void check_chosen(const char* op, const std::optional<Tensor>& chosen, int64_t numbers, const Tensor& like) {
+  if (!chosen) return;
+  check_tensor(op, "chosen", *chosen, ScalarType::Long, {chosen->numel()}, like);
+  for (int64_t i = 0; i < chosen->numel(); ++i)
+    STD_TORCH_CHECK(ints(*chosen)[i] >= 0 && ints(*chosen)[i] < numbers, op, ": chosen must be in [0, ",
+                    numbers, "), got ", ints(*chosen)[i]);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> join_rows(
+    const Tensor& feature, const Tensor& previous, const Tensor& state, const Tensor& t, const Tensor& y,
+    const Tensor& asked, const Tensor& features, const Tensor& before, const Tensor& latest,
+    const Tensor& timesteps, const Tensor& labels, int64_t drafts, std::optional<int64_t> null_label,
+    const std::optional<Tensor>& chosen) {
+  constexpr const char* op = "join_rows";
+  constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
+  STD_TORCH_CHECK(feature.dim() == 3, op, ": feature must have 3 dimensions, got ", feature.dim());
+  STD_TORCH_CHECK(state.dim() == 4, op, ": state must have 4 dimensions, got ", state.dim());
+  STD_TORCH_CHECK(features.dim() == 4, op, ": features must have 4 dimensions, got ", features.dim());
+  STD_TORCH_CHECK(latest.dim() == 2 && timesteps.dim() == 2, op,
+                  ": latest and timesteps must have 2 dimensions");
+  const auto f = feature.sizes(), s = state.sizes();
+  const int64_t inputs = f[0], branches = features.size(0), held = features.size(1);
+  const int64_t slots = latest.size(0), width = latest.size(1), length = timesteps.size(1);
+  check_tensor(op, "feature", feature, feature.scalar_type(), {inputs, f[1], f[2]}, feature);
+  check_tensor(op, "previous", previous, kFloat, {inputs, s[1], s[2], s[3]}, feature);
+  check_tensor(op, "state", state, kFloat, {inputs, s[1], s[2], s[3]}, feature);
+  check_tensor(op, "t", t, kLong, {inputs}, feature);
+  check_tensor(op, "y", y, kLong, {inputs}, feature);
+  check_tensor(op, "asked", asked, kFloat, {held, s[1], s[2], s[3]}, feature);
+  check_tensor(op, "features", features, features.scalar_type(), {branches, held, f[1], f[2]}, feature);
+  check_tensor(op, "before", before, kLong, {slots}, feature);
+  check_tensor(op, "latest", latest, kLong, {slots, width}, feature);
+  check_tensor(op, "timesteps", timesteps, kLong, {slots, length}, feature);
+  check_tensor(op, "labels", labels, kLong, {slots}, feature);
+  STD_TORCH_CHECK(drafts >= 1 && drafts <= std::min(width, length), op, ": drafts must be in [1, ",
+                  std::min(width, length), "], got ", drafts);
+  STD_TORCH_CHECK(branches == (null_label ? 2 : 1), op,
+                  ": null_label must be given exactly where features have 2 branches");
+  check_chosen(op, chosen, drafts * slots, feature);
+  const FurtherRows further{ints(latest), ints(before), chosen ? ints(*chosen) : nullptr, slots, width, held};
+  const int64_t count = chosen ? chosen->numel() : drafts * slots, rows = inputs + branches * count;
+  const int64_t state_size = s[1] * s[2] * s[3], size = f[1] * f[2];
+  Tensor out_feature = empty_on(feature, {rows, f[1], f[2]}, feature.scalar_type());
+  Tensor out_previous = empty_on(feature, {rows, s[1], s[2], s[3]}, kFloat);
+  Tensor out_state = empty_on(feature, {rows, s[1], s[2], s[3]}, kFloat);
+  Tensor out_t = empty_on(feature, {rows}, kLong), out_y = empty_on(feature, {rows}, kLong);
+  std::copy_n(const_floats(previous), inputs * state_size, floats(out_previous));
+  std::copy_n(const_floats(state), inputs * state_size, floats(out_state));
+  std::copy_n(ints(t), inputs, mutable_ints(out_t));
+  std::copy_n(ints(y), inputs, mutable_ints(out_y));
+  const auto each = [&](const auto& take) {
+    for (int64_t branch = 0; branch < branches; ++branch)
+      for (int64_t i = 0; i < count; ++i) take(branch, further.number(i), inputs + branch * count + i);
+  };
+  each([&](int64_t branch, int64_t number, int64_t to) {
+    const int64_t slot = number % slots;
+    std::copy_n(const_floats(asked) + further.past(op, number) * state_size, state_size,
+                floats(out_previous) + to * state_size);
+    std::copy_n(const_floats(asked) + further.now(op, number) * state_size, state_size,
+                floats(out_state) + to * state_size);
+    mutable_ints(out_t)[to] = ints(timesteps)[slot * length + number / slots];
+    mutable_ints(out_y)[to] = branch ? *null_label : ints(labels)[slot];
+  });
+  with_floats(op, "feature", feature, [&](const auto* given) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(given)>>;
+    T* out = static_cast<T*>(out_feature.mutable_data_ptr());
+    std::copy_n(given, inputs * size, out);
+    with_floats(op, "features", features, [&](const auto* rows_held) {
+      each([&](int64_t branch, int64_t number, int64_t to) {
+        const auto* from = rows_held + (branch * held + further.past(op, number)) * size;
+        for (int64_t e = 0; e < size; ++e) out[to * size + e] = static_cast<T>(to_float(from[e]));
+      });
+    });
+  });
+  return {out_feature, out_previous, out_state, out_t, out_y};
+}
+
+Tensor row_errors(const Tensor& drafted, const Tensor& features, const Tensor& latest, int64_t drafts,
+                  int64_t inputs, const std::optional<Tensor>& chosen) {
+  constexpr const char* op = "row_errors";
+  STD_TORCH_CHECK(features.dim() == 4, op, ": features must have 4 dimensions, got ", features.dim());
+  STD_TORCH_CHECK(latest.dim() == 2, op, ": latest must have 2 dimensions, got ", latest.dim());
+  const auto f = features.sizes();
+  const int64_t branches = f[0], held = f[1], slots = latest.size(0), width = latest.size(1),
+                size = f[2] * f[3];
+  STD_TORCH_CHECK(drafts >= 1 && drafts <= width, op, ": drafts must be in [1, ", width, "], got ", drafts);
+  STD_TORCH_CHECK(inputs >= 0, op, ": inputs must be at least 0, got ", inputs);
+  check_chosen(op, chosen, drafts * slots, features);
+  const int64_t count = chosen ? chosen->numel() : drafts * slots;
+  check_tensor(op, "features", features, features.scalar_type(), {branches, held, f[2], f[3]}, features);
+  check_tensor(op, "latest", latest, ScalarType::Long, {slots, width}, features);
+  check_tensor(op, "drafted", drafted, drafted.scalar_type(), {inputs + branches * count, f[2], f[3]},
+               features);
+  const FurtherRows further{ints(latest), nullptr, chosen ? ints(*chosen) : nullptr, slots, width, held};
+  Tensor out = empty_on(drafted, {branches, drafts, slots, f[2], f[3]}, drafted.scalar_type());
+  with_floats(op, "drafted", drafted, [&](const auto* given) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(given)>>;
+    T* errors = static_cast<T*>(out.mutable_data_ptr());
+    if (chosen) std::memset(errors, 0, branches * drafts * slots * size * sizeof(T));
+    with_floats(op, "features", features, [&](const auto* exact) {
+      for (int64_t branch = 0; branch < branches; ++branch)
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t number = further.number(i);
+          const auto* row = exact + (branch * held + further.now(op, number)) * size;
+          const T* there = given + (inputs + branch * count + i) * size;
+          T* error = errors + (branch * drafts * slots + number) * size;
+          for (int64_t e = 0; e < size; ++e) {
+            const float difference = to_float(static_cast<T>(to_float(row[e]))) - to_float(there[e]);
+            const T rounded = static_cast<T>(difference);
+            error[e] = std::isfinite(to_float(rounded)) ? rounded : static_cast<T>(0.0f);
+          }
+        }
+    });
   });
   return out;
 }
@@ -199,7 +335,7 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
 }
 
 void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const Tensor& places,
-               const Tensor& ahead) {
+               const Tensor& before, const Tensor& ahead) {
   constexpr const char* op = "find_rows";
   constexpr ScalarType kLong = ScalarType::Long;
   STD_TORCH_CHECK(at.dim() == 3 && at.size(0) >= 1 && at.size(2) >= 2, op,
@@ -212,6 +348,7 @@ void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const 
     STD_TORCH_CHECK(ints(steps)[slot] >= 0, op, ": steps[", slot, "] must be at least 0, got ",
                     ints(steps)[slot]);
   check_tensor(op, "places", places, kLong, {generations, slots, rows - 1}, at);
+  check_tensor(op, "before", before, kLong, {slots}, at);
   check_tensor(op, "ahead", ahead, kLong, {slots}, at);
   for (int64_t slot = 0; slot < slots; ++slot) {
     // The rows of the image before.
@@ -227,6 +364,8 @@ void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const 
     int64_t count = 0;
     while (count < rows - 1 && find(count, 0) >= 0) ++count;
     mutable_ints(ahead)[slot] = count;
+    const int64_t last = slot * width + (ints(steps)[slot] - 1 + rows) % rows;
+    mutable_ints(before)[slot] = last + ints(turn)[last] * slots * width;
     for (int64_t generation = 0; generation < generations; ++generation)
       for (int64_t draft = 0; draft < rows - 1; ++draft)
         mutable_ints(places)[(generation * slots + slot) * (rows - 1) + draft] =
@@ -239,6 +378,8 @@ void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("follow_features_cpu", TORCH_BOX(&follow_features));
   library.impl("correct_features_cpu", TORCH_BOX(&correct_features));
+  library.impl("join_rows_cpu", TORCH_BOX(&join_rows));
+  library.impl("row_errors_cpu", TORCH_BOX(&row_errors));
   library.impl("keep_rows_cpu", TORCH_BOX(&keep_rows));
   library.impl("find_rows_cpu", TORCH_BOX(&find_rows));
 }

@@ -8,7 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from free_kernels.ops.drafting import CorrectArguments, FollowArguments, correct_features, follow_features
+from free_kernels.ops.drafting import (
+    CorrectArguments,
+    ErrorArguments,
+    FollowArguments,
+    JoinArguments,
+    correct_features,
+    follow_features,
+    join_rows,
+    row_errors,
+)
 from free_kernels.protocols import Drafter, DrafterDefaults, DraftMemory
 from free_kernels.sampling.drafting import DraftingPass, Places
 from free_kernels.sampling.job import Job
@@ -153,48 +162,27 @@ class Corrected(Fresh):
 
     def draft(self, ahead: DraftingPass) -> None:
         """As :meth:`Fresh.draft`."""
-        slots, lengths = ahead.slots, ahead.lengths
+        lengths = ahead.lengths
         serving = serving_rows(self._refused, lengths, ahead.count)
-        self._count = max(serving)
-        if self._count:
-            self._rows = self._refused.latest(slots.steps, self._count)
-            # Which of the rows [n S] serve; None: all of them.
-            self._index: Tensor | None = None
-            if lengths is not None and min(serving) < self._count:
-                pairs = ((number, slot) for number in range(self._count) for slot in range(len(lengths)))
-                chosen = [number * len(lengths) + slot for number, slot in pairs if serving[slot] > number]
-                self._index = torch.tensor(chosen, device=slots.steps.device)
-            self._steps = slots.steps_ahead(self._count).T.flatten()
-            self._labels = slots.labels.repeat(self._count)
-            # [B, n, S, T, D], set by the first call.
-            self._errors: Tensor | None = None
+        self._ahead, self._count = ahead, max(serving)
+        # Which of the rows, numbered by draft and then by slot, serve; None: all of them.
+        self._chosen: Tensor | None = None
+        if lengths is not None and min(serving) < self._count:
+            chosen = np.arange(self._count)[:, None] < np.array(serving)
+            self._chosen = torch.from_numpy(chosen.ravel().nonzero()[0]).to(ahead.steps.device)
+        # [B, n, S, T, D], set by the first call.
+        self._errors: Tensor | None = None
         super().draft(ahead)
 
     def _with_errors(self, inputs: DraftInputs) -> Tensor:
         """The drafter's feature at ``inputs``; sets its errors at the rows that serve, zero at the others."""
-        job, rows, index = self._job, self._rows, self._index
-        previous, state = rows.states[:-1].flatten(0, 1), rows.states[1:].flatten(0, 1)
-        before, exact = rows.features[:, :-1].flatten(1, 2), rows.features[:, 1:].flatten(1, 2)
-        labels, t = self._labels, job.timesteps[self._steps]
-        if index is not None:
-            previous, state, labels, t = previous[index], state[index], labels[index], t[index]
-            before, exact = before[:, index], exact[:, index]
-        further = DraftInputs(
-            before.flatten(0, 1).to(inputs.feature.dtype),
-            job.doubled(previous),
-            job.doubled(state),
-            job.doubled(t),
-            job.branched(labels),
-        )
-        both = self._call(DraftInputs(*(torch.cat(pair) for pair in zip(inputs, further, strict=True))))
-        drafted, there = both[: len(inputs.t)], both[len(inputs.t) :]
-        # A row that is not finite has an error that is not; it counts as none.
-        errors = (exact.flatten(0, 1).to(both.dtype) - there).nan_to_num(0.0, 0.0, 0.0).unflatten(0, (job.branches, -1))
-        if index is not None:
-            full = errors.new_zeros(job.branches, len(self._labels), *errors.shape[2:])
-            errors = full.index_copy_(1, index, errors)
-        self._errors = errors.unflatten(1, (self._count, -1)).contiguous()
-        return drafted
+        ahead, refused, rows = self._ahead, self._refused, (self._count, self._job.null, self._chosen)
+        given = *(part.contiguous() for part in inputs), refused.states, refused.features
+        places = refused.before, refused.latest_places, ahead.timesteps, ahead.slots.labels
+        both = self._call(DraftInputs(*join_rows(JoinArguments(*given, *places, *rows), refused.backend)))
+        errors = both.contiguous(), refused.features, refused.latest_places, self._count, len(inputs.t), self._chosen
+        self._errors = row_errors(ErrorArguments(*errors), refused.backend)
+        return both[: len(inputs.t)]
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
         """As :meth:`Fresh._draft_feature`."""

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from free_kernels.ops.drafting import FindArguments, KeepArguments, find_rows, keep_rows
-
-
-class HeldRows(NamedTuple):
-    """Rows at n steps one after the other, the same number of every slot.
-
-    Attributes:
-        known: bool ``[n, S]``, whether the slot has the row.
-        states: ``[n, S, C, H, W]``.
-        features: ``[B, n, S, T, D]``.
-    """
-
-    known: Tensor
-    states: Tensor
-    features: Tensor
 
 
 class RefusedRows:
@@ -56,6 +40,8 @@ class RefusedRows:
         counts: how many of the steps ahead of each slot have a row, without a gap; for the host, which is told by the
             round's report.
         ahead: the same on the device, int64 ``[S]``.
+        before: int64 ``[S]``, where the row of the step before is, among all: the last committed one. It is there
+            wherever there is one ahead.
     """
 
     def __init__(
@@ -79,6 +65,8 @@ class RefusedRows:
         self._turn = torch.zeros(places, dtype=torch.int64, device=device)
         # Latest and replaced rows by slot and step ahead: where the row is among all; -1: there is none.
         self._places = torch.full((2, slots, rows - 1), -1, dtype=torch.int64, device=device)
+        # Where the row of the step before is, wherever there is one ahead.
+        self.before = torch.zeros_like(self.ahead)
         # By generation, slot and place, and before that by branch; made with the first round.
         self._states: Tensor | None = None
         self._features: Tensor | None = None
@@ -127,7 +115,10 @@ class RefusedRows:
         Args:
             steps: int64 ``[S]``, the step of each slot now; at step 0 the rows are of the image before and are dropped.
         """
-        find_rows(FindArguments(self._at, self._turn, steps, self._places[: len(self._at)], self.ahead), self.backend)
+        find_rows(
+            FindArguments(self._at, self._turn, steps, self._places[: len(self._at)], self.before, self.ahead),
+            self.backend,
+        )
 
     def forget(self) -> None:
         """Steps were taken without drafts: what was kept is of earlier ones."""
@@ -160,22 +151,6 @@ class RefusedRows:
     def outputs(self) -> Tensor:
         """All rows' outputs ``[B G S (M + 1), C or 2C, H, W]``."""
         return self._outputs.flatten(0, 3)
-
-    def latest(self, steps: Tensor, count: int) -> HeldRows:
-        """The last rows at ``count`` steps from ``steps [S]`` on, and before them at the step just before ``steps``.
-
-        That first one, the last committed row, is there wherever the next one is known, and called known itself.
-        """
-        numbers = torch.arange(-1, count, device=steps.device).unsqueeze(1)
-        slots = torch.arange(len(steps), device=steps.device) * (self.rows + 1)
-        place = ((steps + numbers) % self.rows + slots).flatten()
-        index = place + self._turn.view(-1).index_select(0, place) * self._turn.numel()
-        known = self.ahead > numbers
-        return HeldRows(
-            known,
-            self.states.index_select(0, index).unflatten(0, known.shape),
-            self.features.index_select(1, index).unflatten(1, known.shape),
-        )
 
     def _allocate(self, states: Tensor, features: Tensor, outputs: Tensor) -> None:
         """Buffers for rows like these, where there are none or they are of another dtype."""

@@ -43,12 +43,15 @@ def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
 def held(refused: RefusedRows, slot: int, step: int) -> list[float]:
     """The first values of the state, and of each branch's feature and output, of a slot's row at a step."""
     steps, places = torch.full((4,), step), torch.empty_like(refused._places[: len(refused._at)])
-    find_rows(FindArguments(refused._at, refused._turn, steps, places, torch.empty_like(steps)))
-    place, rows = places[0, slot, 0], refused.latest(steps, 1)
+    before, ahead = torch.empty_like(steps), torch.empty_like(steps)
+    find_rows(FindArguments(refused._at, refused._turn, steps, places, before, ahead))
+    place = int(places[0, slot, 0])
     assert place >= 0
-    assert torch.equal(refused.states[place], rows.states[1, slot])
-    outputs = refused.outputs.unflatten(0, (rows.features.shape[0], -1))[:, place, 0, 0, 0]
-    return torch.cat([rows.states[1, slot, 0, 0, :1], rows.features[:, 1, slot, 0, 0], outputs]).tolist()
+    # Seen from the step after, it is the row before.
+    find_rows(FindArguments(refused._at, refused._turn, steps + 1, places, before, ahead))
+    assert before[slot] == place
+    features, outputs = refused.features, refused.outputs.unflatten(0, (refused.features.shape[0], -1))
+    return torch.cat([refused.states[place, 0, 0, :1], features[:, place, 0, 0], outputs[:, place, 0, 0, 0]]).tolist()
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -184,10 +187,11 @@ def test_a_length_must_not_look_at_discarded_rows(looks, monkeypatch):
         lengths, refused, job = choose(self, now), self.rounds.refused, self.job
         if refused.is_empty:
             return lengths
-        rows, at = refused.latest(torch.tensor(now.steps), 2), torch.tensor(now.steps).clamp(max=schedule.num_steps - 1)
-        output = job.head(rows.features[0, 1], job.timesteps[at], self.slots.labels)
-        mean, _ = job.transition(rows.states[1], output, job.table[at])
-        noise = (rows.states[2] - mean).flatten(1) @ axis
+        at = torch.tensor(now.steps).clamp(max=schedule.num_steps - 1)
+        first, second = refused.latest_places[:, 0].clamp(min=0), refused.latest_places[:, 1].clamp(min=0)
+        output = job.head(refused.features[0, first], job.timesteps[at], self.slots.labels)
+        mean, _ = job.transition(refused.states[first], output, job.table[at])
+        noise = (refused.states[second] - mean).flatten(1) @ axis
         direct = noise > 0 if looks else torch.rand(len(noise), generator=coin) < 0.5
         direct &= refused.ahead >= 2
         return [min(length, 1) if stop else length for length, stop in zip(lengths, direct.tolist(), strict=True)]

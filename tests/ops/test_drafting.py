@@ -13,8 +13,10 @@ from free_kernels.extension import has_extension
 from free_kernels.ops.drafting import (
     AdvanceArguments,
     CorrectArguments,
+    ErrorArguments,
     FindArguments,
     FollowArguments,
+    JoinArguments,
     KeepArguments,
     OpenArguments,
     RenewArguments,
@@ -24,9 +26,11 @@ from free_kernels.ops.drafting import (
     correct_features,
     find_rows,
     follow_features,
+    join_rows,
     keep_rows,
     open_round,
     renew_slots,
+    row_errors,
     tally_round,
 )
 
@@ -264,7 +268,7 @@ def test_memory_is_that_of_the_reference(generations, branches, dtype, backend):
             a = a._replace(steps=a.steps + number, committed=(a.committed + number).minimum(a.lengths))
             keep_rows(a, name)
             places = a.at.new_zeros(generations, 4, 3)
-            found = FindArguments(a.at, a.turn, a.steps + a.committed, places, a.steps.clone())
+            found = FindArguments(a.at, a.turn, a.steps + a.committed, places, a.steps.clone(), a.steps.clone())
             find_rows(found, name)
             results.append((back(a), back(found)))
         (want, want_found), (got, got_found) = results
@@ -275,6 +279,7 @@ def test_memory_is_that_of_the_reference(generations, branches, dtype, backend):
             torch.testing.assert_close(got_rows, want_rows, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(want_found.places, got_found.places)
         assert torch.equal(want_found.ahead, got_found.ahead)
+        assert torch.equal(want_found.before, got_found.before)
     assert int(want_found.ahead.sum()) > 0
 
 
@@ -384,11 +389,70 @@ def test_errors_are_added_where_a_row_is_nearer(branches, active, dtype, backend
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("chosen", [None, [0, 2, 4]])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_refused_rows_join_a_drafters_call(branches, chosen, dtype, kept, backend):
+    """Two drafts of three slots; slot 1 has no second row. Errors are exact less drafted, none where not finite."""
+    slots, drafts, held, inputs = 3, 2, 9, 2 * branches
+    latest, before = torch.tensor([[3, 4, 0], [5, -1, 0], [7, 8, 0]]), torch.tensor([2, 1, 6])
+    features = normals(branches, held, 37, 41, seed=0).to(kept)
+    features[0, 7, 1, 2] = math.inf
+    a = JoinArguments(
+        normals(inputs, 37, 41, seed=1).to(dtype),
+        normals(inputs, 2, 5, 3, seed=2),
+        normals(inputs, 2, 5, 3, seed=3),
+        torch.arange(inputs),
+        torch.arange(inputs) + 10,
+        normals(held, 2, 5, 3, seed=4),
+        features,
+        before,
+        latest,
+        torch.tensor([[90, 80, 70], [60, 50, 40], [30, 20, 10]]),
+        torch.tensor([4, 5, 6]),
+        drafts,
+        None if branches == 1 else 99,
+        None if chosen is None else torch.tensor(chosen),
+    )
+    joined = [part.cpu() for part in join_rows(on(a, backend[1]), backend[0])]
+    numbers = range(drafts * slots) if chosen is None else chosen
+    for given, part in zip(a[:5], joined, strict=True):
+        assert part.dtype == given.dtype
+        assert torch.equal(part[:inputs], given)
+        assert len(part) == inputs + branches * len(numbers)
+    exact = torch.zeros(branches, drafts, slots, 37, 41)
+    drafted = normals(len(joined[0]), 37, 41, seed=5).to(dtype)
+    for branch in range(branches):
+        for i, number in enumerate(numbers):
+            draft, slot = divmod(number, slots)
+            row, now = inputs + branch * len(numbers) + i, int(latest[slot, draft])
+            if now < 0:
+                continue
+            past = int(latest[slot, draft - 1]) if draft else int(before[slot])
+            # A unit in the last place: Triton's interpreter cuts bfloat16 off where a GPU rounds.
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(joined[0][row].float(), features[branch, past].float(), rtol=eps, atol=1e-6)
+            assert torch.equal(joined[1][row], a.asked[past])
+            assert torch.equal(joined[2][row], a.asked[now])
+            assert joined[3][row] == a.timesteps[slot, draft]
+            assert joined[4][row] == (a.labels[slot] if branch == 0 else 99)
+            exact[branch, draft, slot] = features[branch, now].float() - drafted[row].float()
+    given = ErrorArguments(drafted, features, latest, drafts, inputs, a.chosen)
+    errors = row_errors(on(given, backend[1]), backend[0]).cpu().float()
+    assert errors.isfinite().all()
+    exact = torch.where(exact.isfinite(), exact, 0.0)
+    there = torch.tensor([[int(latest[s, j]) >= 0 for s in range(slots)] for j in range(drafts)])
+    # A rounding of each of the two numbers, of size 6 at most, and one of their difference.
+    bound = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(errors[:, there], exact[:, there], rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_of_the_image_before_are_dropped(backend):
     a = on(keeping(), backend[1])
     keep_rows(a, backend[0])
     steps = torch.tensor([0, 2, 9, 5], device=backend[1])
-    found = FindArguments(a.at, a.turn, steps, a.at.new_zeros(2, 4, 3), steps.clone())
+    found = FindArguments(a.at, a.turn, steps, a.at.new_zeros(2, 4, 3), steps.clone(), steps.clone())
     find_rows(found, backend[0])
     assert (found.at[:, 0] == -1).all()
     assert found.ahead.tolist() == [0, 0, 0, 1]

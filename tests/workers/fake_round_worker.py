@@ -183,7 +183,7 @@ def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
         patch(RunStats, "tally", "tally")
         patch(Rounds, "_learn", "relaxation")
         if rounds.refused is not None:
-            for name in ("keep", "begin", "latest"):
+            for name in ("keep", "begin"):
                 patch(rounds.refused, name, "refused rows")
         yield
 

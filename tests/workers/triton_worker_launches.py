@@ -57,6 +57,8 @@ KERNELS = (
     drafting_rows.find_kernel,
     drafting_rows.follow_kernel,
     drafting_rows.correct_kernel,
+    drafting_rows.join_kernel,
+    drafting_rows.errors_kernel,
 )
 
 
@@ -210,8 +212,8 @@ def random_of(keys: int, numel: int, seed: int) -> None:
 
 
 RUNS = {
-    "learned": lambda: run_of(5, 3),
-    "other sizes": lambda: [run_of(images, slots, seed=seed) for images, slots, seed in ((7, 2, 2**40), (9, 5, 3))],
+    "learned": lambda: [run_of(images, slots) for images, slots in ((5, 3), (9, 5))],
+    "other sizes": lambda: [run_of(images, slots, seed=seed) for images, slots, seed in ((7, 2, 2**40), (11, 4, 3))],
     "frozen": lambda: run_of(9, 5, drafter="frozen"),
     "frozen, other sizes": lambda: [run_of(images, slots, drafter="frozen") for images, slots in ((7, 2), (5, 3))],
     "automatic lengths": lambda: run_of(6, 3, draft_length="auto"),

@@ -16,8 +16,10 @@ from free_kernels.ops.drafting import reference
 from free_kernels.ops.drafting.arguments import (
     AdvanceArguments,
     CorrectArguments,
+    ErrorArguments,
     FindArguments,
     FollowArguments,
+    JoinArguments,
     KeepArguments,
     OpenArguments,
     RenewArguments,
@@ -83,6 +85,57 @@ def _check_follow(a: FollowArguments) -> None:
         fail(op, "share", f"[S, drafts] with drafts in [1, {sizes['W']}]", a.share)
 
 
+def _check_join(a: JoinArguments) -> None:
+    op = "join_rows"
+    Layouts(op, None, {}).check("feature", a.feature, FLOATS, "[B A, T, D]")
+    sizes = dict(zip(("B A", "T", "D"), a.feature.shape, strict=True))
+    layouts = Layouts(op, a.feature.device, sizes)
+    layouts.check("state", a.state, FLOAT32, "[B A, C, H, W]")
+    _, sizes["C"], sizes["H"], sizes["W"] = a.state.shape
+    layouts.check("previous", a.previous, FLOAT32, "[B A, C, H, W]")
+    for name in ("t", "y"):
+        layouts.check(name, getattr(a, name), INT64, "[B A]")
+    layouts.check("asked", a.asked, FLOAT32, "[N, C, H, W]")
+    sizes["N"] = a.asked.shape[0]
+    layouts.check("features", a.features, FLOATS, "[B, N, T, D]")
+    layouts.check("latest", a.latest, INT64, "[S, width]")
+    sizes["S"], width = a.latest.shape
+    for name in ("before", "labels"):
+        layouts.check(name, getattr(a, name), INT64, "[S]")
+    layouts.check("timesteps", a.timesteps, INT64, "[S, L]")
+    if not 1 <= a.drafts <= min(width, a.timesteps.shape[1]):
+        fail(op, "drafts", f"in [1, {min(width, a.timesteps.shape[1])}]", a.drafts)
+    if a.features.shape[0] != (1 if a.null_label is None else 2):
+        fail(op, "null_label", "given exactly where features have 2 branches", a.null_label)
+    if a.chosen is not None:
+        layouts.check("chosen", a.chosen, INT64, "[P]")
+
+
+def _check_errors(a: ErrorArguments) -> None:
+    op = "row_errors"
+    Layouts(op, None, {}).check("features", a.features, FLOATS, "[B, N, T, D]")
+    branches, _, tokens, width = a.features.shape
+    layouts = Layouts(op, a.features.device, {"T": tokens, "D": width})
+    layouts.check("latest", a.latest, INT64, "[S, width]")
+    if not 1 <= a.drafts <= a.latest.shape[1]:
+        fail(op, "drafts", f"in [1, {a.latest.shape[1]}]", a.drafts)
+    rows = a.drafts * a.latest.shape[0] if a.chosen is None else len(a.chosen)
+    layouts.sizes = {"T": tokens, "D": width, "B A + B P": a.inputs + branches * rows}
+    layouts.check("drafted", a.drafted, FLOATS, "[B A + B P, T, D]")
+    if a.chosen is not None:
+        layouts.check("chosen", a.chosen, INT64, "[P]")
+
+
+def _fake_join(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    further = a.drafts * a.latest.shape[0] if a.chosen is None else a.chosen.shape[0]
+    rows = a.feature.shape[0] + a.features.shape[0] * further
+    return tuple(part.new_empty(rows, *part.shape[1:]) for part in a[:5])
+
+
+def _fake_errors(a: ErrorArguments) -> Tensor:
+    return a.drafted.new_empty(a.features.shape[0], a.drafts, a.latest.shape[0], *a.drafted.shape[1:])
+
+
 def _check_correct(a: CorrectArguments) -> None:
     op = "correct_features"
     Layouts(op, None, {}).check("drafted", a.drafted, FLOATS, "[B A, T, D]")
@@ -133,7 +186,7 @@ def _check_find(a: FindArguments) -> None:
     layouts = Layouts(op, a.at.device, {"G": generations, "S": slots, "M + 1": places, "M - 1": places - 2})
     layouts.check("turn", a.turn, INT64, "[S, M + 1]")
     layouts.check("places", a.places, INT64, "[G, S, M - 1]")
-    for name in ("steps", "ahead"):
+    for name in ("steps", "before", "ahead"):
         layouts.check(name, getattr(a, name), INT64, "[S]")
 
 
@@ -221,7 +274,16 @@ RENEW = _declare(
     _check_renew,
     "Tensor",
 )
-OPS = OPEN, ADVANCE, FOLLOW, CORRECT, KEEP, FIND, TALLY, RENEW
+JOIN = _declare(
+    "join_rows",
+    JoinArguments,
+    reference.join_rows,
+    _fake_join,
+    _check_join,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+ERRORS = _declare("row_errors", ErrorArguments, reference.row_errors, _fake_errors, _check_errors, "Tensor")
+OPS = OPEN, ADVANCE, FOLLOW, JOIN, ERRORS, CORRECT, KEEP, FIND, TALLY, RENEW
 
 
 def open_round(arguments: OpenArguments, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -251,6 +313,35 @@ def follow_features(arguments: FollowArguments, backend: str = "auto") -> Tensor
         RuntimeError: the backend cannot be used; the message says why.
     """
     return FOLLOW(arguments, arguments.features, backend)
+
+
+def join_rows(arguments: JoinArguments, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of a drafter's call for A rows of each branch, and behind them those at refused rows of each branch.
+
+    Number ``j S + s`` of the further rows is the refused one of draft j of slot s: its state and timestep, the state
+    and feature of the row before it (``before[s]``, then ``latest[s, j - 1]``), and its label, ``null_label`` in the
+    second branch. They are those of ``chosen``, in its order, or all. A row that is not there gives any numbers.
+
+    Returns:
+        Feature ``[B A + B P, T, D]``, previous state, state, timestep and label of all rows.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return JOIN(arguments, arguments.feature, backend)
+
+
+def row_errors(arguments: ErrorArguments, backend: str = "auto") -> Tensor:
+    """What a drafter gets wrong at the further rows of :func:`join_rows`: exact less drafted, ``[B, drafts, S, T, D]``.
+
+    An error that is not finite counts as none, and one of a row that was not chosen is 0.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return ERRORS(arguments, arguments.drafted, backend)
 
 
 def correct_features(arguments: CorrectArguments, backend: str = "auto") -> Tensor:
@@ -354,7 +445,7 @@ def find_rows(arguments: FindArguments, backend: str = "auto") -> None:
     A slot at step 0 has a new image and loses the rows of the one before. Entry j of a slot is of step ``steps[s] +
     j``, draft j's. ``places[0]`` are its latest rows and ``places[1]`` those that they replaced, as numbers among all
     G S (M + 1); -1 from the first entry on that has no latest row, and where there is none. ``ahead`` counts the latest
-    rows.
+    rows. ``before`` is the place of the row of the step before, which is there where ``ahead`` is not 0.
 
     Raises:
         ValueError, TypeError: a wrong argument.

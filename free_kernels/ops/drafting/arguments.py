@@ -50,6 +50,36 @@ class FollowArguments(NamedTuple):
     share: Tensor  # float32 [S, drafts], W >= drafts >= 1
 
 
+class JoinArguments(NamedTuple):
+    """Arguments of ``join_rows``: A rows of a drafter's call, N rows that are held, ``drafts`` of each of S slots."""
+
+    feature: Tensor  # float32, float16 or bfloat16 [B A, T, D]
+    previous: Tensor  # float32 [B A, C, H, W]
+    state: Tensor  # float32 [B A, C, H, W]
+    t: Tensor  # int64 [B A]
+    y: Tensor  # int64 [B A]
+    asked: Tensor  # float32 [N, C, H, W]
+    features: Tensor  # float32, float16 or bfloat16 [B, N, T, D]
+    before: Tensor  # int64 [S]
+    latest: Tensor  # int64 [S, W], W >= drafts
+    timesteps: Tensor  # int64 [S, L], L > drafts
+    labels: Tensor  # int64 [S]
+    drafts: int
+    null_label: int | None
+    chosen: Tensor | None  # int64 [P], in [0, drafts S); None: P = drafts S, all of them
+
+
+class ErrorArguments(NamedTuple):
+    """Arguments of ``row_errors``, which comes after ``join_rows``."""
+
+    drafted: Tensor  # float32, float16 or bfloat16 [B A + B P, T, D]
+    features: Tensor  # float32, float16 or bfloat16 [B, N, T, D]
+    latest: Tensor  # int64 [S, W], W >= drafts
+    drafts: int
+    inputs: int  # B A
+    chosen: Tensor | None  # int64 [P]
+
+
 class CorrectArguments(NamedTuple):
     """Arguments of ``correct_features``: A of S slots, N states that are held."""
 
@@ -87,6 +117,7 @@ class FindArguments(NamedTuple):
     turn: Tensor  # int64 [S, M + 1]
     steps: Tensor  # int64 [S]
     places: Written  # int64 [G, S, M - 1], written
+    before: Written  # int64 [S], written
     ahead: Written  # int64 [S], written
 
 

@@ -9,8 +9,10 @@ from free_kernels.ops.coupling.reference import gaussian_transition
 from free_kernels.ops.drafting.arguments import (
     AdvanceArguments,
     CorrectArguments,
+    ErrorArguments,
     FindArguments,
     FollowArguments,
+    JoinArguments,
     KeepArguments,
     OpenArguments,
     RenewArguments,
@@ -83,6 +85,40 @@ def follow_features(a: FollowArguments) -> Tensor:
     return torch.where((known > 0).view(shape), feature.to(a.parent.dtype), a.parent)
 
 
+def join_rows(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``free_kernels.ops.drafting.api.join_rows``."""
+    branches = a.features.shape[0]
+    # By draft, then slot.
+    now = a.latest[:, : a.drafts].T.flatten().clamp(min=0)
+    past = torch.cat([a.before, now])[: len(now)].clamp(min=0)
+    t, y = a.timesteps[:, : a.drafts].T.flatten(), a.labels.repeat(a.drafts)
+    if a.chosen is not None:
+        now, past, t, y = now[a.chosen], past[a.chosen], t[a.chosen], y[a.chosen]
+    null = [] if a.null_label is None else [torch.full_like(y, a.null_label)]
+    further = (
+        a.features.index_select(1, past).flatten(0, 1).to(a.feature.dtype),
+        a.asked.index_select(0, past).repeat(branches, 1, 1, 1),
+        a.asked.index_select(0, now).repeat(branches, 1, 1, 1),
+        t.repeat(branches),
+        torch.cat([y, *null]),
+    )
+    return tuple(torch.cat(pair) for pair in zip(a[:5], further, strict=True))
+
+
+def row_errors(a: ErrorArguments) -> Tensor:
+    """See ``free_kernels.ops.drafting.api.row_errors``."""
+    branches, (slots, _) = a.features.shape[0], a.latest.shape
+    now = a.latest[:, : a.drafts].T.flatten().clamp(min=0)
+    exact = a.features.index_select(1, now if a.chosen is None else now[a.chosen])
+    there = a.drafted[a.inputs :].unflatten(0, (branches, -1))
+    errors = exact.to(there.dtype) - there
+    errors = torch.where(errors.isfinite(), errors, 0.0)
+    if a.chosen is not None:
+        full = errors.new_zeros(branches, len(now), *errors.shape[2:])
+        errors = full.index_copy_(1, a.chosen, errors)
+    return errors.unflatten(1, (a.drafts, slots))
+
+
 def correct_features(a: CorrectArguments) -> Tensor:
     """See ``free_kernels.ops.drafting.api.correct_features``."""
     place, errors = a.latest[:, a.draft], a.errors[:, a.draft]
@@ -134,6 +170,8 @@ def find_rows(a: FindArguments) -> None:
             unbroken = (held >= 0).to(torch.int64).cumprod(1)
         a.places[generation] = torch.where(unbroken > 0, held, -1)
     a.ahead.copy_(unbroken.sum(1))
+    place = (a.steps - 1) % rows + torch.arange(slots, device=step.device) * places
+    a.before.copy_(place + a.turn.view(-1)[place] * a.turn.numel())
 
 
 def tally_round(a: TallyArguments) -> Tensor:

@@ -13,8 +13,10 @@ from free_kernels.ops.aot import POINTERS, AotConfiguration, Device, configurati
 from free_kernels.ops.drafting.arguments import (
     AdvanceArguments,
     CorrectArguments,
+    ErrorArguments,
     FindArguments,
     FollowArguments,
+    JoinArguments,
     KeepArguments,
     OpenArguments,
     RenewArguments,
@@ -27,7 +29,14 @@ from free_kernels.ops.drafting.triton_kernels import (
     replay_kernel,
     tally_kernel,
 )
-from free_kernels.ops.drafting.triton_rows import correct_kernel, find_kernel, follow_kernel, keep_kernel
+from free_kernels.ops.drafting.triton_rows import (
+    correct_kernel,
+    errors_kernel,
+    find_kernel,
+    follow_kernel,
+    join_kernel,
+    keep_kernel,
+)
 from free_kernels.ops.triton_device import current, warp_size
 
 # Whether the kernels run in Triton's interpreter, on CPU tensors.
@@ -169,6 +178,43 @@ def follow_features(a: FollowArguments) -> Tensor:
     return out
 
 
+def join_rows(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Contract of :func:`free_kernels.ops.drafting.join_rows`; arguments have been checked."""
+    slots, width = a.latest.shape
+    branches, held, tokens, channels = a.features.shape
+    count = a.drafts * slots if a.chosen is None else len(a.chosen)
+    inputs = len(a.feature)
+    out = tuple(part.new_empty(inputs + branches * count, *part.shape[1:]) for part in a[:5])
+    numels = math.prod(a.state.shape[1:]), tokens * channels
+    if len(out[0]):
+        sizes = inputs, max(count, 1), slots, held, width, a.timesteps.shape[1], a.null_label or 0, *numels
+        with current(a.feature):
+            join_kernel[(len(out[0]) * triton.cdiv(max(numels), _TALLY_BLOCK),)](
+                *(*a[:11], a.chosen, *out, *sizes),
+                BLOCK=_TALLY_BLOCK,
+                num_warps=warps_for(_TALLY_BLOCK, warp_size(a.feature.device)),
+            )
+    return out
+
+
+def row_errors(a: ErrorArguments) -> Tensor:
+    """Contract of :func:`free_kernels.ops.drafting.row_errors`; arguments have been checked."""
+    slots, width = a.latest.shape
+    branches, held, tokens, channels = a.features.shape
+    shape = branches, a.drafts, slots, tokens, channels
+    out = a.drafted.new_empty(shape) if a.chosen is None else a.drafted.new_zeros(shape)
+    count, numel = a.drafts * slots if a.chosen is None else len(a.chosen), tokens * channels
+    if count:
+        sizes = a.inputs, count, a.drafts * slots, slots, held, width, numel
+        with current(out):
+            errors_kernel[(branches * count * triton.cdiv(numel, _TALLY_BLOCK),)](
+                *(a.drafted, a.features, a.latest, a.chosen, out, *sizes),
+                BLOCK=_TALLY_BLOCK,
+                num_warps=warps_for(_TALLY_BLOCK, warp_size(out.device)),
+            )
+    return out
+
+
 def correct_features(a: CorrectArguments) -> Tensor:
     """Contract of :func:`free_kernels.ops.drafting.correct_features`; arguments have been checked."""
     out = torch.empty_like(a.drafted)
@@ -206,11 +252,13 @@ def tally_round(a: TallyArguments) -> Tensor:
 
 
 _FLOATS = ("states", "mean", "std", "noise", "columns", "asked", "share", "held_states", "next_states", "gap_sq")
-_FLOATS += ("state", "previous", "table")
+_FLOATS += ("state", "previous", "table", "out_previous", "out_state")
 _INTEGERS = ("rows", "replaced", "row_offsets", "committed", "lengths", "steps", "at", "turn", "places", "ahead")
 _INTEGERS += ("current", "timesteps", "network_steps", "images", "numbers", "indices", "rounds", "latest", "active")
+_INTEGERS += ("before", "labels", "chosen", "t", "y", "out_t", "out_y")
 # Of the output's dtype.
-_GIVEN = ("output", "features", "held_features", "held_output", "parent", "out", "drafted", "errors")
+_GIVEN = ("output", "features", "held_features", "held_output", "parent", "out")
+_GIVEN += ("drafted", "errors", "feature", "out_feature")
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
@@ -250,6 +298,8 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     for dtype, drafts in product(dtypes, (32, 256)):
         add(tally_kernel, dtype, _TALLY_BLOCK, {"PADDED_DRAFTS": drafts})
         add(follow_kernel, dtype, _TALLY_BLOCK, {})
+        for kernel, chosen in product((join_kernel, errors_kernel), (False, True)):
+            add(kernel, dtype, _TALLY_BLOCK, {} if chosen else {"p_chosen": None})
     for dtype, branches, block, active in product(dtypes, (1, 2), (64, _ALONE_BLOCK), (False, True)):
         values = {"BRANCHES": branches, "STATE_BLOCK": block} | ({} if active else {"p_active": None})
         add(correct_kernel, dtype, _ALONE_BLOCK, values)

@@ -74,7 +74,7 @@ def _found(p_at, p_turn, step, place, mask, turns_on, all_places, GENERATIONS: t
 
 @triton.jit(do_not_specialize=["slots", "places"])
 def find_kernel(
-    p_at, p_turn, p_steps, p_places, p_ahead, slots, places, GENERATIONS: tl.constexpr, ENTRIES: tl.constexpr
+    p_at, p_turn, p_steps, p_places, p_before, p_ahead, slots, places, GENERATIONS: tl.constexpr, ENTRIES: tl.constexpr
 ):
     """Rows of the steps ahead of one slot."""
     i_slot = tl.program_id(0).to(tl.int64)
@@ -93,6 +93,8 @@ def find_kernel(
         b_latest = tl.full([ENTRIES], -1, tl.int64)
     ahead = tl.min(tl.where(mask & (b_latest >= 0), rows - 1, tl.minimum(o, rows - 1)), 0)
     tl.store(p_ahead + i_slot, ahead.to(tl.int64))
+    last = i_slot * places + (first - 1 + rows) % rows
+    tl.store(p_before + i_slot, last + tl.load(p_turn + last) * all_places)
     served = o < ahead
     p_own = p_places + i_slot * (rows - 1) + o
     tl.store(p_own, tl.where(served, b_latest, -1), mask=mask)
@@ -163,3 +165,79 @@ def correct_kernel(
         b_error = tl.load(p_error, mask=(o < numel) & serves, other=0.0)
         b_both = (b_drafted.to(tl.float32) + b_error.to(tl.float32)).to(b_drafted.dtype)
         tl.store(p_out + place_of_row, tl.where(serves, b_both, b_drafted), mask=o < numel)
+
+
+@triton.jit
+def _further(p_before, p_latest, number, slots, width):
+    """Slot and draft of a further row, its place and that of the row before; a row that is not there may be any."""
+    slot, draft = number % slots, number // slots
+    p_own = p_latest + slot * width + draft
+    now = tl.load(p_own)
+    past = tl.load(p_before + slot, mask=draft == 0, other=0) + tl.load(p_own - 1, mask=draft > 0, other=0)
+    return slot, draft, tl.maximum(now, 0), tl.maximum(past, 0)
+
+
+# Places of rows may begin anywhere in a buffer.
+@triton.jit(
+    do_not_specialize=["inputs", "count", "slots", "held", "width", "length", "null_label"],
+    do_not_specialize_on_alignment=["p_latest"],
+)
+def join_kernel(
+    p_feature, p_previous, p_state, p_t, p_y, p_asked, p_features, p_before, p_latest, p_timesteps, p_labels, p_chosen,
+    p_out_feature, p_out_previous, p_out_state, p_out_t, p_out_y, inputs, count, slots, held, width, length, null_label,
+    state_numel, numel, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one row's feature and of its states; the first program of a row has its timestep and label, too."""
+    blocks = tl.cdiv(tl.maximum(numel, state_numel), BLOCK)
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    given = i_row < inputs
+    # Of a given row these are those of the first further one, and are not used.
+    i_further = tl.maximum(i_row - inputs, 0)
+    branch, number = i_further // count, i_further % count
+    if p_chosen is not None:
+        number = tl.load(p_chosen + number)
+    slot, draft, now, past = _further(p_before, p_latest, number, slots, width)
+    is_state, is_feature = o < state_numel, o < numel
+    b_previous = tl.load(p_previous + i_row * state_numel + o, mask=is_state & given, other=0.0)
+    b_previous += tl.load(p_asked + past * state_numel + o, mask=is_state & (i_row >= inputs), other=0.0)
+    tl.store(p_out_previous + i_row * state_numel + o, b_previous, mask=is_state)
+    b_state = tl.load(p_state + i_row * state_numel + o, mask=is_state & given, other=0.0)
+    b_state += tl.load(p_asked + now * state_numel + o, mask=is_state & (i_row >= inputs), other=0.0)
+    tl.store(p_out_state + i_row * state_numel + o, b_state, mask=is_state)
+    b_feature = tl.load(p_feature + i_row * numel + o, mask=is_feature & given, other=0.0)
+    p_held = p_features + (branch * held + past) * numel + o
+    b_held = tl.load(p_held, mask=is_feature & (i_row >= inputs), other=0.0)
+    b_feature = tl.where(given, b_feature, b_held.to(tl.float32).to(b_feature.dtype))
+    tl.store(p_out_feature + i_row * numel + o, b_feature, mask=is_feature)
+    if i_block == 0:
+        t = tl.load(p_t + i_row, mask=given, other=0)
+        t += tl.load(p_timesteps + slot * length + draft, mask=i_row >= inputs, other=0)
+        tl.store(p_out_t + i_row, t)
+        label = tl.where(branch == 0, tl.load(p_labels + slot), null_label)
+        tl.store(p_out_y + i_row, tl.where(given, tl.load(p_y + i_row, mask=given, other=0), label))
+
+
+@triton.jit(
+    do_not_specialize=["inputs", "count", "numbers", "slots", "held", "width"],
+    do_not_specialize_on_alignment=["p_latest"],
+)
+def errors_kernel(
+    p_drafted, p_features, p_latest, p_chosen, p_out, inputs, count, numbers, slots, held, width, numel,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one row's error. Where rows are chosen the others' have been set to 0."""
+    blocks = tl.cdiv(numel, BLOCK)
+    i_row = (tl.program_id(0) // blocks).to(tl.int64)
+    o = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    branch, number = i_row // count, i_row % count
+    if p_chosen is not None:
+        number = tl.load(p_chosen + number)
+    now = tl.maximum(tl.load(p_latest + number % slots * width + number // slots), 0)
+    b_there = tl.load(p_drafted + (inputs + i_row) * numel + o, mask=o < numel, other=0.0)
+    b_exact = tl.load(p_features + (branch * held + now) * numel + o, mask=o < numel, other=0.0)
+    b_exact = b_exact.to(tl.float32).to(b_there.dtype).to(tl.float32)
+    b_error = (b_exact - b_there.to(tl.float32)).to(b_there.dtype)
+    # Written so that a NaN counts as none.
+    fine = tl.abs(b_error.to(tl.float32)) < float("inf")
+    tl.store(p_out + (branch * numbers + number) * numel + o, tl.where(fine, b_error, 0.0), mask=o < numel)
