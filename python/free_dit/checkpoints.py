@@ -308,8 +308,8 @@ def _read(where: str, path: Path) -> object:
             ) from None
         # The reader's own words advise to read the file unsafely.
         raise CheckpointError(
-            f"{where}: {path} must hold tensors and plain values only, got a {refused.group(1)}; where it was written, "
-            "save the weights alone: torch.save(checkpoint['ema'], path), or safetensors.torch.save_file"
+            f"{where}: {path} must be a complete checkpoint of tensors and plain values, got a {refused.group(1)}; "
+            "where it was written, save the weights alone: torch.save(checkpoint['ema'], path), or as safetensors"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
