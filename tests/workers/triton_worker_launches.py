@@ -212,7 +212,7 @@ def random_of(keys: int, numel: int, seed: int) -> None:
 
 
 RUNS = {
-    "learned": lambda: [run_of(images, slots) for images, slots in ((5, 3), (9, 5))],
+    "learned": lambda: [run_of(images, slots) for images, slots in ((5, 3), (9, 5), (2, 1))],
     "other sizes": lambda: [run_of(images, slots, seed=seed) for images, slots, seed in ((7, 2, 2**40), (11, 4, 3))],
     "frozen": lambda: run_of(9, 5, drafter="frozen"),
     "frozen, other sizes": lambda: [run_of(images, slots, drafter="frozen") for images, slots in ((7, 2), (5, 3))],

@@ -180,7 +180,7 @@ def _further(p_before, p_latest, number, slots, width):
 # Places of rows may begin anywhere in a buffer.
 @triton.jit(
     do_not_specialize=["inputs", "count", "slots", "held", "width", "length", "null_label"],
-    do_not_specialize_on_alignment=["p_latest"],
+    do_not_specialize_on_alignment=["p_latest", "p_t", "p_y"],
 )
 def join_kernel(
     p_feature, p_previous, p_state, p_t, p_y, p_asked, p_features, p_before, p_latest, p_timesteps, p_labels, p_chosen,

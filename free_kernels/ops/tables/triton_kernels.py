@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Timesteps and labels may begin anywhere in a buffer.
+@triton.jit(do_not_specialize_on_alignment=["p_t", "p_y"])
 def table_kernel(p_rows, p_row_of_timestep, p_row_of_label, p_t, p_y, p_out, numel, BLOCK: tl.constexpr):
     """A block of one row."""
     blocks = tl.cdiv(numel, BLOCK)

@@ -8,7 +8,8 @@ import triton.language as tl
 _SMALLEST_SQUARE = tl.constexpr(1e-12)
 
 
-@triton.jit(do_not_specialize=["time_unit"])
+# Timesteps may begin anywhere in a buffer.
+@triton.jit(do_not_specialize=["time_unit"], do_not_specialize_on_alignment=["p_t"])
 def tokens_kernel(
     p_feature, p_previous, p_state, p_t, p_change_rms, p_out, time_unit, tokens, width, channels, height, across,
     PATCH: tl.constexpr, STATE_AT: tl.constexpr, UNIT_AT: tl.constexpr, SCALED_AT: tl.constexpr,
