@@ -18,13 +18,16 @@ from unittest import mock
 import numpy as np
 import torch
 
-import free_kernels.sampling.job as job_module
 from benchmarks.report import store
 from free_dit import load_bundled
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
-from free_kernels import SampleResult, ancestral_sample, sample
+from free_kernels import PhiloxNoise, SampleResult, ancestral_sample, sample
 from free_kernels.drafters import FeatureDrafter
+from free_kernels.sampling import draft_sources as sources_module
+from free_kernels.sampling import drafting as drafting_module
+from free_kernels.sampling import refused_rows as rows_module
 from free_kernels.sampling import round as round_module
+from free_kernels.sampling import run_stats as stats_module
 from free_kernels.sampling import slots as slots_module
 from free_kernels.sampling.job import Job
 from free_kernels.targets import DiTTarget
@@ -34,7 +37,15 @@ TIMED_OPS = {
     **dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox"), "couple"),
     "pack_drafts": "pack_drafts",
     "commit_drafts": "commit_drafts",
+    "renew_slots": "commit_drafts",
+    "open_round": "drafts",
+    "ADVANCE": "drafts",
+    **dict.fromkeys(("follow_features", "join_rows", "row_errors", "correct_features"), "refused rows"),
+    **dict.fromkeys(("keep_rows", "find_rows"), "refused rows"),
+    "tally_round": "tally",
 }
+# The modules that call them.
+CALLERS = round_module, slots_module, drafting_module, sources_module, rows_module, stats_module
 
 
 class Clock:
@@ -114,14 +125,11 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
     sample(target, labels, drafter=drafter, draft_length=draft_length, **settings)
     clock, elapsed, rounds, rows, steps = Clock(device), 0.0, 0, 0, []
     for seed in range(runs):
-        draw = clock.wrap("noise", Job.draw)
-        transition = clock.wrap("draft transition", job_module.gaussian_transition)
-        with (
-            timed_ops(round_module, clock),
-            timed_ops(slots_module, clock),
-            mock.patch.object(job_module, "gaussian_transition", transition),
-            mock.patch.object(Job, "draw", draw),
-        ):
+        with contextlib.ExitStack() as stack:
+            for module in CALLERS:
+                stack.enter_context(timed_ops(module, clock))
+            for owner, name in ((Job, "draw"), (PhiloxNoise, "of_round")):
+                stack.enter_context(mock.patch.object(owner, name, clock.wrap("noise", getattr(owner, name))))
             stats = sample(
                 TimedTarget(target, clock),
                 labels,
