@@ -6,7 +6,7 @@ SETUP := $(VENV)/.setup-done
 # Test files run side by side, a thread each; more than one for each core only costs memory.
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
-BENCHES := coupling attention packing sampler
+BENCHES := coupling attention packing drafting sampler
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') csrc/toolkit.py setup.py pyproject.toml
 
 # An environment with a CUDA build of torch, and ones with other releases for the same wheel.
