@@ -86,7 +86,12 @@ class Stages:
         marked = ["-m", "not gpu", "--quick"] if self.dry else ["-m", "gpu"]
         if self.dry:
             # What a CPU has, however the rows on a GPU are chosen.
-            rivals = {"coupling": "digits-1 and plain", "attention": "digits-6", "packing": "digits-1"}.get(stem, "L4")
+            rivals = {
+                "coupling": "digits-1 and plain",
+                "attention": "digits-6",
+                "packing": "digits-1",
+                "drafting": "digits-1",
+            }.get(stem, "L4")
         options = ["-q", "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-columns=min,median,iqr"]
         command = (
             sys.executable,
@@ -122,9 +127,10 @@ class Stages:
         return [
             [self.build()],
             [self.script("bench_target", 70, "target.json")],
-            [self.script("bench_xl", 165, "xl.json")],
+            [self.script("bench_xl", 155, "xl.json")],
             [self.bench("coupling", 60, "not compiled")],
-            [self.bench("packing", 30, "")],
+            [self.bench("packing", 20, "")],
+            [self.bench("drafting", 20, "")],
             [self.bench("attention", 35, "not flex")],
         ]
 

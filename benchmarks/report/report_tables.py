@@ -258,7 +258,7 @@ def device_section(slug: str, files: dict[str, dict[str, Any]]) -> list[str]:
 
 def ops_of(files: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries of the microbenchmarks of a device."""
-    return [entry for stem in ("coupling", "attention", "packing") for entry in _entries(files, stem)]
+    return [entry for stem in ("coupling", "attention", "packing", "drafting") for entry in _entries(files, stem)]
 
 
 def _entries(files: dict[str, dict[str, Any]], stem: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-STEMS = ("coupling", "attention", "packing", "sampler", "modes", "target", "xl", "ablations")
+STEMS = ("coupling", "attention", "packing", "drafting", "sampler", "modes", "target", "xl", "ablations")
 
 
 class MixedMachinesError(ValueError):

@@ -82,6 +82,7 @@ def test_what_matters_comes_first(gpu, tmp_path):
         "bench_xl",
         "bench_coupling",
         "bench_packing",
+        "bench_drafting",
         "bench_attention",
     ]
     assert names(plans["c"])[:3] == ["build", "ablations", "profile_xl"]

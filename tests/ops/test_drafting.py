@@ -43,7 +43,7 @@ needs_triton = pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="needs a C
 REFERENCE, EXTENSION, TRITON = (
     pytest.param(("reference", torch.device("cpu")), id="reference"),
     pytest.param(("extension", torch.device("cpu")), id="extension", marks=needs_extension),
-    pytest.param(("triton", DEVICE), id="triton", marks=needs_triton),
+    pytest.param(("triton", DEVICE), id="triton", marks=[needs_triton, pytest.mark.gpu]),
 )
 BACKENDS = [REFERENCE, EXTENSION, TRITON]
 
