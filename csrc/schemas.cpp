@@ -68,4 +68,7 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "row_errors_cpu(Tensor drafted, Tensor features, Tensor latest, int drafts, int inputs, Tensor? "
       "chosen) -> Tensor");
+  library.def(
+      "draft_rows_cpu(Tensor states, Tensor timesteps, int draft, int branches, Tensor? active) -> (Tensor, "
+      "Tensor)");
 }

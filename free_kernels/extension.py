@@ -30,6 +30,7 @@ OPS = (
     "join_rows_cpu",
     "row_errors_cpu",
     "renew_slots_cpu",
+    "draft_rows_cpu",
     "drafter_tokens_cpu",
     "table_rows_cpu",
     "couple_cpu",

@@ -40,6 +40,7 @@ TIMED_OPS = {
     "renew_slots": "commit_drafts",
     "open_round": "drafts",
     "ADVANCE": "drafts",
+    "draft_rows": "drafts",
     **dict.fromkeys(("follow_features", "join_rows", "row_errors", "correct_features"), "refused rows"),
     **dict.fromkeys(("keep_rows", "find_rows"), "refused rows"),
     "tally_round": "tally",

@@ -218,6 +218,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> open_round(const Tensor& state, const
   return {steps, network_steps, columns, states};
 }
 
+std::tuple<Tensor, Tensor> draft_rows(const Tensor& states, const Tensor& timesteps, int64_t draft,
+                                      int64_t branches, const std::optional<Tensor>& active) {
+  constexpr const char* op = "draft_rows";
+  constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
+  STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
+  const auto s = states.sizes();
+  const int64_t slots = s[0], length = s[1], size = s[2] * s[3] * s[4];
+  check_tensor(op, "states", states, kFloat, {slots, length, s[2], s[3], s[4]}, states);
+  check_tensor(op, "timesteps", timesteps, kLong, {slots, length}, states);
+  STD_TORCH_CHECK(draft >= 0 && draft < length, op, ": draft must be in [0, ", length, "), got ", draft);
+  STD_TORCH_CHECK(branches == 1 || branches == 2, op, ": branches must be 1 or 2, got ", branches);
+  const int64_t rows = active ? active->numel() : slots;
+  if (active) check_tensor(op, "active", *active, kLong, {rows}, states);
+  Tensor state = empty_on(states, {branches * rows, s[2], s[3], s[4]}, kFloat);
+  Tensor t = empty_on(states, {branches * rows}, kLong);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t slot = active ? ints(*active)[i] : i;
+    STD_TORCH_CHECK(slot >= 0 && slot < slots, op, ": active must be in [0, ", slots, "), got ", slot);
+    const int64_t place = slot * length + draft;
+    for (int64_t branch = 0; branch < branches; ++branch) {
+      std::copy_n(const_floats(states) + place * size, size, floats(state) + (branch * rows + i) * size);
+      mutable_ints(t)[branch * rows + i] = ints(timesteps)[place];
+    }
+  }
+  return {state, t};
+}
+
 Tensor renew_slots(const Tensor& steps, const Tensor& images, const Tensor& numbers, const Tensor& indices,
                    const Tensor& rounds) {
   constexpr const char* op = "renew_slots";
@@ -278,6 +305,7 @@ Tensor tally_round(const Tensor& output, const Tensor& next_states, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("advance_drafts_cpu", TORCH_BOX(&advance_drafts));
   library.impl("open_round_cpu", TORCH_BOX(&open_round));
+  library.impl("draft_rows_cpu", TORCH_BOX(&draft_rows));
   library.impl("renew_slots_cpu", TORCH_BOX(&renew_slots));
   library.impl("tally_round_cpu", TORCH_BOX(&tally_round));
 }

@@ -13,7 +13,9 @@ from free_kernels.ops.drafting import (
     ErrorArguments,
     FollowArguments,
     JoinArguments,
+    RowArguments,
     correct_features,
+    draft_rows,
     follow_features,
     join_rows,
     row_errors,
@@ -51,27 +53,29 @@ class Fresh:
     def draft(self, ahead: DraftingPass) -> None:
         """Make all drafts of the pass."""
         job, slots = self._job, ahead.slots
-        feature, previous, labels = ahead.parent.flatten(0, 1), slots.previous, slots.labels
+        feature, labels, backend = ahead.parent.flatten(0, 1), slots.labels, job.options.backend
         drafting = None if ahead.lengths is None else _are_drafting(ahead.lengths, ahead.count)
         places = _in_order(drafting, len(slots), ahead.count, labels.device)
         counts = [len(slots)] * ahead.count if drafting is None else drafting.sum(0).tolist()
-        states, timesteps, y = ahead.drafts.states.unbind(1), ahead.timesteps.unbind(1), job.branched(labels)
+        previous, y = job.doubled(slots.previous), job.branched(labels)
         active: Tensor | None = None
         for j in range(ahead.count):
-            if counts[j] < len(previous):
+            if counts[j] * job.branches < len(previous):
                 now = torch.from_numpy(drafting[:, j].nonzero()[0]).to(labels.device)
                 within = now if active is None else torch.searchsorted(active, now)
-                feature = feature.unflatten(0, (job.branches, -1))[:, within].flatten(0, 1)
-                previous, y, active = previous[within], job.branched(labels[now]), now
-            state, t = states[j], timesteps[j]
-            if active is not None:
-                state, t = state[active], t[active]
-            state, t = state.contiguous(), t.contiguous()
-            doubled = job.doubled(previous), job.doubled(state), job.doubled(t)
-            inputs = DraftInputs(feature, *doubled, y)
+                feature, previous = (
+                    rows.unflatten(0, (job.branches, -1))[:, within].flatten(0, 1) for rows in (feature, previous)
+                )
+                y, active = job.branched(labels[now]), now
+            if len(slots) == job.branches == 1:
+                # Rows of the only slot are contiguous as they are.
+                inputs = DraftInputs(feature, previous, ahead.drafts.states[:, j], ahead.timesteps[:, j], y)
+            else:
+                rows = RowArguments(ahead.drafts.states, ahead.timesteps, j, job.branches, active)
+                inputs = DraftInputs(feature, previous, *draft_rows(rows, backend), y)
             feature = self._draft_feature(j, inputs, active)
             ahead.advance(job.head(feature, inputs.t, y), places, j, j + 1)
-            previous = state
+            previous = inputs.state
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
         """The feature ``[B R, T, D]`` of draft ``j`` of R slots: ``active [R]``, or all if None."""

@@ -20,10 +20,12 @@ from free_kernels.ops.drafting import (
     KeepArguments,
     OpenArguments,
     RenewArguments,
+    RowArguments,
     TallyArguments,
     advance_drafts,
     api,
     correct_features,
+    draft_rows,
     find_rows,
     follow_features,
     join_rows,
@@ -457,6 +459,18 @@ def test_rows_of_the_image_before_are_dropped(backend):
     assert (found.at[:, 0] == -1).all()
     assert found.ahead.tolist() == [0, 0, 0, 1]
     assert (found.places[:, 0] == -1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("active", [None, [0, 2]])
+@pytest.mark.parametrize("branches", [1, 2])
+def test_rows_of_a_draft(branches, active, backend):
+    states, timesteps = normals(3, 4, 2, 5, 7, seed=0), torch.arange(12).view(3, 4)
+    chosen = [0, 1, 2] if active is None else active
+    a = RowArguments(states, timesteps, 2, branches, None if active is None else torch.tensor(active))
+    state, t = (part.cpu() for part in draft_rows(on(a, backend[1]), backend[0]))
+    assert torch.equal(state, torch.cat([states[chosen, 2]] * branches))
+    assert t.tolist() == [4 * slot + 2 for slot in chosen] * branches
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

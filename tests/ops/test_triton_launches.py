@@ -19,12 +19,12 @@ KEPT = ROUND | {"keep_kernel", "find_kernel"}
 # Kernels that a run launches, and the most compilations that it adds to those of the runs before it. A round's longest
 # draft goes into the commit kernel as the next power of two: L = 4, 2 and 1 are three compilations.
 RUNS = {
-    "learned": (KEPT | {"feature_attention_kernel", "tokens_kernel", "table_kernel", "join_kernel"}, 20),
+    "learned": (KEPT | {"feature_attention_kernel", "tokens_kernel", "table_kernel", "join_kernel"}, 22),
     "other sizes": (KEPT | {"feature_attention_kernel"}, 0),
     "frozen": (KEPT | {"replay_kernel", "follow_kernel"}, 4),
     "frozen, other sizes": (KEPT | {"replay_kernel"}, 0),
     "automatic lengths": (KEPT, 2),
-    "guided": (KEPT, 8),
+    "guided": (KEPT, 10),
     "block": (KEPT, 6),
     "relaxed": (KEPT, 3),
     "own noise": (KEPT, 5),

@@ -53,6 +53,7 @@ KERNELS = (
     drafting_kernels.tally_kernel,
     drafting_kernels.open_kernel,
     drafting_kernels.renew_kernel,
+    drafting_kernels.rows_kernel,
     drafting_rows.keep_kernel,
     drafting_rows.find_kernel,
     drafting_rows.follow_kernel,

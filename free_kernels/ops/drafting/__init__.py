@@ -3,6 +3,7 @@
 from free_kernels.ops.drafting.api import (
     advance_drafts,
     correct_features,
+    draft_rows,
     find_rows,
     follow_features,
     join_rows,
@@ -22,6 +23,7 @@ from free_kernels.ops.drafting.arguments import (
     KeepArguments,
     OpenArguments,
     RenewArguments,
+    RowArguments,
     TallyArguments,
 )
 
@@ -35,9 +37,11 @@ __all__ = [
     "KeepArguments",
     "OpenArguments",
     "RenewArguments",
+    "RowArguments",
     "TallyArguments",
     "advance_drafts",
     "correct_features",
+    "draft_rows",
     "find_rows",
     "follow_features",
     "join_rows",

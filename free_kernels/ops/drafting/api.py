@@ -23,6 +23,7 @@ from free_kernels.ops.drafting.arguments import (
     KeepArguments,
     OpenArguments,
     RenewArguments,
+    RowArguments,
     TallyArguments,
 )
 from free_kernels.validation import fail
@@ -67,6 +68,20 @@ def _check_open(a: OpenArguments) -> None:
     layouts.check("table", a.table, FLOAT32, "[K, 8]")
     if a.length < 1 or not len(a.timesteps):
         fail(op, "length and the number of timesteps", "at least 1", (a.length, len(a.timesteps)))
+
+
+def _check_rows(a: RowArguments) -> None:
+    op = "draft_rows"
+    Layouts(op, None, {}).check("states", a.states, FLOAT32, "[S, L, C, H, W]")
+    slots, length = a.states.shape[:2]
+    layouts = Layouts(op, a.states.device, {"S": slots, "L": length})
+    layouts.check("timesteps", a.timesteps, INT64, "[S, L]")
+    if not 0 <= a.draft < length:
+        fail(op, "draft", f"in [0, {length})", a.draft)
+    if a.branches not in (1, 2):
+        fail(op, "branches", "1 or 2", a.branches)
+    if a.active is not None:
+        layouts.check("active", a.active, INT64, "[A]")
 
 
 def _check_follow(a: FollowArguments) -> None:
@@ -124,6 +139,11 @@ def _check_errors(a: ErrorArguments) -> None:
     layouts.check("drafted", a.drafted, FLOATS, "[B A + B P, T, D]")
     if a.chosen is not None:
         layouts.check("chosen", a.chosen, INT64, "[P]")
+
+
+def _fake_rows(a: RowArguments) -> tuple[Tensor, Tensor]:
+    rows = a.branches * (a.states.shape[0] if a.active is None else a.active.shape[0])
+    return a.states.new_empty(rows, *a.states.shape[2:]), a.timesteps.new_empty(rows)
 
 
 def _fake_join(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -283,7 +303,8 @@ JOIN = _declare(
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 ERRORS = _declare("row_errors", ErrorArguments, reference.row_errors, _fake_errors, _check_errors, "Tensor")
-OPS = OPEN, ADVANCE, FOLLOW, JOIN, ERRORS, CORRECT, KEEP, FIND, TALLY, RENEW
+ROWS = _declare("draft_rows", RowArguments, reference.draft_rows, _fake_rows, _check_rows, "(Tensor, Tensor)")
+OPS = OPEN, ROWS, ADVANCE, FOLLOW, JOIN, ERRORS, CORRECT, KEEP, FIND, TALLY, RENEW
 
 
 def open_round(arguments: OpenArguments, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -299,6 +320,19 @@ def open_round(arguments: OpenArguments, backend: str = "auto") -> tuple[Tensor,
         RuntimeError: the backend cannot be used; the message says why.
     """
     return OPEN(arguments, arguments.state, backend)
+
+
+def draft_rows(arguments: RowArguments, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """States and timesteps of one draft of A slots, once for each guidance branch.
+
+    Returns:
+        ``states[active, draft]`` float32 ``[B A, C, H, W]``, and ``timesteps[active, draft]`` int64 ``[B A]``.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return ROWS(arguments, arguments.states, backend)
 
 
 def follow_features(arguments: FollowArguments, backend: str = "auto") -> Tensor:

@@ -39,6 +39,16 @@ class OpenArguments(NamedTuple):
     length: int  # L
 
 
+class RowArguments(NamedTuple):
+    """Arguments of ``draft_rows``: A of S slots."""
+
+    states: Tensor  # float32 [S, L, C, H, W]
+    timesteps: Tensor  # int64 [S, L]
+    draft: int  # in [0, L)
+    branches: int  # 1 or 2
+    active: Tensor | None  # int64 [A]; None: A = S
+
+
 class FollowArguments(NamedTuple):
     """Arguments of ``follow_features``: N rows that are held."""
 

@@ -16,6 +16,7 @@ from free_kernels.ops.drafting.arguments import (
     KeepArguments,
     OpenArguments,
     RenewArguments,
+    RowArguments,
     TallyArguments,
 )
 
@@ -30,6 +31,14 @@ def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     states = a.state.new_zeros(len(a.state), a.length, *a.state.shape[1:])
     states[:, 0] = a.state
     return steps, a.timesteps[steps], a.table[steps], states
+
+
+def draft_rows(a: RowArguments) -> tuple[Tensor, Tensor]:
+    """See ``free_kernels.ops.drafting.api.draft_rows``."""
+    state, t = a.states[:, a.draft], a.timesteps[:, a.draft]
+    if a.active is not None:
+        state, t = state[a.active], t[a.active]
+    return state.repeat(a.branches, 1, 1, 1), t.repeat(a.branches)
 
 
 def share_of_way(state: Tensor, latest: Tensor, replaced: Tensor) -> Tensor:

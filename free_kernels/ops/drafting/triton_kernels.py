@@ -178,3 +178,25 @@ def renew_kernel(p_steps, p_images, p_numbers, p_indices, p_rounds, p_fresh, slo
     tl.store(p_indices + o, tl.load(p_numbers + image, mask=mask, other=0), mask=mask)
     tl.store(p_rounds + o, tl.where(b_fresh, 0, tl.load(p_rounds + o, mask=mask, other=0) + 1), mask=mask)
     tl.store(p_fresh + o, b_fresh, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "length", "draft"])
+def rows_kernel(
+    p_states, p_timesteps, p_active, p_out, p_out_t, rows, length, draft, numel,
+    BRANCHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of one row's state, for every branch; the first program of a row has its timestep, too."""
+    blocks = tl.cdiv(numel, BLOCK)
+    i_row, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o = i_block * BLOCK + tl.arange(0, BLOCK)
+    slot = i_row
+    if p_active is not None:
+        slot = tl.load(p_active + i_row)
+    place = slot * length + draft
+    b_state = tl.load(p_states + place * numel + o, mask=o < numel, other=0.0)
+    t = tl.load(p_timesteps + place)
+    for branch in tl.static_range(BRANCHES):
+        to_row = branch * rows + i_row
+        tl.store(p_out + to_row * numel + o, b_state, mask=o < numel)
+        if i_block == 0:
+            tl.store(p_out_t + to_row, t)

@@ -20,6 +20,7 @@ from free_kernels.ops.drafting.arguments import (
     KeepArguments,
     OpenArguments,
     RenewArguments,
+    RowArguments,
     TallyArguments,
 )
 from free_kernels.ops.drafting.triton_kernels import (
@@ -27,6 +28,7 @@ from free_kernels.ops.drafting.triton_kernels import (
     open_kernel,
     renew_kernel,
     replay_kernel,
+    rows_kernel,
     tally_kernel,
 )
 from free_kernels.ops.drafting.triton_rows import (
@@ -151,6 +153,22 @@ def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 num_warps=warps_for(_TALLY_BLOCK, warp_size(a.state.device)),
             )
     return outputs
+
+
+def draft_rows(a: RowArguments) -> tuple[Tensor, Tensor]:
+    """Contract of :func:`free_kernels.ops.drafting.draft_rows`; arguments have been checked."""
+    slots, length, *latent = a.states.shape
+    rows, numel = slots if a.active is None else len(a.active), math.prod(latent)
+    out = a.states.new_empty(a.branches * rows, *latent), a.timesteps.new_empty(a.branches * rows)
+    if rows:
+        with current(a.states):
+            rows_kernel[(rows * triton.cdiv(numel, _TALLY_BLOCK),)](
+                *(a.states, a.timesteps, a.active, *out, rows, length, a.draft, numel),
+                BRANCHES=a.branches,
+                BLOCK=_TALLY_BLOCK,
+                num_warps=warps_for(_TALLY_BLOCK, warp_size(a.states.device)),
+            )
+    return out
 
 
 def renew_slots(a: RenewArguments) -> Tensor:
@@ -308,4 +326,6 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     for length in (32, 256):
         add(open_kernel, torch.float32, _TALLY_BLOCK, {"PADDED_LENGTH": length})
     add(renew_kernel, torch.float32, _SLOTS, {})
+    for branches, active in product((1, 2), (False, True)):
+        add(rows_kernel, torch.float32, _TALLY_BLOCK, {"BRANCHES": branches} | ({} if active else {"p_active": None}))
     return found
