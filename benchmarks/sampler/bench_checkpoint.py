@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTHS = (6, 12, 24)
+LENGTHS = (6, 12)
 
 
 def dimension_module() -> Any:
@@ -30,7 +30,7 @@ def dimension_module() -> Any:
 
 
 def measured(cases: list[dict[str, Any]], asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The cases with this process's build: with refused rows, and without where it can be chosen."""
+    """The cases with this process's build."""
     from free_dit.loading import load_target
     from free_kernels import DDPMSchedule, FeatureDrafter, sample
 
@@ -39,17 +39,15 @@ def measured(cases: list[dict[str, Any]], asked: argparse.Namespace) -> Iterator
     learned = FeatureDrafter.load(asked.drafter, target)
     labels = torch.arange(asked.images) % target.num_classes
     for case in cases:
-        for reuse in shared.runs_of_build():
-            stats = sample(
-                target,
-                labels,
-                schedule=DDPMSchedule(case["steps"]),
-                drafter=learned if case["drafter"] == "learned" else "frozen",
-                draft_length=case["length"],
-                seed=asked.seed,
-                **({} if reuse is None else {"reuse_refused": reuse}),
-            ).stats
-            yield case | {"reuse": reuse} | shared.described(stats, case["steps"])
+        stats = sample(
+            target,
+            labels,
+            schedule=DDPMSchedule(case["steps"]),
+            drafter=learned if case["drafter"] == "learned" else "frozen",
+            draft_length=case["length"],
+            seed=asked.seed,
+        ).stats
+        yield case | shared.described(stats, case["steps"])
 
 
 def main() -> None:
@@ -82,9 +80,8 @@ def main() -> None:
     for name, path in (("this", str(ROOT)), *(build.split("=", 1) for build in asked.build)):
         for row in dimension_module().run_build(Path(__file__).resolve(), Path(path).resolve(), cases, drawn):
             rows.append(row | {"build": name})
-            reuse = {True: "reuse", False: "without", None: ""}[row["reuse"]]
             print(
-                f"{name:8s} {row['drafter']:8s} {row['steps']:5d} steps, L = {row['length']:2d} {reuse:8s} "
+                f"{name:8s} {row['drafter']:8s} {row['steps']:5d} steps, L = {row['length']:2d} "
                 f"{row['steps_per_call']:6.3f} steps a call (standard error {100 * row['standard_error']:.1f} %), "
                 f"acceptance {row['acceptance']:.3f}",
                 flush=True,
