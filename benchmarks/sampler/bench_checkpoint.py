@@ -1,4 +1,4 @@
-"""Steps per target call of a trained model and its drafter, this build beside others.
+"""Steps per target call of a trained model, this build beside others.
 
 ``python -m benchmarks.sampler.bench_checkpoint --model MODEL --drafter DRAFTER --build before=PATH --out OUT``: MODEL
 is a bundled name or what ``python -m free_dit train`` writes, DRAFTER what ``train-drafter`` writes, PATH a checkout
@@ -36,14 +36,14 @@ def measured(cases: list[dict[str, Any]], asked: argparse.Namespace) -> Iterator
 
     shared = dimension_module()
     target, _ = load_target(asked.model)
-    learned = FeatureDrafter.load(asked.drafter, target)
+    drafter = FeatureDrafter.load(asked.drafter, target) if asked.drafter else "frozen"
     labels = torch.arange(asked.images) % target.num_classes
     for case in cases:
         stats = sample(
             target,
             labels,
             schedule=DDPMSchedule(case["steps"]),
-            drafter=learned if case["drafter"] == "learned" else "frozen",
+            drafter=drafter,
             draft_length=case["length"],
             seed=asked.seed,
         ).stats
@@ -54,7 +54,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="the target's file")
-    parser.add_argument("--drafter", required=True, help="the drafter's file")
+    parser.add_argument("--drafter", default="", help="the drafter's file; the frozen drafter if not given")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--build", action="append", default=[], metavar="NAME=PATH", help="another checkout")
     parser.add_argument("--steps", type=int, default=250)
@@ -69,11 +69,8 @@ def main() -> None:
         return
     if asked.out is None:
         parser.error("--out is needed")
-    cases = [
-        {"drafter": drafter, "steps": asked.steps, "length": length}
-        for drafter in ("frozen", "learned")
-        for length in LENGTHS
-    ]
+    kind = "learned" if asked.drafter else "frozen"
+    cases = [{"drafter": kind, "steps": asked.steps, "length": length} for length in LENGTHS]
     drawn = ["--model", asked.model, "--drafter", asked.drafter]
     drawn += ["--images", str(asked.images), "--seed", str(asked.seed)]
     rows = []
