@@ -1,4 +1,4 @@
-"""Steps per target call of a trained model and its drafter, this build beside others.
+"""Steps per target call of a trained model, this build beside others.
 
 ``python -m benchmarks.sampler.bench_checkpoint --model MODEL --drafter DRAFTER --build before=PATH --out OUT``: MODEL
 is a bundled name or what ``python -m free_dit train`` writes, DRAFTER what ``train-drafter`` writes, PATH a checkout
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-LENGTHS = (6, 12, 24)
+LENGTHS = (6, 12)
 
 
 def dimension_module() -> Any:
@@ -30,33 +30,31 @@ def dimension_module() -> Any:
 
 
 def measured(cases: list[dict[str, Any]], asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The cases with this process's build: with refused rows, and without where it can be chosen."""
+    """The cases with this process's build."""
     from free_dit.loading import load_target
     from free_kernels import DDPMSchedule, FeatureDrafter, sample
 
     shared = dimension_module()
     target, _ = load_target(asked.model)
-    learned = FeatureDrafter.load(asked.drafter, target)
+    drafter = FeatureDrafter.load(asked.drafter, target) if asked.drafter else "frozen"
     labels = torch.arange(asked.images) % target.num_classes
     for case in cases:
-        for reuse in shared.runs_of_build():
-            stats = sample(
-                target,
-                labels,
-                schedule=DDPMSchedule(case["steps"]),
-                drafter=learned if case["drafter"] == "learned" else "frozen",
-                draft_length=case["length"],
-                seed=asked.seed,
-                **({} if reuse is None else {"reuse_refused": reuse}),
-            ).stats
-            yield case | {"reuse": reuse} | shared.described(stats, case["steps"])
+        stats = sample(
+            target,
+            labels,
+            schedule=DDPMSchedule(case["steps"]),
+            drafter=drafter,
+            draft_length=case["length"],
+            seed=asked.seed,
+        ).stats
+        yield case | shared.described(stats, case["steps"])
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="the target's file")
-    parser.add_argument("--drafter", required=True, help="the drafter's file")
+    parser.add_argument("--drafter", default="", help="the drafter's file; the frozen drafter if not given")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--build", action="append", default=[], metavar="NAME=PATH", help="another checkout")
     parser.add_argument("--steps", type=int, default=250)
@@ -71,20 +69,16 @@ def main() -> None:
         return
     if asked.out is None:
         parser.error("--out is needed")
-    cases = [
-        {"drafter": drafter, "steps": asked.steps, "length": length}
-        for drafter in ("frozen", "learned")
-        for length in LENGTHS
-    ]
+    kind = "learned" if asked.drafter else "frozen"
+    cases = [{"drafter": kind, "steps": asked.steps, "length": length} for length in LENGTHS]
     drawn = ["--model", asked.model, "--drafter", asked.drafter]
     drawn += ["--images", str(asked.images), "--seed", str(asked.seed)]
     rows = []
     for name, path in (("this", str(ROOT)), *(build.split("=", 1) for build in asked.build)):
         for row in dimension_module().run_build(Path(__file__).resolve(), Path(path).resolve(), cases, drawn):
             rows.append(row | {"build": name})
-            reuse = {True: "reuse", False: "without", None: ""}[row["reuse"]]
             print(
-                f"{name:8s} {row['drafter']:8s} {row['steps']:5d} steps, L = {row['length']:2d} {reuse:8s} "
+                f"{name:8s} {row['drafter']:8s} {row['steps']:5d} steps, L = {row['length']:2d} "
                 f"{row['steps_per_call']:6.3f} steps a call (standard error {100 * row['standard_error']:.1f} %), "
                 f"acceptance {row['acceptance']:.3f}",
                 flush=True,

@@ -46,10 +46,11 @@ def measured(cases: list[dict[str, Any]], images: int, seed: int) -> Iterator[di
     import free_kernels
 
     module, targets = denoiser_module(), {}
+    chosen = "reuse_refused" in inspect.signature(free_kernels.sample).parameters
     for case in cases:
         target = targets.setdefault(case["side"], module.DenoiserTarget(module.photograph_crops(case["side"])))
         drafter = module.PullingDrafter(target, case["share"]) if case["share"] else "frozen"
-        for reuse in runs_of_build():
+        for reuse in (True, False) if chosen else (None,):
             stats = free_kernels.sample(
                 target,
                 torch.zeros(images, dtype=torch.int64),
@@ -73,13 +74,6 @@ def run_build(script: Path, path: Path, cases: list[dict[str, Any]], arguments: 
             yield json.loads(line)
     if worker.returncode:
         raise RuntimeError(f"{script.stem}: the build in {path} must run, got exit status {worker.returncode}")
-
-
-def runs_of_build() -> tuple[bool | None, ...]:
-    """Values of ``reuse_refused`` to measure with this process's build; None where it cannot be chosen."""
-    import free_kernels
-
-    return (True, False) if "reuse_refused" in inspect.signature(free_kernels.sample).parameters else (None,)
 
 
 def described(stats: Any, steps: int) -> dict[str, float]:

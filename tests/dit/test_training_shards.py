@@ -385,7 +385,7 @@ def test_windows_of_forward_noised_data():
     for image in range(4):
         of_class = real.images[real.labels == data.labels[image]]
         assert (of_class - data.states[-1, image]).flatten(1).norm(dim=1).min() < 1.0
-    t, y = loss.timesteps[3].expand(4), data.labels
+    t, y = loss.main.timesteps[3].expand(4), data.labels
     expected = target.features(data.states[3], t, y)
     torch.testing.assert_close(data.features[3, 0], expected, rtol=1e-4, atol=1e-4)
     assert torch.isfinite(loss(0)[0])
