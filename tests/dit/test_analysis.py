@@ -70,9 +70,10 @@ class ByHand(DiTTarget):
     """The blocks called one by one, everything kept."""
 
     def __init__(self, module: DiT) -> None:
-        super().__init__(module)
+        # Before the target is compared with the module, which calls it.
         self.inner: list[list[torch.Tensor]] = []
         self.outputs: list[torch.Tensor] = []
+        super().__init__(module)
 
     def hoisted(self, timesteps, labels):
         return self
@@ -93,6 +94,8 @@ class ByHand(DiTTarget):
 def test_dynamics_equal_those_of_blocks_called_by_hand():
     model, schedule = tiny_dit(), DDPMSchedule(STEPS)
     by_hand = ByHand(model)
+    by_hand.inner.clear()
+    by_hand.outputs.clear()
     ancestral_sample(by_hand, LABELS, schedule=schedule, seed=3)
     dynamics = feature_dynamics(DiTTarget(model), schedule, LABELS, seed=3)
     inner = np.array([[h.flatten(1).double().numpy() for h in step] for step in by_hand.inner])  # [K, B + 1, N, T D]

@@ -128,14 +128,19 @@ def row_errors(a: ErrorArguments) -> Tensor:
     return errors.unflatten(1, (a.drafts, slots))
 
 
+def nearer(state: Tensor, previous: Tensor, there: Tensor) -> Tensor:
+    """Whether states are nearer to refused rows than to the states before them, bool ``[R]``."""
+    apart, step = ((state - other).flatten(1).square().sum(1) for other in (there, previous))
+    return apart < step
+
+
 def correct_features(a: CorrectArguments) -> Tensor:
     """See ``free_kernels.ops.drafting.api.correct_features``."""
     place, errors = a.latest[:, a.draft], a.errors[:, a.draft]
     if a.active is not None:
         place, errors = place[a.active], errors[:, a.active]
     there = a.asked[place.clamp(min=0)]
-    apart, step = ((a.state - other).flatten(1).square().sum(1) for other in (there, a.previous))
-    serves = ((place >= 0) & (apart < step)).view(-1, 1, 1)
+    serves = ((place >= 0) & nearer(a.state, a.previous, there)).view(-1, 1, 1)
     return a.drafted + torch.where(serves, errors, 0.0).flatten(0, 1)
 
 

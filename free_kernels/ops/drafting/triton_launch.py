@@ -67,8 +67,8 @@ def warps_for(block: int, warp: int) -> int:
     return max(1, block // (4 * warp))
 
 
-def replay_warps(block: int, warp: int) -> int:
-    """Warps of a program that makes all drafts of a slot: two elements a thread, as four would spill registers."""
+def many_warps(block: int, warp: int) -> int:
+    """Twice as many: two elements a thread, for kernels whose registers four would spill."""
     return 2 * warps_for(block, warp)
 
 
@@ -96,7 +96,7 @@ def advance_drafts(a: AdvanceArguments) -> Tensor:
             advance_kernel[grid](*drafts, *sizes, **flags, BLOCK=_SHARED_BLOCK, num_warps=warps)
         else:
             block = block_for(numel, _REPLAY_BLOCK)
-            warps = replay_warps(block, warp)
+            warps = many_warps(block, warp)
             held = a.asked, a.replaced, share
             replay_kernel[(slots,)](*drafts, *held, *sizes, **flags, BLOCK=block, num_warps=warps)
     return share
@@ -117,8 +117,8 @@ def keep_rows(a: KeepArguments) -> None:
             BRANCHES=branches,
             GENERATIONS=generations,
             WITH_OUTPUT=a.held_output is not None,
-            BLOCK=_ALONE_BLOCK,
-            num_warps=warps_for(_ALONE_BLOCK, warp_size(a.states.device)),
+            BLOCK=_TALLY_BLOCK,
+            num_warps=many_warps(_TALLY_BLOCK, warp_size(a.states.device)),
         )
 
 
@@ -289,6 +289,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         name = kernel.__name__
         floats = {f"p_{given}": POINTERS[dtype] for given in _GIVEN}
         said = " ".join(f"{key.lower()}={value}" for key, value in values.items() if value is not None)
+        warps = many_warps if kernel in (replay_kernel, keep_kernel) else warps_for
         sizes = ("numel", "guided_numel", "output_stride", "feature_numel", "output_numel", "state_numel")
         fixed = [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize]
         found.append(
@@ -300,7 +301,9 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
                 label=f"{name} {str(dtype).removeprefix('torch.')} {block} {said}",
                 group=f"{name.removesuffix('_kernel')}",
                 size=block * (1 + sum(int(value or 0) for value in values.values())),
-                num_warps=(replay_warps if kernel is replay_kernel else warps_for)(block, device.warp_size),
+                num_warps=(many_warps if kernel in (replay_kernel, keep_kernel) else warps_for)(
+                    block, device.warp_size
+                ),
             )
         )
 
@@ -312,7 +315,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
             add(replay_kernel, dtype, block, values, aligned=block > 64)
     for dtype, branches, generations, output in product(dtypes, (1, 2), (1, 2), (False, True)):
         values = {"BRANCHES": branches, "GENERATIONS": generations, "WITH_OUTPUT": output}
-        add(keep_kernel, dtype, _ALONE_BLOCK, values | ({} if output else {"p_held_output": None}))
+        add(keep_kernel, dtype, _TALLY_BLOCK, values | ({} if output else {"p_held_output": None}))
     for dtype, drafts in product(dtypes, (32, 256)):
         add(tally_kernel, dtype, _TALLY_BLOCK, {"PADDED_DRAFTS": drafts})
         add(follow_kernel, dtype, _TALLY_BLOCK, {})

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from free_kernels.sampling.draft_sources import Corrected
+from free_dit.training.drafter_config import DrafterTrainConfig
+from free_dit.training.windows import Windows
+from free_kernels.drafters.memory import FeatureMemory
+from free_kernels.ops.drafting.reference import nearer
+from free_kernels.protocols import Target
 
-if TYPE_CHECKING:
-    from free_dit.training.drafter_loss import DrafterLoss
-    from free_dit.training.windows import Windows
+
+class TrainedDrafter(Protocol):
+    """What a round needs of a drafter in training: :class:`free_dit.training.drafter_loss.DrafterLoss`.
+
+    Attributes:
+        target: of whose features it learns.
+        config: what the loss is.
+        first_step: the first step that is drafted.
+    """
+
+    target: Target
+    config: DrafterTrainConfig
+    first_step: int
+
+    def parents(self, windows: Windows, step: Tensor) -> Tensor:
+        """Exact features before ``step``."""
+        ...
+
+    def draft(self, windows: Windows, feature: Tensor, step: Tensor, memory: FeatureMemory | None) -> Tensor:
+        """The drafter's feature at the windows' own states of ``step``."""
+        ...
+
+    def draft_at(self, windows: Windows, feature: Tensor, previous: Tensor, state: Tensor, step: Tensor) -> Tensor:
+        """The drafter's feature at any states of ``step``."""
+        ...
+
+    def transition(
+        self, windows: Windows, feature: Tensor, state: Tensor, step: Tensor, guidance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the next states."""
+        ...
 
 
 class RefusedRounds:
@@ -28,7 +60,7 @@ class RefusedRounds:
         guidance: float32 ``[R]``.
     """
 
-    def __init__(self, loss: DrafterLoss, windows: Windows, start: Tensor, guidance: Tensor) -> None:
+    def __init__(self, loss: TrainedDrafter, windows: Windows, start: Tensor, guidance: Tensor) -> None:
         self._loss, self._windows, self._guidance = loss, windows, guidance.to(windows.y.device)
         last = windows.chain.num_steps - 2
         self._steps = [(start + ahead).clamp(max=last) for ahead in range(loss.config.unroll)]
@@ -73,5 +105,5 @@ class RefusedRounds:
         windows, step, there = self._windows, self._steps[ahead], self._states[ahead + 1]
         drafted = self._loss.draft_at(windows, self._features[ahead], self._states[ahead], there, step)
         state, previous = windows.rows("states", step), windows.rows("states", (step - 1).clamp(min=0))
-        serves = self._known & Corrected.nearer(state, previous, there)
+        serves = self._known & nearer(state, previous, there)
         return torch.where(windows.network.both(serves).view(-1, 1, 1), self._features[ahead + 1] - drafted, 0.0)
