@@ -301,9 +301,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
                 label=f"{name} {str(dtype).removeprefix('torch.')} {block} {said}",
                 group=f"{name.removesuffix('_kernel')}",
                 size=block * (1 + sum(int(value or 0) for value in values.values())),
-                num_warps=(many_warps if kernel in (replay_kernel, keep_kernel) else warps_for)(
-                    block, device.warp_size
-                ),
+                num_warps=warps(block, device.warp_size),
             )
         )
 
