@@ -49,11 +49,6 @@ class Slots:
     def __len__(self) -> int:
         return len(self.images)
 
-    def steps_ahead(self, count: int) -> Tensor:
-        """Steps ``[S, count]`` of the rows of a round; those past the end of the chain are its last step."""
-        ahead = torch.arange(count, device=self.steps.device)
-        return (self.steps.unsqueeze(1) + ahead).clamp_(max=len(self.job.timesteps) - 1)
-
     def commit(self, committed: Tensor, after: Tensor, states: Tensor, features: Tensor, row_offsets: Tensor) -> Tensor:
         """Make steps final, as :func:`free_kernels.ops.commit_drafts` does, and begin the images that move in.
 

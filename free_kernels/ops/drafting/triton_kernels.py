@@ -16,21 +16,12 @@ from free_kernels.ops.coupling.triton_math import (
     NUM_COLUMNS,
     exp,
     guided_output,
+    target_std,
     transition_mean,
 )
 
 # As in free_kernels.ops.drafting.reference; and the least positive normal number of float32.
 _LARGEST_GAP_SQ, _TINY = tl.constexpr(1e30), tl.constexpr(1.1754943508222875e-38)
-
-
-@triton.jit
-def _deviation(p_output, p_columns, o, mask, numel, LEARNED: tl.constexpr):
-    """Deviation of a transition; a scalar if it is fixed."""
-    log_std = tl.load(p_columns + LOG_STD)
-    if LEARNED:
-        b_variance = tl.load(p_output + numel + o, mask=mask, other=0.0).to(tl.float32)
-        log_std = log_std + tl.load(p_columns + LOG_STD_SLOPE) * b_variance
-    return exp(log_std)
 
 
 @triton.jit(do_not_specialize=["first", "end", "length", "width", "output_rows"])
@@ -55,7 +46,7 @@ def advance_kernel(
         used = mask & drafted
         b_output = guided_output(p_row, unconditional, o, used, guided_numel, guidance_scale, GUIDED)
         b_mean = transition_mean(b_state, b_output, p_columns_row, clip, CLIPPED)
-        b_std = _deviation(p_row, p_columns_row, o, used, numel, LEARNED) + tl.zeros([BLOCK], tl.float32)
+        b_std = target_std(p_row, p_columns_row, o, used, numel, LEARNED) + tl.zeros([BLOCK], tl.float32)
         b_next = b_mean + b_std * tl.load(p_noise + place * numel + o, mask=used, other=0.0)
         tl.store(p_mean + draft * numel + o, b_mean, mask=used)
         tl.store(p_std + draft * numel + o, b_std, mask=used)
