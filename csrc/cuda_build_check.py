@@ -30,7 +30,9 @@ def expect(condition: bool, problem: str) -> None:
 
 def declared_schemas() -> dict[str, str]:
     """Every op's schema as csrc/schemas.cpp writes it, by name."""
-    source = (ROOT / "csrc" / "schemas.cpp").read_text()
+    source = (ROOT / "csrc" / "schemas.cpp").read_text().replace("\\\n", "")
+    for name, text in re.findall(r"#define (\w+)\s+(\".*)", source):
+        source = source.replace(f"#define {name}", "").replace(name, text)
     declared = {}
     for definition in re.findall(r"library\.def\((.*?)\);", source, re.DOTALL):
         schema = "".join(re.findall(r'"([^"]*)"', definition))

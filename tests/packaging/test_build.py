@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -38,6 +39,20 @@ def test_build_config() -> None:
     assert config["compiler"].split()[0] in ("gcc", "clang")
     assert config["torch"][0].isdigit()
     assert extension.why_no_extension() is None
+
+
+@in_checkout
+@needs_extension
+def test_the_check_of_a_cuda_build_reads_every_schema() -> None:
+    # It runs only where nvcc is; what it reads from the source must hold here too.
+    spec = importlib.util.spec_from_file_location("cuda_build_check", ROOT / "csrc" / "cuda_build_check.py")
+    check = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(check)
+    declared = check.declared_schemas()
+    assert set(declared) == set(extension.OPS)
+    for name, schema in declared.items():
+        found = getattr(getattr(torch.ops, extension.NAMESPACE), name).default._schema
+        assert found == torch._C.parse_schema(schema), name
 
 
 def test_importing_the_library_does_not_load_the_extension() -> None:
