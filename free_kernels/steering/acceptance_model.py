@@ -25,39 +25,52 @@ class AcceptanceModel:
         seen = np.maximum(calibration[:, :1], UNKNOWN_ACCEPTANCE)
         self._new = RefusalOdds(calibration, decay)
         self._seen = RefusalOdds(np.broadcast_to(seen, calibration.shape), decay)
-        self._ahead = np.arange(calibration.shape[1])
+        self._kinds = self._new, self._seen
+        self._width = calibration.shape[1]
+        self._ahead = np.arange(self._width + 1)
         self._read()
 
     def begin(self) -> None:
         """Start a run: what is expected takes in the counts of those before."""
-        self._new.begin()
-        self._seen.begin()
+        for kind in self._kinds:
+            kind.begin()
         self._read()
 
     def _read(self) -> None:
         self._new_odds = self._new.by_step.ravel()
-        # Of the draft of step k + a, if it is the first new one.
-        width = self._ahead.size
-        first = np.concatenate([self._new.by_step[:, 0], np.full(width, np.inf)])
-        self._first_odds = np.lib.stride_tricks.sliding_window_view(first, width)
+        # Of the draft of step k + a: if it is the first new one, and if it is a seen one.
+        self._first_odds, self._seen_odds = (_from_step_on(kind.by_step[:, 0], self._width + 1) for kind in self._kinds)
 
-    def survival(self, steps: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
+    def survival(self, steps: np.ndarray, seen: np.ndarray | None = None, width: int | None = None) -> np.ndarray:
         """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted.
 
         Args:
             steps: int ``[S]``.
             seen: int ``[S]``, how many of the steps ahead an earlier round asked about; none if None.
+            width: A of the answer, at most the calibration's, which is the default.
         """
+        width = self._width if width is None else width
+        as_seen = None
+        if seen is not None and seen.any():
+            as_seen = self._acceptance(self._seen, self._seen_odds, steps, width)
+        return np.cumprod(self._planned(steps, seen, as_seen, width), axis=1)
+
+    def _planned(
+        self, steps: np.ndarray, seen: np.ndarray | None, as_seen: np.ndarray | None, width: int
+    ) -> np.ndarray:
+        """``[S, width]``: acceptance of each draft if those before are; ``as_seen`` where an earlier round asked."""
         if seen is None or not seen.any():
-            return np.cumprod(1 / (1 + self._new.factor * self._new.by_step[steps]), axis=1)
-        return self._survival(steps, seen[:, None], self._seen.factor * self._seen.by_step[steps])
+            return self._acceptance(self._new, self._new.by_step, steps, width)
+        ahead, seen = self._ahead[:width], seen[:, None]
+        place = ((steps[:, None] + seen) * self._width - seen) + ahead
+        as_new = 1 / (1 + self._new.factor * self._new_odds.take(place, mode="clip"))
+        return np.where(ahead < seen, as_seen[:, :width], as_new)
 
-    def _survival(self, steps: np.ndarray, seen: np.ndarray, seen_odds: np.ndarray) -> np.ndarray:
-        place = (steps[:, None] + seen) * len(self._ahead) - seen + self._ahead
-        new_odds = self._new.factor * self._new_odds.take(place, mode="clip")
-        return np.cumprod(1 / (1 + np.where(self._ahead < seen, seen_odds, new_odds)), axis=1)
+    @staticmethod
+    def _acceptance(kind: RefusalOdds, odds: np.ndarray, steps: np.ndarray, width: int) -> np.ndarray:
+        return 1 / (1 + kind.factor * odds[steps, :width])
 
-    def outlook(self, steps: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def outlook(self, steps: np.ndarray, seen: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """What the rows of a round bring now and later.
 
         Every step is tested once, and each refusal ends a round. Asking about a step that is not tested in this round
@@ -68,23 +81,22 @@ class AcceptanceModel:
         Args:
             steps: int ``[S]``, no later than the last but one.
             seen: int ``[S]``, how many of the steps ahead an earlier round asked about.
+            width: A of the answer.
 
         Returns:
             ``[S, A]``, :meth:`survival`; and ``[S, A]``, refusals in the next round that are expected to be saved by
             the row of step k + a + 1, which draft a makes.
         """
-        seen = seen[:, None]
-        seen_odds = self._seen.factor * self._seen.by_step[steps]
-        survival = self._survival(steps, seen, seen_odds)
+        as_seen = self._acceptance(self._seen, self._seen_odds, steps, width + 1)
+        survival = np.cumprod(self._planned(steps, seen, as_seen, width), axis=1)
         # All drafts up to this one accepted in the next round.
-        later = np.maximum(np.cumprod(1 / (1 + seen_odds), axis=1), 1e-300)
-        refused = -np.diff(survival, axis=1, prepend=1.0)
+        later = np.maximum(np.cumprod(as_seen[:, :width], axis=1), 1e-300)
+        refused = 1.0 - survival
+        refused[:, 1:] -= refused[:, :-1].copy()
         tested = later * np.cumsum(refused / later, axis=1)
-        as_seen = 1 / (1 + self._seen.factor * self._seen.by_step[steps + 1])
-        as_new = 1 / (1 + self._new.factor * self._first_odds[steps + 1])
-        saved = tested * np.maximum(as_seen - as_new, 0.0)
-        saved[self._ahead + 1 < seen] = 0.0
-        return survival, saved
+        as_new = self._acceptance(self._new, self._first_odds, steps + 1, width)
+        saved = tested * np.maximum(as_seen[:, 1:] - as_new, 0.0)
+        return survival, saved * (self._ahead[1 : width + 1] >= seen[:, None])
 
     def update(
         self, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seen: np.ndarray | None = None
@@ -96,3 +108,9 @@ class AcceptanceModel:
             self._seen.update(steps, tested_seen, accepted_seen)
             steps, tested, accepted = steps + seen, tested - tested_seen, accepted - accepted_seen
         self._new.update(steps, tested, accepted)
+
+
+def _from_step_on(odds: np.ndarray, width: int) -> np.ndarray:
+    """``[K + 1, width]``: the odds ``[K + 1]`` of each step and those after it; behind the chain nothing is accepted."""
+    padded = np.concatenate([odds, np.full(width, np.inf)])
+    return np.lib.stride_tricks.sliding_window_view(padded, width)

@@ -137,11 +137,11 @@ class DraftLengthPolicy:
         count = int(lengths.sum())
         # Whatever rounds lately took over what is predicted counts; so do an ordinary step's usual delays.
         step_s = self.cost.ordinary(count, 0.5) / known.excess
-        gains, values, urgency = self._worth(steps[drafting], None if seen is None else seen[drafting])
-        ahead = gains.shape[1]
-        gains = gains.ravel()
-        order = (-urgency.ravel()).argsort(kind="stable")
-        plans = self._plans(values.ravel()[order], order % ahead, count, step_s)
+        lengths_tried = self._begun_lengths()
+        width = int(lengths_tried[-1, 0]) - 1
+        gains, values = self._worth(steps[drafting], None if seen is None else seen[drafting], width)
+        gains, order = gains.ravel(), self._order(values)
+        plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s)
         speed, longest, last = max(plans)
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
         if speed >= _WANTED_SPEED and allowed >= 0:
@@ -157,22 +157,29 @@ class DraftLengthPolicy:
             known.next_trial = known.round + known.hold
             known.hold = min(2 * known.hold, _LONGEST_HOLD)
         taken = order[: last + 1]
-        taken = taken[taken % ahead < longest - 1]
+        taken = taken[taken % width < longest - 1]
         self._promised = count + float(gains[taken].sum())
-        lengths[drafting] += np.bincount(taken // ahead, minlength=len(drafting))
+        lengths[drafting] += np.bincount(taken // width, minlength=len(drafting))
         return lengths
 
-    def _worth(self, steps: np.ndarray, seen: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What each drafted row ``[S, A]`` is expected to commit; with what it saves later; the order to take them in.
-
-        A row comes after those before it of its slot, which are taken for its sake where they are worth less.
-        """
+    def _worth(self, steps: np.ndarray, seen: np.ndarray | None, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """What each of ``width`` drafted rows ``[S, width]`` is expected to commit; the same with what it saves later."""
         if not self._reuses:
-            gains = self.acceptance.survival(steps, seen)
-            return gains, gains, gains
-        gains, saved = self.acceptance.outlook(steps, np.zeros_like(steps) if seen is None else seen)
-        values = gains + _ROUNDS_SAVED * self.knowledge.committed * saved
-        return gains, values, np.maximum.accumulate(values[:, ::-1], axis=1)[:, ::-1]
+            gains = self.acceptance.survival(steps, seen, width)
+            return gains, gains
+        gains, saved = self.acceptance.outlook(steps, np.zeros_like(steps) if seen is None else seen, width)
+        return gains, gains + _ROUNDS_SAVED * self.knowledge.committed * saved
+
+    @staticmethod
+    def _order(values: np.ndarray) -> np.ndarray:
+        """The order in which to take rows worth ``[S, A]``: the best first, but each after those before it of its slot.
+
+        Where those are worth less, they are taken for its sake.
+        """
+        if len(values) == 1:
+            return np.arange(values.shape[1])
+        best_behind = np.maximum.accumulate(values[:, ::-1], axis=1)[:, ::-1]
+        return (-best_behind.ravel()).argsort(kind="stable")
 
     @property
     def ordinary_ahead(self) -> int:
@@ -187,12 +194,13 @@ class DraftLengthPolicy:
         begun = sum(map(self.cost.has_begun, self._longest))
         return self._lengths[: begun + 1]
 
-    def _plans(self, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float) -> list[tuple[float, int, int]]:
+    def _plans(
+        self, longest: np.ndarray, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float
+    ) -> list[tuple[float, int, int]]:
         """For each longest draft the best speed over ordinary steps, that length, and the last of the rows to take.
 
         Of rows in the order to take them in, with what each is worth in steps.
         """
-        longest = self._begun_lengths()
         taken = (ahead < longest - 1) & (gains > 0)
         committed = count + np.cumsum(taken * gains, axis=1)
         seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1))
