@@ -39,7 +39,8 @@ class AcceptanceModel:
     def _read(self) -> None:
         self._new_odds = self._new.by_step.ravel()
         # Of the draft of step k + a: if it is the first new one, and if it is a seen one.
-        self._first_odds, self._seen_odds = (_from_step_on(kind.by_step[:, 0], self._width + 1) for kind in self._kinds)
+        odds = (_from_step_on(kind.by_step[:, 0], self._width + 1) for kind in self._kinds)
+        self._first_odds, self._seen_odds = odds
 
     def survival(self, steps: np.ndarray, seen: np.ndarray | None = None, width: int | None = None) -> np.ndarray:
         """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted.
@@ -111,6 +112,6 @@ class AcceptanceModel:
 
 
 def _from_step_on(odds: np.ndarray, width: int) -> np.ndarray:
-    """``[K + 1, width]``: the odds ``[K + 1]`` of each step and those after it; behind the chain nothing is accepted."""
+    """``[K + 1, width]``: odds ``[K + 1]`` of each step and those after it; behind the chain all is refused."""
     padded = np.concatenate([odds, np.full(width, np.inf)])
     return np.lib.stride_tricks.sliding_window_view(padded, width)

@@ -163,7 +163,7 @@ class DraftLengthPolicy:
         return lengths
 
     def _worth(self, steps: np.ndarray, seen: np.ndarray | None, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """What each of ``width`` drafted rows ``[S, width]`` is expected to commit; the same with what it saves later."""
+        """What drafted rows ``[S, width]`` are expected to commit; the same with what they save later."""
         if not self._reuses:
             gains = self.acceptance.survival(steps, seen, width)
             return gains, gains
