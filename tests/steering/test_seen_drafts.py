@@ -19,8 +19,8 @@ from free_kernels.steering.seen_steps import SeenSteps
 
 @pytest.fixture
 def paying(monkeypatch):
-    """Costs under which any draft pays, whatever the machine does."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: 1e-9 + 1e-12 * rows)
+    """Costs under which any draft pays, whatever the machine does, and of however many slots."""
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: 1e-9 + 1e-15 * rows)
 
 
 def test_the_furthest_row_counts():
@@ -218,7 +218,7 @@ def test_useless_seen_rows_cost_at_most_three_percent(row, draft, slots):
 def test_law_of_automatic_lengths_with_refused_rows(variance, looks, paying, monkeypatch):
     """Lengths as they are chosen; with steps drawn directly at random; and where a discarded row's noise says so."""
     target = GaussianTarget(learns_variance=variance == "learned_range")
-    schedule, drafter = DDPMSchedule(20, variance=variance), SwingingDrafter(target)
+    schedule, drafter = DDPMSchedule(16, variance=variance), SwingingDrafter(target)
     choose, coin = Speculation._lengths, torch.Generator().manual_seed(3)
     axis = torch.from_numpy(drafter.direction).float()
 
@@ -232,7 +232,7 @@ def test_law_of_automatic_lengths_with_refused_rows(variance, looks, paying, mon
         noise = (rows.states[2] - mean).flatten(1) @ axis
         direct = noise > 0 if looks else torch.rand(len(noise), generator=coin) < 0.5
         direct &= refused.ahead >= 2
-        return [min(length, 1) if stop else length for length, stop in zip(lengths, direct.tolist(), strict=True)]
+        return [min(length, 1 if stop else 6) for length, stop in zip(lengths, direct.tolist(), strict=True)]
 
     monkeypatch.setattr(Speculation, "_lengths", chosen)
     # Long windows from the first on.
