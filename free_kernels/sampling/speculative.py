@@ -23,6 +23,7 @@ from free_kernels.sampling.slots import Slots
 from free_kernels.sampling.target_call import TargetCall
 from free_kernels.steering.length_policy import LONGEST, DraftLengthPolicy, knowledge_of
 from free_kernels.steering.relaxation import as_relaxation
+from free_kernels.steering.seen_steps import SeenSteps
 from free_kernels.validation import fail
 
 
@@ -55,13 +56,6 @@ class Speculation:
             fail(
                 where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without"
             )
-        self.policy: DraftLengthPolicy | None = None
-        if automatic:
-            owner = getattr(job.target, "module", job.target)
-            kind = options.block, options.backend, options.cuda_graphs, options.reuse_refused, relaxation
-            kind += job.guidance_scale, job.learned, str(job.labels.device)
-            known = knowledge_of(owner, drafter, kind, num_steps, slots)
-            self.policy = DraftLengthPolicy(num_steps, length, known, first_drafted_step(drafter))
         self.job, self.length = job.hoisted(), length
         self._first_drafted, self._drafter_is_hoisted = first_drafted_step(drafter), False
         self.slots = Slots(self.job, slots, 3 * slots if bounded else None, options.packing_backend)
@@ -76,6 +70,17 @@ class Speculation:
             relaxation=relaxation,
             dense=dense,
         )
+        refused = self.rounds.refused
+        self._seen = SeenSteps(slots, 0 if refused is None else refused.rows - 1)
+        self.policy: DraftLengthPolicy | None = None
+        if automatic:
+            owner = getattr(job.target, "module", job.target)
+            kind = options.block, options.backend, options.cuda_graphs, options.reuse_refused, relaxation
+            kind += job.guidance_scale, job.learned, str(job.labels.device)
+            known = knowledge_of(owner, drafter, kind, num_steps, slots)
+            # With block verification a row drafts again only where the next round begins.
+            reuses = self._seen.most > 1
+            self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, reuses=reuses)
 
     @property
     def stats(self) -> SampleStats:
@@ -141,14 +146,18 @@ class Speculation:
             self.run_stats.count(images, before.steps, lengths, after.committed)
         if self.policy is not None and ordinary:
             self.policy.observe_ordinary(len(images), ordinary, seconds)
+            self._seen.forget()
         elif self.policy is not None:
             live = np.asarray(images) >= 0
-            self.policy.observe(live, *map(np.asarray, (before.steps, lengths, after.committed)), seconds)
+            rows, committed = np.asarray(lengths), np.asarray(after.committed)
+            self.policy.observe(live, np.asarray(before.steps), rows, committed, seconds)
+            self._seen.played(rows, committed, np.asarray(after.steps))
 
     def _lengths(self, now: RoundReport) -> list[int]:
         """Rows of every slot in the next round."""
         if self.policy is not None:
-            return self.policy.choose(np.asarray(now.images) >= 0, np.asarray(now.steps)).tolist()
+            live = np.asarray(now.images) >= 0
+            return self.policy.choose(live, np.asarray(now.steps), self._seen.counts).tolist()
         left = len(self.job.timesteps)
         return [
             0 if image < 0 else (1 if step < self._first_drafted else min(self.length, left - step))

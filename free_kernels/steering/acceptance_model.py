@@ -1,136 +1,117 @@
-"""How likely drafts are accepted, by step and look-ahead."""
+"""How likely drafts are accepted, and what it is worth to ask about a step before it is tested."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-# Parts of the chain that are told apart.
-_BINS = 25
-# Acceptance of a drafter without a calibration before any draft was tested.
-UNKNOWN_ACCEPTANCE = 0.85
+from free_kernels.steering.refusal_odds import UNKNOWN_ACCEPTANCE, RefusalOdds
 
 
 class AcceptanceModel:
-    """Acceptance probability of a draft by step and look-ahead: a calibration, corrected by what the run sees.
+    """Acceptance probability of drafts of two kinds: of steps that an earlier round asked about, and of new ones.
 
-    The odds of refusal are the calibration's times factors: of the counts by part of the chain that earlier runs left,
-    and of what this run's latest rounds saw.
+    In a round that begins at step k with m seen steps, the drafts of steps k to k + m - 1 are seen ones, whatever their
+    look-ahead; those behind are new, with the look-ahead past the seen stretch. Nothing that is learned of one kind
+    says anything of the other.
 
     Args:
-        calibration: acceptance probabilities ``[K, A]``, of a draft of step k that lies a + 1 steps past the last exact
+        calibration: acceptance probabilities ``[K, A]`` of new drafts, of step k and a + 1 steps past the last exact
             feature.
-        decay: weight of the past after each round.
+        decay: weight of the past after each round that tests a kind.
     """
 
-    # Refusals that the calibration counts for; tests after which earlier runs fade in full; their weight a run later.
-    _PRIOR_REFUSALS, _FULL_TESTS, _DECAY_OF_RUNS = 0.5, 10.0, 0.9
-    # Share of runs that are unlike those before.
-    _UNLIKE = 0.1
-    # Rounds that are counted at once: nobody asks for the counts before the next run.
-    _COUNTED_AT_ONCE = 64
-
     def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
-        calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
-        self._decay = decay
-        length, ahead = calibration.shape
-        # Acceptance as calibrated; entry [k, a]: the draft of step k + a in a round that begins at step k. The chain's
-        # last step is never drafted.
-        self._calibrated = np.zeros((length + 1, ahead))
-        for a in range(min(ahead, length - 1)):
-            self._calibrated[: length - 1 - a, a] = calibration[a:-1, a]
-        # Part of the chain that each of those drafts belongs to.
-        steps = np.arange(length + 1)[:, None] + np.arange(ahead)
-        self._parts = np.minimum(steps, length - 1) * _BINS // length
-        # Accepted, tested and, as calibrated, expected to be accepted, by part of the chain; of all runs, and how many
-        # were tested since a run last began.
-        self._counts, self._new_tests = np.zeros((3, _BINS)), 0
-        # Steps, rows tested and rows accepted of the rounds that are not counted yet.
-        self._uncounted: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.begin()
+        # A seen row is taken to be worth an exact feature of the step before, before any was tested.
+        seen = np.maximum(calibration[:, :1], UNKNOWN_ACCEPTANCE)
+        self._new = RefusalOdds(calibration, decay)
+        self._seen = RefusalOdds(np.broadcast_to(seen, calibration.shape), decay)
+        self._kinds = self._new, self._seen
+        self._width = calibration.shape[1]
+        self._ahead = np.arange(self._width + 1)
+        self._read()
 
     def begin(self) -> None:
-        """Start a run: the calibration takes in the counts of those before."""
-        self._count()
-        # Old runs fade as new ones bring tests: a drafter may be trained on, and labels differ.
-        self._counts *= self._DECAY_OF_RUNS ** min(1.0, self._new_tests / self._FULL_TESTS)
-        self._new_tests = 0
-        accepted, tested, expected = self._counts
-        # What the runs saw anywhere stands for the parts of the chain where they saw little.
-        whole = self._counts.sum(1).tolist()
-        general = self._odds_factor(*whole)
-        known = np.divide(expected, tested, out=np.full_like(tested, UNKNOWN_ACCEPTANCE), where=tested > 0)
-        corrected = known / (known + general * (1 - known))
-        local = [self._odds_factor(a, n, n * mean) for a, n, mean in zip(accepted, tested, corrected, strict=True)]
-        with np.errstate(divide="ignore"):
-            self._odds = (1 / self._calibrated - 1) * (general * np.array(local))[self._parts]
-        # Drafts of a round that are expected to be accepted if so many are tested.
-        self._expected = np.zeros((len(self._odds), self._odds.shape[1] + 1))
-        np.cumsum(1 / (1 + self._odds), axis=1, out=self._expected[:, 1:])
-        self._recent = 0.0, 0.0, 0.0
+        """Start a run: what is expected takes in the counts of those before."""
+        for kind in self._kinds:
+            kind.begin()
+        self._read()
 
-    def _count(self) -> None:
-        """Bring the counts up to date."""
-        if not self._uncounted:
-            return
-        steps, tested, accepted = map(np.concatenate, zip(*self._uncounted, strict=True))
-        self._uncounted.clear()
-        ahead = np.arange(self._calibrated.shape[1])
-        for row, until, weight in zip(
-            self._counts, (accepted, tested, tested), (1.0, 1.0, self._calibrated[steps]), strict=True
-        ):
-            part = np.where(ahead < until[:, None], weight, 0.0)
-            row += np.bincount(self._parts[steps].ravel(), part.ravel(), _BINS)
+    def _read(self) -> None:
+        self._new_odds = self._new.by_step.ravel()
+        # Of the draft of step k + a: if it is the first new one, and if it is a seen one.
+        odds = (_from_step_on(kind.by_step[:, 0], self._width + 1) for kind in self._kinds)
+        self._first_odds, self._seen_odds = odds
 
-    @classmethod
-    def _odds_factor(cls, accepted: float, tested: float, expected: float) -> float:
-        """Odds of refusal of earlier runs, over those where ``expected`` are accepted; 1 where nothing was tested.
+    def survival(self, steps: np.ndarray, seen: np.ndarray | None = None, width: int | None = None) -> np.ndarray:
+        """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted.
 
-        What was expected is a Beta prior with the weight of so many tests as make half a refusal: one refusal never
-        says much, and to say that almost none happens takes many acceptances.
+        Args:
+            steps: int ``[S]``.
+            seen: int ``[S]``, how many of the steps ahead an earlier round asked about; none if None.
+            width: A of the answer, at most the calibration's, which is the default.
         """
-        mean = cls._share(expected, tested)
-        prior = cls._PRIOR_REFUSALS / (1 - mean)
-        return cls._odds_over(mean, (accepted + prior * mean) / (tested + prior))
+        width = self._width if width is None else width
+        as_seen = None
+        if seen is not None and seen.any():
+            as_seen = self._acceptance(self._seen, self._seen_odds, steps, width)
+        return np.cumprod(self._planned(steps, seen, as_seen, width), axis=1)
+
+    def _planned(
+        self, steps: np.ndarray, seen: np.ndarray | None, as_seen: np.ndarray | None, width: int
+    ) -> np.ndarray:
+        """``[S, width]``: acceptance of each draft if those before are; ``as_seen`` where an earlier round asked."""
+        if seen is None or not seen.any():
+            return self._acceptance(self._new, self._new.by_step, steps, width)
+        ahead, seen = self._ahead[:width], seen[:, None]
+        place = ((steps[:, None] + seen) * self._width - seen) + ahead
+        as_new = 1 / (1 + self._new.factor * self._new_odds.take(place, mode="clip"))
+        return np.where(ahead < seen, as_seen[:, :width], as_new)
 
     @staticmethod
-    def _share(accepted: float, tested: float) -> float:
-        """Accepted drafts of those tested; ours to guess where none was."""
-        return min(max(accepted / tested if tested else UNKNOWN_ACCEPTANCE, 1e-3), 1 - 1e-3)
+    def _acceptance(kind: RefusalOdds, odds: np.ndarray, steps: np.ndarray, width: int) -> np.ndarray:
+        return 1 / (1 + kind.factor * odds[steps, :width])
 
-    @staticmethod
-    def _odds_over(mean: float, seen: float) -> float:
-        """Odds of refusal where a share ``seen`` is accepted, over those where ``mean`` is."""
-        seen = min(max(seen, 1e-3), 1 - 1e-3)
-        return (1 - seen) / seen * mean / (1 - mean)
+    def outlook(self, steps: np.ndarray, seen: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the rows of a round bring now and later.
 
-    def _recent_factor(self) -> float:
-        """Odds of refusal of this run's latest rounds, over those expected.
+        Every step is tested once, and each refusal ends a round. Asking about a step that is not tested in this round
+        makes a seen one of it: it saves a refusal, and so a round, where the step would be refused as a new one only.
+        That is counted if the step is tested in the next round, after a single refusal; before a later one there is
+        another opportunity to ask.
 
-        Either all is as expected, or this run is unlike those before, and what was expected is a Beta prior with the
-        weight of one test: a refusal among many acceptances is forgotten soon, and a few in a row leave no doubt.
+        Args:
+            steps: int ``[S]``, no later than the last but one.
+            seen: int ``[S]``, how many of the steps ahead an earlier round asked about.
+            width: A of the answer.
+
+        Returns:
+            ``[S, A]``, :meth:`survival`; and ``[S, A]``, refusals in the next round that are expected to be saved by
+            the row of step k + a + 1, which draft a makes.
         """
-        accepted, tested, expected = self._recent
-        refused, mean = tested - accepted, self._share(expected, tested)
-        usual = accepted * math.log(mean) + refused * math.log(1 - mean)
-        other = sum(
-            math.lgamma(count + share) - math.lgamma(share) for count, share in ((accepted, mean), (refused, 1 - mean))
-        ) - math.lgamma(tested + 1)
-        trust = 1 / (1 + self._UNLIKE / (1 - self._UNLIKE) * math.exp(min(other - usual, 700.0)))
-        return self._odds_over(mean, trust * mean + (1 - trust) * (accepted + mean) / (tested + 1))
+        as_seen = self._acceptance(self._seen, self._seen_odds, steps, width + 1)
+        survival = np.cumprod(self._planned(steps, seen, as_seen, width), axis=1)
+        # All drafts up to this one accepted in the next round.
+        later = np.maximum(np.cumprod(as_seen[:, :width], axis=1), 1e-300)
+        refused = 1.0 - survival
+        refused[:, 1:] -= refused[:, :-1].copy()
+        tested = later * np.cumsum(refused / later, axis=1)
+        as_new = self._acceptance(self._new, self._first_odds, steps + 1, width)
+        saved = tested * np.maximum(as_seen[:, 1:] - as_new, 0.0)
+        return survival, saved * (self._ahead[1 : width + 1] >= seen[:, None])
 
-    def survival(self, steps: np.ndarray) -> np.ndarray:
-        """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted."""
-        return np.cumprod(1 / (1 + self._recent_factor() * self._odds[steps]), axis=1)
-
-    def update(self, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray) -> None:
+    def update(
+        self, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seen: np.ndarray | None = None
+    ) -> None:
         """Take in a round of slots that drafted: rows tested are those up to and including the first refused one."""
         tested, accepted = np.minimum(committed, lengths - 1), committed - 1
-        count = int(tested.sum())
-        self._new_tests += count
-        seen = float(accepted.sum()), float(count), float(self._expected[steps, tested].sum())
-        self._recent = tuple(self._decay * past + now for past, now in zip(self._recent, seen, strict=True))
-        self._uncounted.append((steps, tested, accepted))
-        if len(self._uncounted) == self._COUNTED_AT_ONCE:
-            self._count()
+        if seen is not None and seen.any():
+            tested_seen, accepted_seen = np.minimum(tested, seen), np.minimum(accepted, seen)
+            self._seen.update(steps, tested_seen, accepted_seen)
+            steps, tested, accepted = steps + seen, tested - tested_seen, accepted - accepted_seen
+        self._new.update(steps, tested, accepted)
+
+
+def _from_step_on(odds: np.ndarray, width: int) -> np.ndarray:
+    """``[K + 1, width]``: odds ``[K + 1]`` of each step and those after it; behind the chain all is refused."""
+    padded = np.concatenate([odds, np.full(width, np.inf)])
+    return np.lib.stride_tricks.sliding_window_view(padded, width)

@@ -13,14 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from free_kernels.protocols import DrafterDefaults
-from free_kernels.steering.acceptance_model import UNKNOWN_ACCEPTANCE, AcceptanceModel
+from free_kernels.steering.acceptance_model import AcceptanceModel
+from free_kernels.steering.refusal_odds import UNKNOWN_ACCEPTANCE
 from free_kernels.steering.round_cost import RoundCost
 
 # Longest drafts that are considered. Few, since each is a graph and a timing of its own.
-LONGEST = (2, 3, 4, 6, 8, 12, 16)
+LONGEST = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FEWEST_TIMINGS = 3
 # Rounds after which an ordinary step is timed again: the machine may have become faster or slower.
 _OLDEST_TIMING = 40
+# Share of a round that a saved refusal saves: rounds also end where a window does.
+_ROUNDS_SAVED = 0.7
+# Weight of a round against those before in what rounds commit.
+_NEW_COMMITTED = 0.1
 # Rounds are speculative where they promise this much more than ordinary steps.
 _WANTED_SPEED = 1.02
 # Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent.
@@ -50,6 +55,7 @@ class Knowledge:
     round: int = 0  # rounds of all runs
     excess: float = 1.0  # what rounds lately took over what was predicted
     saved: float = 0.0  # ordinary steps, against the ordinary chain; of runs before what may be risked
+    committed: float = 2.0  # steps of an image that rounds with drafts lately committed
     hold: int = _SHORTEST_HOLD  # rounds between two trials of drafts that promise nothing
     next_trial: int = 0  # round of the next one
 
@@ -89,10 +95,13 @@ class DraftLengthPolicy:
         longest: largest draft length.
         knowledge: costs and acceptance so far; brought up to date.
         first: first step that the drafter drafts.
+        reuses: whether rows behind a refusal draft their steps again, however far they reach.
     """
 
-    def __init__(self, num_steps: int, longest: int, knowledge: Knowledge, first: int = 1) -> None:
-        self.num_steps, self._first = num_steps, first
+    def __init__(
+        self, num_steps: int, longest: int, knowledge: Knowledge, first: int = 1, *, reuses: bool = False
+    ) -> None:
+        self.num_steps, self._first, self._reuses = num_steps, first, reuses
         self.knowledge = knowledge
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
@@ -100,16 +109,23 @@ class DraftLengthPolicy:
         self._lengths = np.array(self._longest, np.int64)[:, None]
         self._elapsed = self._promised = 0.0
         self._next_look = 0
+        self._seen: np.ndarray | None = None
         # What runs just before have saved may be risked, so that no single refusal turns a run into ordinary steps.
         risked = min(_RISKED * knowledge.saved, _RISKED_STEPS + _RISKED_OF_RUN * num_steps)
         knowledge.saved = max(0.0, risked)
         # Where rounds have become too dear to be taken, nothing else would find out that they no longer are.
         knowledge.excess = 1.0 + 0.5 * (knowledge.excess - 1.0)
 
-    def choose(self, live: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        """Rows ``[S]`` of the next round, given which slots hold an image, and their steps; all 1: an ordinary step."""
+    def choose(self, live: np.ndarray, steps: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
+        """Rows ``[S]`` of the next round; all 1: an ordinary step.
+
+        Args:
+            live: bool ``[S]``, which slots hold an image.
+            steps: int ``[S]``.
+            seen: int ``[S]``, how many of the steps ahead an earlier round asked about; none if None.
+        """
         lengths = live.astype(np.int64)
-        known = self.knowledge
+        known, self._seen = self.knowledge, seen
         known.round += 1
         if known.round < self._next_look or not self._longest:
             return lengths
@@ -121,11 +137,11 @@ class DraftLengthPolicy:
         count = int(lengths.sum())
         # Whatever rounds lately took over what is predicted counts; so do an ordinary step's usual delays.
         step_s = self.cost.ordinary(count, 0.5) / known.excess
-        gains = self.acceptance.survival(steps[drafting])
-        ahead = gains.shape[1]
-        gains = gains.ravel()
-        order = (-gains).argsort(kind="stable")
-        plans = self._plans(gains[order], order % ahead, count, step_s)
+        lengths_tried = self._begun_lengths()
+        width = int(lengths_tried[-1, 0]) - 1
+        gains, values = self._worth(steps[drafting], None if seen is None else seen[drafting], width)
+        gains, order = gains.ravel(), self._order(values)
+        plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s)
         speed, longest, last = max(plans)
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
         if speed >= _WANTED_SPEED and allowed >= 0:
@@ -141,10 +157,29 @@ class DraftLengthPolicy:
             known.next_trial = known.round + known.hold
             known.hold = min(2 * known.hold, _LONGEST_HOLD)
         taken = order[: last + 1]
-        taken = taken[taken % ahead < longest - 1]
+        taken = taken[taken % width < longest - 1]
         self._promised = count + float(gains[taken].sum())
-        lengths[drafting] += np.bincount(taken // ahead, minlength=len(drafting))
+        lengths[drafting] += np.bincount(taken // width, minlength=len(drafting))
         return lengths
+
+    def _worth(self, steps: np.ndarray, seen: np.ndarray | None, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """What drafted rows ``[S, width]`` are expected to commit; the same with what they save later."""
+        if not self._reuses:
+            gains = self.acceptance.survival(steps, seen, width)
+            return gains, gains
+        gains, saved = self.acceptance.outlook(steps, np.zeros_like(steps) if seen is None else seen, width)
+        return gains, gains + _ROUNDS_SAVED * self.knowledge.committed * saved
+
+    @staticmethod
+    def _order(values: np.ndarray) -> np.ndarray:
+        """The order in which to take rows worth ``[S, A]``: the best first, but each after those before it of its slot.
+
+        Where those are worth less, they are taken for its sake.
+        """
+        if len(values) == 1:
+            return np.arange(values.shape[1])
+        best_behind = np.maximum.accumulate(values[:, ::-1], axis=1)[:, ::-1]
+        return (-best_behind.ravel()).argsort(kind="stable")
 
     @property
     def ordinary_ahead(self) -> int:
@@ -159,12 +194,13 @@ class DraftLengthPolicy:
         begun = sum(map(self.cost.has_begun, self._longest))
         return self._lengths[: begun + 1]
 
-    def _plans(self, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float) -> list[tuple[float, int, int]]:
+    def _plans(
+        self, longest: np.ndarray, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float
+    ) -> list[tuple[float, int, int]]:
         """For each longest draft the best speed over ordinary steps, that length, and the last of the rows to take.
 
-        Of rows in descending order of their gains, the probabilities of being reached and accepted.
+        Of rows in the order to take them in, with what each is worth in steps.
         """
-        longest = self._begun_lengths()
         taken = (ahead < longest - 1) & (gains > 0)
         committed = count + np.cumsum(taken * gains, axis=1)
         seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1))
@@ -182,7 +218,7 @@ class DraftLengthPolicy:
     def observe(
         self, live: np.ndarray, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seconds: float
     ) -> None:
-        """Learn from a round: its time and what it committed."""
+        """Learn from the round that was just chosen: its time and what it committed."""
         rows, longest, count = int(lengths.sum()), int(lengths.max()), int(live.sum())
         self._elapsed += seconds
         if longest == 1:
@@ -197,10 +233,12 @@ class DraftLengthPolicy:
         taken = known.excess * predicted
         total = int(committed.sum())
         known.saved += total / count - taken / self.cost.ordinary(count, 0.5)
+        known.committed += _NEW_COMMITTED * (total / count - known.committed)
         drafted = lengths > 1
         if total > _SURPRISE * self._promised:
             # The next trial comes sooner.
             known.hold = max(_SHORTEST_HOLD, known.hold // 4)
             known.next_trial = min(known.next_trial, known.round + known.hold)
             self._next_look = min(self._next_look, known.next_trial)
-        self.acceptance.update(steps[drafted], lengths[drafted], committed[drafted])
+        seen = None if self._seen is None else self._seen[drafted]
+        self.acceptance.update(steps[drafted], lengths[drafted], committed[drafted], seen)

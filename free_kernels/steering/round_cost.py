@@ -46,7 +46,7 @@ class RoundCost:
     """
 
     slots: int = 1
-    longest: int = 16
+    longest: int = 32
     _ordinary: dict[int, Timings] = field(default_factory=dict)  # by images
     _timings: dict[tuple[int, int], Timings] = field(default_factory=dict)  # by longest draft and rows / grain
     _begun: set[int] = field(default_factory=set)

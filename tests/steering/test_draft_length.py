@@ -2,70 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import simulated_rounds
 import torch
 from analytic import FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
+from simulated_rounds import STEPS, Runs, World
 
 from free_kernels import DDPMSchedule, ancestral_sample, sample
 from free_kernels.sampling.speculative import Speculation
 from free_kernels.steering import length_policy as draft_length
 from free_kernels.steering.length_policy import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
 from free_kernels.steering.round_cost import RoundCost, _quantile
-
-STEPS = 250
-
-
-class World:
-    """A machine and a drafter: seconds of a round, and whether the drafts of a step are accepted."""
-
-    def __init__(self, slots: int, acceptance: float, row: float, draft: float, late: float | None = None) -> None:
-        self.slots, self.row, self.draft = slots, row, draft
-        self.acceptance = np.full(STEPS, acceptance)
-        if late is not None:
-            self.acceptance[STEPS * 4 // 5 :] = late
-        self.random, self.begun = np.random.default_rng(0), set()
-
-    def seconds(self, longest: int, rows: int) -> float:
-        """An ordinary step takes 1; every further packed row and every draft adds to it; timings scatter.
-
-        The first round of a length takes half as much again.
-        """
-        noise = (1 + 0.05 * self.random.exponential()) * (1.5 if longest not in self.begun else 1.0)
-        self.begun.add(longest)
-        if longest == 1:
-            return noise * (1 + self.row * (rows - self.slots) / self.slots)
-        return noise * (1.05 + self.row * (rows - self.slots) / self.slots + self.draft * (longest - 1))
-
-    def run(self, choose, observe) -> float:
-        """Seconds until all images are finished; committed steps follow the acceptance."""
-        steps, total = np.zeros(self.slots, np.int64), 0.0
-        while (steps < STEPS).any():
-            live = steps < STEPS
-            lengths = np.minimum(choose(live, steps), np.where(live, STEPS - steps, 0))
-            committed = live.astype(np.int64)
-            for slot in np.flatnonzero(lengths > 1):
-                while committed[slot] < lengths[slot]:
-                    if self.random.random() > self.acceptance[steps[slot] + committed[slot] - 1]:
-                        break
-                    committed[slot] += 1
-            seconds = self.seconds(int(lengths.max()), int(lengths.sum()))
-            observe(live, steps, lengths, committed, seconds)
-            steps, total = steps + committed, total + seconds
-        return total
-
-    def fixed(self, length: int) -> float:
-        return self.run(lambda live, steps: np.where(live, np.where(steps == 0, 1, length), 0), lambda *figures: None)
-
-    def auto(self, calls: int = 1) -> float:
-        """Seconds of the last of so many calls that share their knowledge."""
-        self.begun.clear()
-        runs = Runs(self)
-        return [runs.run() for _ in range(calls)][-1]
 
 
 @pytest.mark.parametrize("slots", [1, 8])
@@ -113,18 +64,6 @@ def test_a_changing_world_is_noticed():
     world.acceptance[100:] = 0.0
     assert world.auto() < world.fixed(1)
     assert world.auto(3) < 0.95 * world.fixed(1)
-
-
-class Runs:
-    """Runs in one world that share their knowledge."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self.knowledge = Knowledge(RoundCost(world.slots), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.85)))
-
-    def run(self) -> float:
-        policy = DraftLengthPolicy(STEPS, LONGEST[-1], self.knowledge)
-        return self.world.run(policy.choose, policy.observe)
 
 
 @pytest.mark.parametrize("slots", [1, 8])
@@ -182,7 +121,7 @@ def test_rows_that_become_dear_are_found_out(slots):
 @pytest.mark.parametrize("steps", [50, STEPS])
 def test_slow_first_rounds_do_not_end_speculation(steps, monkeypatch):
     """Every length's first round takes fifty times as long, as where it is captured as a graph."""
-    monkeypatch.setattr(sys.modules[__name__], "STEPS", steps)
+    monkeypatch.setattr(simulated_rounds, "STEPS", steps)
     world = World(1, 0.98, 0.1, 0.1)
     runs, seconds = Runs(world), world.seconds
     world.seconds = lambda longest, rows: seconds(longest, rows) * (1.0 if longest in world.begun else 50.0)

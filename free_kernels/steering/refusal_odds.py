@@ -1,0 +1,145 @@
+"""Odds that drafts of one kind are refused, by step and look-ahead."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+# Parts of the chain that are told apart.
+_BINS = 25
+# Acceptance of a drafter without a calibration before any draft was tested.
+UNKNOWN_ACCEPTANCE = 0.85
+
+
+class RefusalOdds:
+    """Odds of refusal of a draft by step and look-ahead: a calibration's, corrected by what the runs see.
+
+    They are the calibration's times factors: of the counts by part of the chain that earlier runs left, and of what
+    this run's latest rounds saw.
+
+    Args:
+        calibration: acceptance probabilities ``[K, A]``, of a draft of step k that lies a + 1 steps past the last exact
+            feature.
+        decay: weight of the past after each round that tests such drafts.
+
+    Attributes:
+        by_step: ``[K + 1, A]``, odds without the latest rounds' factor; entry [k, a]: the draft of step k + a, a + 1
+            steps past the last exact feature.
+    """
+
+    # Refusals that the calibration counts for; tests after which earlier runs fade in full; their weight a run later.
+    _PRIOR_REFUSALS, _FULL_TESTS, _DECAY_OF_RUNS = 0.5, 10.0, 0.9
+    # Share of runs that are unlike those before.
+    _UNLIKE = 0.1
+    # Rounds that are counted at once: nobody asks for the counts before the next run.
+    _COUNTED_AT_ONCE = 64
+
+    def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
+        calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
+        self._decay = decay
+        length, ahead = calibration.shape
+        # Acceptance as calibrated; entry [k, a]: the draft of step k + a in a round that begins at step k. The chain's
+        # last step is never drafted.
+        self._calibrated = np.zeros((length + 1, ahead))
+        for a in range(min(ahead, length - 1)):
+            self._calibrated[: length - 1 - a, a] = calibration[a:-1, a]
+        # Part of the chain that each of those drafts belongs to.
+        steps = np.arange(length + 1)[:, None] + np.arange(ahead)
+        self._parts = np.minimum(steps, length - 1) * _BINS // length
+        # Accepted, tested and, as calibrated, expected to be accepted, by part of the chain; of all runs, and how many
+        # were tested since a run last began.
+        self._counts, self._new_tests = np.zeros((3, _BINS)), 0
+        # Steps, rows tested and rows accepted of the rounds that are not counted yet.
+        self._uncounted: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a run: the calibration takes in the counts of those before."""
+        self._count()
+        # Old runs fade as new ones bring tests: a drafter may be trained on, and labels differ.
+        self._counts *= self._DECAY_OF_RUNS ** min(1.0, self._new_tests / self._FULL_TESTS)
+        self._new_tests = 0
+        accepted, tested, expected = self._counts
+        # What the runs saw anywhere stands for the parts of the chain where they saw little.
+        whole = self._counts.sum(1).tolist()
+        general = self._odds_factor(*whole)
+        known = np.divide(expected, tested, out=np.full_like(tested, UNKNOWN_ACCEPTANCE), where=tested > 0)
+        corrected = known / (known + general * (1 - known))
+        local = [self._odds_factor(a, n, n * mean) for a, n, mean in zip(accepted, tested, corrected, strict=True)]
+        with np.errstate(divide="ignore"):
+            self.by_step = (1 / self._calibrated - 1) * (general * np.array(local))[self._parts]
+        # Drafts of a round that are expected to be accepted if so many are tested.
+        self._expected = np.zeros((len(self.by_step), self.by_step.shape[1] + 1))
+        np.cumsum(1 / (1 + self.by_step), axis=1, out=self._expected[:, 1:])
+        self._recent, self._factor = (0.0, 0.0, 0.0), 1.0
+
+    def _count(self) -> None:
+        """Bring the counts up to date."""
+        if not self._uncounted:
+            return
+        steps, tested, accepted = map(np.concatenate, zip(*self._uncounted, strict=True))
+        self._uncounted.clear()
+        ahead = np.arange(self._calibrated.shape[1])
+        for row, until, weight in zip(
+            self._counts, (accepted, tested, tested), (1.0, 1.0, self._calibrated[steps]), strict=True
+        ):
+            part = np.where(ahead < until[:, None], weight, 0.0)
+            row += np.bincount(self._parts[steps].ravel(), part.ravel(), _BINS)
+
+    @classmethod
+    def _odds_factor(cls, accepted: float, tested: float, expected: float) -> float:
+        """Odds of refusal of earlier runs, over those where ``expected`` are accepted; 1 where nothing was tested.
+
+        What was expected is a Beta prior with the weight of so many tests as make half a refusal: one refusal never
+        says much, and to say that almost none happens takes many acceptances.
+        """
+        mean = cls._share(expected, tested)
+        prior = cls._PRIOR_REFUSALS / (1 - mean)
+        return cls._odds_over(mean, (accepted + prior * mean) / (tested + prior))
+
+    @staticmethod
+    def _share(accepted: float, tested: float) -> float:
+        """Accepted drafts of those tested; ours to guess where none was."""
+        return min(max(accepted / tested if tested else UNKNOWN_ACCEPTANCE, 1e-3), 1 - 1e-3)
+
+    @staticmethod
+    def _odds_over(mean: float, seen: float) -> float:
+        """Odds of refusal where a share ``seen`` is accepted, over those where ``mean`` is."""
+        seen = min(max(seen, 1e-3), 1 - 1e-3)
+        return (1 - seen) / seen * mean / (1 - mean)
+
+    def _recent_factor(self) -> float:
+        """Odds of refusal of this run's latest rounds, over those expected.
+
+        Either all is as expected, or this run is unlike those before, and what was expected is a Beta prior with the
+        weight of one test: a refusal among many acceptances is forgotten soon, and a few in a row leave no doubt.
+        """
+        accepted, tested, expected = self._recent
+        refused, mean = tested - accepted, self._share(expected, tested)
+        usual = accepted * math.log(mean) + refused * math.log(1 - mean)
+        other = sum(
+            math.lgamma(count + share) - math.lgamma(share) for count, share in ((accepted, mean), (refused, 1 - mean))
+        ) - math.lgamma(tested + 1)
+        trust = 1 / (1 + self._UNLIKE / (1 - self._UNLIKE) * math.exp(min(other - usual, 700.0)))
+        return self._odds_over(mean, trust * mean + (1 - trust) * (accepted + mean) / (tested + 1))
+
+    @property
+    def factor(self) -> float:
+        """Odds of refusal of this run's latest rounds, over those expected."""
+        if self._factor is None:
+            self._factor = self._recent_factor()
+        return self._factor
+
+    def update(self, steps: np.ndarray, tested: np.ndarray, accepted: np.ndarray) -> None:
+        """Take in a round of slots: the step of the first such draft of each, how many were tested and accepted."""
+        count = int(tested.sum())
+        if not count:
+            return
+        self._new_tests += count
+        seen = float(accepted.sum()), float(count), float(self._expected[steps, tested].sum())
+        self._recent = tuple(self._decay * past + now for past, now in zip(self._recent, seen, strict=True))
+        self._factor = None
+        self._uncounted.append((steps, tested, accepted))
+        if len(self._uncounted) == self._COUNTED_AT_ONCE:
+            self._count()
