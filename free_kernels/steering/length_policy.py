@@ -21,7 +21,10 @@ from free_kernels.steering.round_cost import RoundCost
 LONGEST = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FEWEST_TIMINGS = 3
 # Rounds after which an ordinary step is timed again: the machine may have become faster or slower.
-_OLDEST_TIMING = 40
+_OLDEST_TIMING = 100
+# Rounds that take the lengths of the one before, unless that committed less than this share of what it promised: what
+# they are chosen from changes slowly, and choosing takes time.
+_KEPT_ROUNDS, _DISAPPOINTING = 3, 0.7
 # Share of a round that a saved refusal saves: rounds also end where a window does.
 _ROUNDS_SAVED = 0.7
 # Weight of a round against those before in what rounds commit.
@@ -110,6 +113,8 @@ class DraftLengthPolicy:
         self._elapsed = self._promised = 0.0
         self._next_look = 0
         self._seen: np.ndarray | None = None
+        # Lengths as they were chosen last, and how many more rounds take them.
+        self._kept, self._kept_for = np.zeros(0, np.int64), 0
         # What runs just before have saved may be risked, so that no single refusal turns a run into ordinary steps.
         risked = min(_RISKED * knowledge.saved, _RISKED_STEPS + _RISKED_OF_RUN * num_steps)
         knowledge.saved = max(0.0, risked)
@@ -127,6 +132,11 @@ class DraftLengthPolicy:
         lengths = live.astype(np.int64)
         known, self._seen = self.knowledge, seen
         known.round += 1
+        left = self.num_steps - steps
+        if self._kept_for and ((self._kept > 1) == (live & (steps >= self._first) & (left > 1))).all():
+            self._kept_for -= 1
+            return np.minimum(np.maximum(self._kept, live), left * live)
+        self._kept_for = 0
         if known.round < self._next_look or not self._longest:
             return lengths
         if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= _OLDEST_TIMING:
@@ -144,7 +154,8 @@ class DraftLengthPolicy:
         plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s)
         speed, longest, last = max(plans)
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
-        if speed >= _WANTED_SPEED and allowed >= 0:
+        pays = speed >= _WANTED_SPEED and allowed >= 0
+        if pays:
             known.hold = _SHORTEST_HOLD
         else:
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
@@ -160,6 +171,7 @@ class DraftLengthPolicy:
         taken = taken[taken % width < longest - 1]
         self._promised = count + float(gains[taken].sum())
         lengths[drafting] += np.bincount(taken // width, minlength=len(drafting))
+        self._kept, self._kept_for = lengths, _KEPT_ROUNDS if pays else 0
         return lengths
 
     def _worth(self, steps: np.ndarray, seen: np.ndarray | None, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -235,6 +247,8 @@ class DraftLengthPolicy:
         known.saved += total / count - taken / self.cost.ordinary(count, 0.5)
         known.committed += _NEW_COMMITTED * (total / count - known.committed)
         drafted = lengths > 1
+        if total < _DISAPPOINTING * self._promised:
+            self._kept_for = 0
         if total > _SURPRISE * self._promised:
             # The next trial comes sooner.
             known.hold = max(_SHORTEST_HOLD, known.hold // 4)

@@ -13,7 +13,7 @@ _KEPT, _SHARE = 7, 0.25
 # may have been an unlucky one. With enough kinds that were timed lately, others are left out.
 _EXPIRY, _ENOUGH_KINDS = 120, 3
 # Timings between two fits.
-_REFIT_EVERY = 8
+_REFIT_EVERY = 16
 # Timings for which the fit counts, beside a kind's own.
 _FIT_COUNTS = 3.0
 # Weight of the first guess of each coefficient against a kind of round that was timed.
