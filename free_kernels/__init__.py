@@ -8,6 +8,7 @@ from free_kernels.results import RoundInfo, SampleResult, SampleStats
 from free_kernels.sampling.api import FinishedImage, SampleIterator, ancestral_sample, sample, sample_iter
 from free_kernels.sampling.feasibility import Feasibility, feasibility
 from free_kernels.sampling.feasibility_costs import RowCosts
+from free_kernels.sampling.memory import MemoryEstimate, estimate_memory
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
 from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule
 from free_kernels.steering.relaxation import Relaxation
@@ -27,6 +28,7 @@ __all__ = [
     "FinishedImage",
     "FrozenDrafter",
     "HookTarget",
+    "MemoryEstimate",
     "NoiseSource",
     "PhiloxNoise",
     "Purpose",
@@ -44,6 +46,7 @@ __all__ = [
     "__version__",
     "ancestral_sample",
     "check_target",
+    "estimate_memory",
     "feasibility",
     "ops",
     "sample",
