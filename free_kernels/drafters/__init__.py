@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
 from free_kernels.drafters.feature import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.frozen import FrozenDrafter
 from free_kernels.protocols import Drafter, DrafterDefaults, Target
+from free_kernels.targets.wrappers import see_through
 from free_kernels.validation import fail
 
 __all__ = ["DrafterConfig", "FeatureDrafter", "FrozenDrafter", "as_drafter"]
+
+# Of drafters within torch.compile: what is called in their place, one for all runs.
+_COMPILED: WeakKeyDictionary[nn.Module, FeatureDrafter] = WeakKeyDictionary()
 
 
 def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
     """A sampler's ``drafter`` argument as a drafter that fits the target.
 
+    A :class:`FeatureDrafter` may be wrapped as a target's module may be; within ``torch.compile`` it stays compiled.
+
     Raises:
-        ValueError: an unknown name, or a drafter made for a target of other shapes.
+        ValueError: an unknown name, a drafter made for a target of other shapes, or sharded weights.
         TypeError: not callable.
     """
     if isinstance(drafter, str):
@@ -23,5 +34,20 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
         return FrozenDrafter()
     if not callable(drafter) or isinstance(drafter, type):
         fail(where, "drafter", "'frozen' or a callable drafter", drafter, TypeError)
+    if isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter):
+        drafter = _unwrapped(where, drafter)
     DrafterDefaults.read(drafter, "check_target")(target, where)
     return drafter
+
+
+def _unwrapped(where: str, drafter: nn.Module) -> nn.Module:
+    """The learned drafter behind wrappers; any other module as it is."""
+    seen = see_through(where, drafter)
+    if not isinstance(seen.module, FeatureDrafter):
+        return drafter
+    if seen.compiler is None:
+        return seen.module
+    if drafter not in _COMPILED:
+        _COMPILED[drafter] = copy.copy(seen.module)
+        _COMPILED[drafter].compile_with(seen.compiler)
+    return _COMPILED[drafter]

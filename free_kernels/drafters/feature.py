@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -132,6 +132,13 @@ class _Folded(NamedTuple):
         return feature + F.linear(leaving, self.leave, self.leave_bias)
 
 
+def _run(
+    folded: _Folded, feature: Tensor, tokens: Tensor, modulations: tuple[Tensor, ...], memory: FeatureMemory | None
+) -> Tensor:
+    """A call of the network, which :meth:`FeatureDrafter.compile` compiles."""
+    return folded(feature, tokens, modulations, memory)
+
+
 def _checked_calibration(table: object) -> list[list[float]] | None:
     """The table itself where it is None or rows of equally many probabilities; else TypeError."""
     if table is None:
@@ -234,6 +241,15 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         self.calibration: list[list[float]] | None = None
         self._table: ConditioningTable | None = None
         self._kept: _Folded | None = None
+        self._run: Callable[..., Tensor] = _run
+
+    def compile(self, *arguments: Any, **settings: Any) -> None:
+        """Run the network through ``torch.compile``, with its arguments; hoisted copies share what was compiled."""
+        self.compile_with(lambda function: torch.compile(function, *arguments, **settings))
+
+    def compile_with(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Run the network through a function's compiled form."""
+        self._run = compiler(_run)
 
     def set_feature_scale(self, features: Tensor, changes: Tensor) -> None:
         """Take the scale of features ``[..., D]`` and of their change over one step from samples of both."""
@@ -306,7 +322,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         table = self._table or self._modulations
         folded = self._kept or self._fold()
         feature = feature.to(dtype)
-        return folded(feature, self._tokens(feature, previous, state, t), table(t, y).unbind(1), memory)
+        tokens, modulations = self._tokens(feature, previous, state, t), table(t, y).unbind(1)
+        return self._run(folded, feature, tokens, modulations, memory)
 
     def new_memory(
         self, slots: int, branches: int, drafts: int, dtype: torch.dtype | None = None
