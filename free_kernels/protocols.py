@@ -31,10 +31,13 @@ class ScheduleDefaults(_Defaults):
     Attributes:
         family: which targets it goes with, "diffusion" or "flow" (velocity models).
         num_train_steps: of the targets that it goes with; a target with another number is refused. None: any.
+        times: time of every step in the schedule's own unit, ``[K]``, which a guidance interval is given in; None: the
+            timesteps.
     """
 
     family: str = "diffusion"
     num_train_steps: int | None = None
+    times: Tensor | None = None
 
 
 @runtime_checkable
