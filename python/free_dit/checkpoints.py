@@ -111,13 +111,19 @@ def infer_config(
     hidden, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
     _, tokens, _ = _shape(state, "pos_embed", 3)
     labels, _ = _shape(state, "y_embedder.embedding_table.weight", 2)
+    # A table of one row has a class and no null label.
+    has_null_label = has_null_label and labels > 1
     mlp_hidden, _ = _shape(state, "blocks.0.mlp.fc1.weight", 2)
     outputs, _ = _shape(state, "final_layer.linear.weight", 2)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     side = round(tokens**0.5)
     out_channels = outputs // patch**2
+    hint = "(DiTTarget takes a module that has x_embedder.grid_size)"
     if side**2 != tokens:
-        raise CheckpointError(f"pos_embed must be of a square number of tokens, got {tokens}")
+        raise CheckpointError(f"pos_embed must be of a square number of tokens, got {tokens} {hint}")
+    shown = _rectangle(state["pos_embed"])
+    if shown is not None:
+        raise CheckpointError(f"pos_embed must be of a square of tokens, got one of {shown[0]} x {shown[1]} {hint}")
     if out_channels not in (channels, 2 * channels):
         raise CheckpointError(f"final_layer must have {channels} or {2 * channels} channels, got {out_channels}")
     heads = standard_heads(hidden, depth) if num_heads is None else num_heads
@@ -136,6 +142,19 @@ def infer_config(
         learn_sigma=out_channels == 2 * channels,
         mlp_ratio=mlp_hidden / hidden,
     )
+
+
+def _rectangle(positions: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of a sine-cosine table of a grid that is no square; None for a square's or a learned table."""
+    _, tokens, width = positions.shape
+    for rows in range(1, tokens + 1):
+        if positions.is_meta or tokens % rows or rows**2 == tokens or width % 4:
+            continue
+        expected = sincos_positions(width, rows, tokens // rows).to(positions)
+        # As coarsely as the file's dtype rounds numbers of size 1; tables of two grids differ by about 1.
+        if bool(((positions[0] - expected).abs() < 0.02).all()):
+            return rows, tokens // rows
+    return None
 
 
 def convert_diffusers_to_dit(state: Mapping[str, Tensor], input_size: int) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ def load_target(
     dtype: torch.dtype | None = None,
     num_heads: int | None = None,
     family: str | None = None,
+    has_null_label: bool = True,
 ) -> tuple[Target, Drafter | None]:
     """A target and, where it is bundled, its drafter.
 
@@ -43,6 +44,8 @@ def load_target(
 
         family: "dit" (noise prediction) or "sit" (velocity), for checkpoints in the original's format, whose tensors
             are the same; None asks the network, which tells it at pure noise once it is trained.
+        has_null_label: False for a checkpoint in the original's format that was trained without label dropout: every
+            row of its label table is then a class. Other formats say it themselves.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -50,7 +53,7 @@ def load_target(
         ValueError: ``num_heads`` or ``family`` is needed, impossible, or given for a format that holds it.
         ImportError: a folder of diffusers without diffusers installed.
     """
-    module, drafter = _module(str(spec), dtype, num_heads, family)
+    module, drafter = _module(str(spec), dtype, num_heads, family, has_null_label)
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
@@ -73,7 +76,7 @@ def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) ->
 
 
 def _module(
-    spec: str, dtype: torch.dtype | None, num_heads: int | None, family: str | None
+    spec: str, dtype: torch.dtype | None, num_heads: int | None, family: str | None, has_null_label: bool
 ) -> tuple[Any, Drafter | None]:
     """The module on the CPU, and a bundled drafter."""
     accepted, path = ACCEPTED.format(names=", ".join(bundled_names())), Path(spec)
@@ -82,6 +85,8 @@ def _module(
         raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
     if family is not None and kind != "original":
         raise ValueError(f"load_target: family must be None for {spec}, which says it itself, got {family!r}")
+    if not has_null_label and kind != "original":
+        raise ValueError(f"load_target: has_null_label must be True for {spec}, which says it itself, got False")
     if spec in bundled_names():
         target, drafter = load_bundled(spec)
         return target.module.to(dtype), drafter
@@ -90,7 +95,8 @@ def _module(
     if kind == "original":
         from free_dit.checkpoints import NETWORKS, load_dit_checkpoint, told_family
 
-        model = load_dit_checkpoint(path, dtype=dtype, num_heads=num_heads, family=family or "dit")
+        told = {"num_heads": num_heads, "has_null_label": has_null_label}
+        model = load_dit_checkpoint(path, dtype=dtype, family=family or "dit", **told)
         found = family or told_family(model)
         if found is None:
             wanted = "'dit' (noise prediction) or 'sit' (velocity): neither its tensors nor its outputs tell"
