@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,6 +58,25 @@ def load_target(
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What a target's file may not say of itself.
+
+    Attributes:
+        family: dit (noise prediction) or sit (velocity), for checkpoints in the original's format, which have the same
+            tensors.
+        null_label: whether such a checkpoint was trained with label dropout, so that its label table ends in the label
+            of guidance.
+    """
+
+    family: Literal["dit", "sit"] | None = None
+    null_label: bool = True
+
+    def load(self, spec: str | Path, device: torch.device | str = "cpu") -> tuple[Target, Drafter | None]:
+        """:func:`load_target` with these facts."""
+        return load_target(spec, device, family=self.family, has_null_label=self.null_label)
 
 
 def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) -> Drafter | str:
