@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from free_dit.networks.dit import DiT, DiTConfig, sincos_positions, standard_heads
@@ -39,6 +39,8 @@ _NO_WEIGHTS = {
 }
 # Tensors that training keeps beside the network: counters of averages, projections of REPA.
 _BESIDE = ("n_averaged", "projectors.")
+# In the metadata of safetensors.
+FAMILY_KEY = "family"
 # The network of each family that files in the original's layout hold.
 NETWORKS: dict[str, type[DiT]] = {"dit": DiT, "sit": SiT}
 
@@ -385,20 +387,44 @@ def _own_names(held: Mapping[Any, Tensor]) -> dict[str, Tensor]:
 
 
 def save_dit_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Write a DiT's state dict as the published ``.pt`` files are.
+    """Write a DiT's state dict as the published ``.pt`` files are; or, to a ``.safetensors``, with its family.
+
+    The published layout has no place for the family, so :func:`free_dit.loading.load_target` asks for that of a
+    ``.pt``.
 
     Raises:
         OSError: the path cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     try:
-        torch.save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary
-        )
+        if path.suffix == ".safetensors":
+            family = next((name for name, network in NETWORKS.items() if type(module) is network), None)
+            save_file(state, temporary, None if family is None else {FAMILY_KEY: family})
+        else:
+            torch.save(state, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def recorded_family(path: Path) -> str | None:
+    """The family that a file in the original's layout records; None where it records none.
+
+    Raises:
+        CheckpointError: it records another than we know.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            family = (handle.metadata() or {}).get(FAMILY_KEY)
+    except SafetensorError as error:
+        raise CheckpointError(f"load_target: {path} must be a complete safetensors file, got {error}") from error
+    if family not in (None, *NETWORKS):
+        raise CheckpointError(f"load_target: {path} must record a family of {', '.join(NETWORKS)}, got {family!r}")
+    return family
 
 
 @torch.no_grad()

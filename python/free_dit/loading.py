@@ -44,7 +44,8 @@ def load_target(
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
 
         family: "dit" (noise prediction) or "sit" (velocity), for checkpoints in the original's format, whose tensors
-            are the same; None asks the network, which tells it at pure noise once it is trained.
+            are the same. Needed unless the file records it (:func:`free_dit.checkpoints.save_dit_checkpoint`); it is
+            never guessed, and a trained network whose output at pure noise is of the other family is refused.
         has_null_label: False for a checkpoint in the original's format that was trained without label dropout: every
             row of its label table is then a class. Other formats say it themselves.
 
@@ -113,20 +114,24 @@ def _module(
     if kind == "ours":
         return load_model(path).to(dtype), None
     if kind == "original":
-        from free_dit.checkpoints import NETWORKS, load_dit_checkpoint, told_family
+        from free_dit.checkpoints import load_dit_checkpoint, recorded_family, told_family
 
         told = {"num_heads": num_heads, "has_null_label": has_null_label}
-        model = load_dit_checkpoint(path, dtype=dtype, family=family or "dit", **told)
-        found = family or told_family(model)
-        if found is None:
-            wanted = "'dit' (noise prediction) or 'sit' (velocity): neither its tensors nor its outputs tell"
+        recorded = recorded_family(path)
+        if recorded is not None and family not in (None, recorded):
+            raise ValueError(
+                f"load_target: family must be {recorded!r} for {spec}, which says it itself, got {family!r}"
+            )
+        family = family or recorded
+        if family is None:
+            # The file is read all the same: what is wrong with it goes first, and its answer is a help, not a proof.
+            seems = told_family(load_dit_checkpoint(path, dtype=dtype, **told))
+            hint = "" if seems is None else f"; at pure noise it answers as a {seems} does"
+            wanted = (
+                f"'dit' (noise prediction) or 'sit' (velocity), by family= or --family: both have its tensors{hint}"
+            )
             raise ValueError(f"load_target: family of {spec} must be {wanted}, got None")
-        if type(model) is not NETWORKS[found]:
-            with torch.device("meta"):
-                network = NETWORKS[found](model.config)
-            network.load_state_dict(model.state_dict(), assign=True)
-            model = network
-        return model, None
+        return load_dit_checkpoint(path, dtype=dtype, family=family, **told), None
     if kind in ("pipeline", "transformer"):
         return _from_diffusers(path, kind == "pipeline", dtype), None
     if not path.exists():
