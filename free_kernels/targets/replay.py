@@ -31,7 +31,7 @@ class Passed(NamedTuple):
 class Recording:
     """Calls of parts within a call of the network; unusable where a part was called otherwise than the target does.
 
-    It holds ``4 depth T D`` numbers: 66 MiB for the shapes of DiT-XL/2 at 256 x 256 in bfloat16.
+    It holds ``4 depth T D`` numbers: 63 MiB for the shapes of DiT-XL/2 at 256 x 256 in bfloat16.
 
     Args:
         parts: attention and MLP of every block.
