@@ -150,7 +150,7 @@ def guidance_of(
     check_scale(where, scale)
     bounds = check_interval(where, interval)
     times = step_times(schedule)
-    inside = torch.ones(len(times), dtype=torch.bool)
+    inside = torch.ones(len(times), dtype=torch.bool, device="cpu")
     if bounds is not None:
         inside = (times >= bounds[0]) & (times <= bounds[1])
     if isinstance(scale, numbers.Real) and bool(inside.all()):
@@ -165,18 +165,19 @@ def guidance_of(
 
 def _values(where: str, scale: GuidanceScale, inside: Tensor, images: int) -> Tensor:
     """Scales on the CPU, float32 ``[K or 1, N or 1]``; of steps outside, 1 where it is a callable."""
+    on_cpu = {"dtype": torch.float32, "device": "cpu"}
     if isinstance(scale, Tensor):
         return _checked(where, "guidance_scale", scale, images).unsqueeze(0)
     if not callable(scale):
-        return torch.full((1, 1), float(scale))
-    rows = [torch.ones(1)] * len(inside)
+        return torch.full((1, 1), float(scale), **on_cpu)
+    rows = [torch.ones(1, **on_cpu)] * len(inside)
     for step in inside.nonzero().flatten().tolist():
         value, name = scale(step), f"guidance_scale({step})"
         if isinstance(value, Tensor) and value.ndim:
             rows[step] = _checked(where, name, value, images)
         else:
             number = value.item() if isinstance(value, Tensor) else value
-            rows[step] = torch.full((1,), check_float(where, name, number, 0.0))
+            rows[step] = torch.full((1,), check_float(where, name, number, 0.0), **on_cpu)
     return torch.stack(torch.broadcast_tensors(*rows) if len({len(row) for row in rows}) > 1 else rows)
 
 

@@ -161,7 +161,9 @@ class FlowSDESchedule:
     def _grid(self) -> Tensor:
         """Ticks of the steps where no times are given."""
         # With one step, that step starts at pure noise and is also the last.
-        times = torch.linspace(self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64)
+        times = torch.linspace(
+            self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64, device="cpu"
+        )
         # Without a shift the formula would only add its rounding.
         times = times if self.shift == 1.0 else shifted(times, self.shift)
         return (times * self.num_train_steps).round().long()
@@ -169,7 +171,7 @@ class FlowSDESchedule:
     @functools.cached_property
     def timesteps(self) -> Tensor:
         """Ticks shown to the target at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, ascending."""
-        return self._grid() if self._given_ticks is None else torch.tensor(self._given_ticks)
+        return self._grid() if self._given_ticks is None else torch.tensor(self._given_ticks, device="cpu")
 
     def resolve_variance(self, learns_variance: bool) -> str:
         """The variance type in force: the SDE's own, whatever the network learns."""
@@ -212,7 +214,7 @@ class FlowSDESchedule:
         dt, drift = ends - self.times, self.diffusions.clone()
         if self.last_step == "euler":
             drift[-1] = 0.0
-        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64)
+        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64, device="cpu")
         columns[:, TransitionColumn.MEAN_FROM_STATE] = 1 + dt * (velocity[0] + drift * score[0])
         columns[:, TransitionColumn.MEAN_FROM_OUTPUT] = dt * (velocity[1] + drift * score[1])
         columns[:, TransitionColumn.LOG_STD] = (2 * self.diffusions * dt).log() / 2

@@ -258,6 +258,22 @@ def test_parts_of_a_job_take_their_images_scales():
     assert by_step(2).tolist() == [2 * BY_IMAGE[2], 2 * BY_IMAGE[5]]
 
 
+def test_torchs_defaults_have_no_effect():
+    wanted = [guidance_of("sample", *given, STEPS, 7) for given in ((2.0, (100, 300)), (BY_IMAGE, None))]
+    flow = FlowSDESchedule(times=[0.0, 0.3, 0.8]).timesteps
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = [guidance_of("sample", *given, STEPS, 7) for given in ((2.0, (100, 300)), (BY_IMAGE, None))]
+            assert torch.equal(FlowSDESchedule(times=[0.0, 0.3, 0.8]).timesteps, flow)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for (_, one), (_, other) in zip(wanted, got, strict=True):
+        assert one.values.dtype == other.values.dtype == torch.float32
+        assert torch.equal(one.values, other.values)
+        assert torch.equal(one.inside, other.inside)
+
+
 def test_automatic_lengths_know_scales_apart(target):
     """What is learned of drafts at one scale is not taken for that of others."""
     keys = [
