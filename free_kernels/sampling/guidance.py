@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -135,7 +136,8 @@ def guidance_of(
 ) -> tuple[float, GuidanceScales | None]:
     """The number that the ops mix with, and the scales of rows where these are not all the same.
 
-    A scale of 1 everywhere is no guidance, and one that is the same everywhere is that number.
+    A scale of 1 everywhere is no guidance, and one that is the same everywhere is that number. An interval that holds
+    no step is warned of.
 
     Args:
         where: the public function.
@@ -153,6 +155,13 @@ def guidance_of(
     inside = torch.ones(len(times), dtype=torch.bool, device="cpu")
     if bounds is not None:
         inside = (times >= bounds[0]) & (times <= bounds[1])
+        if not bool(inside.any()):
+            # Most likely in another unit; few steps may also miss a narrow interval, which is no mistake.
+            warnings.warn(
+                f"{where}: guidance_interval ({bounds[0]:g}, {bounds[1]:g}) holds none of the steps' times, which go "
+                f"from {float(times[0]):g} to {float(times[-1]):g}: no image is guided",
+                stacklevel=4,
+            )
     if isinstance(scale, numbers.Real) and bool(inside.all()):
         return float(scale), None
     values = _values(where, scale, inside, images)

@@ -108,6 +108,7 @@ def test_what_is_the_same_everywhere_is_one_number(scale, interval, number):
     assert (found, scales is None) == ((SCALE_OF_MIXED, False) if number is None else (number, True))
 
 
+@pytest.mark.filterwarnings("ignore:.*holds none of the steps")
 def test_a_number_is_the_same_images_bit_for_bit(target):
     drafter = BiasedDrafter(target)
     for sampler, own in ((sample, {"drafter": drafter, "max_slots": 3}), (ancestral_sample, {})):
@@ -191,6 +192,21 @@ def test_steps_outside_are_the_conditional_ones_and_cost_no_second_branch():
         mean, std = gaussian_transition(x, output, table[k : k + 1])
         x = mean + (std * noise[:, k + 1] if k < 19 else 0)
     torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "interval", "span"),
+    [
+        (STEPS, (0.1, 0.7), "999 to 0"),
+        (FlowSDESchedule(11), (200, 700), "0 to 0.96"),
+    ],
+)
+def test_an_interval_without_a_step_is_warned_of(schedule, interval, span):
+    """As one in another unit is."""
+    with pytest.warns(
+        UserWarning, match=rf"^sample: guidance_interval .* holds none of the steps' times, .* {span}: no"
+    ):
+        assert guidance_of("sample", 2.0, interval, schedule, 1) == (1.0, None)
 
 
 def test_intervals_are_in_the_schedules_own_time():
