@@ -8,7 +8,9 @@ from analytic import BiasedDrafter, GaussianTarget, PerfectDrafter
 
 from free_kernels import DDPMSchedule, FlowSDESchedule, ancestral_sample, feasibility, sample, sample_iter
 from free_kernels.extension import has_extension
-from free_kernels.ops.coupling import gaussian_transition
+from free_kernels.ops.coupling import couple, couple_block, gaussian_transition
+from free_kernels.ops.drafting import AdvanceArguments
+from free_kernels.ops.drafting.api import ADVANCE
 from free_kernels.sampling.guidance import (
     SCALE_OF_MIXED,
     GuidanceScales,
@@ -299,3 +301,81 @@ def test_automatic_lengths_know_scales_apart(target):
     assert len(set(keys)) == 4
     result = sample(target, LABELS, schedule=STEPS, guidance_scale=BY_IMAGE, draft_length="auto", max_slots=2)
     assert result.samples.isfinite().all()
+
+
+def a_round(length: int, learned: bool):
+    """Ragged slots of drafts, outputs of both branches, and a scale for every packed row."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normals(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    counts, latent = [length, 1, 0, length - 1, length], (2, 3, 3)
+    slots, rows = len(counts), sum(counts)
+    steps = torch.tensor([3, 19, 0, 7, 11]).unsqueeze(1) + torch.arange(length)
+    columns = STEPS.table("learned_range" if learned else "fixed_small")[steps.clamp(max=19)]
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    drafts = normals(slots, length, *latent), normals(slots, length - 1, *latent)
+    noise = normals(slots, length, *latent), normals(slots, length, *latent) if learned else None
+    output = normals(2 * rows, 4 if learned else 2, 3, 3)
+    scales = torch.tensor([0.0, 0.3, 1.0, 2.0, 7.5]).repeat(rows)[:rows]
+    conditional, unconditional = output.chunk(2)
+    # One branch that is guided already, in float64.
+    guided = conditional.double()
+    guided[:, :1] = unconditional[:, :1].double() + scales.view(-1, 1, 1, 1) * (guided - unconditional)[:, :1]
+    uniform = torch.rand(slots, length, generator=generator).clamp(min=1e-3)
+    return drafts, noise, uniform, output, offsets, columns, scales, guided.float()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", [couple, couple_block])
+def test_coupling_of_rows_with_scales_of_their_own(op, backend, learned):
+    """As of a network with one branch that says what guidance makes of the two."""
+    (states, mean), (noise, slack), uniform, output, offsets, columns, scales, guided = a_round(4, learned)
+    # Near enough to the target for some drafts to be accepted.
+    rows = (offsets[:-1, None] + torch.arange(3)).clamp(max=len(guided) - 1).flatten()
+    there = gaussian_transition(states[:, :3].flatten(0, 1), guided[rows], columns[:, :3].flatten(0, 1))
+    mean = there[0].view_as(mean) + 0.02 * mean
+    std = there[1].reshape_as(mean)
+    states[:, 1:] = mean + std * noise[:, :3]
+    given = states, mean, std, noise, slack, uniform
+    mixed_rows = mixed(output, scales, 1)
+    got = op(*given, mixed_rows, offsets, columns, guidance_scale=SCALE_OF_MIXED, guidance_channels=1, backend=backend)
+    wanted = op(*given, guided, offsets, columns, backend="reference")
+    assert torch.equal(got.committed, wanted.committed)
+    assert got.committed.max() > 1
+    live = wanted.committed > 0
+    torch.testing.assert_close(got.next_states[live], wanted.next_states[live], rtol=1e-4, atol=1e-4)
+    # A wrong scale of one row is seen.
+    wrong = op(
+        *given,
+        mixed(output, scales.roll(1), 1),
+        *(offsets, columns),
+        guidance_scale=SCALE_OF_MIXED,
+        guidance_channels=1,
+        backend=backend,
+    )
+    assert float((wrong.next_states[live] - wanted.next_states[live]).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("replay", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drafts_from_rows_with_scales_of_their_own(backend, replay, learned):
+    """Of outputs of this round, and of rows of earlier ones with the secants through two of them."""
+    (states, mean), (noise, _), _, output, _, columns, scales, guided = a_round(4, learned)
+    held = len(scales)
+    rows = torch.arange(15).view(5, 3) % held
+    asked, replaced = (torch.randn(held, 2, 3, 3), (rows + 3) % held) if replay else (None, None)
+
+    def drafted(output: torch.Tensor, backend: str, *settings: float) -> tuple[torch.Tensor, ...]:
+        made = states.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
+        arguments = AdvanceArguments(*made, noise, columns, output, rows, 0, 3, asked, replaced, *settings)
+        ADVANCE(arguments, output, backend)
+        return made
+
+    got = drafted(mixed(output, scales, 1), backend, SCALE_OF_MIXED, 1, float("inf"))
+    wanted = drafted(guided, "reference", 1.0, 2, float("inf"))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
