@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -31,10 +32,13 @@ class ScheduleDefaults(_Defaults):
     Attributes:
         family: which targets it goes with, "diffusion" or "flow" (velocity models).
         num_train_steps: of the targets that it goes with; a target with another number is refused. None: any.
+        times: time of every step in the schedule's own unit, ``[K]``, which a guidance interval is given in; None: the
+            timesteps.
     """
 
     family: str = "diffusion"
     num_train_steps: int | None = None
+    times: Tensor | None = None
 
 
 @runtime_checkable
@@ -253,6 +257,14 @@ def first_drafted_step(drafter: object) -> int:
 def null_label(target: Target) -> int:
     """The label of the unconditional branch."""
     return target.num_classes
+
+
+def unconditional_labels(target: Target, labels: Tensor) -> Tensor:
+    """Labels of the unconditional branch of rows ``[R]``.
+
+    They are the null label; for a network without one their own, so that its two branches are the same.
+    """
+    return torch.full_like(labels, null_label(target)) if TargetDefaults.read(target, "has_null_label") else labels
 
 
 def guided_channels(target: Target) -> int:

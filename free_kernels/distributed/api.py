@@ -14,6 +14,7 @@ from free_kernels.distributed.verify_parallel import VerifyParallelTarget
 from free_kernels.protocols import TargetDefaults
 from free_kernels.results import SampleResult, SampleStats
 from free_kernels.sampling.api import sample as sample_here
+from free_kernels.sampling.guidance import scale_of_images
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
 from free_kernels.targets import as_target
 from free_kernels.validation import check_int, check_labels, fail
@@ -86,6 +87,8 @@ def sample(
         if len(mine):
             first = int(mine[0])
             held = None if noise is None else noise.to(device)[mine.to(device)]
+            if "guidance_scale" in settings:
+                settings["guidance_scale"] = scale_of_images(settings["guidance_scale"], mine, len(labels))
             own = PhiloxNoise(seed, first) if held is None else TensorNoise(held, seed, first_image=first)
             result = _sample_block(adapted, labels[mine], mesh, device, seed=seed, noise=own, **settings)
     except Exception as caught:

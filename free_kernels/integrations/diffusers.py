@@ -12,12 +12,13 @@ from torch import Tensor
 from free_kernels.protocols import Drafter, DrafterDefaults
 from free_kernels.results import Callback, RoundInfo, SampleStats
 from free_kernels.sampling.api import sample
+from free_kernels.sampling.guidance import GuidanceScale, at_least_one, check_scale
 from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.sampling.options import Options
 from free_kernels.schedules import DDPMSchedule
 from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
 from free_kernels.targets.wrappers import see_through
-from free_kernels.validation import check_float, describe, fail
+from free_kernels.validation import describe, fail
 
 try:
     from diffusers import DiTPipeline, ImagePipelineOutput
@@ -48,7 +49,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
     def __call__(
         self,
         class_labels: list[int],
-        guidance_scale: float = 4.0,
+        guidance_scale: GuidanceScale = 4.0,
         generator: Generators = None,
         num_inference_steps: int = 50,
         output_type: str | None = "pil",
@@ -60,7 +61,8 @@ class AcceleratedDiTPipeline(DiTPipeline):
 
         Args:
             class_labels: N class ids.
-            guidance_scale: guidance where above 1, of all channels unless ``accelerate`` was told otherwise.
+            guidance_scale: guidance where above 1, of all channels unless ``accelerate`` was told otherwise. Also a
+                tensor ``[N]`` or a callable of the step, as in :func:`free_kernels.sample`.
             generator: the source of the seed; None takes torch's default generator. Of a list of N, one for each image,
                 every image depends on its own only.
             num_inference_steps: K.
@@ -77,7 +79,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
         # Hooks may have come since: on the transformer that is sampled, whatever enabled them.
         self._adapted[1].recheck(where)
         schedule = _schedule(self.scheduler, num_inference_steps)
-        scale = check_float(where, "guidance_scale", guidance_scale, 0.0)
+        check_scale(where, guidance_scale)
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         settings = {"draft_length": Options.draft_length, **self.settings}
         if isinstance(settings["draft_length"], int):
@@ -88,7 +90,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
                 labels,
                 schedule=schedule,
                 drafter=self.drafter,
-                guidance_scale=scale if scale > 1 else 1.0,
+                guidance_scale=at_least_one(guidance_scale),
                 callback=progress,
                 **_randomness(where, generator, labels),
                 **settings,

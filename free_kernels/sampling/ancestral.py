@@ -34,17 +34,22 @@ class _Batch:
         self.labels.copy_(self.job.branched(self.job.labels[images]))
         self.step.zero_()
 
-    def advance(self, noise: Tensor | None = None) -> Tensor:
-        """One step, in place, with ``noise [B, C, H, W]`` (drawn here if None); returns the target's output."""
-        job = self.job
+    def advance(self, noise: Tensor | None = None, guided: bool = True) -> Tensor:
+        """One step, in place, with ``noise [B, C, H, W]`` (drawn here if None); returns the target's output.
+
+        Without ``guided`` the scale of all images is 1 at this step, and the unconditional branch is left out.
+        """
+        job = self.job if guided else self.job.unguided()
+        labels = self.labels if guided else self.labels[: len(self.images)]
         if noise is None:
             keys = self.images.unsqueeze(1)
             noise = job.draw(Purpose.STEP, keys, self.step.repeat(len(keys)).unsqueeze(1)).squeeze(1)
-        t = job.timesteps.index_select(0, self.step).expand(len(self.labels))
+        t = job.timesteps.index_select(0, self.step).expand(len(labels))
         columns = job.table.index_select(0, self.step)
-        output = job.ordinary_step(job.verify, self.state, t, self.labels, columns, noise, out=self.state).output
+        scales = job.scales_at(self.step.expand(len(self.images)), self.images)
+        step = job.ordinary_step(job.verify, self.state, t, labels, columns, noise, scales, out=self.state)
         self.step += 1
-        return output
+        return step.output
 
 
 def run_ordinary(job: Job) -> SampleResult:
@@ -52,6 +57,7 @@ def run_ordinary(job: Job) -> SampleResult:
     options, callback = job.options, job.options.callback
     slots = options.max_slots or len(job.labels)
     count, num_steps = len(job.labels), len(job.timesteps)
+    guided = [True] * num_steps if job.scales is None else job.scales.inside.tolist()
     stats = SampleStats(
         rounds_per_image=np.full(count, num_steps),
         tested_by_step=np.zeros(num_steps, np.int64),
@@ -77,7 +83,7 @@ def run_ordinary(job: Job) -> SampleResult:
                         ahead = torch.arange(step, min(step + chunk, num_steps), device=samples.device)
                         keys = images.unsqueeze(1).repeat(1, len(ahead))
                         draws = job.draw(Purpose.STEP, keys, ahead.repeat(len(images), 1))
-                    output = batch.advance(draws[:, step % chunk])
+                    output = batch.advance(draws[:, step % chunk], guided[step])
                 job.check_output(output, step, images)
                 stats.target_calls += 1
                 stats.target_rows += len(images)

@@ -14,6 +14,7 @@ from free_kernels.protocols import Drafter, Schedule
 from free_kernels.results import Callback, SampleResult
 from free_kernels.sampling.ancestral import run_ordinary
 from free_kernels.sampling.cuda_graphs import check_cuda_graphs
+from free_kernels.sampling.guidance import GuidanceScale
 from free_kernels.sampling.job import make_job
 from free_kernels.sampling.options import Options
 from free_kernels.sampling.speculative import Speculation
@@ -27,8 +28,9 @@ def ancestral_sample(
     class_labels: Tensor,
     *,
     schedule: Schedule = DDPMSchedule(),
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     guidance_channels: int | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     noise: object = None,
     max_slots: int | None = None,
@@ -53,6 +55,7 @@ def ancestral_sample(
         schedule=schedule,
         guidance_scale=guidance_scale,
         guidance_channels=guidance_channels,
+        guidance_interval=guidance_interval,
         draft_length=1,
         seed=seed,
         noise=noise,
@@ -75,8 +78,9 @@ def sample(
     *,
     schedule: Schedule = DDPMSchedule(num_steps=250),
     drafter: str | Drafter = "frozen",
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     guidance_channels: int | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     draft_length: int | str = 6,
     relaxation: float | Relaxation = 0.0,
     verification: str = "token",
@@ -96,8 +100,14 @@ def sample(
         class_labels: int64 ``[N]`` in ``[0, num_classes)``.
         schedule: the Gaussian transitions.
         drafter: ``"frozen"`` (repeat the last exact feature), or a drafter such as a trained :class:`FeatureDrafter`.
-        guidance_scale: w in ``e_u + w (e_c - e_u)``; 1 is no guidance and one network row per row instead of two.
+        guidance_scale: w in ``e_u + w (e_c - e_u)``; 1 is no guidance and one network row per row instead of two. A
+            number, a tensor ``[N]`` with one for each image, or a callable of the step k = 0 (pure noise) ... K - 1
+            that gives a number or such a tensor; it is called once for every guided step, before the first one.
+            ``schedule.timesteps[k]`` is the step's timestep.
         guidance_channels: leading channels that guidance mixes; None takes the target's own (the original DiT: 3 of 4).
+        guidance_interval: None, or ``(low, high)``: steps whose time is not in ``[low, high]`` have scale 1. Times are
+            the schedule's own: timesteps 0 (data) to 999 (noise) of a diffusion model, ``schedule.times`` from 0
+            (noise) to 1 (data) of a :class:`FlowSDESchedule`. Source: Kynkaanniemi et al. 2024, arXiv 2404.07724.
         draft_length: L, rows of a round for one image, in ``[1, num_steps]``; 1 is the ordinary chain. ``"auto"``
             chooses it round by round for the most steps per second, from acceptance and measured times, and falls back
             to ordinary steps where speculation does not pay.
@@ -145,6 +155,7 @@ def sample(
         drafter,
         guidance_scale,
         guidance_channels,
+        guidance_interval,
         draft_length,
         relaxation,
         verification,

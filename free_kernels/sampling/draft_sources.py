@@ -74,7 +74,10 @@ class Fresh:
                 rows = RowArguments(ahead.drafts.states, ahead.timesteps, j, job.branches, active)
                 inputs = DraftInputs(feature, previous, *draft_rows(rows, backend), y)
             feature = self._draft_feature(j, inputs, active)
-            ahead.advance(job.head(feature, inputs.t, y), places, j, j + 1)
+            scales = None
+            if ahead.scales is not None:
+                scales = ahead.scales[:, j] if active is None else ahead.scales[active, j]
+            ahead.advance(job.mixed(job.head(feature, inputs.t, y), scales), places, j, j + 1)
             previous = inputs.state
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
@@ -120,7 +123,9 @@ class Repeated:
             # The outputs of all drafts, as shapes are fixed; those of drafts that have a row are not used.
             index = torch.arange(len(serving) * ahead.count, device=ahead.steps.device)
             rows, slots = index.view(-1, ahead.count), index // ahead.count
-            t = ahead.timesteps[:, : ahead.count].flatten()
+            t, scales = (
+                None if part is None else part[:, : ahead.count].flatten() for part in (ahead.timesteps, ahead.scales)
+            )
             if count:
                 drafted = torch.nn.functional.pad(refused.latest_places[:, :count] >= 0, (0, ahead.count - count))
                 rows = rows.masked_fill(drafted, -1)
@@ -133,12 +138,16 @@ class Repeated:
             rows, slots, index = (
                 torch.from_numpy(part).to(place) for part in (numbers, slot, slot * (ahead.count + 1) + draft)
             )
-            t = ahead.timesteps.view(-1).index_select(0, index)
+            t, scales = (
+                None if part is None else part.view(-1).index_select(0, index)
+                for part in (ahead.timesteps, ahead.scales)
+            )
         if count:
             feature = self._last_features(share, feature)
         job, y = self._job, ahead.slots.labels.index_select(0, slots)
         repeated = feature.index_select(1, slots).flatten(0, 1)
-        ahead.advance(job.head(repeated, job.doubled(t), job.branched(y)), Places(rows), 0, ahead.count)
+        output = job.mixed(job.head(repeated, job.doubled(t), job.branched(y)), scales)
+        ahead.advance(output, Places(rows), 0, ahead.count)
 
     def _last_features(self, share: Tensor, parent: Tensor) -> Tensor:
         """Features ``[B, S, T, D]`` of the last row that serves each slot; the parent's where none does."""

@@ -48,6 +48,7 @@ class DraftingPass:
         steps: int64 ``[S, L]``.
         timesteps: int64 ``[S, L]``, the network's.
         columns: ``[S, L, 8]``, transition coefficients at ``steps``.
+        scales: ``[S, L]``, guidance scales at ``steps``; None where one number holds for all rows of the job.
         noise: ``[S, L, C, H, W]``, to be set before drafts are made.
         drafts: the states so far; those of slots that draft no further are undefined.
         count: L - 1.
@@ -59,6 +60,7 @@ class DraftingPass:
         self.job, self.slots, self.lengths, self.count = job, slots, lengths, length - 1
         given = slots.state, slots.steps, job.timesteps, job.table, length
         self.steps, self.timesteps, self.columns, states = open_round(OpenArguments(*given), job.options.backend)
+        self.scales = job.scales_at(self.steps, slots.indices.unsqueeze(1))
         shape = len(slots), length - 1, *slots.state.shape[1:]
         self.drafts = Drafts(states, states.new_empty(shape), states.new_empty(shape))
         self._settings = job.guidance_scale, job.guidance_channels, job.clip

@@ -22,7 +22,7 @@ from free_kernels.schedules import DDPMSchedule
 from free_kernels.steering.acceptance_field import AcceptanceField
 from free_kernels.steering.round_chain import CLASSES, RoundChain
 from free_kernels.targets import as_target
-from free_kernels.validation import check_int, fail
+from free_kernels.validation import check_float, check_int, fail
 
 LENGTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _REPLICATES = 400
@@ -220,6 +220,7 @@ def feasibility(
         seed=seed,
         backend=backend,
     )
+    check_float(where, "guidance_scale", guidance_scale, 0.0)
     options.check(where)
     num_steps = check_int(where, "schedule.num_steps", schedule.num_steps, 4)
     lengths = _checked_lengths(where, draft_lengths, num_steps)

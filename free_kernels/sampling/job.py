@@ -22,10 +22,11 @@ from free_kernels.protocols import (
     guided_channels,
     null_label,
 )
+from free_kernels.sampling.guidance import GuidanceScales, guidance_of, mixed
 from free_kernels.sampling.noise import as_noise_source
 from free_kernels.sampling.options import Options
 from free_kernels.targets import as_target
-from free_kernels.validation import check_float, check_int, check_labels, fail
+from free_kernels.validation import check_int, check_labels, fail
 
 # Noise is drawn for several steps or images at once, up to this many elements.
 NOISE_CHUNK_ELEMENTS = 1 << 22
@@ -68,9 +69,11 @@ class Job:
         timesteps: int64 ``[K]``.
         table: float32 ``[K, 8]``, transition coefficients.
         learned: whether the variance is the network's.
-        guidance_scale: 1 is none.
+        guidance_scale: with which the ops mix the two branches of an output; 1 is none.
         guidance_channels: leading channels that guidance mixes.
         clip: bound of the clean sample.
+        scales: of every step and image, where one number does not hold for all; outputs are then mixed before an op
+            has them (:meth:`mixed`).
     """
 
     where: str
@@ -84,6 +87,7 @@ class Job:
     guidance_scale: float
     guidance_channels: int
     clip: float
+    scales: GuidanceScales | None = None
 
     @property
     def branches(self) -> int:
@@ -106,6 +110,10 @@ class Job:
         """Whether a step between the first and the last adds no noise, so that no draft of it is ever accepted."""
         return bool(self.table[1:-1, TransitionColumn.LOG_STD].isneginf().any())
 
+    def unguided(self) -> Job:
+        """The same job at a step that is not guided: one network row per row."""
+        return replace(self, guidance_scale=1.0, scales=None)
+
     def hoisted(self) -> Job:
         """The same job on a target whose (t, y)-only work is done."""
         return replace(self, target=hoisted(self.target, self.timesteps, self.used_labels))
@@ -125,6 +133,14 @@ class Job:
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's output, of the shape it promised; without variance channels where the variance is fixed."""
         return self._checked_output(self.target.head(h, t, y), len(h))
+
+    def scales_at(self, steps: Tensor, images: Tensor) -> Tensor | None:
+        """Guidance scales of rows, float32 like ``steps``; None where one number holds for all rows of the job."""
+        return None if self.scales is None else self.scales.at(steps, images)
+
+    def mixed(self, output: Tensor, scales: Tensor | None) -> Tensor:
+        """An output ``[B R, ...]`` as the ops take it, of rows with ``scales [R]`` by :meth:`scales_at`."""
+        return output if scales is None else mixed(output, scales, self.guidance_channels)
 
     def _checked_features(self, h: Tensor, rows: int) -> Tensor:
         if h.shape != (rows, *self.target.feature_shape):
@@ -182,6 +198,7 @@ class Job:
         y: Tensor,
         columns: Tensor,
         noise: Tensor,
+        scales: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Step:
         """A step of the ordinary sampler.
@@ -193,9 +210,11 @@ class Job:
             y: int64 ``[B S]``, labels of both branches.
             columns: ``[S, 8]`` or ``[1, 8]``, transition coefficients.
             noise: ``[S, C, H, W]``.
+            scales: ``[S]``, of :meth:`scales_at`.
             out: where the next state goes, which may be ``state``; a new tensor if None.
         """
         output, wait = network(self.doubled(state), t, y)
+        output = self.mixed(output, scales)
         mean, std = self.transition(state, output, columns)
         return Step(torch.addcmul(mean, std, noise, out=out), output, wait())
 
@@ -241,9 +260,10 @@ def make_job(where: str, target: object, class_labels: object, options: Options)
     labels = check_labels(where, class_labels, adapted.num_classes)
     schedule = options.schedule
     _check_family(where, schedule, adapted)
-    scale = check_float(where, "guidance_scale", options.guidance_scale, 0.0)
+    scale, scales = guidance_of(where, options.guidance_scale, options.guidance_interval, schedule, len(labels))
     if scale != 1.0 and not TargetDefaults.read(adapted, "has_null_label"):
-        fail(where, "guidance_scale", "1 for a target trained without label dropout", f"{scale:g}")
+        asked = f"{scale:g}" if scales is None else "scales other than 1"
+        fail(where, "guidance_scale", "1 for a target trained without label dropout", asked)
     channels = guided_channels(adapted) if options.guidance_channels is None else options.guidance_channels
     guided = check_int(where, "guidance_channels", channels, 1, adapted.latent_shape[0])
     device = torch.device(TargetDefaults.read(adapted, "device") or labels.device)
@@ -265,4 +285,5 @@ def make_job(where: str, target: object, class_labels: object, options: Options)
         scale,
         guided,
         schedule.clip,
+        None if scales is None else scales.to(device),
     )

@@ -9,9 +9,10 @@ from typing import Any
 from free_kernels.ops.coupling.api import BACKENDS
 from free_kernels.protocols import Drafter, Schedule
 from free_kernels.results import Callback
+from free_kernels.sampling.guidance import GuidanceScale, check_interval, check_scale
 from free_kernels.schedules import DDPMSchedule
 from free_kernels.steering.relaxation import Relaxation
-from free_kernels.validation import check_choice, check_float, check_int, describe, fail
+from free_kernels.validation import check_choice, check_int, describe, fail
 
 _SCHEDULE_MEMBERS = ("num_steps", "timesteps", "table", "resolve_variance", "clip")
 _SCHEDULE = DDPMSchedule(num_steps=250)
@@ -24,8 +25,9 @@ class Options:
 
     schedule: Schedule = _SCHEDULE
     drafter: str | Drafter = "frozen"
-    guidance_scale: float = 1.0
+    guidance_scale: GuidanceScale = 1.0
     guidance_channels: int | None = None
+    guidance_interval: tuple[float, float] | None = None
     draft_length: int | str = 6
     relaxation: float | Relaxation = 0.0
     verification: str = "token"
@@ -75,7 +77,8 @@ class Options:
         check_choice(where, "verification", self.verification, VERIFICATIONS)
         if isinstance(self.schedule, type) or not all(hasattr(self.schedule, name) for name in _SCHEDULE_MEMBERS):
             fail(where, "schedule", "a schedule such as DDPMSchedule()", describe(self.schedule), TypeError)
-        check_float(where, "guidance_scale", self.guidance_scale, 0.0)
+        check_scale(where, self.guidance_scale)
+        check_interval(where, self.guidance_interval)
         check_int(where, "seed", self.seed, 0, 2**64 - 1)
         if not isinstance(self.reuse_refused, bool):
             fail(where, "reuse_refused", "a bool", self.reuse_refused, TypeError)

@@ -77,6 +77,13 @@ class Played(NamedTuple):
     report: Tensor
 
 
+def packed_values(values: Tensor, row_offsets: Tensor, rows: int) -> Tensor:
+    """Of ``values [S, L]`` those of packed rows, ``[rows]``; of rows behind the last slot's any."""
+    row = torch.arange(rows, device=values.device)
+    slot = torch.searchsorted(row_offsets[1:-1], row, right=True)
+    return values[slot, (row - row_offsets[slot]).clamp_(max=values.shape[1] - 1)]
+
+
 class Rounds:
     """Plays rounds on the slots of a run.
 
@@ -182,6 +189,8 @@ class Rounds:
             drafts.states, slots.lengths, slots.steps, slots.labels, job.timesteps, rows, job.null, slots.backend
         )
         output, wait = self.network(x, t, y)
+        if drafting.scales is not None:
+            output = job.mixed(output, packed_values(drafting.scales, row_offsets, rows))
         weights = None
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)

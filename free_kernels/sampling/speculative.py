@@ -76,7 +76,7 @@ class Speculation:
         if automatic:
             owner = getattr(job.target, "module", job.target)
             kind = options.block, options.backend, options.cuda_graphs, options.reuse_refused, relaxation
-            kind += job.guidance_scale, job.learned, str(job.labels.device)
+            kind += job.guidance_scale, job.scales and job.scales.key, job.learned, str(job.labels.device)
             known = knowledge_of(owner, drafter, kind, num_steps, slots)
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
@@ -194,9 +194,11 @@ class Speculation:
         at, keys = slots.steps + ahead, slots.indices.repeat(count, 1)
         noise = job.draw(Purpose.STEP, keys, at, slots.rounds + ahead if self.job.options.block else None)
         t, columns, y = job.timesteps[at], job.table[at], job.branched(slots.labels)
+        scales = [None] * count if job.scales is None else job.scales.at(at, keys)
         images = [slots.pool.images[row] for row in now.images]
         for i in range(count):
-            step = job.ordinary_step(self.rounds.network, slots.state, job.doubled(t[i]), y, columns[i], noise[i])
+            given = slots.state, job.doubled(t[i]), y, columns[i], noise[i], scales[i]
+            step = job.ordinary_step(self.rounds.network, *given)
             job.check_output(step.output, [k + i for k in now.steps], images)
             self.run_stats.called(len(slots))
             if i < count - 1:

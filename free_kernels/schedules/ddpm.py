@@ -51,7 +51,8 @@ class DDPMSchedule:
         num_train_steps: T, the number of timesteps that the network was trained on.
         variance: ``"fixed_small"`` (posterior variance), ``"fixed_large"`` (beta), ``"learned_range"`` (the network's
             interpolation between the two, in the log), or ``"auto"``: learned if the target learns one, else
-            ``"fixed_small"``.
+            ``"fixed_small"``, as diffusers takes it. The original DiT's ``create_diffusion(learn_sigma=False)`` is
+            ``"fixed_large"``: a model without a learned variance that is to be sampled as there is asked for that.
         clip_denoised: clamp the predicted clean sample to ``[-clip_range, clip_range]`` (pixel-space models; latents
             are not clipped).
         beta_start: first beta, for T = 1000; the cosine schedule has its own.

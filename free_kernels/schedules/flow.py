@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +33,19 @@ def interpolate(interpolant: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     return alpha, sigma, sigma * (math.pi / 2), alpha * (-math.pi / 2)
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times whose noise level u = 1 - t becomes ``s u / (1 + (s - 1) u)``: with s above 1 more steps are noisy ones.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3, arXiv 2403.03206), section 5.3.2, whose t is u; s is 3 there.
+
+    Args:
+        t: any shape, in ``[0, 1]``, 0 at noise.
+        shift: s, above 0; 1 changes nothing.
+    """
+    noise = 1 - t
+    return 1 - shift * noise / (1 + (shift - 1) * noise)
+
+
 @dataclass(frozen=True)
 class FlowSDESchedule:
     """Euler-Maruyama steps of a flow model's SDE (SiT: Ma et al. 2024, arXiv 2401.08740).
@@ -41,9 +55,10 @@ class FlowSDESchedule:
     alpha sigma'))``. For any D_t >= 0 the SDE ``dx = (v + D s) dt + sqrt(2 D) dW`` has the path's marginals (the
     paper's w_t is 2 D_t). Its steps ``x + (v + D s) dt + sqrt(2 D dt) z`` are Gaussian with a mean linear in (x, v).
 
-    The K times are ``linspace(first_time, 1 - last_step_size, K)``, rounded to ticks of ``1 / num_train_steps``, and
-    every coefficient is that of the rounded times, which the network sees. The last step goes from there to the data
-    without noise.
+    The K times are ``linspace(first_time, 1 - last_step_size, K)``, shifted by ``shift``, or ``times`` as they are;
+    rounded to ticks of ``1 / num_train_steps``, and every coefficient is that of the rounded times, which the network
+    sees. The last step goes from there to the data without noise. ``schedule.times`` are those of every step, float64
+    ``[K]``.
 
     Args:
         num_steps: K, network calls of a chain, the last step's included.
@@ -55,14 +70,19 @@ class FlowSDESchedule:
         diffusion_norm: scale of D_t, above 0.
         last_step: ``"mean"`` (the SDE's step without its noise), ``"euler"`` (the velocity's step) or ``"tweedie"``
             (the expected data).
-        last_step_size: time that is left for the last step, in ``(0, 1)``: the score is singular at t = 1.
+        last_step_size: time that is left for the last step, in ``(0, 1)``, before the shift: the score is singular at
+            t = 1.
         first_time: t of pure noise; above 0 where something is singular at t = 0.
         prediction: what the network predicts: ``"velocity"``, ``"noise"`` or ``"score"``.
         num_train_steps: ticks in the unit of time; the target's own (:class:`free_kernels.SiTTarget`).
+        shift: s in :func:`shifted`; above 0, and 1 where ``times`` are given.
+        times: times of the steps, increasing in ``[0, 1)`` from noise to data, a sequence or a tensor ``[K]``; they
+            give ``num_steps``, ``first_time`` and ``last_step_size``. Noise levels u, which fall from 1 as those of
+            diffusers and of SD3 do, are times ``1 - u``. None: the grid above.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or of another type, two times share a tick, or a coefficient
-            is infinite at ``first_time``.
+        ValueError, TypeError: an argument is out of range or of another type, two times share a tick, a coefficient
+            is infinite at ``first_time``, or another argument contradicts ``times``.
     """
 
     num_steps: int = 250
@@ -74,13 +94,17 @@ class FlowSDESchedule:
     first_time: float = 0.0
     prediction: str = "velocity"
     num_train_steps: int = TIME_TICKS
+    shift: float = 1.0
+    # The attribute of this name is a property, set below.
+    times: InitVar[Sequence[float] | Tensor | None] = None
+    _given_ticks: tuple[int, ...] | None = field(default=None, init=False)
 
     # Must equal the target's `family`, where the target has one.
     family = "flow"
     # Bound of the predicted clean sample: none.
     clip = math.inf
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, times: Sequence[float] | Tensor | None) -> None:
         where = "FlowSDESchedule"
         check_int(where, "num_train_steps", self.num_train_steps, 2)
         check_int(where, "num_steps", self.num_steps, 1, self.num_train_steps - 1)
@@ -93,6 +117,10 @@ class FlowSDESchedule:
         tick = 1 / self.num_train_steps
         check_float(where, "last_step_size", self.last_step_size, tick, 1 - tick)
         check_float(where, "first_time", self.first_time, 0.0, 1 - self.last_step_size)
+        if check_float(where, "shift", self.shift, 0.0) == 0.0:
+            fail(where, "shift", "above 0", "0")
+        if times is not None:
+            self._take_times(where, times)
         if bool((self.timesteps.diff() < 1).any()):
             room = f"at most the {1 - self.last_step_size - self.first_time:g} x {self.num_train_steps} ticks of time"
             fail(where, "num_steps", room, str(self.num_steps))
@@ -100,17 +128,50 @@ class FlowSDESchedule:
             expectation = f"above 0 with diffusion {self.diffusion!r} and prediction {self.prediction!r}"
             fail(where, "first_time", expectation, f"{self.first_time:g}")
 
+    def _take_times(self, where: str, times: Sequence[float] | Tensor) -> None:
+        """Make given times the schedule's own."""
+        try:
+            given = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            fail(where, "times", "None, a sequence of numbers or a tensor [K]", times, TypeError)
+        wanted = "increasing from noise to data in [0, 1), a sequence or tensor [K]"
+        if given.ndim != 1 or not len(given):
+            fail(where, "times", wanted, given)
+        if not bool(given.isfinite().all()) or not 0 <= float(given.min()) <= float(given.max()) < 1:
+            fail(where, "times", wanted, f"values in [{float(given.min()):g}, {float(given.max()):g}]")
+        ticks = (given * self.num_train_steps).round().long()
+        if bool((ticks.diff() < 1).any()) or int(ticks[-1]) >= self.num_train_steps:
+            falling = len(given) > 1 and bool((given.diff() < 0).all())
+            hint = "falling ones (noise levels u are times 1 - u)" if falling else "times that share a tick or fall"
+            fail(where, "times", f"{wanted}, at least a tick of 1 / {self.num_train_steps} apart", hint)
+        # A schedule that is copied with other arguments brings its times along; these are its own grid.
+        if len(ticks) == self.num_steps and torch.equal(ticks, self._grid()):
+            return
+        unit, (first, last) = self.num_train_steps, ticks[[0, -1]].tolist()
+        ends = {"num_steps": len(ticks), "first_time": first / unit, "last_step_size": (unit - last) / unit}
+        for name, value in ends.items():
+            own = getattr(self, name)
+            if own != type(self).__dataclass_fields__[name].default and abs(own - value) * self.num_train_steps > 0.5:
+                fail(where, name, f"left out or {value:g} with these times", f"{own:g}")
+            object.__setattr__(self, name, value)
+        if self.shift != 1.0:
+            fail(where, "shift", "1 where times are given, which are taken as they are", f"{self.shift:g}")
+        object.__setattr__(self, "_given_ticks", tuple(ticks.tolist()))
+
+    def _grid(self) -> Tensor:
+        """Ticks of the steps where no times are given."""
+        # With one step, that step starts at pure noise and is also the last.
+        times = torch.linspace(
+            self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64, device="cpu"
+        )
+        # Without a shift the formula would only add its rounding.
+        times = times if self.shift == 1.0 else shifted(times, self.shift)
+        return (times * self.num_train_steps).round().long()
+
     @functools.cached_property
     def timesteps(self) -> Tensor:
         """Ticks shown to the target at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, ascending."""
-        # With one step, that step starts at pure noise and is also the last.
-        times = torch.linspace(self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64)
-        return (times * self.num_train_steps).round().long()
-
-    @property
-    def times(self) -> Tensor:
-        """t of every step, float64 ``[K]``."""
-        return self.timesteps.double() / self.num_train_steps
+        return self._grid() if self._given_ticks is None else torch.tensor(self._given_ticks, device="cpu")
 
     def resolve_variance(self, learns_variance: bool) -> str:
         """The variance type in force: the SDE's own, whatever the network learns."""
@@ -153,7 +214,7 @@ class FlowSDESchedule:
         dt, drift = ends - self.times, self.diffusions.clone()
         if self.last_step == "euler":
             drift[-1] = 0.0
-        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64)
+        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64, device="cpu")
         columns[:, TransitionColumn.MEAN_FROM_STATE] = 1 + dt * (velocity[0] + drift * score[0])
         columns[:, TransitionColumn.MEAN_FROM_OUTPUT] = dt * (velocity[1] + drift * score[1])
         columns[:, TransitionColumn.LOG_STD] = (2 * self.diffusions * dt).log() / 2
@@ -169,3 +230,12 @@ class FlowSDESchedule:
             last[TransitionColumn.MEAN_FROM_STATE_GIVEN_X0], last[TransitionColumn.MEAN_FROM_X0] = 0.0, 1.0
         columns[-1, TransitionColumn.LOG_STD] = -torch.inf
         return columns.float()
+
+
+def _times(schedule: FlowSDESchedule) -> Tensor:
+    """t of every step, float64 ``[K]``."""
+    return schedule.timesteps.double() / schedule.num_train_steps
+
+
+# Here, because in the class it would be the default of the argument.
+FlowSDESchedule.times = property(_times)  # type: ignore[assignment]

@@ -153,6 +153,23 @@ class AdaLNTarget(TargetDefaults):
         clone._run_plain_blocks = clone._plain_blocks
         return clone._with_tables(t, y)
 
+    def heavy_parts(self) -> list[nn.Module]:
+        """Attention and MLP of every block, in order; none unless blocks are run by them and nothing is compiled."""
+        compiled = self.compile or any(part._compiled_call_impl is not None for part in self._whole.modules())
+        if self._whole is not self.module or compiled or self.paths()[0] != "hoisted":
+            return []
+        parts = [part for block in self._parts for part in (block.attention, block.mlp)]
+        return parts if all(isinstance(part, nn.Module) for part in parts) else []
+
+    def with_heavy_parts(self, parts: Sequence[Callable[[Tensor], Tensor]]) -> AdaLNTarget:
+        """A copy whose blocks have these in their place."""
+        clone, pairs = copy.copy(self), zip(parts[::2], parts[1::2], strict=True)
+        clone.blocks = [
+            block._replace(attention=attention, mlp=mlp)
+            for block, (attention, mlp) in zip(self._parts, pairs, strict=True)
+        ]
+        return clone
+
     def _left_out(self) -> list[nn.Module]:
         """Modules that running the blocks by their parts does not call."""
         raise NotImplementedError

@@ -84,7 +84,7 @@ def check_target(target: object, expected: Callable[[Tensor, Tensor, Tensor], Te
         A fork of a DiT, with the result of a network that is split exactly::
 
             free_kernels.check_target(dit)
-            # TargetCheck(path='hoisted', difference=4.1e-07, tolerance=3.1e-05, network_rows=3)
+            # TargetCheck(path='hoisted', difference=4.1e-07, tolerance=3.1e-05, network_rows=2)
     """
     where = "check_target"
     adapted = as_target(where, target)

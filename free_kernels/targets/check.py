@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from free_kernels.protocols import Target, TargetDefaults
 from free_kernels.targets.inspection import attributes, fingerprint, is_abstract, suspicions
+from free_kernels.targets.replay import Recording, Replayed, one_of_each_kind, recording
 from free_kernels.validation import fail
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,7 +39,7 @@ class TargetCheck(NamedTuple):
             call, over that of the call. Where there is no call to compare with, between batches of two sizes. NaN where
             there are no numbers (fake tensors, weights on the meta device).
         tolerance: what rounding explains.
-        network_rows: rows that the comparison computed.
+        network_rows: rows of the whole network that the comparison computed.
     """
 
     path: str
@@ -81,6 +82,14 @@ class SplitTarget(Protocol):
 
     def on_path(self, path: str, t: Tensor, y: Tensor) -> Target:
         """The target taking one of the ways, hoisted for timesteps and labels, nothing compiled."""
+        ...
+
+    def heavy_parts(self) -> list[nn.Module]:
+        """Attention and MLP of every block, in order, if the preferred way calls them in their blocks' place."""
+        ...
+
+    def with_heavy_parts(self, parts: Sequence[Call]) -> Target:
+        """The target with other maps in their place, on its preferred way."""
         ...
 
 
@@ -151,8 +160,9 @@ def alignment(output: Tensor, noise: Tensor) -> float:
 def compare_paths(where: str, name: str, target: SplitTarget | Target, module: nn.Module) -> TargetCheck:
     """The first way of a target that gives what its module's own call gives.
 
-    A module as its classes define it costs three rows: two of its own call and one of the target. Where something is
-    attached to it, or the first way fails, further calls show whether it is a function of its inputs at all.
+    A module as its classes define it costs two rows, of its own call, and what the target makes of their parts
+    (:mod:`free_kernels.targets.replay`). Where something is attached to it, or that does not agree, the target is run
+    itself, and further calls show whether the module is a function of its inputs at all.
 
     Raises:
         ValueError: no way does, or the call depends on earlier calls or on the batch.
@@ -161,15 +171,25 @@ def compare_paths(where: str, name: str, target: SplitTarget | Target, module: n
     tolerance = rounding_tolerance(module, rows.x.device)
     last = rows.take(1)
     before = attributes(module)
-    own = target.own(*rows)
+    heavy = target.heavy_parts() if not suspicions(module) else []
+    with recording(heavy, len(rows.x)) as record:
+        own = target.own(*rows)
     computed = 2
     doubtful = suspicions(module) + _changed(before, attributes(module))
     size = float(own.detach().float().square().mean().sqrt())
     if not math.isfinite(size):
         # The samplers name the step and the image of a network that is not finite.
         return TargetCheck(target.paths()[-1], math.nan, tolerance, computed)
+    height, width = rows.x.shape[2:]
+    if own.shape[2:] != rows.x.shape[2:]:
+        found = f"{type(module).__name__}, which makes {list(own.shape[2:])} of these"
+        fail(where, name, f"a network of latents {height} x {width}, as its tokens make a square", found)
     target.check_convention(where, rows, own)
     reasons, chosen = [], None
+    if heavy and not doubtful:
+        gap = _replayed_gap(target, record, last, own[1:])
+        if gap <= tolerance:
+            return TargetCheck(target.paths()[0], gap, tolerance if size else 0.0, computed)
     for path in target.paths():
         gap, reason = _gap(target, path, last, own[1:])
         computed += 1
@@ -207,6 +227,29 @@ def _gap(target: SplitTarget, path: str, part: Rows, expected: Tensor) -> tuple[
         return math.inf, f"calling its {path} fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     gap = difference(output, expected)
     return gap, f"its own call differs from its {path} by {gap:.2g} of its size"
+
+
+def _replayed_gap(target: SplitTarget, record: Recording, part: Rows, expected: Tensor) -> float:
+    """Difference of the preferred way from the module's own call, with what its parts made there of the last row."""
+    passed = record.last_row
+    if passed is None:
+        return math.inf
+    replayed = [Replayed(one) for one in passed]
+    try:
+        network = target.on_path(target.paths()[0], part.t.unique(), part.y.unique())
+        network = network.with_heavy_parts(replayed)  # type: ignore[attr-defined]
+        output = network.head(network.features(*part), part.t, part.y)
+        alone = [difference(record.parts[i](passed[i].given), passed[i].made) for i in one_of_each_kind(record.parts)]
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return math.inf
+    if any(len(one.given) != 1 for one in replayed):
+        return math.inf
+    gaps = [difference(output, expected), *alone]
+    gaps += [difference(one.given[0], one.passed.given) for one in replayed]
+    # The largest of numbers of which one is none is none.
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps)
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -30,7 +30,8 @@ class DiTTarget(AdaLNTarget):
 
     Args:
         module: the DiT, in evaluation mode. Blocks with exactly the original's parts (norm1, attn, norm2, mlp,
-            adaLN_modulation) are taken to combine them as the original does; others are called as they are.
+            adaLN_modulation) are taken to combine them as the original does; others are called as they are. The grid
+            of tokens is a square, or ``x_embedder.grid_size``, rows and columns.
         compile: run blocks and head through ``torch.compile``.
 
     Raises:
@@ -45,13 +46,12 @@ class DiTTarget(AdaLNTarget):
         if not is_dit_module(seen.module):
             fail(where, "module", f"a DiT with {', '.join(_PARTS)}", kind_of(seen.module), TypeError)
         super().__init__(where, seen, _split(seen.module.blocks), compile)
-        weight: Tensor = self.module.x_embedder.proj.weight
-        channels, patch = int(weight.shape[1]), int(weight.shape[2])
+        channels, *patch = map(int, self.module.x_embedder.proj.weight.shape[1:])
         tokens, width = self.module.pos_embed.shape[-2:]
-        side = math.isqrt(tokens) * patch
-        outputs = int(self.module.final_layer.linear.out_features) // patch**2
+        height, wide = (count * side for count, side in zip(_grid(where, self.module, tokens), patch, strict=True))
+        outputs = int(self.module.final_layer.linear.out_features) // math.prod(patch)
         embedded = len(self.module.y_embedder.embedding_table.weight)
-        self.latent_shape = (channels, side, side)
+        self.latent_shape = (channels, height, wide)
         self.feature_shape = (int(tokens), int(width))
         self.learns_variance = outputs == 2 * channels
         self.num_classes = int(self.module.y_embedder.num_classes)
@@ -134,6 +134,25 @@ class DiTTarget(AdaLNTarget):
         rows = self.module.final_layer.adaLN_modulation(self._conditioning(t, y)).unflatten(1, (HEAD_CHUNKS, 1, -1))
         rows[:, 1] += 1
         return rows
+
+
+def _grid(where: str, module: nn.Module, tokens: int) -> tuple[int, int]:
+    """Rows and columns of tokens: those that the embedder names (``grid_size``, as timm's does), else a square's.
+
+    Raises:
+        ValueError: neither.
+    """
+    named = getattr(module.x_embedder, "grid_size", None)
+    if isinstance(named, tuple | list) and len(named) == 2 and math.prod(named) == tokens:
+        return int(named[0]), int(named[1])
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        wanted = (
+            "of a square grid of tokens, or with x_embedder.grid_size = (rows, columns) and an unpatchify of that "
+            "(HookTarget takes any latent_shape)"
+        )
+        fail(where, "module", wanted, f"{type(module).__name__} with {tokens} tokens")
+    return side, side
 
 
 def _split(blocks: nn.ModuleList) -> list[BlockParts] | None:

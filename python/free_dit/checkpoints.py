@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from free_dit.networks.dit import DiT, DiTConfig, sincos_positions, standard_heads
@@ -39,6 +39,8 @@ _NO_WEIGHTS = {
 }
 # Tensors that training keeps beside the network: counters of averages, projections of REPA.
 _BESIDE = ("n_averaged", "projectors.")
+# In the metadata of safetensors.
+FAMILY_KEY = "family"
 # The network of each family that files in the original's layout hold.
 NETWORKS: dict[str, type[DiT]] = {"dit": DiT, "sit": SiT}
 
@@ -111,13 +113,19 @@ def infer_config(
     hidden, channels, patch, _ = _shape(state, "x_embedder.proj.weight", 4)
     _, tokens, _ = _shape(state, "pos_embed", 3)
     labels, _ = _shape(state, "y_embedder.embedding_table.weight", 2)
+    # A table of one row has a class and no null label.
+    has_null_label = has_null_label and labels > 1
     mlp_hidden, _ = _shape(state, "blocks.0.mlp.fc1.weight", 2)
     outputs, _ = _shape(state, "final_layer.linear.weight", 2)
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     side = round(tokens**0.5)
     out_channels = outputs // patch**2
+    hint = "(DiTTarget takes a module that has x_embedder.grid_size)"
     if side**2 != tokens:
-        raise CheckpointError(f"pos_embed must be of a square number of tokens, got {tokens}")
+        raise CheckpointError(f"pos_embed must be of a square number of tokens, got {tokens} {hint}")
+    shown = _rectangle(state["pos_embed"])
+    if shown is not None:
+        raise CheckpointError(f"pos_embed must be of a square of tokens, got one of {shown[0]} x {shown[1]} {hint}")
     if out_channels not in (channels, 2 * channels):
         raise CheckpointError(f"final_layer must have {channels} or {2 * channels} channels, got {out_channels}")
     heads = standard_heads(hidden, depth) if num_heads is None else num_heads
@@ -136,6 +144,19 @@ def infer_config(
         learn_sigma=out_channels == 2 * channels,
         mlp_ratio=mlp_hidden / hidden,
     )
+
+
+def _rectangle(positions: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of a sine-cosine table of a grid that is no square; None for a square's or a learned table."""
+    _, tokens, width = positions.shape
+    for rows in range(1, tokens + 1):
+        if positions.is_meta or tokens % rows or rows**2 == tokens or width % 4:
+            continue
+        expected = sincos_positions(width, rows, tokens // rows).to(positions)
+        # As coarsely as the file's dtype rounds numbers of size 1; tables of two grids differ by about 1.
+        if bool(((positions[0] - expected).abs() < 0.02).all()):
+            return rows, tokens // rows
+    return None
 
 
 def convert_diffusers_to_dit(state: Mapping[str, Tensor], input_size: int) -> dict[str, Tensor]:
@@ -366,20 +387,44 @@ def _own_names(held: Mapping[Any, Tensor]) -> dict[str, Tensor]:
 
 
 def save_dit_checkpoint(path: str | os.PathLike[str], module: nn.Module) -> None:
-    """Write a DiT's state dict as the published ``.pt`` files are.
+    """Write a DiT's state dict as the published ``.pt`` files are; or, to a ``.safetensors``, with its family.
+
+    The published layout has no place for the family, so :func:`free_dit.loading.load_target` asks for that of a
+    ``.pt``.
 
     Raises:
         OSError: the path cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     try:
-        torch.save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}, temporary
-        )
+        if path.suffix == ".safetensors":
+            family = next((name for name, network in NETWORKS.items() if type(module) is network), None)
+            save_file(state, temporary, None if family is None else {FAMILY_KEY: family})
+        else:
+            torch.save(state, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def recorded_family(path: Path) -> str | None:
+    """The family that a file in the original's layout records; None where it records none.
+
+    Raises:
+        CheckpointError: it records another than we know.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as handle:
+            family = (handle.metadata() or {}).get(FAMILY_KEY)
+    except SafetensorError as error:
+        raise CheckpointError(f"load_target: {path} must be a complete safetensors file, got {error}") from error
+    if family not in (None, *NETWORKS):
+        raise CheckpointError(f"load_target: {path} must record a family of {', '.join(NETWORKS)}, got {family!r}")
+    return family
 
 
 @torch.no_grad()

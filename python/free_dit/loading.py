@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ def load_target(
     dtype: torch.dtype | None = None,
     num_heads: int | None = None,
     family: str | None = None,
+    has_null_label: bool = True,
 ) -> tuple[Target, Drafter | None]:
     """A target and, where it is bundled, its drafter.
 
@@ -42,7 +44,10 @@ def load_target(
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
 
         family: "dit" (noise prediction) or "sit" (velocity), for checkpoints in the original's format, whose tensors
-            are the same; None asks the network, which tells it at pure noise once it is trained.
+            are the same. Needed unless the file records it (:func:`free_dit.checkpoints.save_dit_checkpoint`); it is
+            never guessed, and a trained network whose output at pure noise is of the other family is refused.
+        has_null_label: False for a checkpoint in the original's format that was trained without label dropout: every
+            row of its label table is then a class. Other formats say it themselves.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -50,10 +55,29 @@ def load_target(
         ValueError: ``num_heads`` or ``family`` is needed, impossible, or given for a format that holds it.
         ImportError: a folder of diffusers without diffusers installed.
     """
-    module, drafter = _module(str(spec), dtype, num_heads, family)
+    module, drafter = _module(str(spec), dtype, num_heads, family, has_null_label)
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What a target's file may not say of itself.
+
+    Attributes:
+        family: dit (noise prediction) or sit (velocity), for checkpoints in the original's format, which have the same
+            tensors.
+        null_label: whether such a checkpoint was trained with label dropout, so that its label table ends in the label
+            of guidance.
+    """
+
+    family: Literal["dit", "sit"] | None = None
+    null_label: bool = True
+
+    def load(self, spec: str | Path, device: torch.device | str = "cpu") -> tuple[Target, Drafter | None]:
+        """:func:`load_target` with these facts."""
+        return load_target(spec, device, family=self.family, has_null_label=self.null_label)
 
 
 def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) -> Drafter | str:
@@ -73,7 +97,7 @@ def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) ->
 
 
 def _module(
-    spec: str, dtype: torch.dtype | None, num_heads: int | None, family: str | None
+    spec: str, dtype: torch.dtype | None, num_heads: int | None, family: str | None, has_null_label: bool
 ) -> tuple[Any, Drafter | None]:
     """The module on the CPU, and a bundled drafter."""
     accepted, path = ACCEPTED.format(names=", ".join(bundled_names())), Path(spec)
@@ -82,25 +106,32 @@ def _module(
         raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
     if family is not None and kind != "original":
         raise ValueError(f"load_target: family must be None for {spec}, which says it itself, got {family!r}")
+    if not has_null_label and kind != "original":
+        raise ValueError(f"load_target: has_null_label must be True for {spec}, which says it itself, got False")
     if spec in bundled_names():
         target, drafter = load_bundled(spec)
         return target.module.to(dtype), drafter
     if kind == "ours":
         return load_model(path).to(dtype), None
     if kind == "original":
-        from free_dit.checkpoints import NETWORKS, load_dit_checkpoint, told_family
+        from free_dit.checkpoints import load_dit_checkpoint, recorded_family, told_family
 
-        model = load_dit_checkpoint(path, dtype=dtype, num_heads=num_heads, family=family or "dit")
-        found = family or told_family(model)
-        if found is None:
-            wanted = "'dit' (noise prediction) or 'sit' (velocity): neither its tensors nor its outputs tell"
+        told = {"num_heads": num_heads, "has_null_label": has_null_label}
+        recorded = recorded_family(path)
+        if recorded is not None and family not in (None, recorded):
+            raise ValueError(
+                f"load_target: family must be {recorded!r} for {spec}, which says it itself, got {family!r}"
+            )
+        family = family or recorded
+        if family is None:
+            # The file is read all the same: what is wrong with it goes first, and its answer is a help, not a proof.
+            seems = told_family(load_dit_checkpoint(path, dtype=dtype, **told))
+            hint = "" if seems is None else f"; at pure noise it answers as a {seems} does"
+            wanted = (
+                f"'dit' (noise prediction) or 'sit' (velocity), by family= or --family: both have its tensors{hint}"
+            )
             raise ValueError(f"load_target: family of {spec} must be {wanted}, got None")
-        if type(model) is not NETWORKS[found]:
-            with torch.device("meta"):
-                network = NETWORKS[found](model.config)
-            network.load_state_dict(model.state_dict(), assign=True)
-            model = network
-        return model, None
+        return load_dit_checkpoint(path, dtype=dtype, family=family, **told), None
     if kind in ("pipeline", "transformer"):
         return _from_diffusers(path, kind == "pipeline", dtype), None
     if not path.exists():

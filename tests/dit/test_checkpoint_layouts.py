@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from random_networks import random_dit
+from safetensors.torch import save_file
 
 import free_dit
 from free_dit import DiTConfig
+from free_dit.bundled import MODELS
 from free_dit.checkpoints import load_dit_checkpoint, save_dit_checkpoint, told_family
 from free_dit.loading import load_target
 from free_dit.networks.sit import SiT
@@ -114,16 +116,35 @@ def test_mixed_dtypes_become_one(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["digits", "digits_sit"])
-def test_a_trained_network_tells_its_family(tmp_path, name):
+def test_a_family_is_asked_for_and_a_wrong_one_refused(tmp_path, name):
+    """Nothing is taken from the answer at pure noise but a hint, and the refusal of the other family."""
     save_dit_checkpoint(tmp_path / "c.pt", free_dit.load_bundled(name)[0].module)
-    target, _ = load_target(tmp_path / "c.pt", num_heads=2)
-    assert isinstance(target, SiTTarget) == (name == "digits_sit")
+    own, other = ("sit", "dit") if name == "digits_sit" else ("dit", "sit")
+    wanted = rf"must be 'dit' .* or 'sit' .* by family= or --family: .* answers as a {own} does, got None"
+    with pytest.raises(ValueError, match=f"^load_target: family of .*c.pt {wanted}"):
+        load_target(tmp_path / "c.pt", num_heads=2)
     assert told_family(random_dit(CONFIG)) is None
-    given, _ = load_target(tmp_path / "c.pt", num_heads=2, family="sit" if name == "digits_sit" else "dit")
-    assert type(given) is type(target)
-    other = "dit" if name == "digits_sit" else "sit"
+    given, _ = load_target(tmp_path / "c.pt", num_heads=2, family=own)
+    assert isinstance(given, SiTTarget) == (own == "sit")
     with pytest.raises(ValueError, match="predicts noise"):
         load_target(tmp_path / "c.pt", num_heads=2, family=other)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_sit"])
+def test_a_recorded_family_is_used(tmp_path, name):
+    module, own = free_dit.load_bundled(name)[0].module, "sit" if name == "digits_sit" else "dit"
+    save_dit_checkpoint(tmp_path / "c.safetensors", module)
+    for family in (None, own):
+        target, _ = load_target(tmp_path / "c.safetensors", num_heads=2, family=family)
+        assert isinstance(target, SiTTarget) == (own == "sit")
+    with pytest.raises(ValueError, match=f"^load_target: family must be '{own}' for .*, which says it itself"):
+        load_target(tmp_path / "c.safetensors", num_heads=2, family="dit" if own == "sit" else "sit")
+    save_file(module.state_dict(), tmp_path / "other.safetensors", {"family": "rectified"})
+    with pytest.raises(CheckpointError, match="must record a family of dit, sit, got 'rectified'"):
+        load_target(tmp_path / "other.safetensors", num_heads=2)
+    # Files that training writes and bundled ones record it too.
+    assert isinstance(load_target(MODELS / name / "model.safetensors")[0], SiTTarget) == (own == "sit")
+    assert isinstance(load_target(name)[0], SiTTarget) == (own == "sit")
 
 
 def test_a_family_that_a_file_says_is_not_asked_for():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from training_worker import tiny_target
 
-from free_dit import DiT, cli
+from free_dit import DiT, cli, loading
 from free_dit.checkpoints import (
     convert_dit_to_diffusers,
     diffusers_config,
@@ -75,7 +75,8 @@ def test_each_format_is_read_and_trained_for_and_sampled(tmp_path, kind):
     family = "dit" if kind.startswith("original") else None
     if family is not None:
         with pytest.raises(
-            ValueError, match="^load_target: family of .* must be 'dit' .*neither its tensors nor its ou"
+            ValueError,
+            match="^load_target: family of .* must be 'dit' .* by family= or --family: both have its tensors",
         ):
             load_target(path, num_heads=heads(kind))
     target, drafter = load_target(path, num_heads=heads(kind), family=family)
@@ -142,3 +143,25 @@ def test_an_incomplete_folder_of_diffusers_is_named(tmp_path):
     next(path.glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="must be a complete folder of diffusers"):
         load_target(path)
+
+
+def test_facts_reach_the_loader(tmp_path, monkeypatch):
+    """What ``--family`` and ``--no-null-label`` of the commands say."""
+    asked = []
+
+    def seen(*arguments, **keywords):
+        asked.append((arguments, keywords))
+        raise FileNotFoundError("seen")
+
+    monkeypatch.setattr(loading, "load_target", seen)
+    facts = loading.TargetFacts("sit", null_label=False)
+    for command in (
+        lambda: cli.sample(tmp_path / "x.png", "x.pt", facts=facts),
+        lambda: cli.compare(tmp_path, "x.pt", facts=facts),
+        lambda: cli.generate(tmp_path / "set", 2, "x.pt", facts=facts),
+        lambda: cli.evaluate(tmp_path / "e", generate_=2, model="x.pt", facts=facts),
+    ):
+        with pytest.raises(FileNotFoundError, match="seen"):
+            command()
+    assert [arguments[0] for arguments, _ in asked] == ["x.pt"] * 4
+    assert all(keywords == {"family": "sit", "has_null_label": False} for _, keywords in asked)

@@ -56,19 +56,25 @@ class GaussianTarget:
         eps, v = (part.reshape(-1, *self.latent_shape) for part in h.unbind(-1))
         return torch.cat([eps, v], dim=1) if self.learns_variance else eps
 
-    def final_law(self, schedule: DDPMSchedule, label: int, guidance: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation per element of the ordinary sampler's images, float64."""
+    def final_law(
+        self, schedule: DDPMSchedule, label: int, guidance: float | list[float] = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation per element of the ordinary sampler's images, float64.
+
+        ``guidance`` is one scale or that of every step.
+        """
+        scales = guidance if isinstance(guidance, list) else [guidance] * schedule.num_steps
         table = schedule.table(schedule.resolve_variance(self.learns_variance)).double()
         mean = torch.zeros(self.feature_shape[0], dtype=torch.float64)
         variance = torch.ones_like(mean)
         y = torch.tensor([label])
         null = torch.tensor([self.num_classes])
-        for k, t in enumerate(schedule.timesteps):
+        for k, (t, scale) in enumerate(zip(schedule.timesteps, scales, strict=True)):
             slope, offset = (part[0].double() for part in self.linear(t[None], y))
-            if guidance != 1.0:
+            if scale != 1.0:
                 slope_u, offset_u = (part[0].double() for part in self.linear(t[None], null))
-                slope = slope_u + guidance * (slope - slope_u)
-                offset = offset_u + guidance * (offset - offset_u)
+                slope = slope_u + scale * (slope - slope_u)
+                offset = offset_u + scale * (offset - offset_u)
             a, b = table[k, TransitionColumn.MEAN_FROM_STATE], table[k, TransitionColumn.MEAN_FROM_OUTPUT]
             v = self.variance_channel(t[None], y)[0].double()
             log_std = table[k, TransitionColumn.LOG_STD] + table[k, TransitionColumn.LOG_STD_SLOPE] * v

@@ -9,6 +9,15 @@ from free_dit import DiT, DiTConfig
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=3, num_heads=4, num_classes=5)
 
 
+def randomised(module: DiT, seed: int = 0) -> DiT:
+    """A module in evaluation mode with random weights, but for its table of positions."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.eval().requires_grad_(False).named_parameters():
+        if name != "pos_embed":
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return module
+
+
 def random_dit(config: DiTConfig = CONFIG, seed: int = 0) -> DiT:
     """A DiT whose every weight is random: adaLN-Zero's zeros would hide mistakes."""
     torch.manual_seed(seed)

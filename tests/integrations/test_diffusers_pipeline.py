@@ -118,6 +118,23 @@ def test_every_way_of_sampling_gives_the_pipelines_images(noise, settings, guida
     assert fast.stats.call_reduction > 2
 
 
+def test_guidance_of_images_and_steps_passes_through(noise):
+    """Each image as the pipeline draws it at its own scale; scales up to 1 are none there."""
+    pipe, scales = make_pipe(), torch.linspace(0.5, 6.0, len(LABELS))
+    call = {"num_inference_steps": STEPS, "output_type": "pt"}
+    wanted = [pipe(LABELS, guidance_scale=float(w), **call).images[image] for image, w in enumerate(scales)]
+    fast = accelerate(pipe, drafter=PerfectDrafter(DiffusersDiTTarget(pipe.transformer)), draft_length=4)
+    schedule = DDPMSchedule.from_diffusers(pipe.scheduler, STEPS)
+    for scale in (scales, lambda step: scales):
+        with held_noise(entries(schedule, noise)):
+            images = fast(LABELS, guidance_scale=scale, **call).images
+        torch.testing.assert_close(images, torch.stack(wanted), rtol=1e-3, atol=1e-3)
+    limited = accelerate(pipe, draft_length=1, guidance_interval=(2000, 3000))
+    with held_noise(entries(schedule, noise)):
+        images = limited(LABELS, guidance_scale=4.0, **call).images
+    torch.testing.assert_close(images, pipe(LABELS, guidance_scale=1.0, **call).images, rtol=1e-3, atol=1e-3)
+
+
 class held_noise:
     """Hands the integration a noise tensor where it would key its own."""
 

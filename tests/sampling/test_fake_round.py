@@ -22,6 +22,8 @@ MOST_OWN = {
     "learned": 27,
     "frozen": 23,
     "guided": 35,
+    "scales of steps": 54,
+    "frozen, scales of steps": 39,
     "windowed": 33,
     "block": 29,
     "relaxed by deviation": 76,

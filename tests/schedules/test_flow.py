@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
 from dataclasses import dataclass
 
 import mutations
@@ -36,7 +38,7 @@ from free_kernels import (
 )
 from free_kernels.constants import TIME_TICKS, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.schedules.flow import DIFFUSIONS, interpolate
+from free_kernels.schedules.flow import DIFFUSIONS, interpolate, shifted
 from free_kernels.targets import as_target
 
 IMAGES, LABEL = 3000, 1
@@ -178,6 +180,49 @@ class TestSchedule:
         assert FlowSDESchedule(25).timesteps.tolist() == [4000 * k for k in range(25)]
         assert FlowSDESchedule(1).timesteps.tolist() == [0]
 
+    @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 7.0])
+    def test_a_shift_moves_noise_levels(self, shift):
+        """``s u / (1 + (s - 1) u)`` of u = 1 - t, to half a tick; the ends of time stay."""
+        plain, schedule = FlowSDESchedule(40), FlowSDESchedule(40, shift=shift)
+        noise = 1 - torch.linspace(0, 0.96, 40, dtype=torch.float64)
+        wanted = shift * noise / (1 + (shift - 1) * noise)
+        assert float((1 - schedule.times - wanted).abs().max()) <= 0.5 / TIME_TICKS + 1e-12
+        torch.testing.assert_close(shifted(torch.tensor([0.0, 1.0]), shift), torch.tensor([0.0, 1.0]))
+        # The ratio of data to noise, t / (1 - t), is divided by s.
+        t = shifted(torch.tensor(0.3, dtype=torch.float64), shift)
+        assert float(t / (1 - t)) == pytest.approx(0.3 / 0.7 / shift)
+        assert torch.equal(schedule.timesteps, plain.timesteps) == (shift == 1.0)
+        # Shifts by s and by 1 / s are inverse.
+        torch.testing.assert_close(shifted(shifted(plain.times, shift), 1 / shift), plain.times)
+
+    def test_given_times_are_the_steps(self):
+        times = [0.0, 0.1, 0.25, 0.5, 0.8, 0.95]
+        schedule = FlowSDESchedule(times=times)
+        assert schedule.timesteps.tolist() == [0, 10000, 25000, 50000, 80000, 95000]
+        assert (schedule.num_steps, schedule.first_time) == (6, 0.0)
+        assert schedule.last_step_size == pytest.approx(0.05)
+        variance = (2 * schedule.table()[:-1, TransitionColumn.LOG_STD].double()).exp()
+        t = torch.tensor(times, dtype=torch.float64)
+        torch.testing.assert_close(variance, 2 * (1 - t[:-1]) * t.diff(), rtol=1e-5, atol=0)
+        for same in (torch.tensor(times), np.array(times), tuple(times)):
+            other = FlowSDESchedule(times=same)
+            assert other == schedule
+            assert hash(other) == hash(schedule)
+            assert torch.equal(other.table(), schedule.table())
+        assert FlowSDESchedule(times=[0.0, 0.2, 0.25, 0.5, 0.8, 0.95]) != schedule
+        assert FlowSDESchedule(times=FlowSDESchedule(9, shift=3.0).times).timesteps.equal(
+            FlowSDESchedule(9, shift=3.0).timesteps
+        )
+
+    def test_copies_keep_their_times(self):
+        for schedule in (FlowSDESchedule(times=[0.1, 0.3, 0.9]), FlowSDESchedule(20), FlowSDESchedule(20, shift=3.0)):
+            copied = dataclasses.replace(schedule, diffusion="linear")
+            assert torch.equal(copied.timesteps, schedule.timesteps)
+            assert copied.diffusion == "linear"
+            assert pickle.loads(pickle.dumps(schedule)) == schedule
+        with pytest.raises(ValueError, match="shift must be 1 where times are given"):
+            dataclasses.replace(FlowSDESchedule(20), shift=3.0)
+
     def test_coefficients_follow_the_rounded_times(self):
         """Ticks so coarse that steps differ in length: every step is as long as its own two ticks say."""
         schedule = FlowSDESchedule(8, num_train_steps=30, diffusion="constant")
@@ -199,6 +244,24 @@ class TestSchedule:
             ({"diffusion": "sbdm"}, ValueError, "first_time must be above 0 with diffusion 'sbdm'"),
             ({"prediction": "noise"}, ValueError, "first_time must be above 0 with diffusion 'sigma' and prediction"),
             ({"prediction": 1}, ValueError, "prediction must be one of"),
+            ({"shift": 0.0}, ValueError, "shift must be above 0, got 0"),
+            ({"shift": -1.0}, ValueError, "shift must be a finite number in"),
+            ({"shift": "3"}, TypeError, "shift must be a finite number in"),
+            ({"times": "linear"}, TypeError, "times must be None, a sequence of numbers or a tensor"),
+            ({"times": []}, ValueError, "times must be increasing from noise to data in"),
+            ({"times": [[0.1], [0.2]]}, ValueError, "times must be increasing from noise to data in"),
+            ({"times": [0.0, 0.5, 1.0]}, ValueError, r"times must be .* got values in \[0, 1\]"),
+            ({"times": [-0.1, 0.5]}, ValueError, r"times must be .* got values in \[-0.1, 0.5\]"),
+            ({"times": [0.0, float("nan")]}, ValueError, r"times must be .* got values in \[nan"),
+            ({"times": [0.9, 0.5, 0.1]}, ValueError, "times must be .* got falling ones"),
+            ({"times": [0.0, 0.5, 0.4]}, ValueError, "times must be .* got times that share a tick or fall"),
+            ({"times": [0.0, 0.5, 0.500001]}, ValueError, "times must be .* got times that share a tick or fall"),
+            ({"times": [0.0, 0.999999]}, ValueError, "times must be .* got times that share a tick or fall"),
+            ({"times": [0.0, 0.5], "num_steps": 3}, ValueError, "num_steps must be left out or 2 with these times"),
+            ({"times": [0.0, 0.5], "first_time": 0.1}, ValueError, "first_time must be left out or 0 with these"),
+            ({"times": [0.0, 0.5], "last_step_size": 0.1}, ValueError, "last_step_size must be left out or 0.5"),
+            ({"times": [0.0, 0.5], "shift": 2.0}, ValueError, "shift must be 1 where times are given"),
+            ({"times": [0.0, 0.5], "diffusion": "sbdm"}, ValueError, "first_time must be above 0 with diffusion"),
         ],
     )
     def test_wrong_arguments_are_named(self, arguments, error, message):
@@ -218,6 +281,8 @@ class TestExactness:
             # D = 0 at t = 0: the first step has no noise, and is never drafted.
             ({"diffusion": "increasing-decreasing", "last_step": "euler"}, 1.0),
             ({"prediction": "score", "first_time": 0.02, "diffusion": "sbdm"}, 1.0),
+            ({"shift": 3.0}, 2.0),
+            ({"times": [0.0, 0.05, 0.2, 0.3, 0.45, 0.7, 0.8, 0.95]}, 1.0),
         ],
     )
     @pytest.mark.parametrize("reuse", [False, True])
@@ -225,7 +290,7 @@ class TestExactness:
         target = GaussianFlow(
             interpolant=settings.get("interpolant", "linear"), prediction=settings.get("prediction", "velocity")
         )
-        drafter, schedule = BiasedDrafter(target, eps_bias=2.0), FlowSDESchedule(8, **settings)
+        drafter, schedule = BiasedDrafter(target, eps_bias=2.0), FlowSDESchedule(**{"num_steps": 8} | settings)
         chosen = {"drafter": drafter, "guidance_scale": guidance, "seed": 11, "reuse_refused": reuse}
         result = sample(target, LABELS, schedule=schedule, **chosen)
         worst = 0.95 if reuse else 0.8

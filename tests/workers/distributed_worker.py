@@ -19,6 +19,8 @@ SETTINGS = {"schedule": DDPMSchedule(14), "draft_length": 5, "max_slots": 3}
 CASES = {
     "plain": {},
     "guided": {"guidance_scale": 2.0},
+    "scales": {"guidance_scale": torch.linspace(0.5, 4.0, 7), "guidance_interval": (200, 900)},
+    "scales of steps": {"guidance_scale": lambda step: torch.linspace(0.5, 4.0, 7) * step / 7},
     "block": {"verification": "block"},
     "relaxed": {"relaxation": 2.0},
     "auto": {"draft_length": 1},

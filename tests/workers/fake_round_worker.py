@@ -98,6 +98,10 @@ CASES = {
     "learned": Case(blocks=16),
     "frozen": Case(drafter="frozen"),
     "guided": Case(guidance=2.0, slots=4),
+    "scales of steps": Case(guidance=2.0, slots=4, settings={"guidance_interval": (100, 950)}),
+    "frozen, scales of steps": Case(
+        drafter="frozen", guidance=2.0, slots=4, settings={"guidance_interval": (100, 950)}
+    ),
     "windowed": Case(drafter="windowed", slots=4),
     "block": Case(slots=4, settings={"verification": "block"}),
     "relaxed by deviation": Case(slots=4, settings={"relaxation": Relaxation(0.5)}),

@@ -12,7 +12,7 @@ from free_kernels import DDPMSchedule, PhiloxNoise, sample
 LABELS = torch.tensor([0, 1, 2])
 
 
-def worst_difference(learned: bool, guidance: float, verification: str) -> float:
+def worst_difference(learned: bool, guidance: float | torch.Tensor, verification: str) -> float:
     target = GaussianTarget(learns_variance=learned)
     drafter = BiasedDrafter(target, variance_bias=0.1 if learned else 0.0)
     settings = {"schedule": DDPMSchedule(8), "drafter": drafter, "guidance_scale": guidance, "draft_length": 3}
@@ -24,4 +24,5 @@ def worst_difference(learned: bool, guidance: float, verification: str) -> float
     return float((runs[0].samples - runs[1].samples).abs().max())
 
 
-print(max(worst_difference(*setting) for setting in itertools.product((False, True), (1.0, 2.0), ("token", "block"))))
+SCALES = (1.0, 2.0, torch.tensor([1.0, 0.3, 4.0]))
+print(max(worst_difference(*setting) for setting in itertools.product((False, True), SCALES, ("token", "block"))))

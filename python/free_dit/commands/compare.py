@@ -12,7 +12,7 @@ from free_dit.commands.shared import console, labels_of
 from free_dit.experiments.compare import compare as run_compare
 from free_dit.experiments.compare import print_report
 from free_dit.generation import ChainSettings
-from free_dit.loading import load_drafter, load_target
+from free_dit.loading import TargetFacts, load_drafter
 from free_kernels.protocols import Drafter
 from free_kernels.validation import check_writable
 
@@ -24,6 +24,7 @@ def compare(
     num: int = 64,
     chain: Annotated[ChainSettings, OmitArgPrefixes] = ChainSettings(),
     timing_pairs: int = 5,
+    facts: Annotated[TargetFacts, OmitArgPrefixes] = TargetFacts(),
 ) -> None:
     """Ordinary, frozen-drafter and learned-drafter sampling side by side: a picture, a plot, a table, a JSON file.
 
@@ -34,9 +35,10 @@ def compare(
         num: images.
         chain: how to sample.
         timing_pairs: interleaved pairs that the wall-clock ratio at batch 1 is measured on; 0 skips it.
+        facts: what the model's file may not say of itself.
     """
     check_writable("compare", "out", out / "compare.json")
-    target, bundled = load_target(model)
+    target, bundled = facts.load(model)
     chosen = load_drafter(drafter, target, bundled)
     drafters: dict[str, Drafter | str] = {"frozen drafter": "frozen"}
     if chosen != "frozen":

@@ -16,6 +16,7 @@ from free_dit.evaluation.report import evaluate as run_evaluate
 from free_dit.evaluation.sets import WHERE, open_images, open_reference
 from free_dit.files import write_json
 from free_dit.generation import DrawSettings, GenerateSettings
+from free_dit.loading import TargetFacts
 from free_kernels.validation import check_writable, fail
 
 
@@ -55,6 +56,7 @@ def evaluate(
     network: Annotated[NetworkChoice, OmitArgPrefixes] = NetworkChoice(),
     model: str = "digits",
     drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
+    facts: Annotated[TargetFacts, OmitArgPrefixes] = TargetFacts(),
     device: str = "auto",
     metrics: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
 ) -> None:
@@ -71,6 +73,7 @@ def evaluate(
         network: what images are compared by.
         model: what draws: a bundled model's name, or a model.safetensors.
         drawing: how to draw; another seed for every set makes them independent, as two-sample tests need them.
+        facts: what the model's file may not say of itself.
         device: "auto", "cpu", "cuda", "cuda:1" ...
         metrics: how to evaluate.
     """
@@ -84,7 +87,7 @@ def evaluate(
     real = open_reference(reference)
     if generate_:
         settings = GenerateSettings(**asdict(drawing), num=generate_)
-        drawn, missing = draw_set(out / "samples", model, settings, place, progress=rank == 0)
+        drawn, missing = draw_set(out / "samples", model, settings, place, facts, progress=rank == 0)
         if missing:
             console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
             return

@@ -13,6 +13,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from free_dit.commands.shared import console, device_of, draw_set
 from free_dit.generation import DrawSettings, GenerateSettings, SampleFolder
 from free_dit.generation.sample_folder import SUMS, WHERE
+from free_dit.loading import TargetFacts
 
 
 def generate(
@@ -21,6 +22,7 @@ def generate(
     model: str = "digits",
     drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
     format_: Annotated[Literal["npz", "png"], arg(name="format")] = "npz",
+    facts: Annotated[TargetFacts, OmitArgPrefixes] = TargetFacts(),
     device: str = "auto",
 ) -> None:
     """Draw a large sample set in shards: torchrun -m free_dit generate -n 50000 --out DIR.
@@ -35,6 +37,7 @@ def generate(
         model: a bundled model's name, or a model.safetensors.
         drawing: how to draw.
         format_: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
+        facts: what the model's file may not say of itself.
         device: "auto", "cpu", "cuda", "cuda:1" ...
     """
     rank, under_torchrun = int(os.environ.get("RANK", "0")), "TORCHELASTIC_RUN_ID" in os.environ
@@ -43,7 +46,7 @@ def generate(
     settings = GenerateSettings(**asdict(drawing), num=num, format=format_)
     # torchrun ends every rank as soon as one dies, so rank 0 may wait and show the progress of the others.
     waits = rank == 0 and under_torchrun
-    drawn, missing = draw_set(out, model, settings, place, progress=rank == 0, wait=waits)
+    drawn, missing = draw_set(out, model, settings, place, facts, progress=rank == 0, wait=waits)
     if missing:
         console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
     elif rank == 0 or (drawn and not under_torchrun):

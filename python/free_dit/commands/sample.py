@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 from free_dit.commands.shared import console, labels_of, title_of
 from free_dit.experiments.plots import sample_grids
 from free_dit.generation import UNDRAFTED, ChainSettings, sampler_for, to_pixels
-from free_dit.loading import load_drafter, load_target
+from free_dit.loading import TargetFacts, load_drafter
 from free_kernels.validation import check_writable
 
 
@@ -23,6 +23,7 @@ def sample(
     classes: tuple[int, ...] = (),
     chain: Annotated[ChainSettings, OmitArgPrefixes] = ChainSettings(),
     max_slots: int | None = None,
+    facts: Annotated[TargetFacts, OmitArgPrefixes] = TargetFacts(),
 ) -> None:
     """Draw images; writes a PNG grid, or an NPZ as the ADM suite reads: arr_0 uint8 [N, H, W, C], arr_1 labels.
 
@@ -35,11 +36,12 @@ def sample(
         classes: labels to cycle through; all if empty.
         chain: how to sample; an image's index is its place in the list of labels.
         max_slots: images in the making at a time.
+        facts: what the model's file may not say of itself.
     """
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"sample: out must end in .png or .npz, got {out}")
     check_writable("sample", "out", out)
-    target, bundled = load_target(model)
+    target, bundled = facts.load(model)
     labels = labels_of(num, classes, target.num_classes)
     chosen = drafter if drafter in UNDRAFTED else load_drafter(drafter, target, bundled)
     result = sampler_for(target, chosen, chain)(labels, seed=chain.seed, max_slots=max_slots, progress=True)

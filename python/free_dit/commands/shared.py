@@ -14,7 +14,7 @@ from tyro.conf import arg
 from free_dit.bundled import bundled_names
 from free_dit.generation import GenerateSettings
 from free_dit.generation import generate as run_generate
-from free_dit.loading import load_drafter, load_target
+from free_dit.loading import TargetFacts, load_drafter
 from free_kernels.validation import check_int
 
 Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE ...")]
@@ -46,10 +46,17 @@ def device_of(where: str, name: str) -> torch.device:
 
 
 def draw_set(
-    folder: Path, model: str, settings: GenerateSettings, device: torch.device, *, progress: bool, wait: bool = False
+    folder: Path,
+    model: str,
+    settings: GenerateSettings,
+    device: torch.device,
+    facts: TargetFacts,
+    *,
+    progress: bool,
+    wait: bool = False,
 ) -> tuple[list[int], list[int]]:
     """:func:`free_dit.generation.generate` with a model and a drafter by name; ``"none"`` is the ordinary sampler."""
-    target, bundled = load_target(model, device)
+    target, bundled = facts.load(model, device)
     if settings.drafter in ("none", None):
         settings, drafter = replace(settings, drafter=None, draft_length=1), None
     else:

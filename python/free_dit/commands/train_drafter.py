@@ -23,7 +23,8 @@ def train_drafter(
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     num_heads: int | None = None,
-    family: str | None = None,
+    family: Literal["dit", "sit"] | None = None,
+    null_label: bool = True,
 ) -> None:
     """Train a drafter on a DiT's own trajectories (no images needed); writes OUT/drafter.safetensors. Resumable.
 
@@ -38,10 +39,12 @@ def train_drafter(
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         dtype: of the frozen target; if not given, that of the file for the original's format, else float32.
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
-        family: dit or sit, for checkpoints in the original's format whose outputs do not tell.
+        family: dit or sit, for checkpoints in the original's format which have the same tensors.
+        null_label: whether such a checkpoint was trained with label dropout; set max_guidance=1 where it was not.
     """
     settings, place = load_config(DrafterTrainConfig, config, set_), Place.from_environment()
-    loaded, _ = load_target(target, place.device(device), None if dtype is None else DTYPES[dtype], num_heads, family)
+    narrow = None if dtype is None else DTYPES[dtype]
+    loaded, _ = load_target(target, place.device(device), narrow, num_heads, family, null_label)
     path = run_train_drafter(loaded, settings, out, target, place)
     if place.is_first:
         console.print(f"wrote {path}")

@@ -43,6 +43,11 @@ class DiTConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"DiTConfig: {name} must be an int, of a square, got {getattr(self, name)!r}")
+        if self.num_classes < 1:
+            raise ValueError(f"DiTConfig: num_classes must be at least 1, got {self.num_classes}")
         if self.patch_size < 1 or self.input_size % self.patch_size:
             raise ValueError(f"DiTConfig: patch_size must divide input_size {self.input_size}, got {self.patch_size}")
         if self.num_heads < 1 or self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -261,10 +266,17 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(h, c))
 
 
-def sincos_positions(width: int, side: int) -> Tensor:
-    """Fixed two-dimensional sine-cosine position table ``[side * side, width]``; the column coordinate comes first."""
+def sincos_positions(width: int, side: int, wide: int | None = None) -> Tensor:
+    """Fixed two-dimensional sine-cosine position table ``[side * wide, width]``; the column coordinate comes first.
+
+    Args:
+        width: of a token, a multiple of 4.
+        side: rows of tokens.
+        wide: columns of tokens; as many as rows if None.
+    """
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    grid = torch.arange(side), torch.arange(side if wide is None else wide)
+    rows, columns = torch.meshgrid(*grid, indexing="ij")
     parts = []
     for coordinate in (columns, rows):
         angles = coordinate.flatten().double().unsqueeze(1) * omega

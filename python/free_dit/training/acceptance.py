@@ -14,7 +14,7 @@ from free_kernels.protocols import (
     first_drafted_step,
     guided_channels,
     new_memory,
-    null_label,
+    unconditional_labels,
 )
 
 
@@ -35,7 +35,7 @@ def acceptance_by_lookahead(
     device = data.states.device
     table = schedule.table(schedule.resolve_variance(target.learns_variance)).to(device)
     timesteps = schedule.timesteps.to(device)
-    y = torch.cat([data.labels, torch.full_like(data.labels, null_label(target))])
+    y = torch.cat([data.labels, unconditional_labels(target, data.labels)])
     guided = guided_channels(target)
     network: Target = hoisted(target, timesteps, y.unique())  # type: ignore[assignment]
     draft: Drafter = hoisted(drafter, timesteps, y.unique())  # type: ignore[assignment]

@@ -52,7 +52,8 @@ class DrafterTrainConfig:
         other_steps: K of further chains to learn from; 0 for none.
         other_share: share of the iterations that learn from those.
         start: a drafter to begin from, of the same configuration; empty begins with random weights. Its scales stay.
-        max_guidance: guidance scales are drawn from [1, max_guidance] for half of the images and 1 for the rest.
+        max_guidance: guidance scales are drawn from [1, max_guidance] for half of the images and 1 for the rest; 1 for
+            a target without a null label.
         feature_weight: weight of the mean squared feature error, in units of the feature's change over a step.
         compile: train through torch.compile.
         calibration_images: fresh trajectories that acceptance is measured on at the end, for automatic draft lengths; 0
@@ -105,6 +106,7 @@ class DrafterTrainConfig:
         check_int(where, "batch_size", self.batch_size, 1)
         check_int(where, "trajectories", self.trajectories, 2)
         check_int(where, "refresh_every", self.refresh_every, 1)
+        check_float(where, "max_guidance", self.max_guidance, 1.0)
         check_float(where, "refused", self.refused, 0.0, 1.0)
         if self.refused and self.drafter.window > 1:
             fail(where, "refused", "0 for a drafter with a window, whose drafts rows do not correct", str(self.refused))

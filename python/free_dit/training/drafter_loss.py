@@ -17,7 +17,7 @@ from free_dit.training.trajectories import guided_transition
 from free_dit.training.windows import NetworkRows, Windows
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
-from free_kernels.protocols import Target, first_drafted_step, guided_channels, null_label
+from free_kernels.protocols import Target, first_drafted_step, guided_channels, unconditional_labels
 
 
 class DrafterLoss:
@@ -74,7 +74,7 @@ class DrafterLoss:
         guidance = data.guidance[image]
         network = NetworkRows(guidance, self.drafter.config.window > 1, self.device)
         y = data.labels[image]
-        y = network.pick(torch.cat([y, torch.full_like(y, null_label(self.target))]).to(self.device))
+        y = network.pick(torch.cat([y, unconditional_labels(self.target, y)]).to(self.device))
         return Windows(chain, data, image, y, network), start, guidance
 
     def __call__(self, iteration: int) -> tuple[Tensor, dict[str, float]]:

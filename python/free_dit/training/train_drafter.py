@@ -17,7 +17,7 @@ from free_dit.training.loop import CHECKPOINT, TrainingLoop, iteration_seed
 from free_dit.training.shards import target_fingerprint
 from free_dit.training.trajectories import Storage, collect, image_chunks, make_schedule
 from free_kernels.drafters import FeatureDrafter
-from free_kernels.protocols import Target
+from free_kernels.protocols import Target, TargetDefaults
 from free_kernels.validation import check_writable, fail
 
 __all__ = ["DrafterLoss", "DrafterTrainConfig", "calibrate", "train_drafter"]
@@ -85,12 +85,16 @@ def train_drafter(
         place: where this process stands among those of the run.
 
     Raises:
-        ValueError, TypeError: the configuration is wrong, or the folder belongs to another one.
+        ValueError, TypeError: the configuration is wrong, guides a target that has no null label, or the folder
+            belongs to another one.
         OSError: the folder cannot be written.
         FloatingPointError: the loss or a gradient is not finite; the last good checkpoint stays.
         ConnectionError: another process of the run ended or fell silent.
     """
     config.check()
+    if config.max_guidance != 1.0 and not TargetDefaults.read(target, "has_null_label"):
+        wanted = "1 for a target trained without label dropout, which cannot be guided"
+        fail("train_drafter", "max_guidance", wanted, f"{config.max_guidance:g}")
     # A flow model counts finer timesteps than the drafter: this many of them are one of the drafter's.
     schedule = make_schedule(config.schedule, target, config.num_steps)
     unit = max(1, schedule.num_train_steps // config.drafter.num_timesteps)

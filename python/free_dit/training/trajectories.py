@@ -13,7 +13,7 @@ from free_dit.networks.families import device_of, schedule_for
 from free_kernels.conditioning import hoisted
 from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
-from free_kernels.protocols import Schedule, Target, guided_channels, null_label
+from free_kernels.protocols import Schedule, Target, guided_channels, unconditional_labels
 from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 from free_kernels.validation import check_choice, check_int, fail
@@ -36,7 +36,7 @@ def make_schedule(name: str, target: Target, num_steps: int) -> Schedule:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Chains of B images over K steps, both guidance branches.
+    """Chains of B images over K steps, both guidance branches (the same twice for a target without a null label).
 
     Attributes:
         states: ``[K, B, C, H, W]``, the state before each step.
@@ -188,7 +188,7 @@ def collect(
         for part in parts:
             images = torch.arange(part.start, part.stop, device=here)
             y, scale = labels[part].to(here), guidance[part].to(here)
-            y = torch.cat([y, torch.full_like(y, null_label(target))])
+            y = torch.cat([y, unconditional_labels(target, y)])
             network: Target = hoisted(target, timesteps, y.unique())  # type: ignore[assignment]
             x = source.normal(images, torch.zeros_like(images), Purpose.INITIAL, shape)
             for k in range(num_steps):
