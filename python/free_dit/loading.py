@@ -10,11 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from free_dit.bundled import bundled_names, load_bundled
-from free_dit.networks.families import device_of, load_model
+from free_dit.latents import pipeline_vae
+from free_dit.networks.families import DRAWS, device_of, load_model
 from free_kernels import FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError
 from free_kernels.protocols import Drafter, Target
 from free_kernels.targets import as_target
+from free_kernels.validation import check_choice
 
 ACCEPTED = (
     "a bundled model's name ({names}), a model.safetensors written by train, a DiT checkpoint in the original's format "
@@ -29,6 +31,7 @@ def load_target(
     dtype: torch.dtype | None = None,
     num_heads: int | None = None,
     family: str | None = None,
+    draws: str | None = None,
 ) -> tuple[Target, Drafter | None]:
     """A target and, where it is bundled, its drafter.
 
@@ -43,6 +46,9 @@ def load_target(
 
         family: "dit" (noise prediction) or "sit" (velocity), for checkpoints in the original's format, whose tensors
             are the same; None asks the network, which tells it at pure noise once it is trained.
+        draws: "pixels" or "latents", what its samples are; None takes what the file says, which for a pipeline is
+            latents, and else tells it by the channels (:func:`free_dit.latents.draws_latents`). It is kept as
+            ``target.draws``.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -50,9 +56,15 @@ def load_target(
         ValueError: ``num_heads`` or ``family`` is needed, impossible, or given for a format that holds it.
         ImportError: a folder of diffusers without diffusers installed.
     """
+    if draws is not None:
+        check_choice("load_target", "draws", draws, DRAWS)
     module, drafter = _module(str(spec), dtype, num_heads, family)
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
+    said = "latents" if pipeline_vae(spec) else getattr(module, "draws", None)
+    if draws is not None and said not in (None, draws):
+        raise ValueError(f"load_target: draws must be {said!r} for {spec}, which says it itself, got {draws!r}")
+    target.draws = draws or said  # type: ignore[attr-defined]
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(free_dit.__file__).parent
 LAYERS = (
     {"configuration", "data", "files", "interrupts", "markdown"},
     {"networks"},
-    {"bundled", "checkpoints", "model"},
+    {"bundled", "checkpoints", "latents", "model"},
     {"", "loading"},
     {"training", "generation"},
     {"train_drafter", "evaluation"},

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from free_dit.commands.shared import console, device_of, draw_set
+from free_dit.commands.shared import VAEChoice, console, device_of, draw_set
 from free_dit.evaluation.extractors import load_extractor
 from free_dit.evaluation.report import EvaluationSettings, render
 from free_dit.evaluation.report import evaluate as run_evaluate
@@ -55,6 +55,7 @@ def evaluate(
     network: Annotated[NetworkChoice, OmitArgPrefixes] = NetworkChoice(),
     model: str = "digits",
     drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
+    vae: Annotated[VAEChoice, OmitArgPrefixes] = VAEChoice(),
     device: str = "auto",
     metrics: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
 ) -> None:
@@ -71,6 +72,7 @@ def evaluate(
         network: what images are compared by.
         model: what draws: a bundled model's name, or a model.safetensors.
         drawing: how to draw; another seed for every set makes them independent, as two-sample tests need them.
+        vae: what makes images of the latents of a latent model that draws.
         device: "auto", "cpu", "cuda", "cuda:1" ...
         metrics: how to evaluate.
     """
@@ -84,7 +86,7 @@ def evaluate(
     real = open_reference(reference)
     if generate_:
         settings = GenerateSettings(**asdict(drawing), num=generate_)
-        drawn, missing = draw_set(out / "samples", model, settings, place, progress=rank == 0)
+        drawn, missing = draw_set(WHERE, out / "samples", model, settings, place, vae, progress=rank == 0)
         if missing:
             console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
             return

@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from free_dit.commands.shared import console, device_of, draw_set
+from free_dit.commands.shared import VAEChoice, console, device_of, draw_set
 from free_dit.generation import DrawSettings, GenerateSettings, SampleFolder
 from free_dit.generation.sample_folder import SUMS, WHERE
+from free_kernels.validation import fail
 
 
 def generate(
@@ -21,6 +22,8 @@ def generate(
     model: str = "digits",
     drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
     format_: Annotated[Literal["npz", "png"], arg(name="format")] = "npz",
+    vae: Annotated[VAEChoice, OmitArgPrefixes] = VAEChoice(),
+    latents: bool = False,
     device: str = "auto",
 ) -> None:
     """Draw a large sample set in shards: torchrun -m free_dit generate -n 50000 --out DIR.
@@ -35,15 +38,19 @@ def generate(
         model: a bundled model's name, or a model.safetensors.
         drawing: how to draw.
         format_: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
+        vae: what makes images of the latents of a latent model.
+        latents: write the samples as they are, float32 [N, C, H, W], an .npy for each shard.
         device: "auto", "cpu", "cuda", "cuda:1" ...
     """
     rank, under_torchrun = int(os.environ.get("RANK", "0")), "TORCHELASTIC_RUN_ID" in os.environ
     # The device first, so that an error appears before files are read.
     place = device_of(WHERE, device)
-    settings = GenerateSettings(**asdict(drawing), num=num, format=format_)
+    if latents and format_ == "png":
+        fail(WHERE, "format", "npz with --latents, whose shards are .npy", format_)
+    settings = GenerateSettings(**asdict(drawing), num=num, format="npy" if latents else format_)
     # torchrun ends every rank as soon as one dies, so rank 0 may wait and show the progress of the others.
     waits = rank == 0 and under_torchrun
-    drawn, missing = draw_set(out, model, settings, place, progress=rank == 0, wait=waits)
+    drawn, missing = draw_set(WHERE, out, model, settings, place, vae, progress=rank == 0, wait=waits)
     if missing:
         console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
     elif rank == 0 or (drawn and not under_torchrun):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from rich.console import Console
@@ -14,11 +14,52 @@ from tyro.conf import arg
 from free_dit.bundled import bundled_names
 from free_dit.generation import GenerateSettings
 from free_dit.generation import generate as run_generate
+from free_dit.latents import LatentDecoder, check_decoder, load_vae, pipeline_vae
 from free_dit.loading import load_drafter, load_target
-from free_kernels.validation import check_int
+from free_kernels.protocols import Target
+from free_kernels.validation import check_int, fail
 
 Overrides = Annotated[tuple[str, ...], arg(name="set", metavar="KEY=VALUE ...")]
 console = Console(soft_wrap=True, markup=False)
+
+
+@dataclass(frozen=True)
+class VAEChoice:
+    """What makes images of a latent model's samples.
+
+    Attributes:
+        vae: folder of diffusers' AutoencoderKL, or of a pipeline that holds one; a pipeline given as the model brings
+            its own.
+        vae_dtype: of its weights and arithmetic.
+        vae_batch: latents decoded at a time.
+    """
+
+    vae: Path | None = None
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    vae_batch: int = 8
+
+
+def decoder_of(
+    where: str, target: Target, model: str, choice: VAEChoice, device: torch.device, latents: bool | None
+) -> LatentDecoder | None:
+    """What decodes the samples of a model; None where they are images, or are wanted as ``latents``.
+
+    ``latents`` is None for a command that has no such option.
+
+    Raises:
+        ValueError: the model draws latents and there is no VAE, or one of other latents.
+    """
+    if latents:
+        if choice.vae is not None:
+            fail(where, "vae", "None with --latents, which are not decoded", str(choice.vae))
+        return None
+    check_int(where, "vae_batch", choice.vae_batch, 1)
+    folder = choice.vae or pipeline_vae(model)
+    decoder = None
+    if folder is not None:
+        decoder = load_vae(where, folder, device, getattr(torch, choice.vae_dtype), choice.vae_batch)
+    check_decoder(where, target, decoder, "" if latents is None else ", or --latents to write latents as .npy")
+    return decoder
 
 
 def title_of(model: str) -> str:
@@ -46,12 +87,21 @@ def device_of(where: str, name: str) -> torch.device:
 
 
 def draw_set(
-    folder: Path, model: str, settings: GenerateSettings, device: torch.device, *, progress: bool, wait: bool = False
+    where: str,
+    folder: Path,
+    model: str,
+    settings: GenerateSettings,
+    device: torch.device,
+    vae: VAEChoice,
+    *,
+    progress: bool,
+    wait: bool = False,
 ) -> tuple[list[int], list[int]]:
     """:func:`free_dit.generation.generate` with a model and a drafter by name; ``"none"`` is the ordinary sampler."""
     target, bundled = load_target(model, device)
+    decode = decoder_of(where, target, model, vae, device, settings.format == "npy" if where == "generate" else None)
     if settings.drafter in ("none", None):
         settings, drafter = replace(settings, drafter=None, draft_length=1), None
     else:
         drafter = load_drafter(settings.drafter, target, bundled)
-    return run_generate(folder, target, drafter, settings, model=model, progress=progress, wait=wait)
+    return run_generate(folder, target, drafter, settings, model=model, decode=decode, progress=progress, wait=wait)

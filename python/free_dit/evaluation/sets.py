@@ -167,6 +167,8 @@ class DrawnSet:
 
     def __init__(self, folder: Path) -> None:
         self.source, self.drawn = str(folder), SampleFolder.open(folder)
+        if self.drawn.settings.format == "npy":
+            fail(WHERE, self.source, "a set of images; draw it with --vae", "latents")
         missing = self.drawn.missing()
         if missing:
             total = self.drawn.settings.shards

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import sys
@@ -20,9 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_dit.files import sha256_of_state
 from free_dit.generation.sample_folder import NOT_DRAWN, SUMS, SampleFolder
 from free_dit.generation.settings import WHERE, GenerateSettings, sampler_for
 from free_dit.interrupts import deferred_interrupts
+from free_dit.latents import LatentDecoder, draws_latents
 from free_dit.networks.families import device_of
 from free_kernels import PhiloxNoise, RoundInfo, SampleResult
 from free_kernels.protocols import Drafter, Target
@@ -41,13 +42,7 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 def _state_hash(module: object) -> str | None:
     """SHA-256 of a module's weights: a set is only continued with the weights that began it."""
     state = getattr(getattr(module, "module", module), "state_dict", None)
-    if state is None:
-        return None
-    digest = hashlib.sha256()
-    for name, value in sorted(state().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return None if state is None else sha256_of_state(state())
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,9 @@ class _Painter:
             raise FloatingPointError(f"{error} (counted from image {images.start} of the set)") from error
 
     def pixels(self, samples: Tensor) -> np.ndarray:
-        """uint8 ``[N, H, W, C]`` of samples ``[N, C, H, W]``."""
+        """uint8 ``[N, H, W, C]`` of samples ``[N, C, H, W]``; the samples themselves where latents are asked for."""
+        if self.settings.format == "npy":
+            return samples.float().cpu().numpy()
         images = samples if self.decode is None else self.decode(samples)
         if images.ndim != 4 or len(images) != len(samples) or images.shape[1] not in (1, 3):
             fail(WHERE, "decode", f"a function to [{len(samples)}, 1 or 3, H, W]", images)
@@ -209,7 +206,8 @@ def generate(
         model: the target's name, for the manifest.
         rank: this process; the environment's ``RANK`` (0 without one) if None.
         world_size: number of processes; the environment's ``WORLD_SIZE`` (1 without one) if None.
-        decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a VAE's decoder.
+        decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a
+            :class:`free_dit.latents.LatentDecoder`, whose hash is then part of the manifest.
         progress: show a bar over the images of all ranks.
         wait: return only when the other ranks' shards are on disk too; the caller must end this process if a rank dies.
 
@@ -217,7 +215,8 @@ def generate(
         Shards drawn by this call, and shards that are still missing; the rank that draws the last one finds none.
 
     Raises:
-        ValueError: the folder holds a set of other settings; the target draws latents and ``decode`` is None.
+        ValueError: the folder holds a set of other settings; the target draws latents, ``decode`` is None and the
+            format is not "npy".
         FloatingPointError: an image is not finite; its shard is not kept.
         OSError: the folder cannot be written. Whole shards are kept.
         KeyboardInterrupt: after SIGINT or SIGTERM, at the end of a round. Whole shards are kept.
@@ -227,7 +226,9 @@ def generate(
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     check_int(WHERE, "world_size", world_size, 1)
     check_int(WHERE, "rank", rank, 0, world_size - 1)
-    if decode is None and target.latent_shape[0] not in (1, 3):
+    if settings.format == "npy" and decode is not None:
+        fail(WHERE, "decode", "None for latents, which are kept as they are (format 'npy')", "given")
+    if decode is None and draws_latents(target) and settings.format != "npy":
         fail(WHERE, "decode", f"given for a target of {target.latent_shape[0]} latent channels", "None")
     check_writable(WHERE, "folder", folder / "shards" / "shard.npz")
     painter = _Painter(target, drafter, decode, settings)
@@ -237,6 +238,8 @@ def generate(
         "drafter_sha256": None if drafter is None or isinstance(drafter, str) else _state_hash(drafter),
         "version": __version__,
     }
+    if isinstance(decode, LatentDecoder):
+        facts |= decode.facts()
     try:
         samples = SampleFolder.begin(folder, settings, target.num_classes, facts)
         with _workspace(folder, rank, world_size) as workspace, deferred_interrupts() as interrupted:

@@ -81,8 +81,8 @@ class SampleFolder:
 
     def files_of(self, shard: int) -> list[Path]:
         """Where the images of a shard lie."""
-        if self.settings.format == "npz":
-            return [self.folder / "shards" / f"shard-{shard:06d}.npz"]
+        if self.settings.format != "png":
+            return [self.folder / "shards" / f"shard-{shard:06d}.{self.settings.format}"]
         return [self.folder / "images" / f"{index:08d}.png" for index in self.settings.images_of(shard)]
 
     def record_path(self, shard: int) -> Path:
@@ -136,13 +136,15 @@ class SampleFolder:
 
         Args:
             shard: which.
-            pixels: uint8 ``[N, H, W, 1 or 3]``.
+            pixels: uint8 ``[N, H, W, 1 or 3]``; in the format "npy" the samples, float32 ``[N, C, H, W]``.
             counted: ``rounds``, ``bias`` of every image; ``counts``: drafts tested, drafts accepted, target rows.
             workspace: as in :func:`free_dit.files.write_files`.
         """
         paths, images = self.files_of(shard), self.settings.images_of(shard)
         if self.settings.format == "npz":
             contents = [array_bytes({"arr_0": pixels, "arr_1": self.labels[images.start : images.stop]})]
+        elif self.settings.format == "npy":
+            contents = [_npy(pixels)]
         else:
             contents = [_png(image) for image in pixels]
         record = {
@@ -159,7 +161,7 @@ class SampleFolder:
         write_files({self.record_path(shard): json.dumps(record).encode()}, workspace)
 
     def read(self, shard: int) -> np.ndarray:
-        """Images uint8 ``[N, H, W, 1 or 3]`` of a shard.
+        """Images uint8 ``[N, H, W, 1 or 3]`` of a shard; samples float32 ``[N, C, H, W]`` in the format "npy".
 
         Raises:
             ValueError: they are not all there, or not what was committed.
@@ -170,6 +172,8 @@ class SampleFolder:
         paths = self.files_of(shard)
         if self.settings.format == "npz":
             pixels = (read_arrays(paths[0]) or {}).get("arr_0")
+        elif self.settings.format == "npy":
+            pixels = np.load(paths[0], allow_pickle=False)
         else:
             pixels = np.stack([np.asarray(Image.open(path, formats=("PNG",))) for path in paths])
             pixels = pixels[..., None] if pixels.ndim == 3 else pixels
@@ -220,6 +224,12 @@ def _numbers(value: Any, count: int) -> bool:
         and len(value) == count
         and all(isinstance(one, int | float) and not isinstance(one, bool) and abs(one) < 1e300 for one in value)
     )
+
+
+def _npy(samples: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.ascontiguousarray(samples))
+    return stream.getvalue()
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -13,7 +13,7 @@ from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import check_choice, check_float, check_int
 
 WHERE = "generate"
-FORMATS = ("npz", "png")
+FORMATS = ("npz", "png", "npy")
 # Samplers without a drafter: the ordinary one, and DDIM without noise as a baseline.
 UNDRAFTED = ("none", "ddim")
 
@@ -62,11 +62,12 @@ class GenerateSettings(DrawSettings):
 
     Attributes:
         num: images; image i has label i modulo the number of classes.
-        format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
+        format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image; "npy": the samples
+            themselves, float32 ``[N, C, H, W]``, a file for each shard.
     """
 
     num: int = 50_000
-    format: Literal["npz", "png"] = "npz"
+    format: Literal["npz", "png", "npy"] = "npz"
 
     def __post_init__(self) -> None:
         for name in ("num", "steps", "draft_length", "shard"):

@@ -67,5 +67,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     identity = {k: v for k, v in asdict(config).items() if k != "compile"}
     loop = TrainingLoop(model, step, config.loop, Path(out), identity)
     loop.run()
+    # The bundled data sets are images.
+    model.draws = "pixels"
     save_model(target_path, model, loop.averaged_weights())
     return target_path
