@@ -144,6 +144,14 @@ def _checked_calibration(table: object) -> list[list[float]] | None:
     return rows
 
 
+def _checked_facts(facts: object) -> dict[str, str | int]:
+    """Names with strings or ints, as a file has them, or {} for None; else TypeError."""
+    facts = {} if facts is None else facts
+    if not isinstance(facts, dict) or not all(type(value) in (str, int) for value in facts.values()):
+        raise TypeError("facts of a target that are no names with strings or ints")
+    return facts
+
+
 def _checked_shape(value: object, count: int) -> tuple[int, ...]:
     """``count`` positive ints, as JSON has them; else TypeError."""
     if not isinstance(value, list) or len(value) != count or not all(type(v) is int and v > 0 for v in value):
@@ -232,6 +240,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         nn.init.zeros_(self.to_feature.bias)
         # Acceptance probabilities [parts of the chain, look-ahead] that training measured; see draft_length="auto".
         self.calibration: list[list[float]] | None = None
+        # What is known of the target that it was trained for and a file of that may not say, such as "num_heads".
+        self.target_facts: dict[str, str | int] = {}
         self._table: ConditioningTable | None = None
         self._kept: _Folded | None = None
 
@@ -374,6 +384,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             "config": asdict(self.config),
             "calibration": self.calibration,
         }
+        if self.target_facts:
+            metadata["target"] = self.target_facts
         weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
         save_checkpoint(path, weights, metadata)
 
@@ -395,8 +407,9 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             _check_types(config)
             check_depth(config.depth, weights)
             calibration = _checked_calibration(metadata.get("calibration"))
+            facts = _checked_facts(metadata.get("target"))
             drafter = load_module(lambda: cls(*shapes, metadata["num_classes"], config), weights, path)
-        drafter.calibration = calibration
+        drafter.calibration, drafter.target_facts = calibration, facts
         if target is not None:
             drafter.check_target(target, "FeatureDrafter.load")
             drafter.to(TargetDefaults.read(target, "device") or "cpu")

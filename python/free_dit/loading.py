@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,13 +17,15 @@ from free_kernels import FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError
 from free_kernels.protocols import Drafter, Target
 from free_kernels.targets import as_target
-from free_kernels.validation import check_choice
+from free_kernels.validation import check_choice, fail
 
 ACCEPTED = (
     "a bundled model's name ({names}), a model.safetensors written by train, a DiT checkpoint in the original's format "
     "(.pt or .safetensors), or a folder of diffusers (a DiTPipeline or a DiTTransformer2DModel)"
 )
 _TRANSFORMER = "DiTTransformer2DModel"
+# Samplers without a drafter: the ordinary one, and DDIM without noise as a baseline.
+UNDRAFTED = ("none", "ddim")
 
 
 def load_target(
@@ -68,6 +71,73 @@ def load_target(
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
 
 
+@dataclass(frozen=True)
+class TargetFacts:
+    """What a target's file may not say of itself; None asks the file, or the drafter that was trained for it.
+
+    Attributes:
+        num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
+        draws: what samples are, where the number of channels does not tell: 1 or 3 are taken for pixels.
+    """
+
+    num_heads: int | None = None
+    draws: Literal["pixels", "latents"] | None = None
+
+
+def facts_of(target: Target) -> dict[str, Any]:
+    """What is known of a target and may be missing in its file; a drafter's file keeps it."""
+    from free_dit.checkpoints import NETWORKS
+
+    facts: dict[str, Any] = {"draws": getattr(target, "draws", None)}
+    module = getattr(target, "module", None)
+    family = next((name for name, network in NETWORKS.items() if type(module) is network), None)
+    if family is not None:
+        facts |= {"num_heads": module.config.num_heads, "family": family}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def load_pair(
+    model: str | Path,
+    drafter: str | None = "bundled",
+    facts: TargetFacts = TargetFacts(),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Target, Drafter | str]:
+    """A target, and a drafter by the name that :func:`load_drafter` takes, whose file may know what the target's not.
+
+    Args:
+        model: as ``spec`` of :func:`load_target`.
+        drafter: as ``choice`` of :func:`load_drafter`; names of samplers without a drafter ("none", "ddim") are handed
+            back, and None as "none".
+        facts: what is told of the target; the drafter's file is asked for the rest.
+        device: of both.
+        dtype: of the target.
+
+    Raises:
+        ValueError, OSError, ImportError: as the two; the drafter was trained for a target of another number of heads or
+            other samples than ``facts`` say.
+    """
+    told: dict[str, Any] = {"num_heads": facts.num_heads, "draws": facts.draws}
+    drafter = "none" if drafter is None else drafter
+    by_name = drafter in ("bundled", "frozen", *UNDRAFTED)
+    known = {} if by_name else FeatureDrafter.load(drafter).target_facts
+    for name, value in known.items():
+        if told.get(name) not in (None, value):
+            fail("load_target", name, f"{value!r}, as drafter {drafter} was trained for", repr(told[name]))
+    if is_original(model):
+        told |= {name: known[name] for name in ("num_heads", "family") if name in known}
+    target, bundled = load_target(model, device, dtype, **told)
+    # What the target's own file says goes before what its drafter's says.
+    if target.draws is None:  # type: ignore[attr-defined]
+        target.draws = known.get("draws")  # type: ignore[attr-defined]
+    return target, drafter if drafter in UNDRAFTED else load_drafter(drafter, target, bundled)
+
+
+def is_original(model: str | Path) -> bool:
+    """Whether a model is a file in the original's format, which does not say all of what :class:`TargetFacts` holds."""
+    return str(model) not in bundled_names() and _kind(Path(model)) == "original"
+
+
 def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) -> Drafter | str:
     """``"frozen"`` itself, the ``bundled`` drafter for ``"bundled"``, or one from a file, on the target's device.
 
@@ -90,9 +160,10 @@ def _module(
     """The module on the CPU, and a bundled drafter."""
     accepted, path = ACCEPTED.format(names=", ".join(bundled_names())), Path(spec)
     kind = None if spec in bundled_names() else _kind(path)
-    if num_heads is not None and kind != "original":
+    says_itself = spec in bundled_names() or kind not in ("original", None)
+    if num_heads is not None and says_itself:
         raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
-    if family is not None and kind != "original":
+    if family is not None and says_itself:
         raise ValueError(f"load_target: family must be None for {spec}, which says it itself, got {family!r}")
     if spec in bundled_names():
         target, drafter = load_bundled(spec)

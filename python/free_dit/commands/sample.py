@@ -8,10 +8,11 @@ from typing import Annotated
 import numpy as np
 from tyro.conf import OmitArgPrefixes
 
-from free_dit.commands.shared import VAEChoice, console, decoder_of, device_of, labels_of, title_of
+from free_dit.commands.shared import VAEChoice, console, decoder_of, labels_of, title_of
+from free_dit.devices import resolve_device
 from free_dit.experiments.plots import sample_grids
 from free_dit.generation import UNDRAFTED, ChainSettings, sampler_for, to_pixels
-from free_dit.loading import load_drafter, load_target
+from free_dit.loading import TargetFacts, load_pair
 from free_kernels.validation import check_writable
 
 
@@ -25,6 +26,8 @@ def sample(
     max_slots: int | None = None,
     vae: Annotated[VAEChoice, OmitArgPrefixes] = VAEChoice(),
     latents: bool = False,
+    facts: Annotated[TargetFacts, OmitArgPrefixes] = TargetFacts(),
+    device: str = "auto",
 ) -> None:
     """Draw images; writes a PNG grid, or an NPZ as the ADM suite reads: arr_0 uint8 [N, H, W, C], arr_1 labels.
 
@@ -39,15 +42,17 @@ def sample(
         max_slots: images in the making at a time.
         vae: what makes images of the latents of a latent model.
         latents: write the samples as they are, float32 [N, C, H, W].
+        facts: what the model's file may not say of itself.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
     """
     endings = (".npy",) if latents else (".png", ".npz")
     if out.suffix not in endings:
         raise ValueError(f"sample: out must end in {' or '.join(endings)}{' with --latents' * latents}, got {out}")
     check_writable("sample", "out", out)
-    target, bundled = load_target(model)
-    decode = decoder_of("sample", target, model, vae, device_of("sample", "cpu"), latents)
+    place = resolve_device("sample", device)
+    target, chosen = load_pair(model, drafter, facts, place)
+    decode = decoder_of("sample", target, model, vae, place, latents)
     labels = labels_of(num, classes, target.num_classes)
-    chosen = drafter if drafter in UNDRAFTED else load_drafter(drafter, target, bundled)
     result = sampler_for(target, chosen, chain)(labels, seed=chain.seed, max_slots=max_slots, progress=True)
     images = result.samples if decode is None else decode(result.samples)
     if latents:

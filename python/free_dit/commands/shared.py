@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +14,7 @@ from free_dit.bundled import bundled_names
 from free_dit.generation import GenerateSettings
 from free_dit.generation import generate as run_generate
 from free_dit.latents import LatentDecoder, check_decoder, load_vae, pipeline_vae
-from free_dit.loading import load_drafter, load_target
+from free_dit.loading import TargetFacts, facts_of, is_original, load_pair
 from free_kernels.protocols import Target
 from free_kernels.validation import check_int, fail
 
@@ -74,18 +73,6 @@ def labels_of(count: int, classes: tuple[int, ...], num_classes: int) -> torch.T
     return chosen[torch.arange(count) % len(chosen)]
 
 
-def device_of(where: str, name: str) -> torch.device:
-    """A device by name; "auto" is this rank's GPU, or the CPU where there is no GPU."""
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"{where}: device must be 'auto' or a torch device, got {name!r}") from error
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
 def draw_set(
     where: str,
     folder: Path,
@@ -93,15 +80,18 @@ def draw_set(
     settings: GenerateSettings,
     device: torch.device,
     vae: VAEChoice,
+    facts: TargetFacts,
     *,
     progress: bool,
     wait: bool = False,
 ) -> tuple[list[int], list[int]]:
     """:func:`free_dit.generation.generate` with a model and a drafter by name; ``"none"`` is the ordinary sampler."""
-    target, bundled = load_target(model, device)
+    target, drafter = load_pair(model, settings.drafter, facts, device)
     decode = decoder_of(where, target, model, vae, device, settings.format == "npy" if where == "generate" else None)
-    if settings.drafter in ("none", None):
+    if drafter == "none":
         settings, drafter = replace(settings, drafter=None, draft_length=1), None
-    else:
-        drafter = load_drafter(settings.drafter, target, bundled)
-    return run_generate(folder, target, drafter, settings, model=model, decode=decode, progress=progress, wait=wait)
+    # Of the facts that decide images only heads are not in the weights, whose hash the manifest has.
+    told = {"num_heads": facts_of(target)["num_heads"]} if is_original(model) else {}
+    return run_generate(
+        folder, target, drafter, settings, model=model, facts=told, decode=decode, progress=progress, wait=wait
+    )

@@ -24,6 +24,7 @@ def train_drafter(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     num_heads: int | None = None,
     family: str | None = None,
+    draws: Literal["pixels", "latents"] | None = None,
 ) -> None:
     """Train a drafter on a DiT's own trajectories (no images needed); writes OUT/drafter.safetensors. Resumable.
 
@@ -35,13 +36,16 @@ def train_drafter(
             or a folder of diffusers.
         config: TOML file with the keys of DrafterTrainConfig.
         set_: overrides such as loop.iterations=2000 drafter.width=64.
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         dtype: of the frozen target; if not given, that of the file for the original's format, else float32.
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
         family: dit or sit, for checkpoints in the original's format whose outputs do not tell.
+        draws: what the target's samples are, where its channels do not tell: 1 or 3 are taken for pixels. The drafter's
+            file keeps this, the heads and the family, and commands that are given it do not ask again.
     """
     settings, place = load_config(DrafterTrainConfig, config, set_), Place.from_environment()
-    loaded, _ = load_target(target, place.device(device), None if dtype is None else DTYPES[dtype], num_heads, family)
+    narrow = None if dtype is None else DTYPES[dtype]
+    loaded, _ = load_target(target, place.device(device), narrow, num_heads, family, draws)
     path = run_train_drafter(loaded, settings, out, target, place)
     if place.is_first:
         console.print(f"wrote {path}")

@@ -171,14 +171,14 @@ class DrawnSet:
             fail(WHERE, self.source, "a set of images; draw it with --vae", "latents")
         missing = self.drawn.missing()
         if missing:
-            total = self.drawn.settings.shards
+            total = self.drawn.shards
             fail(WHERE, self.source, "complete", f"{len(missing)} of {total} shards missing; draw it to the end first")
         self.count = self.drawn.settings.num
         self.labels = self.drawn.labels
 
     def batches(self, size: int) -> Iterator[np.ndarray]:  # noqa: D102
         kept: list[np.ndarray] = []
-        for shard in range(self.drawn.settings.shards):
+        for shard in range(self.drawn.shards):
             kept.append(self.drawn.read(shard))
             while sum(map(len, kept)) >= size:
                 whole = np.concatenate(kept)

@@ -17,6 +17,7 @@ from free_dit.experiments.plots import acceptance_plot, sample_grids
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_dit.files import write_json
 from free_dit.generation import ChainSettings, sampler_for
+from free_dit.networks.families import device_of
 from free_kernels import SampleResult
 from free_kernels.protocols import Drafter, Target
 
@@ -58,10 +59,10 @@ def compare(
             for part, pairs in ((labels[:1], timing_pairs), (labels, 2))
         ]
     report = {
-        "machine": machine(),
+        "machine": machine(device_of(target)),
         "settings": {
             "num_steps": settings.steps,
-            "draft_length": settings.draft_length,
+            "draft_length": settings.length,
             "guidance_scale": settings.guidance,
             "images": len(labels),
             "seed": settings.seed,
@@ -89,7 +90,7 @@ def compare(
         grids = {name: one if decode is None else decode(one) for name, one in drawn.items()}
         sample_grids(out / PICTURES[0], grids, labels)
     curves = {name: runs[name].stats.acceptance_by_step for name in drafters}
-    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {settings.draft_length}, {title}")
+    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {settings.length}, {title}")
     write_json(out / "compare.json", report)
     return report
 
@@ -127,4 +128,5 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             f"{ratio['ordinary_s']:.2f} s against {ratio['speculative_s']:.2f} s)"
         )
     facts = report["machine"]
-    console.print(f"measured on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
+    where = facts.get("gpu", f"{facts['cpu']}, {facts['threads']} threads")
+    console.print(f"measured on {where}, torch {facts['torch']}")

@@ -7,12 +7,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -155,7 +156,7 @@ class _Progress:
         self._bar = tqdm(total=total, initial=self._count(), desc=name, unit="img", smoothing=0, disable=not shown)
 
     def _count(self) -> int:
-        return sum(len(self._samples.settings.images_of(shard)) for shard in self._samples.recorded())
+        return sum(len(self._samples.images_of(shard)) for shard in self._samples.recorded())
 
     def __enter__(self) -> _Progress:
         return self
@@ -185,6 +186,7 @@ def generate(
     settings: GenerateSettings,
     *,
     model: str = "",
+    facts: Mapping[str, Any] = MappingProxyType({}),
     rank: int | None = None,
     world_size: int | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
@@ -202,8 +204,10 @@ def generate(
         folder: of the set; see :class:`SampleFolder`.
         target: the target.
         drafter: a drafter, ``"frozen"``, or None for the ordinary sampler.
-        settings: what to draw.
+        settings: what to draw; with a larger ``num`` than the folder's set, and all else alike, that set grows: what
+            it has stays, and the rest is drawn in shards after it.
         model: the target's name, for the manifest.
+        facts: plain values for the manifest that the target's weights do not hold, such as its number of heads.
         rank: this process; the environment's ``RANK`` (0 without one) if None.
         world_size: number of processes; the environment's ``WORLD_SIZE`` (1 without one) if None.
         decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a
@@ -215,8 +219,8 @@ def generate(
         Shards drawn by this call, and shards that are still missing; the rank that draws the last one finds none.
 
     Raises:
-        ValueError: the folder holds a set of other settings; the target draws latents, ``decode`` is None and the
-            format is not "npy".
+        ValueError: the folder holds a set of other settings, or a larger one; the target draws latents, ``decode`` is
+            None and the format is not "npy".
         FloatingPointError: an image is not finite; its shard is not kept.
         OSError: the folder cannot be written. Whole shards are kept.
         KeyboardInterrupt: after SIGINT or SIGTERM, at the end of a round. Whole shards are kept.
@@ -232,31 +236,34 @@ def generate(
         fail(WHERE, "decode", f"given for a target of {target.latent_shape[0]} latent channels", "None")
     check_writable(WHERE, "folder", folder / "shards" / "shard.npz")
     painter = _Painter(target, drafter, decode, settings)
-    facts = {
+    identity = {
+        **facts,
         "model": model,
         "model_sha256": _state_hash(target),
         "drafter_sha256": None if drafter is None or isinstance(drafter, str) else _state_hash(drafter),
         "version": __version__,
     }
     if isinstance(decode, LatentDecoder):
-        facts |= decode.facts()
+        identity |= decode.facts()
+    shards = settings.shards
     try:
-        samples = SampleFolder.begin(folder, settings, target.num_classes, facts)
         with _workspace(folder, rank, world_size) as workspace, deferred_interrupts() as interrupted:
-            mine = _lacking(samples, range(rank, settings.shards, world_size), interrupted)
+            samples = SampleFolder.begin(folder, settings, target.num_classes, identity)
+            shards = samples.shards
+            mine = _lacking(samples, range(rank, shards, world_size), interrupted)
             with _Progress(samples, progress, world_size) as bar:
                 for place, shard in enumerate(mine, start=1):
                     show = partial(bar.drawing, place, len(mine))
                     _draw_shard(samples, shard, painter, workspace, interrupted, show)
-                while wait and len(samples.recorded()) < settings.shards:
+                while wait and len(samples.recorded()) < shards:
                     _raise_if(interrupted)
                     bar.update("waiting for the other ranks")
                     time.sleep(0.2)
-        missing = sorted(set(range(settings.shards)) - set(samples.recorded()))
+        missing = sorted(set(range(shards)) - set(samples.recorded()))
         if not missing:
             samples.write_sums()
     except OSError as error:
-        _name(error, folder, settings)
+        _name(error, folder, shards)
     return mine, missing
 
 
@@ -282,7 +289,7 @@ def _draw_shard(
     interrupted: list[int],
     show: Callable[[float], None],
 ) -> None:
-    settings, images = samples.settings, samples.settings.images_of(shard)
+    settings, images = samples.settings, samples.images_of(shard)
 
     def after_round(info: RoundInfo) -> None:
         _raise_if(interrupted)
@@ -301,10 +308,10 @@ def _raise_if(interrupted: list[int]) -> None:
         raise KeyboardInterrupt
 
 
-def _name(error: OSError, folder: Path, settings: GenerateSettings) -> NoReturn:
+def _name(error: OSError, folder: Path, shards: int) -> NoReturn:
     """Raise the error again with the file that could not be written and the number of shards that are kept."""
     if error.strerror is None:
         raise error
     kept = len(list((folder / "shards").glob("shard-*.json")))
-    found = f"{error.strerror}; {kept} of {settings.shards} shards are kept, and the same command goes on from there"
+    found = f"{error.strerror}; {kept} of {shards} shards are kept, and the same command goes on from there"
     raise type(error)(f"{WHERE}: {error.filename or folder} must be writable, got {found}") from error
