@@ -257,7 +257,12 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             tiles = self._tiles(states)
             mean, wanted = tiles.mean(0), features.mean(0)
             centred = (tiles - mean).flatten(0, 1)
-            ridge = 1e-3 * len(centred) * centred.square().mean() * torch.eye(centred.shape[1], device=centred.device)
+            ridge = (
+                1e-3
+                * len(centred)
+                * centred.square().mean()
+                * torch.eye(centred.shape[1], dtype=centred.dtype, device=centred.device)
+            )
             both = centred.T @ (features - wanted).flatten(0, 1)
             weights = torch.linalg.solve(centred.T @ centred + ridge, both)
             self.first_feature.weight.data.copy_(weights.T)

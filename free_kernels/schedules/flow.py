@@ -104,7 +104,9 @@ class FlowSDESchedule:
     def timesteps(self) -> Tensor:
         """Ticks shown to the target at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, ascending."""
         # With one step, that step starts at pure noise and is also the last.
-        times = torch.linspace(self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64)
+        times = torch.linspace(
+            self.first_time, 1 - self.last_step_size, self.num_steps, dtype=torch.float64, device="cpu"
+        )
         return (times * self.num_train_steps).round().long()
 
     @property
@@ -153,7 +155,7 @@ class FlowSDESchedule:
         dt, drift = ends - self.times, self.diffusions.clone()
         if self.last_step == "euler":
             drift[-1] = 0.0
-        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64)
+        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64, device="cpu")
         columns[:, TransitionColumn.MEAN_FROM_STATE] = 1 + dt * (velocity[0] + drift * score[0])
         columns[:, TransitionColumn.MEAN_FROM_OUTPUT] = dt * (velocity[1] + drift * score[1])
         columns[:, TransitionColumn.LOG_STD] = (2 * self.diffusions * dt).log() / 2
