@@ -12,7 +12,8 @@ from tyro.conf import OmitArgPrefixes, arg
 from free_dit.commands.shared import VAEChoice, console, draw_set
 from free_dit.devices import resolve_device
 from free_dit.evaluation.extractors import load_extractor
-from free_dit.evaluation.report import EvaluationSettings, render
+from free_dit.evaluation.rendering import render
+from free_dit.evaluation.report import EvaluationSettings
 from free_dit.evaluation.report import evaluate as run_evaluate
 from free_dit.evaluation.sets import WHERE, open_images, open_reference
 from free_dit.files import write_json
@@ -69,8 +70,9 @@ def evaluate(
 
     Args:
         out: folder of evaluation.json, evaluation.md, features and drawn samples.
-        reference: real images: an .npz (arr_0, or mu and sigma), a folder of PNG, "digits-train" or "digits-test".
-        sets: NAME=PATH of .npz files, folders of PNG or drawn sets; the first is what the others are compared with.
+        reference: real images: an .npz (arr_0, or mu and sigma), a folder of PNG or JPEG, "digits-train" or
+            "digits-test".
+        sets: NAME=PATH of .npz files, folders of images or drawn sets; the first is what the others are compared with.
         generate_: images to draw; 0 draws none.
         network: what images are compared by.
         model: what draws: a bundled model's name, a checkpoint, or a folder of diffusers.
