@@ -144,11 +144,11 @@ def _checked_calibration(table: object) -> list[list[float]] | None:
     return rows
 
 
-def _checked_facts(facts: object) -> dict[str, str | int]:
-    """Names with strings or ints, as a file has them, or {} for None; else TypeError."""
+def _checked_facts(facts: object) -> dict[str, str | int | bool]:
+    """Names with strings, ints or truths, as a file has them, or {} for None; else TypeError."""
     facts = {} if facts is None else facts
-    if not isinstance(facts, dict) or not all(type(value) in (str, int) for value in facts.values()):
-        raise TypeError("facts of a target that are no names with strings or ints")
+    if not isinstance(facts, dict) or not all(type(value) in (str, int, bool) for value in facts.values()):
+        raise TypeError("facts of a target that are no names with strings, ints or truths")
     return facts
 
 
@@ -241,7 +241,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         # Acceptance probabilities [parts of the chain, look-ahead] that training measured; see draft_length="auto".
         self.calibration: list[list[float]] | None = None
         # What is known of the target that it was trained for and a file of that may not say, such as "num_heads".
-        self.target_facts: dict[str, str | int] = {}
+        self.target_facts: dict[str, str | int | bool] = {}
         self._table: ConditioningTable | None = None
         self._kept: _Folded | None = None
 

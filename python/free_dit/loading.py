@@ -34,6 +34,7 @@ def load_target(
     dtype: torch.dtype | None = None,
     num_heads: int | None = None,
     family: str | None = None,
+    has_null_label: bool = True,
     draws: str | None = None,
 ) -> tuple[Target, Drafter | None]:
     """A target and, where it is bundled, its drafter.
@@ -49,6 +50,8 @@ def load_target(
 
         family: "dit" (noise prediction) or "sit" (velocity), for checkpoints in the original's format, whose tensors
             are the same; None asks the network, which tells it at pure noise once it is trained.
+        has_null_label: False for a checkpoint in the original's format that was trained without label dropout: every
+            row of its label table is then a class. Other formats say it themselves.
         draws: "pixels" or "latents", what its samples are; None takes what the file says, which for a pipeline is
             latents, and else tells it by the channels (:func:`free_dit.latents.draws_latents`). It is kept as
             ``target.draws``.
@@ -61,7 +64,7 @@ def load_target(
     """
     if draws is not None:
         check_choice("load_target", "draws", draws, DRAWS)
-    module, drafter = _module(str(spec), dtype, num_heads, family)
+    module, drafter = _module(str(spec), dtype, num_heads, family, has_null_label)
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
     said = "latents" if pipeline_vae(spec) else getattr(module, "draws", None)
@@ -76,10 +79,16 @@ class TargetFacts:
     """What a target's file may not say of itself; None asks the file, or the drafter that was trained for it.
 
     Attributes:
+        family: dit (noise prediction) or sit (velocity), for checkpoints in the original's format, which have the same
+            tensors.
+        null_label: whether such a checkpoint was trained with label dropout, so that its label table ends in the label
+            of guidance.
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
         draws: what samples are, where the number of channels does not tell: 1 or 3 are taken for pixels.
     """
 
+    family: Literal["dit", "sit"] | None = None
+    null_label: bool = True
     num_heads: int | None = None
     draws: Literal["pixels", "latents"] | None = None
 
@@ -93,6 +102,8 @@ def facts_of(target: Target) -> dict[str, Any]:
     family = next((name for name, network in NETWORKS.items() if type(module) is network), None)
     if family is not None:
         facts |= {"num_heads": module.config.num_heads, "family": family}
+        # As a file would be read by default, unless it says otherwise.
+        facts |= {} if module.config.class_dropout_prob > 0 else {"has_null_label": False}
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -114,10 +125,10 @@ def load_pair(
         dtype: of the target.
 
     Raises:
-        ValueError, OSError, ImportError: as the two; the drafter was trained for a target of another number of heads or
-            other samples than ``facts`` say.
+        ValueError, OSError, ImportError: as the two; the drafter was trained for a target of another number of heads,
+            family or samples than ``facts`` say.
     """
-    told: dict[str, Any] = {"num_heads": facts.num_heads, "draws": facts.draws}
+    told: dict[str, Any] = {"num_heads": facts.num_heads, "family": facts.family, "draws": facts.draws}
     drafter = "none" if drafter is None else drafter
     by_name = drafter in ("bundled", "frozen", *UNDRAFTED)
     known = {} if by_name else FeatureDrafter.load(drafter).target_facts
@@ -126,6 +137,7 @@ def load_pair(
             fail("load_target", name, f"{value!r}, as drafter {drafter} was trained for", repr(told[name]))
     if is_original(model):
         told |= {name: known[name] for name in ("num_heads", "family") if name in known}
+    told["has_null_label"] = facts.null_label and (known.get("has_null_label", True) or not is_original(model))
     target, bundled = load_target(model, device, dtype, **told)
     # What the target's own file says goes before what its drafter's says.
     if target.draws is None:  # type: ignore[attr-defined]
@@ -155,7 +167,7 @@ def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) ->
 
 
 def _module(
-    spec: str, dtype: torch.dtype | None, num_heads: int | None, family: str | None
+    spec: str, dtype: torch.dtype | None, num_heads: int | None, family: str | None, has_null_label: bool
 ) -> tuple[Any, Drafter | None]:
     """The module on the CPU, and a bundled drafter."""
     accepted, path = ACCEPTED.format(names=", ".join(bundled_names())), Path(spec)
@@ -165,6 +177,8 @@ def _module(
         raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
     if family is not None and says_itself:
         raise ValueError(f"load_target: family must be None for {spec}, which says it itself, got {family!r}")
+    if not has_null_label and says_itself:
+        raise ValueError(f"load_target: has_null_label must be True for {spec}, which says it itself, got False")
     if spec in bundled_names():
         target, drafter = load_bundled(spec)
         return target.module.to(dtype), drafter
@@ -173,7 +187,9 @@ def _module(
     if kind == "original":
         from free_dit.checkpoints import NETWORKS, load_dit_checkpoint, told_family
 
-        model = load_dit_checkpoint(path, dtype=dtype, num_heads=num_heads, family=family or "dit")
+        model = load_dit_checkpoint(
+            path, dtype=dtype, num_heads=num_heads, has_null_label=has_null_label, family=family or "dit"
+        )
         found = family or told_family(model)
         if found is None:
             wanted = "'dit' (noise prediction) or 'sit' (velocity): neither its tensors nor its outputs tell"

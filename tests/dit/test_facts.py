@@ -106,6 +106,20 @@ def test_a_drafter_knows_its_target(tmp_path, original):
     assert facts_of(load_pair("digits", str(tmp_path / "digits.safetensors"))[0]) == facts_of(digits)
 
 
+def test_a_drafter_knows_that_there_is_no_null_label(tmp_path, original):
+    target, _ = load_target(original, num_heads=2, family="dit", has_null_label=False)
+    assert target.num_classes == 4
+    drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes)
+    drafter.target_facts = facts_of(target)
+    drafter.save(tmp_path / "drafter.safetensors")
+    again, _ = load_pair(original, str(tmp_path / "drafter.safetensors"))
+    assert again.num_classes == 4
+    told, _ = load_pair(original, "none", TargetFacts(num_heads=2, family="dit", null_label=False))
+    assert told.num_classes == 4
+    with pytest.raises(ValueError, match="has_null_label must be True for digits, which says it itself"):
+        load_pair("digits", "bundled", TargetFacts(null_label=False))
+
+
 def test_commands_do_not_ask_what_the_drafter_knows(tmp_path, original):
     drafter = trained(tmp_path / "run", original, family="dit")
     cli.sample(tmp_path / "x.npz", original, drafter, 2, chain=CHAIN, device="cpu")
@@ -126,7 +140,7 @@ def test_facts_of_another_kind_are_refused(tmp_path):
         metadata = json.loads(handle.metadata()[METADATA_KEY])
     for wrong in ([2], {"num_heads": [2]}, {"num_heads": 2.5}, {"num_heads": None}):
         save_file(load_file(path), path, metadata={METADATA_KEY: json.dumps(metadata | {"target": wrong})})
-        with pytest.raises(CheckpointError, match="facts of a target that are no names with strings or ints"):
+        with pytest.raises(CheckpointError, match="facts of a target that are no names with strings, ints or truths"):
             FeatureDrafter.load(path)
 
 

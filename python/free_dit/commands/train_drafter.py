@@ -45,7 +45,7 @@ def train_drafter(
     """
     settings, place = load_config(DrafterTrainConfig, config, set_), Place.from_environment()
     narrow = None if dtype is None else DTYPES[dtype]
-    loaded, _ = load_target(target, place.device(device), narrow, num_heads, family, draws)
+    loaded, _ = load_target(target, place.device(device), narrow, num_heads, family, draws=draws)
     path = run_train_drafter(loaded, settings, out, target, place)
     if place.is_first:
         console.print(f"wrote {path}")
