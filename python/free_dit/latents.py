@@ -116,7 +116,7 @@ def load_vae(
         raise ImportError(f"{where}: diffusers must be installed to read {folder}, got {error}") from error
     try:
         vae, info = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, torch_dtype=dtype, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # diffusers raises errors of many kinds for what it cannot read
         reason = str(error).partition("\n")[0]
