@@ -28,25 +28,17 @@ SETTINGS = (
 )
 CHAIN = ChainSettings(steps=4, seed=3)
 DRAW = DrawSettings(steps=4, seed=3, drafter="none")
-HEADS = TargetFacts(num_heads=2)
+HEADS = TargetFacts("dit", num_heads=2)
 
 
 @pytest.fixture
 def original(tmp_path):
-    """A file in the original's format whose width tells no heads; its output at noise tells that it predicts noise."""
-    module = random_dit(channels=1)
-    monkey = tmp_path / "dit.pt"
-    save_dit_checkpoint(monkey, module)
-    return str(monkey)
+    """A file in the original's format whose width tells no heads."""
+    path = tmp_path / "dit.pt"
+    save_dit_checkpoint(path, random_dit(channels=1))
+    return str(path)
 
 
-@pytest.fixture
-def noise_predictor(monkeypatch):
-    """Random weights tell no family; here they do."""
-    monkeypatch.setattr("free_dit.checkpoints.told_family", lambda model: "dit")
-
-
-@pytest.mark.usefixtures("noise_predictor")
 @pytest.mark.parametrize("command", ["sample", "compare", "generate", "feasibility", "figures", "study", "info"])
 def test_every_command_asks_for_the_heads_and_takes_them(tmp_path, original, command, capsys):
     def run(out, **facts):
@@ -68,14 +60,14 @@ def test_every_command_asks_for_the_heads_and_takes_them(tmp_path, original, com
             cli.info(original, device="cpu", **facts)
 
     with pytest.raises(ValueError, match="num_heads must be given, because the tensors do not tell"):
-        run(tmp_path / "a")
+        run(tmp_path / "a", facts=TargetFacts("dit"))
     run(tmp_path / "b", facts=HEADS)
     if command == "info":
         assert json.loads(capsys.readouterr().out)["num_heads"] == 2
     if command == "generate":
         assert json.loads((tmp_path / "b" / "manifest.json").read_text())["num_heads"] == 2
         with pytest.raises(ValueError, match="same settings, got num_heads 2 .now 4."):
-            run(tmp_path / "b", facts=TargetFacts(num_heads=4))
+            run(tmp_path / "b", facts=TargetFacts("dit", num_heads=4))
 
 
 def trained(folder, original, **facts):
