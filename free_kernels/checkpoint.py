@@ -25,6 +25,18 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Float32 and the CPU as torch's defaults, for modules that are built as they were saved."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
 def reading(where: str, path: object, expectation: str) -> Iterator[None]:
     """Turn whatever wrong content leads to into a :class:`CheckpointError` that names the file."""
     try:
@@ -93,8 +105,8 @@ def load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], source: ob
 def load_module(build: Callable[[], Module], tensors: dict[str, Tensor], source: object) -> Module:
     """The module that ``build`` makes, with these weights.
 
-    It is first built without memory and compared with the weights: a config of any size costs nothing unless it is
-    theirs.
+    It is of float32 and on the CPU, whatever torch's defaults. It is first built without memory and compared with the
+    weights: a config of any size costs nothing unless it is theirs.
 
     Raises:
         CheckpointError: ``build`` fails, or makes a module of other weights.
@@ -109,7 +121,8 @@ def load_module(build: Callable[[], Module], tensors: dict[str, Tensor], source:
             raise ValueError(
                 f"{len(differing)} of other shapes, {first}: {found.get(first)} instead of {wanted.get(first)}"
             )
-        module = build()
+        with plain_defaults():
+            module = build()
     load_weights(module, tensors, source)
     return module
 

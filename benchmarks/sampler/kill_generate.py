@@ -123,7 +123,7 @@ def main() -> None:
             now = files_of(killed)
             rewritten += sum(now.get(name) != what for name, what in kept.items())
             kept, samples = now, SampleFolder.open(killed)
-            images = sum(len(samples.settings.images_of(shard)) for shard in samples.recorded())
+            images = sum(len(samples.images_of(shard)) for shard in samples.recorded())
             again = job.log.count("drawn again")
             kills.append(
                 {"after_s": round(moment, 3), "exit": code, "images_on_disk": images, "shards_found_damaged": again}

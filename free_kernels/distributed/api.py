@@ -79,7 +79,7 @@ def sample(
     noise = settings.pop("noise", None)
     if noise is not None and not isinstance(noise, Tensor):
         fail(where, "noise", "None or a tensor", type(noise).__name__, TypeError)
-    blocks = torch.arange(len(labels)).tensor_split(mesh[DATA].size())
+    blocks = torch.arange(len(labels), device="cpu").tensor_split(mesh[DATA].size())
     mine = blocks[mesh[DATA].get_local_rank()]
     settings["progress"] = settings.get("progress", False) and dist.get_rank() == 0
     result, error = None, None
@@ -138,7 +138,7 @@ def _gather(
     result: SampleResult | None, sizes: list[int], latent: tuple[int, ...], mesh: DeviceMesh, device: torch.device
 ) -> SampleResult:
     """Images and figures of all groups, in every process."""
-    samples = torch.empty(sum(sizes), *latent, device=device)
+    samples = torch.empty(sum(sizes), *latent, dtype=torch.float32, device=device)
     parts: list[SampleStats | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, None if result is None else result.stats)
     for leader, part in zip(mesh.mesh[:, 0].tolist(), samples.split(sizes), strict=True):

@@ -156,7 +156,7 @@ class VerifyParallelTarget:
 
     def _answer(self, target: Target, rows: int) -> Exception | None:
         """Compute a share of the rows and send it, or say that it failed."""
-        x = torch.empty(rows, *target.latent_shape, device=self.device)
+        x = torch.empty(rows, *target.latent_shape, dtype=torch.float32, device=self.device)
         conditions = torch.empty(2, rows, dtype=torch.int64, device=self.device)
         for part in (x, conditions):
             _reached(dist.recv, part, group=self._group, group_src=0)

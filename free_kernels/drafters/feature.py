@@ -151,6 +151,14 @@ def _checked_calibration(table: object) -> list[list[float]] | None:
     return rows
 
 
+def _checked_facts(facts: object) -> dict[str, str | int | bool]:
+    """Names with strings, ints or truths, as a file has them, or {} for None; else TypeError."""
+    facts = {} if facts is None else facts
+    if not isinstance(facts, dict) or not all(type(value) in (str, int, bool) for value in facts.values()):
+        raise TypeError("facts of a target that are no names with strings, ints or truths")
+    return facts
+
+
 def _checked_shape(value: object, count: int) -> tuple[int, ...]:
     """``count`` positive ints, as JSON has them; else TypeError."""
     if not isinstance(value, list) or len(value) != count or not all(type(v) is int and v > 0 for v in value):
@@ -239,6 +247,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         nn.init.zeros_(self.to_feature.bias)
         # Acceptance probabilities [parts of the chain, look-ahead] that training measured; see draft_length="auto".
         self.calibration: list[list[float]] | None = None
+        # What is known of the target that it was trained for and a file of that may not say, such as "num_heads".
+        self.target_facts: dict[str, str | int | bool] = {}
         self._table: ConditioningTable | None = None
         self._kept: _Folded | None = None
         self._run: Callable[..., Tensor] = _run
@@ -263,7 +273,12 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             tiles = self._tiles(states)
             mean, wanted = tiles.mean(0), features.mean(0)
             centred = (tiles - mean).flatten(0, 1)
-            ridge = 1e-3 * len(centred) * centred.square().mean() * torch.eye(centred.shape[1], device=centred.device)
+            ridge = (
+                1e-3
+                * len(centred)
+                * centred.square().mean()
+                * torch.eye(centred.shape[1], dtype=centred.dtype, device=centred.device)
+            )
             both = centred.T @ (features - wanted).flatten(0, 1)
             weights = torch.linalg.solve(centred.T @ centred + ridge, both)
             self.first_feature.weight.data.copy_(weights.T)
@@ -391,6 +406,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             "config": asdict(self.config),
             "calibration": self.calibration,
         }
+        if self.target_facts:
+            metadata["target"] = self.target_facts
         weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
         save_checkpoint(path, weights, metadata)
 
@@ -412,8 +429,9 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             _check_types(config)
             check_depth(config.depth, weights)
             calibration = _checked_calibration(metadata.get("calibration"))
+            facts = _checked_facts(metadata.get("target"))
             drafter = load_module(lambda: cls(*shapes, metadata["num_classes"], config), weights, path)
-        drafter.calibration = calibration
+        drafter.calibration, drafter.target_facts = calibration, facts
         if target is not None:
             drafter.check_target(target, "FeatureDrafter.load")
             drafter.to(TargetDefaults.read(target, "device") or "cpu")

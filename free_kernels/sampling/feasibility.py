@@ -232,7 +232,7 @@ def feasibility(
             fail(where, "row_costs", "RowCosts or None", row_costs, TypeError)
         row_costs.check(where)
     target = as_target(where, target)
-    labels = torch.arange(images) * target.num_classes // images if class_labels is None else class_labels
+    labels = torch.arange(images, device="cpu") * target.num_classes // images if class_labels is None else class_labels
     job = make_job(where, target, labels, options)
     if job.is_deterministic:
         fail(where, "schedule", "one whose steps add noise", "steps without")

@@ -152,16 +152,18 @@ class Job:
         outputs = 2 * channels if self.target.learns_variance else channels
         if output.shape != (rows, outputs, height, width):
             fail(self.where, "target.head", f"[R, C or 2C, H, W] = {[rows, outputs, height, width]}", output)
-        return (output if self.learned else output[:, :channels]).contiguous()
+        return _single(output if self.learned else output[:, :channels]).contiguous()
 
     def verify(self, x: Tensor, t: Tensor, y: Tensor) -> Verified:
         """The target's output and features of rows ``x [B R, C, H, W]``, ``t`` and ``y [B R]``."""
         packed = TargetDefaults.read(self.target, "packed_call")
         if packed is not None:
             output, wait = packed(x, t, y)
-            return Verified(self._checked_output(output, len(x)), lambda: self._checked_features(wait(), len(x)))
+            return Verified(
+                self._checked_output(output, len(x)), lambda: _single(self._checked_features(wait(), len(x)))
+            )
         features = self.features(x, t, y)
-        return Verified(self.head(features, t, y), lambda: features)
+        return Verified(self.head(features, t, y), lambda: _single(features))
 
     def draw(self, purpose: Purpose, images: Tensor, steps: Tensor, rounds: Tensor | None = None) -> Tensor:
         """Normals ``[S, L, C, H, W]`` for images, steps and perhaps rounds ``[S, L]``, all contiguous."""
@@ -172,7 +174,7 @@ class Job:
     def initial_states(self, images: Tensor) -> Tensor:
         """Pure noise ``[M, C, H, W]`` of images ``[M]``."""
         shape = tuple(self.target.latent_shape)
-        states = torch.empty(len(images), *shape, device=self.labels.device)
+        states = torch.empty(len(images), *shape, dtype=torch.float32, device=self.labels.device)
         chunk = max(1, NOISE_CHUNK_ELEMENTS // math.prod(shape))
         for first in range(0, len(images), chunk):
             part = images[first : first + chunk]
@@ -234,6 +236,15 @@ class Job:
         raise FloatingPointError(
             f"{self.where}: {culprit} must be finite, got a non-finite value at step {step} of image {image}"
         )
+
+
+def _single(tensor: Tensor) -> Tensor:
+    """What leaves a network, in float32 where it is wider.
+
+    States, coupling and drafts are float32, so a float64 network's output is rounded once, here, as the ordinary
+    sampler's is; its features are rounded for the drafts alone, after its head has read them.
+    """
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _check_family(where: str, schedule: Schedule, target: Target) -> None:

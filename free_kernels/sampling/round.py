@@ -159,7 +159,7 @@ class Rounds:
     def start(self, lengths: list[int]) -> Played:
         """The device's part of a round of so many rows of each slot; only the lengths are sent there."""
         longest, rows = max(lengths), sum(lengths)
-        self.slots.lengths.copy_(torch.tensor(lengths))
+        self.slots.lengths.copy_(torch.tensor(lengths, device="cpu"))
         if not self.dense:
             played = self.play_on_device(longest, rows, lengths)
         else:

@@ -28,8 +28,8 @@ class RunStats:
     """
 
     def __init__(self, images: int, num_steps: int, device: torch.device) -> None:
-        self.deviation = torch.zeros(num_steps, device=device)
-        self.bias = torch.zeros(images, device=device)
+        self.deviation = torch.zeros(num_steps, dtype=torch.float32, device=device)
+        self.bias = torch.zeros(images, dtype=torch.float32, device=device)
         self.stats = SampleStats(
             rounds_per_image=np.zeros(images, np.int64),
             tested_by_step=np.zeros(num_steps, np.int64),

@@ -131,7 +131,7 @@ class Speculation:
                 yield finished
                 moved = pool.advance(after.images)
                 if moved is not None:
-                    self.slots.images.copy_(torch.tensor(moved))
+                    self.slots.images.copy_(torch.tensor(moved, device="cpu"))
                 now = after if moved is None else after._replace(images=moved)
         self.run_stats.finish()
 

@@ -69,7 +69,9 @@ class DDIMSchedule:
     @functools.cached_property
     def timesteps(self) -> Tensor:
         """Training timestep shown to the network at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, descending."""
-        return torch.tensor(spaced_timesteps(self.num_train_steps, self.num_steps, self.timestep_spacing)[::-1])
+        return torch.tensor(
+            spaced_timesteps(self.num_train_steps, self.num_steps, self.timestep_spacing)[::-1], device="cpu"
+        )
 
     def resolve_variance(self, learns_variance: bool) -> str:
         """The variance type in force: that of eta, whatever the network learns."""
@@ -78,11 +80,11 @@ class DDIMSchedule:
     def table(self, variance: str = "fixed") -> Tensor:
         """Transition coefficients, float32 ``[K, 8]``, rows in sampling order, columns of :class:`TransitionColumn`."""
         alpha = torch.from_numpy(self.train_alphas_cumprod)[self.timesteps]
-        after = torch.cat([alpha[1:], torch.ones(1, dtype=torch.float64)])
+        after = torch.cat([alpha[1:], torch.ones(1, dtype=torch.float64, device="cpu")])
         std = self.eta * ((1 - after) / (1 - alpha) * (1 - alpha / after)).sqrt()
         # With eta = 1 this is zero up to rounding, which could make it negative.
         towards_noise = (1 - after - std.square()).clamp(min=0.0).sqrt()
-        columns = torch.zeros(self.num_steps, len(TransitionColumn), dtype=torch.float64)
+        columns = torch.zeros(self.num_steps, len(TransitionColumn), dtype=torch.float64, device="cpu")
         columns[:, TransitionColumn.X0_FROM_STATE] = alpha.rsqrt()
         columns[:, TransitionColumn.X0_FROM_OUTPUT] = -(1 / alpha - 1).sqrt()
         columns[:, TransitionColumn.MEAN_FROM_STATE] = (after / alpha).sqrt()

@@ -180,7 +180,7 @@ class DDPMSchedule:
 
         from_x0 = betas * before.sqrt() / (1.0 - alphas_cumprod)
         from_state_given_x0 = (1.0 - before) * (1.0 - betas).sqrt() / (1.0 - alphas_cumprod)
-        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64)
+        columns = torch.empty(self.num_steps, len(TransitionColumn), dtype=torch.float64, device="cpu")
         columns[:, TransitionColumn.LOG_STD] = bias
         columns[:, TransitionColumn.LOG_STD_SLOPE] = slope
         columns[:, TransitionColumn.MEAN_FROM_X0] = from_x0

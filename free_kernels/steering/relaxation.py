@@ -71,8 +71,10 @@ class RelaxationPolicy:
     """
 
     def __init__(self, relaxation: Relaxation, slots: int, device: torch.device, decay: float = 0.7) -> None:
-        self.relaxation, self._decay = relaxation, decay
-        self.running = torch.zeros(slots, device=device)
+        self.relaxation = relaxation
+        # A tensor: a number times a mask would be of torch's default dtype.
+        self._share = torch.full((), 1 - decay, dtype=torch.float32, device=device)
+        self.running = torch.zeros(slots, dtype=torch.float32, device=device)
 
     def weights(self, draft_std: Tensor, columns: Tensor) -> Tensor:
         """Weights ``[S, L]`` from drafted deviations ``[S, L - 1, ...]`` and transition coefficients ``[S, L, 8]``."""
@@ -91,7 +93,7 @@ class RelaxationPolicy:
         """Learn from the tested rows of a round, a bool mask ``[S, L - 1]``."""
         count = tested.sum(1)
         known = torch.where(tested, coupling.gap_sq, 0.0).nan_to_num(0.0, posinf=1e6).clamp(max=1e6)
-        self.running.lerp_(known.sum(1) / count.clamp(min=1), (1 - self._decay) * (count > 0))
+        self.running.lerp_(known.sum(1) / count.clamp(min=1), self._share * (count > 0))
 
     def reset(self, slots: Tensor) -> None:
         """Forget the past of slots (a bool mask ``[S]``) that took in a new image."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from free_dit.networks.families import load_model
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.targets import DiTTarget, as_target
@@ -17,7 +19,7 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(sorted(folder.name for folder in MODELS.iterdir() if (folder / "model.safetensors").is_file()))
 
 
-def load_bundled(name: str) -> tuple[DiTTarget, FeatureDrafter]:
+def load_bundled(name: str, device: torch.device | str = "cpu") -> tuple[DiTTarget, FeatureDrafter]:
     """A shipped target and its learned drafter, ready for ``sample(target, labels, drafter=drafter)``.
 
     A flow model (a :class:`free_kernels.SiTTarget`) also needs ``schedule=FlowSDESchedule()``.
@@ -26,5 +28,5 @@ def load_bundled(name: str) -> tuple[DiTTarget, FeatureDrafter]:
         ValueError: no bundled model of this name.
     """
     check_choice("load_bundled", "name", name, bundled_names())
-    target = as_target("load_bundled", load_model(MODELS / name / "model.safetensors"))
+    target = as_target("load_bundled", load_model(MODELS / name / "model.safetensors").to(device))
     return target, FeatureDrafter.load(MODELS / name / "drafter.safetensors", target)

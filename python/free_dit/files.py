@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from free_kernels.validation import fail
 
@@ -156,3 +157,12 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's contents."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_of_state(state: Mapping[str, torch.Tensor], begin: bytes = b"") -> str:
+    """SHA-256 of the names and values of a state dict, after some other bytes."""
+    digest = hashlib.sha256(begin)
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -11,17 +11,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from free_dit.bundled import bundled_names, load_bundled
-from free_dit.networks.families import device_of, load_model
+from free_dit.latents import pipeline_vae
+from free_dit.networks.families import DRAWS, device_of, load_model
 from free_kernels import FeatureDrafter
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError
 from free_kernels.protocols import Drafter, Target
 from free_kernels.targets import as_target
+from free_kernels.validation import check_choice, fail
 
 ACCEPTED = (
     "a bundled model's name ({names}), a model.safetensors written by train, a DiT checkpoint in the original's format "
     "(.pt or .safetensors), or a folder of diffusers (a DiTPipeline or a DiTTransformer2DModel)"
 )
 _TRANSFORMER = "DiTTransformer2DModel"
+# Samplers without a drafter: the ordinary one, and DDIM without noise as a baseline.
+UNDRAFTED = ("none", "ddim")
 
 
 def load_target(
@@ -31,6 +35,7 @@ def load_target(
     num_heads: int | None = None,
     family: str | None = None,
     has_null_label: bool = True,
+    draws: str | None = None,
 ) -> tuple[Target, Drafter | None]:
     """A target and, where it is bundled, its drafter.
 
@@ -48,6 +53,9 @@ def load_target(
             never guessed, and a trained network whose output at pure noise is of the other family is refused.
         has_null_label: False for a checkpoint in the original's format that was trained without label dropout: every
             row of its label table is then a class. Other formats say it themselves.
+        draws: "pixels" or "latents", what its samples are; None takes what the file says, which for a pipeline is
+            latents, and else tells it by the channels (:func:`free_dit.latents.draws_latents`). It is kept as
+            ``target.draws``.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -55,29 +63,92 @@ def load_target(
         ValueError: ``num_heads`` or ``family`` is needed, impossible, or given for a format that holds it.
         ImportError: a folder of diffusers without diffusers installed.
     """
+    if draws is not None:
+        check_choice("load_target", "draws", draws, DRAWS)
     module, drafter = _module(str(spec), dtype, num_heads, family, has_null_label)
     module.eval().requires_grad_(False)
     target = as_target("load_target", module.to(device))
+    said = "latents" if pipeline_vae(spec) else getattr(module, "draws", None)
+    if draws is not None and said not in (None, draws):
+        raise ValueError(f"load_target: draws must be {said!r} for {spec}, which says it itself, got {draws!r}")
+    target.draws = draws or said  # type: ignore[attr-defined]
     return target, drafter.to(device) if isinstance(drafter, torch.nn.Module) else drafter
 
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What a target's file may not say of itself.
+    """What a target's file may not say of itself; None asks the file, or the drafter that was trained for it.
 
     Attributes:
         family: dit (noise prediction) or sit (velocity), for checkpoints in the original's format, which have the same
             tensors.
         null_label: whether such a checkpoint was trained with label dropout, so that its label table ends in the label
             of guidance.
+        num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
+        draws: what samples are, where the number of channels does not tell: 1 or 3 are taken for pixels.
     """
 
     family: Literal["dit", "sit"] | None = None
     null_label: bool = True
+    num_heads: int | None = None
+    draws: Literal["pixels", "latents"] | None = None
 
-    def load(self, spec: str | Path, device: torch.device | str = "cpu") -> tuple[Target, Drafter | None]:
-        """:func:`load_target` with these facts."""
-        return load_target(spec, device, family=self.family, has_null_label=self.null_label)
+
+def facts_of(target: Target) -> dict[str, Any]:
+    """What is known of a target and may be missing in its file; a drafter's file keeps it."""
+    from free_dit.checkpoints import NETWORKS
+
+    facts: dict[str, Any] = {"draws": getattr(target, "draws", None)}
+    module = getattr(target, "module", None)
+    family = next((name for name, network in NETWORKS.items() if type(module) is network), None)
+    if family is not None:
+        facts |= {"num_heads": module.config.num_heads, "family": family}
+        # As a file would be read by default, unless it says otherwise.
+        facts |= {} if module.config.class_dropout_prob > 0 else {"has_null_label": False}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def load_pair(
+    model: str | Path,
+    drafter: str | None = "bundled",
+    facts: TargetFacts = TargetFacts(),
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Target, Drafter | str]:
+    """A target, and a drafter by the name that :func:`load_drafter` takes, whose file may know what the target's not.
+
+    Args:
+        model: as ``spec`` of :func:`load_target`.
+        drafter: as ``choice`` of :func:`load_drafter`; names of samplers without a drafter ("none", "ddim") are handed
+            back, and None as "none".
+        facts: what is told of the target; the drafter's file is asked for the rest.
+        device: of both.
+        dtype: of the target.
+
+    Raises:
+        ValueError, OSError, ImportError: as the two; the drafter was trained for a target of another number of heads,
+            family or samples than ``facts`` say.
+    """
+    told: dict[str, Any] = {"num_heads": facts.num_heads, "family": facts.family, "draws": facts.draws}
+    drafter = "none" if drafter is None else drafter
+    by_name = drafter in ("bundled", "frozen", *UNDRAFTED)
+    known = {} if by_name else FeatureDrafter.load(drafter).target_facts
+    for name, value in known.items():
+        if told.get(name) not in (None, value):
+            fail("load_target", name, f"{value!r}, as drafter {drafter} was trained for", repr(told[name]))
+    if is_original(model):
+        told |= {name: known[name] for name in ("num_heads", "family") if name in known}
+    told["has_null_label"] = facts.null_label and (known.get("has_null_label", True) or not is_original(model))
+    target, bundled = load_target(model, device, dtype, **told)
+    # What the target's own file says goes before what its drafter's says.
+    if target.draws is None:  # type: ignore[attr-defined]
+        target.draws = known.get("draws")  # type: ignore[attr-defined]
+    return target, drafter if drafter in UNDRAFTED else load_drafter(drafter, target, bundled)
+
+
+def is_original(model: str | Path) -> bool:
+    """Whether a model is a file in the original's format, which does not say all of what :class:`TargetFacts` holds."""
+    return str(model) not in bundled_names() and _kind(Path(model)) == "original"
 
 
 def load_drafter(choice: str, target: Target, bundled: Drafter | None = None) -> Drafter | str:
@@ -102,11 +173,12 @@ def _module(
     """The module on the CPU, and a bundled drafter."""
     accepted, path = ACCEPTED.format(names=", ".join(bundled_names())), Path(spec)
     kind = None if spec in bundled_names() else _kind(path)
-    if num_heads is not None and kind != "original":
+    says_itself = spec in bundled_names() or kind not in ("original", None)
+    if num_heads is not None and says_itself:
         raise ValueError(f"load_target: num_heads must be None for {spec}, which says it itself, got {num_heads}")
-    if family is not None and kind != "original":
+    if family is not None and says_itself:
         raise ValueError(f"load_target: family must be None for {spec}, which says it itself, got {family!r}")
-    if not has_null_label and kind != "original":
+    if not has_null_label and says_itself:
         raise ValueError(f"load_target: has_null_label must be True for {spec}, which says it itself, got False")
     if spec in bundled_names():
         target, drafter = load_bundled(spec)

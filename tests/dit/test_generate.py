@@ -473,6 +473,69 @@ def test_what_a_set_says_of_its_sampling(tmp_path, pair):
     assert 0 <= found["acceptance"] <= 1
 
 
+@pytest.mark.parametrize("form", ["npz", "png"])
+def test_a_set_grows_and_keeps_what_it_has(tmp_path, pair, form):
+    # Without drafts no image hangs on an acceptance in a near-tie, so that sets cut elsewhere can be compared.
+    small, pair = replace(TINY, format=form, drafter=None, draft_length=1), (pair[0], None)
+    draw(tmp_path / "set", pair, small)
+    files = [path for path in (tmp_path / "set").rglob("*") if path.suffix in (".npz", ".png")]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    held, pixels = {path: path.read_bytes() for path in before}, pixels_of(tmp_path / "set")
+    assert len(before) == (10 if form == "png" else 3)
+    for num, shards in ((17, 5), (18, 6)):
+        done, missing = draw(tmp_path / "set", pair, replace(small, num=num))
+        assert (missing, len(done)) == ([], shards - len(range(0, 10, 4)) - (num == 18) * 2)
+        # The same files, not only the same pixels.
+        assert {path: path.stat().st_mtime_ns for path in before} == before
+        assert {path: path.read_bytes() for path in before} == held
+        samples = SampleFolder.open(tmp_path / "set")
+        starts = [samples.images_of(shard).start for shard in range(samples.shards)]
+        assert starts == [0, 4, 8, 10, 14, 17][:shards]
+        assert len(samples.image_hashes()) == num
+        grown = pixels_of(tmp_path / "set")
+        assert np.array_equal(grown[:10], pixels)
+        assert open_images(tmp_path / "set").labels.tolist() == [i % 10 for i in range(num)]
+        sums = (tmp_path / "set" / "SHA256SUMS").read_text().splitlines()
+        assert len(sums) == (num if form == "png" else shards)
+    # New images are those that a set of this size would have; its shards are cut elsewhere: they may round otherwise.
+    draw(tmp_path / "whole", pair, replace(small, num=18))
+    assert np.abs(grown.astype(int) - pixels_of(tmp_path / "whole")).max() <= 1
+    # Asked for once more there is nothing to do.
+    assert draw(tmp_path / "set", pair, replace(small, num=18)) == ([], [])
+    if form == "png":
+        assert (tmp_path / "set" / "images" / "labels.txt").read_text().split() == [str(i % 10) for i in range(18)]
+
+
+def test_a_grown_set_is_mended_and_goes_on_as_any_other(tmp_path, pair):
+    draw(tmp_path / "set", pair)
+    larger = replace(TINY, num=17)
+    assert draw(tmp_path / "set", pair, larger, rank=0, world_size=2) == ([4], [3])
+    # Not complete: there are no sums, and nothing reads it.
+    assert not (tmp_path / "set" / "SHA256SUMS").exists()
+    with pytest.raises(ValueError, match="must be complete, got 1 of 5 shards missing"):
+        open_images(tmp_path / "set")
+    assert draw(tmp_path / "set", pair, larger) == ([3], [])
+    whole = contents(tmp_path / "set")
+    (tmp_path / "set" / "shards" / "shard-000002.npz").write_bytes(b"x")
+    assert draw(tmp_path / "set", pair, larger) == ([2], [])
+    assert contents(tmp_path / "set") == whole
+
+
+def test_what_a_set_cannot_grow_to(tmp_path, pair):
+    draw(tmp_path / "set", pair)
+    whole = contents(tmp_path / "set")
+    with pytest.raises(ValueError, match="same settings, got num 10 .now 9."):
+        draw(tmp_path / "set", pair, replace(TINY, num=9))
+    with pytest.raises(ValueError, match="same settings, got num 10 .now 12., seed 5 .now 6."):
+        draw(tmp_path / "set", pair, replace(TINY, num=12, seed=6))
+    assert contents(tmp_path / "set") == whole
+    manifest = tmp_path / "set" / "manifest.json"
+    for ends in ([10], [0], [-1], ["5"], [6, 5], [11]):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"grown_from": ends}))
+        with pytest.raises((ValueError, TypeError), match="grown_from must be an int in"):
+            open_images(tmp_path / "set")
+
+
 def test_latents_need_a_decoder(tmp_path, pair):
     target = types.SimpleNamespace(latent_shape=(4, 8, 8), num_classes=10)
     with pytest.raises(ValueError, match="decode must be given for a target of 4 latent channels"):

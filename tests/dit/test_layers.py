@@ -14,9 +14,9 @@ import free_dit
 PACKAGE = Path(free_dit.__file__).parent
 # From the lowest layer to the highest one; parts of one layer do not import one another.
 LAYERS = (
-    {"configuration", "data", "files", "interrupts", "markdown"},
+    {"configuration", "data", "devices", "files", "interrupts", "markdown"},
     {"networks"},
-    {"bundled", "checkpoints", "model"},
+    {"bundled", "checkpoints", "latents", "model"},
     {"", "loading"},
     {"training", "generation"},
     {"train_drafter", "evaluation"},

@@ -83,7 +83,7 @@ def test_a_whole_round_copies_its_lengths_and_nothing_else(played):
     assert one["error"] is None
     assert one["reads"] == []
     assert len(one["copies"]) == 1
-    assert "self.slots.lengths.copy_(torch.tensor(lengths))" in one["copies"][0]
+    assert 'self.slots.lengths.copy_(torch.tensor(lengths, device="cpu"))' in one["copies"][0]
 
 
 def test_planted_copies_and_reads_are_found(played):

@@ -9,13 +9,15 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from free_dit.commands.shared import console, device_of, draw_set
+from free_dit.commands.shared import VAEChoice, console, draw_set
+from free_dit.devices import resolve_device
 from free_dit.evaluation.extractors import load_extractor
-from free_dit.evaluation.report import EvaluationSettings, render
+from free_dit.evaluation.rendering import render
+from free_dit.evaluation.report import EvaluationSettings
 from free_dit.evaluation.report import evaluate as run_evaluate
 from free_dit.evaluation.sets import WHERE, open_images, open_reference
 from free_dit.files import write_json
-from free_dit.generation import DrawSettings, GenerateSettings
+from free_dit.generation import DrawSettings, GenerateSettings, SampleFolder
 from free_dit.loading import TargetFacts
 from free_kernels.validation import check_writable, fail
 
@@ -56,6 +58,7 @@ def evaluate(
     network: Annotated[NetworkChoice, OmitArgPrefixes] = NetworkChoice(),
     model: str = "digits",
     drawing: Annotated[DrawSettings, OmitArgPrefixes] = DrawSettings(),
+    vae: Annotated[VAEChoice, OmitArgPrefixes] = VAEChoice(),
     facts: Annotated[TargetFacts, OmitArgPrefixes] = TargetFacts(),
     device: str = "auto",
     metrics: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
@@ -67,17 +70,19 @@ def evaluate(
 
     Args:
         out: folder of evaluation.json, evaluation.md, features and drawn samples.
-        reference: real images: an .npz (arr_0, or mu and sigma), a folder of PNG, "digits-train" or "digits-test".
-        sets: NAME=PATH of .npz files, folders of PNG or drawn sets; the first is what the others are compared with.
+        reference: real images: an .npz (arr_0, or mu and sigma), a folder of PNG or JPEG, "digits-train" or
+            "digits-test".
+        sets: NAME=PATH of .npz files, folders of images or drawn sets; the first is what the others are compared with.
         generate_: images to draw; 0 draws none.
         network: what images are compared by.
-        model: what draws: a bundled model's name, or a model.safetensors.
+        model: what draws: a bundled model's name, a checkpoint, or a folder of diffusers.
         drawing: how to draw; another seed for every set makes them independent, as two-sample tests need them.
+        vae: what makes images of the latents of a latent model that draws.
         facts: what the model's file may not say of itself.
-        device: "auto", "cpu", "cuda", "cuda:1" ...
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         metrics: how to evaluate.
     """
-    rank, place = int(os.environ.get("RANK", "0")), device_of(WHERE, device)
+    rank, place = int(os.environ.get("RANK", "0")), resolve_device(WHERE, device)
     check_writable(WHERE, "out", out / "evaluation.json")
     named = _named(sets)
     if not named and not generate_:
@@ -87,9 +92,10 @@ def evaluate(
     real = open_reference(reference)
     if generate_:
         settings = GenerateSettings(**asdict(drawing), num=generate_)
-        drawn, missing = draw_set(out / "samples", model, settings, place, facts, progress=rank == 0)
+        drawn, missing = draw_set(WHERE, out / "samples", model, settings, place, vae, facts, progress=rank == 0)
         if missing:
-            console.print(f"rank {rank} is done; others lack {len(missing)} of {settings.shards} shards")
+            shards = SampleFolder.open(out / "samples").shards
+            console.print(f"rank {rank} is done; others lack {len(missing)} of {shards} shards")
             return
         # The rank that ends last evaluates; rank 0 does if the set was complete before.
         if rank and not drawn:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes
 
 from free_dit.commands.shared import console, title_of
+from free_dit.devices import resolve_device
 from free_dit.experiments.feasibility import denoiser, forecast_plot, forecast_table, gap_table, real_runs
 from free_dit.experiments.wall_clock import machine
 from free_dit.files import write_json
-from free_dit.loading import load_drafter, load_target
+from free_dit.loading import TargetFacts, load_drafter, load_pair
 from free_dit.networks.families import schedule_for
 from free_kernels import feasibility as forecast
 from free_kernels.protocols import Drafter
@@ -28,6 +32,8 @@ def feasibility(
     timing_repeats: int = 5,
     check: tuple[int, ...] = (),
     check_images: int = 16,
+    facts: Annotated[TargetFacts, OmitArgPrefixes] = TargetFacts(),
+    device: str = "auto",
 ) -> None:
     """Tell whether lossless speculation will pay for a model, from a few hundred rows and before anything is trained.
 
@@ -45,16 +51,19 @@ def feasibility(
         timing_repeats: repeats of every timing.
         check: draft lengths that are really run too, with another seed, to compare.
         check_images: images of those runs.
+        facts: what the model's file may not say of itself.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...; a denoiser runs on the CPU.
     """
     path = check_writable("feasibility", "out", out / "feasibility.json")
     for length in check:
         check_int("feasibility", "check", length, 2, steps)
     check_int("feasibility", "check_images", check_images, 1)
-    target, bundled = denoiser(model), None
+    place, target = resolve_device("feasibility", device), denoiser(model)
     if target is None:
-        target, bundled = load_target(model)
+        target, chosen = load_pair(model, drafter, facts, place)
+    else:
+        chosen = load_drafter(drafter, target)
     drafters: dict[str, Drafter | str] = {"frozen": "frozen"}
-    chosen = load_drafter(drafter, target, bundled)
     if chosen != "frozen":
         drafters["learned"] = chosen
     schedule = schedule_for(target, steps)
@@ -72,7 +81,14 @@ def feasibility(
     )
     runs = real_runs(target, drafters, schedule, check, check_images, seed + 1, guidance) if check else []
     title = f"{title_of(model)}, {steps} steps, guidance {guidance:g}, {found.rows} rows of target calls"
-    report = {"model": model, "drafter": drafter, "seed": seed, "machine": machine(), **found.to_dict(), "runs": runs}
+    report = {
+        "model": model,
+        "drafter": drafter,
+        "seed": seed,
+        "machine": machine(place),
+        **found.to_dict(),
+        "runs": runs,
+    }
     write_json(path, report)
     picture = path.with_name("feasibility.png")
     forecast_plot(found, picture, title, runs)

@@ -25,6 +25,7 @@ def train_drafter(
     num_heads: int | None = None,
     family: Literal["dit", "sit"] | None = None,
     null_label: bool = True,
+    draws: Literal["pixels", "latents"] | None = None,
 ) -> None:
     """Train a drafter on a DiT's own trajectories (no images needed); writes OUT/drafter.safetensors. Resumable.
 
@@ -36,15 +37,17 @@ def train_drafter(
             or a folder of diffusers.
         config: TOML file with the keys of DrafterTrainConfig.
         set_: overrides such as loop.iterations=2000 drafter.width=64.
-        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         dtype: of the frozen target; if not given, that of the file for the original's format, else float32.
         num_heads: attention heads, for checkpoints in the original's format whose width does not tell.
-        family: dit or sit, for checkpoints in the original's format which have the same tensors.
+        family: dit or sit, for checkpoints in the original's format, which have the same tensors.
         null_label: whether such a checkpoint was trained with label dropout; set max_guidance=1 where it was not.
+        draws: what the target's samples are, where its channels do not tell: 1 or 3 are taken for pixels. The drafter's
+            file keeps this, the heads, the family and the label, and commands that are given it do not ask again.
     """
     settings, place = load_config(DrafterTrainConfig, config, set_), Place.from_environment()
     narrow = None if dtype is None else DTYPES[dtype]
-    loaded, _ = load_target(target, place.device(device), narrow, num_heads, family, null_label)
+    loaded, _ = load_target(target, place.device(device), narrow, num_heads, family, null_label, draws)
     path = run_train_drafter(loaded, settings, out, target, place)
     if place.is_first:
         console.print(f"wrote {path}")

@@ -28,9 +28,13 @@ from free_dit.evaluation.kernel import (
 )
 from free_dit.evaluation.manifolds import precision_and_recall
 from free_dit.evaluation.sets import WHERE, DrawnSet, ImageSet, Statistics
-from free_dit.markdown import table
 from free_kernels.validation import check_int, fail
 from free_kernels.version import __version__
+
+# The network whose plain Frechet distance is the FID.
+INCEPTION = "inception_v3"
+# Orders of the images that the score over parts is given for.
+SPLIT_PERMUTATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,12 @@ class EvaluationSettings:
 
     Attributes:
         neighbours: k of precision and recall.
-        rows: points of a set that precision, recall and kernel distance use: the first ones; their cost grows with the
-            square of it.
+        rows: points of a set that precision, recall and kernel distance use, drawn at random from larger sets; their
+            cost grows with the square of it.
         subsets: subsets of the kernel distance.
         subset_size: points of each.
         permutations: of the two-sample tests; 0 leaves them out.
-        test_rows: points of each set that a two-sample test uses: the first ones.
+        test_rows: points of each set that a two-sample test uses, drawn at random from larger sets.
         resamples: bootstrap resamples.
         level: confidence level.
         paired: image i of every set came from the same noise, so that sets are resampled alike and not tested against
@@ -77,11 +81,39 @@ def _strata(labels: np.ndarray | None, count: int) -> np.ndarray:
     return labels
 
 
-def _splits(log_probabilities: np.ndarray, splits: int = 10) -> dict[str, float]:
-    """Mean and spread of the score over ten parts in order, as it is usually published."""
-    parts = np.array_split(log_probabilities, splits)
-    values = [float(score(part, np.ones((1, len(part))))[0]) for part in parts if len(part)]
-    return {"split_mean": float(np.mean(values)), "split_std": float(np.std(values)), "splits": len(values)}
+def _splits(
+    log_probabilities: np.ndarray, seed: int, splits: int = 10, permutations: int = SPLIT_PERMUTATIONS
+) -> dict[str, Any]:
+    """Mean and spread of the score over ten parts, as it is usually published, and their range over permutations.
+
+    Parts in order would be of one class each where a set is sorted by class.
+    """
+    generator, means, spreads = np.random.default_rng([seed, 4]), [], []
+    for _ in range(permutations):
+        parts = np.array_split(log_probabilities[generator.permutation(len(log_probabilities))], splits)
+        values = [float(score(part, np.ones((1, len(part))))[0]) for part in parts if len(part)]
+        means.append(float(np.mean(values)))
+        spreads.append(float(np.std(values)))
+    return {
+        "split_mean": float(np.mean(means)),
+        "split_mean_range": [min(means), max(means)],
+        "split_std": float(np.mean(spreads)),
+        "split_std_range": [min(spreads), max(spreads)],
+        "splits": len(values),
+        "split_permutations": permutations,
+        "split_seed": seed,
+    }
+
+
+def _drawn_rows(count: int, wanted: int, seed: int, stream: int) -> np.ndarray:
+    """Which of ``count`` rows are used: all in order, or ``wanted`` of them at random, ascending.
+
+    Sets of one size get the same rows, as pairs of images need. The first rows would be of a few classes where a set is
+    sorted by class.
+    """
+    if count <= wanted:
+        return np.arange(count)
+    return np.sort(np.random.default_rng([seed, stream]).permutation(count)[:wanted])
 
 
 class _Subject:
@@ -89,16 +121,19 @@ class _Subject:
 
     Attributes:
         found: features, logits and labels of all images.
-        points: float64 ``[rows, D]`` on the device, features of the first images.
-        row_strata: labels of the first images, to resample within.
+        rows: images that costly metrics use, ``[rows]``.
+        points: float64 ``[rows, D]`` on the device, their features.
+        row_strata: their labels, to resample within.
         sample: what the bootstrap takes of the set.
         means: mean kernels with the reference, where that is a set of images.
     """
 
     def __init__(self, found: Features, settings: EvaluationSettings, device: torch.device | str) -> None:
         self.found = found
-        self.points = torch.from_numpy(found.features[: settings.rows]).double().to(device)
-        self.row_strata = _strata(None if found.labels is None else found.labels[: settings.rows], len(self.points))
+        self.rows = _drawn_rows(len(found.features), settings.rows, settings.resampling_seed, 5)
+        self._tested = _drawn_rows(len(self.rows), settings.test_rows, settings.resampling_seed, 6)
+        self.points = torch.from_numpy(found.features[self.rows]).double().to(device)
+        self.row_strata = _strata(None if found.labels is None else found.labels[self.rows], len(self.points))
         logits, strata = found.logits.astype(np.float64), _strata(found.labels, len(found.features))
         self.sample = Sample(found.features.astype(np.float64), log_softmax(logits, 1), strata)
         self.means: KernelMeans | None = None
@@ -111,14 +146,15 @@ class _Subject:
     def compare(self, baseline: _Subject, neighbours: int) -> None:
         """Add precision, recall and mean kernels with a reference of images."""
         precise, recalled = precision_and_recall(self.points, baseline.points, neighbours)
-        self.sample.shares["precision"] = _padded(precise, len(self.found.features))
-        self.sample.reference_shares["recall"] = _padded(recalled, len(baseline.found.features))
+        self.sample.shares["precision"] = _padded(precise, self.rows, len(self.found.features))
+        self.sample.reference_shares["recall"] = _padded(recalled, baseline.rows, len(baseline.found.features))
         self.means = kernel_means(self.points, baseline.points, self.row_strata)
 
-    def test(self, rows: int) -> tuple[Tensor, np.ndarray | None]:
+    def test(self) -> tuple[Tensor, np.ndarray | None]:
         """The points of a two-sample test and their labels."""
         labels = self.found.labels
-        return self.points[:rows], None if labels is None else labels[: len(self.points)][:rows]
+        points = self.points[torch.from_numpy(self._tested).to(self.points.device)]
+        return points, None if labels is None else labels[self.rows][self._tested]
 
 
 def _check_sizes(name: str, found: Features, settings: EvaluationSettings) -> None:
@@ -215,12 +251,12 @@ def evaluate(
     }
 
 
-def _padded(indicator: np.ndarray, count: int) -> np.ndarray:
-    """Indicators of the first rows as weights over all: zero beyond them, scaled so that the mean is theirs."""
-    if len(indicator) == count:
+def _padded(indicator: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+    """Indicators of some rows as weights over all: zero elsewhere, scaled so that the mean is theirs."""
+    if len(rows) == count:
         return indicator
     whole = np.zeros(count)
-    whole[: len(indicator)] = indicator * (count / len(indicator))
+    whole[rows] = indicator * (count / len(rows))
     return whole
 
 
@@ -262,10 +298,15 @@ class _Metrics:
             key: {**asdict(resampled[key].estimate(settings.level)), "sampled": resampled[key].sampled}
             for key in ("frechet", "score")
         }
-        metrics["score"] |= _splits(sample.log_probabilities)
+        metrics["score"] |= _splits(sample.log_probabilities, settings.resampling_seed)
+        if self.network == INCEPTION:
+            # Of all images, with the covariances of numpy.cov and nothing taken off, as it is published.
+            reference = None if baseline is None else len(baseline.found.features)
+            metrics["fid"] = {"value": resampled["frechet"].sampled, "images": len(subject.found.features)}
+            metrics["fid"]["reference_images"] = reference
         if baseline is not None:
-            recalled = sample.reference_shares["recall"][: len(baseline.points)]
-            metrics["precision"] = {**share(sample.shares["precision"][:rows] > 0), "rows": rows}
+            recalled = sample.reference_shares["recall"][baseline.rows]
+            metrics["precision"] = {**share(sample.shares["precision"][subject.rows] > 0), "rows": rows}
             metrics["recall"] = {**share(recalled > 0), "rows": rows}
             strata, generator = (subject.row_strata, baseline.row_strata), self._generator(3)
             kernel = kernel_distance(subject.means, baseline.own, *strata, settings.level)
@@ -303,43 +344,20 @@ class _Metrics:
         return np.random.default_rng([self.settings.resampling_seed, stream])
 
     def _two_sample(self, first: _Subject, second: _Subject) -> dict[str, Any]:
-        (ones, labels), (others, other_labels) = (one.test(self.settings.test_rows) for one in (first, second))
-        strata = (labels, other_labels)
+        (ones, labels), (others, other_labels) = (one.test() for one in (first, second))
+        reason = _why_not_within(labels, other_labels)
+        strata = (labels, other_labels) if reason is None else (None, None)
         p_value = permutation_p_value(ones, others, self.settings.permutations, self._generator(2), strata)
-        within = labels is not None and other_labels is not None
-        return {"p_value": p_value, "rows": [len(ones), len(others)], "within_classes": within}
+        rows = [len(ones), len(others)]
+        return {"p_value": p_value, "rows": rows, "within_classes": reason is None, "over_all_because": reason}
 
 
-def _cell(estimate: dict[str, Any] | None, digits: int) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate['value']:.{digits}g} [{estimate['low']:.{digits}g}, {estimate['high']:.{digits}g}]"
-
-
-def render(report: dict[str, Any]) -> str:
-    """The report as Markdown tables."""
-    title, sets = report["extractor"]["name"], report["sets"]
-    names = ("frechet", "kernel_distance", "score", "precision", "recall", "accuracy")
-    keys = [f"{name}_{title}" for name in names if any(f"{name}_{title}" in one["metrics"] for one in sets.values())]
-    level, size = f"{report['settings']['level']:.0%}", report["reference"]["images"]
-    columns = [f"`{key}`" for key in keys]
-
-    def cells(metrics: dict[str, Any], test: dict[str, Any] | None, digits: int) -> list[str]:
-        p_value = "-" if test is None else f"{test['p_value']:.3f}"
-        return [*(_cell(metrics.get(key), digits) for key in keys), p_value]
-
-    rows = []
-    for name, one in sets.items():
-        test = (one["metrics"].get(f"kernel_distance_{title}") or {}).get("two_sample_test")
-        rows.append([name, str(one["images"]), *cells(one["metrics"], test, 4)])
-    lines = [
-        f"Against `{Path(report['reference']['source']).name}` ({'statistics' if size is None else f'{size} images'}), "
-        f"with {level} intervals:",
-        "",
-        *table(["set", "images", *columns, "p-value"], rows),
-    ]
-    if report["differences"]:
-        lines += [f"Minus `{report['compared_with']}`:", ""]
-        rows = [[name, *cells(one, one["two_sample_test"], 3)] for name, one in report["differences"].items()]
-        lines += table(["set", *columns, "p-value of equal laws"], rows)
-    return "\n".join(lines)
+def _why_not_within(labels: np.ndarray | None, others: np.ndarray | None) -> str | None:
+    """Why images cannot be permuted within classes: those of a class that one side lacks would never move."""
+    if labels is None or others is None:
+        return "only one set has labels" if (labels is None) != (others is None) else "the sets have no labels"
+    lacking = np.setxor1d(labels, others)
+    if not len(lacking):
+        return None
+    side = "first" if lacking[0] in labels else "second"
+    return f"{len(lacking)} labels are in one set only, such as {int(lacking[0])} in the {side}"

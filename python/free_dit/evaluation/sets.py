@@ -1,4 +1,4 @@
-"""Sets of images as evaluation reads them: ``.npz`` of the ADM suite, folders of PNG, drawn sets; batch by batch."""
+"""Sets of images as evaluation reads them: ``.npz`` of the ADM suite, folders of images, drawn sets; batch by batch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.lib import format as npy
 
 from free_dit.data import load_digits
+from free_dit.evaluation.image_folders import WHERE, PngSet, check_class_labels
 from free_dit.files import BROKEN
 from free_dit.generation import SampleFolder, to_pixels
 from free_dit.generation.sample_folder import MANIFEST
 from free_kernels.validation import fail
 
-WHERE = "evaluate"
 REAL_DIGITS = {"digits-train": "train", "digits-test": "test"}
 
 
@@ -59,19 +59,13 @@ def _check_pixels(source: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         fail(WHERE, source, "images uint8 [N, H, W, 1 or 3] with N >= 1", f"{dtype} {list(shape)}")
 
 
-def _check_class_labels(source: str, labels: np.ndarray, count: int) -> np.ndarray:
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        fail(WHERE, source, f"labels of integers at least 0, [{count}]", f"{labels.dtype} {list(labels.shape)}")
-    return labels.astype(np.int64)
-
-
 class ArraySet:
     """Images in memory."""
 
     def __init__(self, source: str, pixels: np.ndarray, labels: np.ndarray | None = None) -> None:
         _check_pixels(source, pixels.shape, pixels.dtype)
         self.source, self.count, self._pixels = source, len(pixels), pixels
-        self.labels = None if labels is None else _check_class_labels(source, labels, self.count)
+        self.labels = None if labels is None else check_class_labels(source, labels, self.count)
 
     def batches(self, size: int) -> Iterator[np.ndarray]:  # noqa: D102
         for begin in range(0, self.count, size):
@@ -94,7 +88,7 @@ class NpzSet:
         if fortran:
             fail(WHERE, self.source, "images in C order", "Fortran order")
         self.count, self._shape = shape[0], shape[1:]
-        self.labels = None if labels is None else _check_class_labels(self.source, labels, self.count)
+        self.labels = None if labels is None else check_class_labels(self.source, labels, self.count)
 
     @staticmethod
     def _header(stream) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -113,70 +107,23 @@ class NpzSet:
             raise ValueError(f"{WHERE}: {self.source} must be a whole .npz, got {error}") from error
 
 
-class PngSet:
-    """A folder of PNG, in sorted order.
-
-    Labels come from ``labels.txt`` (an integer a line, in the files' order) or from subfolders (their names where they
-    are integers, else their sorted places); otherwise there are none.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.source = str(folder)
-        self._paths = sorted(folder.rglob("*.png"))
-        self.count = len(self._paths)
-        if not self.count:
-            fail(WHERE, self.source, f"a folder of PNG or one with {MANIFEST}", "a folder without either")
-        self.labels = self._labels(folder)
-
-    def _labels(self, folder: Path) -> np.ndarray | None:
-        listed = folder / "labels.txt"
-        if listed.is_file():
-            try:
-                labels = np.array([int(line) for line in listed.read_text().split()], np.int64)
-            except ValueError as error:
-                raise ValueError(f"{WHERE}: {listed} must hold an integer a line, got {error}") from error
-            return _check_class_labels(str(listed), labels, self.count)
-        names = [path.relative_to(folder).parts[0] for path in self._paths]
-        if any(path.parent == folder for path in self._paths):
-            return None
-        whole = all(name.isdecimal() for name in names)
-        order = {name: int(name) if whole else place for place, name in enumerate(sorted(set(names)))}
-        return np.array([order[name] for name in names], np.int64)
-
-    def batches(self, size: int) -> Iterator[np.ndarray]:  # noqa: D102
-        from PIL import Image
-
-        shape: tuple[int, ...] | None = None
-        for begin in range(0, self.count, size):
-            images = []
-            for path in self._paths[begin : begin + size]:
-                try:
-                    with Image.open(path, formats=("PNG",)) as image:
-                        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-                except (OSError, SyntaxError) as error:
-                    raise ValueError(f"{WHERE}: {path} must be a PNG, got {error}") from error
-                images.append(pixels[..., None] if pixels.ndim == 2 else pixels)
-                shape = shape or images[-1].shape
-                if images[-1].shape != shape:
-                    fail(WHERE, str(path), f"of the others' shape {list(shape)}", str(list(images[-1].shape)))
-            yield np.stack(images)
-
-
 class DrawnSet:
     """A set written by :func:`free_dit.generation.generate`; all of its shards must be there, as they were drawn."""
 
     def __init__(self, folder: Path) -> None:
         self.source, self.drawn = str(folder), SampleFolder.open(folder)
+        if self.drawn.settings.format == "npy":
+            fail(WHERE, self.source, "a set of images; draw it with --vae", "latents")
         missing = self.drawn.missing()
         if missing:
-            total = self.drawn.settings.shards
+            total = self.drawn.shards
             fail(WHERE, self.source, "complete", f"{len(missing)} of {total} shards missing; draw it to the end first")
         self.count = self.drawn.settings.num
         self.labels = self.drawn.labels
 
     def batches(self, size: int) -> Iterator[np.ndarray]:  # noqa: D102
         kept: list[np.ndarray] = []
-        for shard in range(self.drawn.settings.shards):
+        for shard in range(self.drawn.shards):
             kept.append(self.drawn.read(shard))
             while sum(map(len, kept)) >= size:
                 whole = np.concatenate(kept)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,8 +17,13 @@ from free_dit.experiments.plots import acceptance_plot, sample_grids
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_dit.files import write_json
 from free_dit.generation import ChainSettings, sampler_for
+from free_dit.networks.families import device_of
 from free_kernels import SampleResult
 from free_kernels.protocols import Drafter, Target
+
+# Files of the samples: pictures, or what was drawn as it is.
+PICTURES = ("samples.png",)
+LATENTS = ("ordinary.npy", "speculative.npy")
 
 
 def compare(
@@ -27,11 +33,14 @@ def compare(
     out: Path,
     settings: ChainSettings = ChainSettings(),
     timing_pairs: int = 5,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    latents: bool = False,
 ) -> dict[str, Any]:
     """Sample ``labels`` ordinarily and with each drafter; write ``samples.png``, ``acceptance.png``, ``compare.json``.
 
     The last drafter is the one shown in the picture and timed: one image at a time, ``timing_pairs`` interleaved pairs
-    of runs, and all images at once, two pairs.
+    of runs, and all images at once, two pairs. ``decode`` makes images of samples, after the runs; with ``latents``
+    the samples themselves are written as ``.npy`` in the place of ``samples.png``.
 
     Returns:
         What ``compare.json`` holds.
@@ -50,10 +59,10 @@ def compare(
             for part, pairs in ((labels[:1], timing_pairs), (labels, 2))
         ]
     report = {
-        "machine": machine(),
+        "machine": machine(device_of(target)),
         "settings": {
             "num_steps": settings.steps,
-            "draft_length": settings.draft_length,
+            "draft_length": settings.length,
             "guidance_scale": settings.guidance,
             "images": len(labels),
             "seed": settings.seed,
@@ -73,10 +82,15 @@ def compare(
         "wall_clock_ratios": [asdict(ratio) for ratio in ratios],
     }
     title = f"{settings.steps} steps, guidance {settings.guidance:g}"
-    grids = {"ordinary sampler": runs["ordinary"].samples, f"speculative, lossless ({best})": runs[best].samples}
-    sample_grids(out / "samples.png", grids, labels)
+    drawn = {"ordinary sampler": runs["ordinary"].samples, f"speculative, lossless ({best})": runs[best].samples}
+    if latents:
+        for name, samples in zip(LATENTS, drawn.values(), strict=True):
+            np.save(out / name, samples.cpu().numpy())
+    else:
+        grids = {name: one if decode is None else decode(one) for name, one in drawn.items()}
+        sample_grids(out / PICTURES[0], grids, labels)
     curves = {name: runs[name].stats.acceptance_by_step for name in drafters}
-    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {settings.draft_length}, {title}")
+    acceptance_plot(out / "acceptance.png", curves, f"Accepted drafts, draft length {settings.length}, {title}")
     write_json(out / "compare.json", report)
     return report
 
@@ -114,4 +128,5 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             f"{ratio['ordinary_s']:.2f} s against {ratio['speculative_s']:.2f} s)"
         )
     facts = report["machine"]
-    console.print(f"measured on {facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
+    where = facts.get("gpu", f"{facts['cpu']}, {facts['threads']} threads")
+    console.print(f"measured on {where}, torch {facts['torch']}")

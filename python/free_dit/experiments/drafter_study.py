@@ -131,7 +131,7 @@ def run_study(
         if data is None:
             data = collect(target, schedule, labels, torch.ones(images), EVALUATION_SEED)
         rows[name] = evaluate(target, drafter, data, base.num_steps) | {"train_s": seconds}
-        report = {"frame": frame, "machine": machine(), "rows": rows}
+        report = {"frame": frame, "machine": machine(device_of(target)), "rows": rows}
         write_files({result: (json.dumps(report, indent=1) + "\n").encode()})
     return result
 

@@ -15,7 +15,7 @@ from free_dit.experiments.wall_clock import machine
 from free_dit.files import sha256_of, write_json
 from free_dit.generation import ChainSettings, sampler_for
 from free_dit.markdown import decimals, fill_page, table
-from free_dit.networks.families import schedule_for
+from free_dit.networks.families import device_of, schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
 from free_dit.training.trajectories import collect
 from free_kernels import FrozenDrafter
@@ -30,11 +30,18 @@ def measure(target: Target, drafter: Drafter, images: int = 64, num_steps: int =
     schedule = schedule_for(target, num_steps)
     labels = torch.arange(images) % target.num_classes
     drafters: dict[str, Drafter] = {"frozen": FrozenDrafter(), "learned": drafter}
-    card: dict[str, Any] = {"images": images, "num_steps": num_steps, "machine": machine()}
+    card: dict[str, Any] = {"images": images, "num_steps": num_steps, "machine": machine(device_of(target))}
     card["transitions"] = "learned variance" if target.learns_variance else type(schedule).__name__
     card["acceptance"] = {}
     for scale in (1.0, 2.0):
-        data = collect(target, schedule, labels, torch.full((images,), scale), seed=EVALUATION_SEED, progress=True)
+        data = collect(
+            target,
+            schedule,
+            labels,
+            torch.full((images,), scale, device=labels.device),
+            seed=EVALUATION_SEED,
+            progress=True,
+        )
         for name, one in drafters.items():
             table = acceptance_by_lookahead(target, one, schedule, data)
             card["acceptance"][f"{name}, guidance {scale:g}"] = {
@@ -89,7 +96,7 @@ def nearest_neighbour_quality(target: Target, images: int = 500) -> dict[str, An
     for scale in (1.0, 2.0):
         draw = sampler_for(target, None, ChainSettings(guidance=scale))
         result = draw(labels, seed=3, max_slots=128, progress=True)
-        rows[f"samples, guidance {scale:g}"] = describe(result.samples, labels)
+        rows[f"samples, guidance {scale:g}"] = describe(result.samples.cpu(), labels)
     return {"images": images, "rows": rows}
 
 
@@ -151,10 +158,10 @@ def render(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_card(name: str) -> Path:
+def write_card(name: str, device: torch.device | str = "cpu") -> Path:
     """Measure a bundled pair and renew ``evaluation.json`` and the tables of its ``MODEL_CARD.md``."""
     folder = MODELS / name
-    target, drafter = load_bundled(name)
+    target, drafter = load_bundled(name, device)
     card = measure(target, drafter)
     card["steps"] = other_step_counts(target, drafter)
     card["quality"] = nearest_neighbour_quality(target)

@@ -196,7 +196,7 @@ def measure_cell(target: Target, drafter: Drafter, cell: Cell, settings: SweepSe
         "acceptance": None if np.isnan(result.stats.acceptance) else result.stats.acceptance,
         "bias_bound": float(result.stats.bias_bound),
         "wall_clock": None,
-        "quality": measure_quality(result.samples, labels, settings) if cell.quality else None,
+        "quality": measure_quality(result.samples.cpu(), labels, settings) if cell.quality else None,
     }
     if settings.timing_pairs and cell.drafter not in UNDRAFTED:
 
@@ -221,10 +221,10 @@ def measure_real(settings: SweepSettings) -> dict[str, Any]:
     }
 
 
-def _identity(settings: SweepSettings) -> dict[str, Any]:
+def _identity(settings: SweepSettings, device: torch.device | str) -> dict[str, Any]:
     """Everything that must be equal for all cells of a folder, which stand in one table."""
     hashes = {f"{part}_sha256": sha256_of(MODELS / MODEL / f"{part}.safetensors") for part in ("model", "drafter")}
-    return {"model": MODEL, **hashes, **asdict(settings), "version": __version__, **machine()}
+    return {"model": MODEL, **hashes, **asdict(settings), "version": __version__, **machine(device)}
 
 
 def _finished(path: Path, cell: Cell) -> dict[str, Any] | None:
@@ -235,8 +235,12 @@ def _finished(path: Path, cell: Cell) -> dict[str, Any] | None:
     return record if record.get("cell") in (asdict(cell), asdict(replace(cell, quality=True))) else None
 
 
-def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str, Any]:
+def run_sweep(
+    out: Path, cells: list[Cell], settings: SweepSettings, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
     """Measure the cells that ``out/cells`` lacks; each is written as it is done, and so is ``out/sweep.json``.
+
+    Sampling runs on ``device``, and what is read from the images on the CPU.
 
     Returns:
         What ``sweep.json`` holds: ``settings``, ``real`` and ``cells``, in the order given.
@@ -249,7 +253,7 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
     if len({cell.key for cell in cells}) < len(cells) or not cells:
         fail("sweep", "cells", "one or more, of different keys", f"{len(cells)}")
     check_writable("sweep", "out", out / "cells" / "cell.json")
-    identity = _identity(settings)
+    identity = _identity(settings, device)
     keep_settings("sweep", out / "settings.json", identity, "cells")
     paths = {cell.key: out / "cells" / f"{cell.key}.json" for cell in cells}
     records = {cell.key: _finished(paths[cell.key], cell) for cell in cells}
@@ -261,7 +265,7 @@ def run_sweep(out: Path, cells: list[Cell], settings: SweepSettings) -> dict[str
         write_json(out / "sweep.json", {"settings": identity, "real": real, "cells": done})
 
     if missing:
-        target, drafter = load_bundled(MODEL)
+        target, drafter = load_bundled(MODEL, device)
         bar = tqdm(missing, initial=len(cells) - len(missing), total=len(cells), desc="sweep", unit="cell")
         for cell in bar:
             bar.set_postfix_str(cell.key)

@@ -53,10 +53,12 @@ def wall_clock_ratio(
     return Ratio(batch, float(np.median(ratios)), float(ratios.min()), float(ratios.max()), *map(float, medians), pairs)
 
 
-def machine() -> dict[str, Any]:
-    """Processor, threads, torch and system of this machine, reported beside every timing."""
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Processor, threads, torch and system of this machine, and the GPU if it ran on one, beside every timing."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         name = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), name)
-    return {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "os": platform.system()}
+    facts = {"cpu": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "os": platform.system()}
+    device = torch.device(device)
+    return facts | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_dit.files import sha256_of_state
 from free_dit.generation.sample_folder import NOT_DRAWN, SUMS, SampleFolder
 from free_dit.generation.settings import WHERE, GenerateSettings, sampler_for
 from free_dit.interrupts import deferred_interrupts
+from free_dit.latents import LatentDecoder, draws_latents
 from free_dit.networks.families import device_of
 from free_kernels import PhiloxNoise, RoundInfo, SampleResult
 from free_kernels.protocols import Drafter, Target
@@ -41,13 +43,7 @@ def to_pixels(samples: Tensor) -> np.ndarray:
 def _state_hash(module: object) -> str | None:
     """SHA-256 of a module's weights: a set is only continued with the weights that began it."""
     state = getattr(getattr(module, "module", module), "state_dict", None)
-    if state is None:
-        return None
-    digest = hashlib.sha256()
-    for name, value in sorted(state().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return None if state is None else sha256_of_state(state())
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,9 @@ class _Painter:
             raise FloatingPointError(f"{error} (counted from image {images.start} of the set)") from error
 
     def pixels(self, samples: Tensor) -> np.ndarray:
-        """uint8 ``[N, H, W, C]`` of samples ``[N, C, H, W]``."""
+        """uint8 ``[N, H, W, C]`` of samples ``[N, C, H, W]``; the samples themselves where latents are asked for."""
+        if self.settings.format == "npy":
+            return samples.float().cpu().numpy()
         images = samples if self.decode is None else self.decode(samples)
         if images.ndim != 4 or len(images) != len(samples) or images.shape[1] not in (1, 3):
             fail(WHERE, "decode", f"a function to [{len(samples)}, 1 or 3, H, W]", images)
@@ -158,7 +156,7 @@ class _Progress:
         self._bar = tqdm(total=total, initial=self._count(), desc=name, unit="img", smoothing=0, disable=not shown)
 
     def _count(self) -> int:
-        return sum(len(self._samples.settings.images_of(shard)) for shard in self._samples.recorded())
+        return sum(len(self._samples.images_of(shard)) for shard in self._samples.recorded())
 
     def __enter__(self) -> _Progress:
         return self
@@ -188,6 +186,7 @@ def generate(
     settings: GenerateSettings,
     *,
     model: str = "",
+    facts: Mapping[str, Any] = MappingProxyType({}),
     rank: int | None = None,
     world_size: int | None = None,
     decode: Callable[[Tensor], Tensor] | None = None,
@@ -205,11 +204,14 @@ def generate(
         folder: of the set; see :class:`SampleFolder`.
         target: the target.
         drafter: a drafter, ``"frozen"``, or None for the ordinary sampler.
-        settings: what to draw.
+        settings: what to draw; with a larger ``num`` than the folder's set, and all else alike, that set grows: what
+            it has stays, and the rest is drawn in shards after it.
         model: the target's name, for the manifest.
+        facts: plain values for the manifest that the target's weights do not hold, such as its number of heads.
         rank: this process; the environment's ``RANK`` (0 without one) if None.
         world_size: number of processes; the environment's ``WORLD_SIZE`` (1 without one) if None.
-        decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a VAE's decoder.
+        decode: maps samples ``[N, C, H, W]`` to images ``[N, 1 or 3, H', W']`` in ``[-1, 1]``, such as a
+            :class:`free_dit.latents.LatentDecoder`, whose hash is then part of the manifest.
         progress: show a bar over the images of all ranks.
         wait: return only when the other ranks' shards are on disk too; the caller must end this process if a rank dies.
 
@@ -217,7 +219,8 @@ def generate(
         Shards drawn by this call, and shards that are still missing; the rank that draws the last one finds none.
 
     Raises:
-        ValueError: the folder holds a set of other settings; the target draws latents and ``decode`` is None.
+        ValueError: the folder holds a set of other settings, or a larger one; the target draws latents, ``decode`` is
+            None and the format is not "npy".
         FloatingPointError: an image is not finite; its shard is not kept.
         OSError: the folder cannot be written. Whole shards are kept.
         KeyboardInterrupt: after SIGINT or SIGTERM, at the end of a round. Whole shards are kept.
@@ -227,33 +230,40 @@ def generate(
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     check_int(WHERE, "world_size", world_size, 1)
     check_int(WHERE, "rank", rank, 0, world_size - 1)
-    if decode is None and target.latent_shape[0] not in (1, 3):
+    if settings.format == "npy" and decode is not None:
+        fail(WHERE, "decode", "None for latents, which are kept as they are (format 'npy')", "given")
+    if decode is None and draws_latents(target) and settings.format != "npy":
         fail(WHERE, "decode", f"given for a target of {target.latent_shape[0]} latent channels", "None")
     check_writable(WHERE, "folder", folder / "shards" / "shard.npz")
     painter = _Painter(target, drafter, decode, settings)
-    facts = {
+    identity = {
+        **facts,
         "model": model,
         "model_sha256": _state_hash(target),
         "drafter_sha256": None if drafter is None or isinstance(drafter, str) else _state_hash(drafter),
         "version": __version__,
     }
+    if isinstance(decode, LatentDecoder):
+        identity |= decode.facts()
+    shards = settings.shards
     try:
-        samples = SampleFolder.begin(folder, settings, target.num_classes, facts)
         with _workspace(folder, rank, world_size) as workspace, deferred_interrupts() as interrupted:
-            mine = _lacking(samples, range(rank, settings.shards, world_size), interrupted)
+            samples = SampleFolder.begin(folder, settings, target.num_classes, identity)
+            shards = samples.shards
+            mine = _lacking(samples, range(rank, shards, world_size), interrupted)
             with _Progress(samples, progress, world_size) as bar:
                 for place, shard in enumerate(mine, start=1):
                     show = partial(bar.drawing, place, len(mine))
                     _draw_shard(samples, shard, painter, workspace, interrupted, show)
-                while wait and len(samples.recorded()) < settings.shards:
+                while wait and len(samples.recorded()) < shards:
                     _raise_if(interrupted)
                     bar.update("waiting for the other ranks")
                     time.sleep(0.2)
-        missing = sorted(set(range(settings.shards)) - set(samples.recorded()))
+        missing = sorted(set(range(shards)) - set(samples.recorded()))
         if not missing:
             samples.write_sums()
     except OSError as error:
-        _name(error, folder, settings)
+        _name(error, folder, shards)
     return mine, missing
 
 
@@ -279,7 +289,7 @@ def _draw_shard(
     interrupted: list[int],
     show: Callable[[float], None],
 ) -> None:
-    settings, images = samples.settings, samples.settings.images_of(shard)
+    settings, images = samples.settings, samples.images_of(shard)
 
     def after_round(info: RoundInfo) -> None:
         _raise_if(interrupted)
@@ -298,10 +308,10 @@ def _raise_if(interrupted: list[int]) -> None:
         raise KeyboardInterrupt
 
 
-def _name(error: OSError, folder: Path, settings: GenerateSettings) -> NoReturn:
+def _name(error: OSError, folder: Path, shards: int) -> NoReturn:
     """Raise the error again with the file that could not be written and the number of shards that are kept."""
     if error.strerror is None:
         raise error
     kept = len(list((folder / "shards").glob("shard-*.json")))
-    found = f"{error.strerror}; {kept} of {settings.shards} shards are kept, and the same command goes on from there"
+    found = f"{error.strerror}; {kept} of {shards} shards are kept, and the same command goes on from there"
     raise type(error)(f"{WHERE}: {error.filename or folder} must be writable, got {found}") from error

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from free_dit.loading import UNDRAFTED
 from free_dit.networks.families import schedule_for
 from free_kernels import DDIMSchedule, SampleResult, ancestral_sample, sample
 from free_kernels.protocols import Drafter, Target
 from free_kernels.validation import check_choice, check_float, check_int
 
 WHERE = "generate"
-FORMATS = ("npz", "png")
-# Samplers without a drafter: the ordinary one, and DDIM without noise as a baseline.
-UNDRAFTED = ("none", "ddim")
+DRAFT_LENGTH = 6
+FORMATS = ("npz", "png", "npy")
+
+
+def fitting_length(steps: int) -> int:
+    """The default draft length for chains of so many steps."""
+    return max(1, min(DRAFT_LENGTH, steps))
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,20 @@ class ChainSettings:
 
     Attributes:
         steps: sampling steps K.
-        draft_length: rows of a round for one image.
+        draft_length: rows of a round for one image; None takes 6, or the number of steps where that is smaller.
         guidance: classifier-free guidance scale; 1 is none.
         seed: seed of all noise; an image depends on it and on the image's index.
     """
 
     steps: int = 250
-    draft_length: int = 6
+    draft_length: int | None = None
     guidance: float = 1.0
     seed: int = 0
+
+    @property
+    def length(self) -> int:
+        """Rows of a round for one image."""
+        return fitting_length(self.steps) if self.draft_length is None else self.draft_length
 
 
 @dataclass(frozen=True)
@@ -62,14 +72,19 @@ class GenerateSettings(DrawSettings):
 
     Attributes:
         num: images; image i has label i modulo the number of classes.
-        format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image.
+        format: "npz": a file of the ADM suite's form for each shard; "png": a file for each image; "npy": the samples
+            themselves, float32 ``[N, C, H, W]``, a file for each shard.
     """
 
     num: int = 50_000
-    format: Literal["npz", "png"] = "npz"
+    format: Literal["npz", "png", "npy"] = "npz"
 
     def __post_init__(self) -> None:
-        for name in ("num", "steps", "draft_length", "shard"):
+        check_int(WHERE, "steps", self.steps, 1)
+        if self.draft_length is None:
+            # A manifest names the length itself.
+            object.__setattr__(self, "draft_length", fitting_length(self.steps))
+        for name in ("num", "draft_length", "shard"):
             check_int(WHERE, name, getattr(self, name), 1)
         if self.max_slots is not None:
             check_int(WHERE, "max_slots", self.max_slots, 1)
@@ -106,4 +121,4 @@ def sampler_for(
     chain = {"schedule": make_schedule(settings.steps), "guidance_scale": settings.guidance}
     if drafter is None or drafter in UNDRAFTED:
         return partial(ancestral_sample, target, **chain)
-    return partial(sample, target, drafter=drafter, draft_length=settings.draft_length, **chain, **speculation)
+    return partial(sample, target, drafter=drafter, draft_length=settings.length, **chain, **speculation)

@@ -14,6 +14,8 @@ from free_kernels.checkpoint import CheckpointError, check_depth, load_checkpoin
 from free_kernels.protocols import Target, TargetDefaults
 from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 
+# What samples are.
+DRAWS = ("pixels", "latents")
 # The network class of each training objective.
 FAMILIES: dict[str, type[DiT]] = {"noise": DiT, "velocity": SiT}
 
@@ -34,6 +36,9 @@ def save_model(path: Path, model: DiT, weights: dict[str, Tensor] | None = None)
     """Write a DiT or SiT with its config; ``weights`` (of the same shape) replace its own, such as averaged ones."""
     objective = next(name for name, family in FAMILIES.items() if type(model) is family)
     metadata = {"kind": "dit", "objective": objective, "config": model.config.to_dict()}
+    # What its samples are, where that is known; see free_dit.latents.
+    if getattr(model, "draws", None) is not None:
+        metadata["draws"] = model.draws
     save_checkpoint(path, weights if weights is not None else model.state_dict(), metadata)
 
 
@@ -54,5 +59,9 @@ def load_model(path: str | Path) -> DiT:
         check_depth(config.depth, tensors)
         return FAMILIES[objective](config)
 
+    draws = metadata.get("draws")
+    if draws not in (None, *DRAWS):
+        raise CheckpointError(f"load_model: {path} must draw {' or '.join(DRAWS)}, got {draws!r}")
     model = load_module(build_model, tensors, path)
+    model.draws = draws
     return model.eval().requires_grad_(False)

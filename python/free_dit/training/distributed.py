@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from free_dit.devices import resolve_device
 from free_kernels.validation import fail
 
 Loss = Callable[[int], tuple[Tensor, dict[str, float]]]
@@ -60,19 +61,8 @@ class Place:
         Raises:
             ValueError: no such device.
         """
-        if choice == "auto":
-            choice = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(choice)
-        except RuntimeError as error:
-            raise ValueError(f"train_drafter: device must be 'auto', 'cpu' or 'cuda', got {choice!r}") from error
-        if device.type != "cuda":
-            return device
-        if device.index is None:
-            device = torch.device("cuda", self.local_rank)
-        if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
-            fail("train_drafter", "device", f"one of {torch.cuda.device_count()} GPUs", str(device))
-        return device
+        accepted = "'auto', 'cpu' or 'cuda'"
+        return resolve_device("train_drafter", choice, local_rank=self.local_rank, shared=False, accepted=accepted)
 
     @contextmanager
     def joined(self, device: torch.device, timeout_s: float) -> Iterator[None]:

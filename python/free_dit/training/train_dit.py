@@ -38,10 +38,10 @@ class TrainConfig:
     compile: bool = False
 
 
-def train(config: TrainConfig, out: Path) -> Path:
+def train(config: TrainConfig, out: Path, device: torch.device | str = "cpu") -> Path:
     """Train a DiT into the folder ``out`` and export its averaged weights to ``out/model.safetensors``.
 
-    Running it again in the same folder continues from the last checkpoint.
+    It trains on ``device``. Running it again in the same folder continues from the last checkpoint.
 
     Raises:
         ValueError, TypeError: the configuration is wrong, or the folder belongs to another one.
@@ -54,18 +54,23 @@ def train(config: TrainConfig, out: Path) -> Path:
     target_path = check_writable("train", "out", Path(out) / "model.safetensors")
     data = DATASETS[config.dataset]("train")
     with iteration_seed(config.loop.seed, -1):
-        model = FAMILIES[config.objective](config.model).train()
+        model = FAMILIES[config.objective](config.model).train().to(device)
     loss: nn.Module = VelocityLoss()
     if config.objective == "noise":
         loss = NoiseLoss(DDPMSchedule(), data.level_width, config.model.learn_sigma)
+    loss.to(device)
+    images, classes = data.images.to(device), data.labels.to(device)
     network = torch.compile(model) if config.compile else model
 
     def step(_: int) -> tuple[Tensor, dict[str, float]]:
-        index = torch.randint(len(data.images), (config.batch_size,))
-        return loss(network, data.images[index], data.labels[index])
+        # Drawn on the CPU, so that a run sees the same images in the same order on every device.
+        index = torch.randint(len(images), (config.batch_size,)).to(device)
+        return loss(network, images[index], classes[index])
 
     identity = {k: v for k, v in asdict(config).items() if k != "compile"}
     loop = TrainingLoop(model, step, config.loop, Path(out), identity)
     loop.run()
+    # The bundled data sets are images.
+    model.draws = "pixels"
     save_model(target_path, model, loop.averaged_weights())
     return target_path

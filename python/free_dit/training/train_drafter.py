@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_dit.loading import facts_of
 from free_dit.networks.families import device_of
 from free_dit.training.acceptance import acceptance_by_lookahead
 from free_dit.training.distributed import Place
@@ -122,6 +123,7 @@ def train_drafter(
         return path
     drafter.load_state_dict(loop.averaged_weights())
     drafter.eval()
+    drafter.target_facts = facts_of(target)
     if config.calibration_images:
         drafter.calibration = calibrate(target, drafter, config)
     drafter.save(path)

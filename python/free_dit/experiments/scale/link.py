@@ -88,7 +88,7 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    target, _ = load_target(model, device)
+    target, _ = load_target(model, device, **json.loads(sys.argv[4]))
     with torch.inference_mode():
         found = link_cost_and_slowdown(NetworkCalls(target, 8).target, device)
     if dist.get_rank() == 0:

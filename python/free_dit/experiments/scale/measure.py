@@ -144,12 +144,15 @@ def measure_acceptance(
     return counts.table()
 
 
-def measure_link(model: str, device: torch.device) -> dict[str, Any]:
-    """:func:`free_dit.experiments.scale.link.link_cost_and_slowdown` of two processes started for it."""
+def measure_link(model: str, device: torch.device, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+    """:func:`free_dit.experiments.scale.link.link_cost_and_slowdown` of two processes started for it.
+
+    ``facts`` are further arguments of :func:`free_dit.loading.load_target`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "link.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "free_dit.experiments.scale.link", str(out), model, device.type]
+        command += ["-m", "free_dit.experiments.scale.link", str(out), model, device.type, json.dumps(facts or {})]
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False)
         if done.returncode:
