@@ -9,7 +9,13 @@ from free_kernels.sampling.api import FinishedImage, SampleIterator, ancestral_s
 from free_kernels.sampling.feasibility import Feasibility, feasibility
 from free_kernels.sampling.feasibility_costs import RowCosts
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
-from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule
+from free_kernels.schedules import (
+    DDIMSchedule,
+    DDPMSchedule,
+    FlowSDESchedule,
+    GaussianSchedule,
+    schedule_from_diffusers,
+)
 from free_kernels.steering.relaxation import Relaxation
 from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget, TargetCheck, check_target
 from free_kernels.version import __version__
@@ -26,6 +32,7 @@ __all__ = [
     "FlowSDESchedule",
     "FinishedImage",
     "FrozenDrafter",
+    "GaussianSchedule",
     "HookTarget",
     "NoiseSource",
     "PhiloxNoise",
@@ -48,4 +55,5 @@ __all__ = [
     "ops",
     "sample",
     "sample_iter",
+    "schedule_from_diffusers",
 ]
