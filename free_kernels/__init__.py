@@ -17,7 +17,15 @@ from free_kernels.schedules import (
     schedule_from_diffusers,
 )
 from free_kernels.steering.relaxation import Relaxation
-from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget, TargetCheck, check_target
+from free_kernels.targets import (
+    DiffusersDiTTarget,
+    DiffusersFlowTarget,
+    DiTTarget,
+    HookTarget,
+    SiTTarget,
+    TargetCheck,
+    check_target,
+)
 from free_kernels.version import __version__
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "DDPMSchedule",
     "DiTTarget",
     "DiffusersDiTTarget",
+    "DiffusersFlowTarget",
     "Drafter",
     "DrafterConfig",
     "Feasibility",
