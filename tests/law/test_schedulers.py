@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import mutations
 import pytest
@@ -23,112 +22,66 @@ from diffusers import (
     LCMScheduler,
     TCDScheduler,
 )
-from scheduler_cases import Case, input_scale
+from scheduler_cases import Case
 
 import free_kernels.sampling.round
+from benchmarks.sampler.scheduler_laws import GAUSSIAN, deviation, draws
 from free_kernels import ancestral_sample, sample
 from free_kernels.constants import TIME_TICKS, TransitionColumn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-STD, DRAWS = 0.5, 40_000
+DRAWS = 40_000
 IMAGES, LABEL = 3000, 1
 LABELS = torch.full((IMAGES,), LABEL)
 UNCLIPPED = {"clip_sample": False}
 LINSPACE = {**UNCLIPPED, "timestep_spacing": "linspace"}
 FIRST_ORDER = {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}
-
-
-def consistency(steps: int) -> dict[str, int]:
-    return {"original_inference_steps": max(50, steps)}
-
-
-# Deviations of 10, 50 and 200 steps that start from pure noise, with the exact network of N(0, 0.25).
+# Deviations after 10, 50 and 200 steps with the exact network of N(0, 0.25).
 LAWS = {
-    "DDPM, leading": (DDPMScheduler, UNCLIPPED, None, (0.333, 0.444, 0.483)),
-    "DDPM, linspace": (DDPMScheduler, LINSPACE, None, (0.323, 0.443, 0.483)),
-    "DDIM 1, leading": (DDIMScheduler, UNCLIPPED, 1.0, (0.333, 0.444, 0.483)),
-    "DDIM 1, linspace": (DDIMScheduler, LINSPACE, 1.0, (0.356, 0.448, 0.483)),
-    "EulerAncestral": (EulerAncestralDiscreteScheduler, {}, None, (0.323, 0.443, 0.483)),
-    "SDE-DPM-Solver++ 1": (DPMSolverMultistepScheduler, FIRST_ORDER, None, (0.333, 0.444, 0.483)),
-    "TCD 1": (TCDScheduler, {}, 1.0, (0.316, 0.357, 0.376)),
-    "TCD 0.3": (TCDScheduler, {}, 0.3, (0.382, 0.449, 0.467)),
-    "LCM": (LCMScheduler, {}, None, (0.296, 0.331, 0.343)),
-    "FlowMatchEuler": (FlowMatchEulerDiscreteScheduler, {"stochastic_sampling": True}, None, (0.305, 0.339, 0.348)),
-}  # fmt: skip
+    "DDPM, `leading`": (0.333, 0.444, 0.483),
+    "DDPM, `linspace`": (0.323, 0.443, 0.483),
+    "DDIM, eta 1, `leading`": (0.333, 0.444, 0.483),
+    "DDIM, eta 1, `linspace`": (0.356, 0.448, 0.483),
+    "EulerAncestral": (0.323, 0.443, 0.483),
+    "sde-dpmsolver++, order 1": (0.333, 0.444, 0.483),
+    "TCD, eta 0.3": (0.382, 0.449, 0.467),
+    "TCD, eta 1": (0.316, 0.357, 0.376),
+    "LCM": (0.296, 0.331, 0.343),
+    "FlowMatchEuler, stochastic": (0.305, 0.339, 0.348),
+}
 
 
-def case_of(name: str, steps: int) -> Case:
-    kind, settings, eta, _ = LAWS[name]
-    if kind in (TCDScheduler, LCMScheduler):
-        settings = {**settings, **consistency(steps)}
-    return Case(kind, settings, {"num_inference_steps": steps}, eta)
-
-
-def slopes(case: Case) -> torch.Tensor:
-    """Network output over its input at every step: noise, or for flow schedulers the velocity towards the data."""
-    scheduler = case.scheduler()
-    scheduler.set_timesteps(**case.call)
-    steps = len(scheduler.timesteps)
-    if case.kind is FlowMatchEulerDiscreteScheduler:
-        sigma = scheduler.sigmas.double()[:steps]
-        return ((1 - sigma) * STD**2 - sigma) / ((1 - sigma).square() * STD**2 + sigma.square())
-    if hasattr(scheduler, "sigmas"):
-        alpha = 1 / (scheduler.sigmas.double()[:steps].square() + 1)
-    else:
-        alpha = scheduler.alphas_cumprod.double()[scheduler.timesteps]
-    return (1 - alpha).sqrt() / (alpha * STD**2 + 1 - alpha)
-
-
-def deviation(case: Case) -> float:
-    """Of the last state, in closed form: every step is linear in the state."""
-    schedule = case.schedule()
-    variance = schedule.init_noise_sigma**2
-    for column, slope in zip(schedule.columns, slopes(case), strict=True):
-        factor = column[TransitionColumn.MEAN_FROM_STATE] + column[TransitionColumn.MEAN_FROM_OUTPUT] * slope
-        variance = factor**2 * variance + (2 * column[TransitionColumn.LOG_STD]).exp()
-    return float(variance**0.5)
-
-
-def their_draws(case: Case) -> torch.Tensor:
-    """Last states ``[DRAWS]`` of the scheduler's own loop with the same network."""
-    scheduler = case.scheduler()
-    scheduler.set_timesteps(**case.call)
-    generator = torch.Generator().manual_seed(0)
-    state = torch.randn(DRAWS, 1, 1, 1, generator=generator) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-    sign = -1 if case.kind is FlowMatchEulerDiscreteScheduler else 1
-    eta: dict[str, Any] = {} if case.eta is None else {"eta": case.eta}
-    for k, (t, slope) in enumerate(zip(scheduler.timesteps, slopes(case).tolist(), strict=True)):
-        output = sign * slope * state / input_scale(scheduler, k)
-        state = scheduler.step(output, t, state, generator=generator, **eta).prev_sample
-    return state.flatten().double()
-
-
-def deviation_p_value(draws: torch.Tensor, std: float) -> float:
+def deviation_p_value(states: torch.Tensor, std: float) -> float:
     """Of the mean square of centred normals, two-sided."""
-    total = float(draws.square().sum()) / std**2
-    return 2 * min(scipy.stats.chi2.sf(total, len(draws)), scipy.stats.chi2.cdf(total, len(draws)))
+    total = float(states.square().sum()) / std**2
+    return 2 * min(scipy.stats.chi2.sf(total, len(states)), scipy.stats.chi2.cdf(total, len(states)))
 
 
 @pytest.mark.parametrize("name", LAWS)
-def test_deviations_are_those_of_the_page(name):
-    """What every scheduler converges to with an exact network: the data's .5, or less."""
-    found = [deviation(case_of(name, steps)) for steps in (10, 50, 200)]
-    assert found == pytest.approx(LAWS[name][3], abs=5.1e-4)
+def test_what_chains_converge_to(name):
+    """The data's .5 with an exact network, or less."""
+    found = [deviation(GAUSSIAN[name], steps) for steps in (10, 50, 200)]
+    assert found == pytest.approx(LAWS[name], abs=5.1e-4)
 
 
 @pytest.mark.parametrize("steps", [10, 50])
 @pytest.mark.parametrize("name", LAWS)
 def test_chains_have_the_law_of_the_schedulers_own_loop(name, steps):
-    case = case_of(name, steps)
-    assert deviation_p_value(their_draws(case), deviation(case)) > FALSE_ALARM
+    chosen = GAUSSIAN[name]
+    assert deviation_p_value(draws(chosen, steps, DRAWS), deviation(chosen, steps)) > FALSE_ALARM
 
 
 @pytest.mark.parametrize(
-    ("drawn", "other"), [("DDIM 1, linspace", "DDPM, linspace"), ("LCM", "TCD 1"), ("DDPM, linspace", "DDPM, leading")]
+    ("drawn", "other"),
+    [
+        ("DDIM, eta 1, `linspace`", "DDPM, `linspace`"),
+        ("LCM", "TCD, eta 1"),
+        ("DDPM, `linspace`", "DDPM, `leading`"),
+    ],
 )
 def test_another_schedulers_law_is_found(drawn, other):
     """The comparison's negative control."""
-    assert deviation_p_value(their_draws(case_of(drawn, 10)), deviation(case_of(other, 10))) < DETECTED
+    assert deviation_p_value(draws(GAUSSIAN[drawn], 10, DRAWS), deviation(GAUSSIAN[other], 10)) < DETECTED
 
 
 @dataclass
