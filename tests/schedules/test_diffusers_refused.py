@@ -193,7 +193,7 @@ def test_a_subclass_with_another_step_is_another_scheduler():
         (
             DPMSolverMultistepScheduler(use_flow_sigmas=True, **FIRST_ORDER),
             {},
-            "must be 'flow_prediction' exactly with",
+            "must be 'flow_prediction' for a scheduler of velocities",
         ),
         (
             DPMSolverMultistepScheduler(use_karras_sigmas=True, **FIRST_ORDER),
