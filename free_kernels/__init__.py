@@ -10,9 +10,23 @@ from free_kernels.sampling.feasibility import Feasibility, feasibility
 from free_kernels.sampling.feasibility_costs import RowCosts
 from free_kernels.sampling.memory import MemoryEstimate, estimate_memory
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
-from free_kernels.schedules import DDIMSchedule, DDPMSchedule, FlowSDESchedule
+from free_kernels.schedules import (
+    DDIMSchedule,
+    DDPMSchedule,
+    FlowSDESchedule,
+    GaussianSchedule,
+    schedule_from_diffusers,
+)
 from free_kernels.steering.relaxation import Relaxation
-from free_kernels.targets import DiffusersDiTTarget, DiTTarget, HookTarget, SiTTarget, TargetCheck, check_target
+from free_kernels.targets import (
+    DiffusersDiTTarget,
+    DiffusersFlowTarget,
+    DiTTarget,
+    HookTarget,
+    SiTTarget,
+    TargetCheck,
+    check_target,
+)
 from free_kernels.version import __version__
 
 __all__ = [
@@ -20,6 +34,7 @@ __all__ = [
     "DDPMSchedule",
     "DiTTarget",
     "DiffusersDiTTarget",
+    "DiffusersFlowTarget",
     "Drafter",
     "DrafterConfig",
     "Feasibility",
@@ -27,6 +42,7 @@ __all__ = [
     "FlowSDESchedule",
     "FinishedImage",
     "FrozenDrafter",
+    "GaussianSchedule",
     "HookTarget",
     "MemoryEstimate",
     "NoiseSource",
@@ -51,4 +67,5 @@ __all__ = [
     "ops",
     "sample",
     "sample_iter",
+    "schedule_from_diffusers",
 ]

@@ -59,6 +59,13 @@ class TimestepTable:
         return self._rows.index_select(0, self._row.index_select(0, t))
 
 
+def shown_by_timestep(timesteps: Tensor, shown: Tensor) -> Tensor:
+    """Float32 table ``[max(timesteps) + 1]`` that holds ``shown[k]`` at ``timesteps[k]``, and the index elsewhere."""
+    table = torch.arange(int(timesteps.max()) + 1, dtype=torch.float32, device=timesteps.device)
+    table[timesteps] = shown.to(table)
+    return table
+
+
 def table_fits(timesteps: Tensor, labels: Tensor, bytes_per_row: int) -> bool:
     """Whether a table of every pair stays within the memory allowed for it."""
     return len(timesteps) * len(labels) * bytes_per_row <= MAX_TABLE_BYTES

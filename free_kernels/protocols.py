@@ -34,11 +34,16 @@ class ScheduleDefaults(_Defaults):
         num_train_steps: of the targets that it goes with; a target with another number is refused. None: any.
         times: time of every step in the schedule's own unit, ``[K]``, which a guidance interval is given in; None: the
             timesteps.
+        shown_timesteps: float32 ``[K]``, what the network is shown where timesteps are not whole numbers, which
+            ``timesteps`` then stand for; None: ``timesteps``.
+        init_noise_sigma: deviation of the first state.
     """
 
     family: str = "diffusion"
     num_train_steps: int | None = None
     times: Tensor | None = None
+    shown_timesteps: Tensor | None = None
+    init_noise_sigma: float = 1.0
 
 
 @runtime_checkable
@@ -87,6 +92,8 @@ class TargetDefaults(_Defaults):
         has_null_label: False for a network that cannot be guided.
         family: which schedules it goes with, "diffusion" or "flow"; None: any.
         num_train_steps: of those schedules; None: any.
+        showing: ``showing(timesteps, shown) -> Target``, a copy that shows its network ``shown[k]``, float32 ``[K]``,
+            where it is called with ``timesteps[k]``, int64 ``[K]``. None: it takes whole timesteps only.
         packed_call: ``packed_call(x, t, y) -> (output, wait)`` for all rows of a round at once, where the features
             arrive after the output: ``wait()`` returns them, and is called before the next packed call. None:
             ``features``, then ``head``.
@@ -97,6 +104,7 @@ class TargetDefaults(_Defaults):
     has_null_label: bool = True
     family: str | None = None
     num_train_steps: int | None = None
+    showing: Callable[[Tensor, Tensor], Any] | None = None
     packed_call: PackedCall | None = None
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> Any:

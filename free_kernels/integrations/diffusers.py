@@ -15,8 +15,8 @@ from free_kernels.sampling.api import sample
 from free_kernels.sampling.guidance import GuidanceScale, at_least_one, check_scale
 from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.sampling.options import Options
-from free_kernels.schedules import DDPMSchedule
-from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
+from free_kernels.schedules import GaussianSchedule, schedule_from_diffusers
+from free_kernels.targets.diffusers import DiffusersDiTTarget, DiffusersFlowTarget, is_diffusers_dit
 from free_kernels.targets.wrappers import see_through
 from free_kernels.validation import describe, fail
 
@@ -30,6 +30,8 @@ except ImportError as error:
 # Options of `sample` that a call of the pipeline determines.
 _OURS = ("schedule", "drafter", "guidance_scale", "seed", "noise", "progress")
 _SETTINGS = tuple(name for name in Options.names() if name not in _OURS)
+# Whether the transformer predicts a velocity, and the scheduler's timesteps of training.
+_Kind = tuple[bool, int]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -41,9 +43,10 @@ class AcceleratedDiTPipeline(DiTPipeline):
     """
 
     drafter: str | Drafter = "frozen"
+    eta: float | None = None
     settings: Mapping[str, Any] = MappingProxyType({})
     stats: SampleStats | None = None
-    _adapted: tuple[Any, DiffusersDiTTarget] | None = None
+    _adapted: tuple[Any, DiffusersDiTTarget, _Kind] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -57,7 +60,9 @@ class AcceleratedDiTPipeline(DiTPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Images of the law of ``DiTPipeline.__call__`` with this pipeline's scheduler.
 
-        The learned variance is dropped, as there. States are float32, whatever the transformer's dtype.
+        Where it departs from its scheduler's law, the scheduler's is kept: the first latents have the scheduler's
+        ``init_noise_sigma``. The learned variance is dropped, as there. States are float32, whatever the transformer's
+        dtype.
 
         Args:
             class_labels: N class ids.
@@ -74,11 +79,13 @@ class AcceleratedDiTPipeline(DiTPipeline):
             FloatingPointError: a network output is not finite.
         """
         where = "AcceleratedDiTPipeline"
-        if self._adapted is None or self._adapted[0] is not self.transformer:
-            self._adapted = self.transformer, _target(self.transformer)
+        schedule = _schedule(self.scheduler, num_inference_steps, self.eta)
+        kind = _kind(self.scheduler, schedule)
+        if self._adapted is None or self._adapted[0] is not self.transformer or self._adapted[2] != kind:
+            self._adapted = self.transformer, _target(self.transformer, *kind), kind
+        target = self._adapted[1]
         # Hooks may have come since: on the transformer that is sampled, whatever enabled them.
-        self._adapted[1].recheck(where)
-        schedule = _schedule(self.scheduler, num_inference_steps)
+        target.recheck(where)
         check_scale(where, guidance_scale)
         labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         settings = {"draft_length": Options.draft_length, **self.settings}
@@ -86,7 +93,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
             settings["draft_length"] = min(settings["draft_length"], schedule.num_steps)
         with _Progress(self, len(labels) * schedule.num_steps, settings.pop("callback", None)) as progress:
             result = sample(
-                self._adapted[1],
+                target,
                 labels,
                 schedule=schedule,
                 drafter=self.drafter,
@@ -114,15 +121,19 @@ class AcceleratedDiTPipeline(DiTPipeline):
         _copied(DiTPipeline, self).save_pretrained(*arguments, **keywords)
 
 
-def accelerate(pipe: DiTPipeline, drafter: str | Drafter = "frozen", **settings: Any) -> AcceleratedDiTPipeline:
+def accelerate(
+    pipe: DiTPipeline, drafter: str | Drafter = "frozen", eta: float | None = None, **settings: Any
+) -> AcceleratedDiTPipeline:
     """A pipeline with the call, the outputs and the law of ``pipe``, in fewer calls of its transformer.
 
     The two share their modules. ``DiTPipeline`` ignores the variance that a DiT has learned, so the law kept is that of
-    its ``DDPMScheduler`` with its own ``variance_type``.
+    its scheduler, with its own ``variance_type``.
 
     Args:
-        pipe: a ``DiTPipeline`` with a ``DDPMScheduler``; others' steps have no fresh noise to speculate on.
+        pipe: a ``DiTPipeline`` with a scheduler of Gaussian steps (:func:`free_kernels.schedule_from_diffusers`).
         drafter: as in :func:`free_kernels.sample`.
+        eta: share of noise, for ``DDIMScheduler`` and ``TCDScheduler``; None is their own, which for DDIM is 0: no
+            noise to speculate on. ``DiTPipeline`` itself has no way to give it.
         settings: further arguments of :func:`free_kernels.sample`, such as ``draft_length`` (cut to the number of steps
             of a call), ``relaxation``, ``verification``, ``max_slots`` or ``guidance_channels``.
 
@@ -139,10 +150,11 @@ def accelerate(pipe: DiTPipeline, drafter: str | Drafter = "frozen", **settings:
     if any(hasattr(module, "_hf_hook") for module in pipe.transformer.modules()):
         # The hooks move weights when the module's own forward begins; it is never called here.
         fail(where, "pipe", "without CPU offload of its transformer", "an offloaded one")
-    _schedule(pipe.scheduler, 1)
-    DrafterDefaults.read(drafter, "check_target")(_target(pipe.transformer), where)
+    schedule = _schedule(pipe.scheduler, 1, eta)
+    target = _target(pipe.transformer, *_kind(pipe.scheduler, schedule))
+    DrafterDefaults.read(drafter, "check_target")(target, where)
     fast = _copied(AcceleratedDiTPipeline, pipe)
-    fast.drafter, fast.settings = drafter, settings
+    fast.drafter, fast.eta, fast.settings = drafter, eta, settings
     return fast
 
 
@@ -176,17 +188,24 @@ class _Progress:
             self.also(info)
 
 
-def _target(transformer: Any) -> DiffusersDiTTarget:
+def _kind(scheduler: Any, schedule: GaussianSchedule) -> _Kind:
+    """Which adapter the scheduler's network takes."""
+    return schedule.family == "flow", scheduler.config.num_train_timesteps
+
+
+def _target(transformer: Any, is_flow: bool, num_train_timesteps: int) -> DiffusersDiTTarget:
     """The transformer's adapter."""
     module = see_through("accelerate", transformer).module
     if not is_diffusers_dit(module):
         fail("accelerate", "pipe.transformer", "a DiTTransformer2DModel", describe(type(module).__name__), TypeError)
+    if is_flow:
+        return DiffusersFlowTarget(transformer, num_train_timesteps=num_train_timesteps)
     return DiffusersDiTTarget(transformer)
 
 
-def _schedule(scheduler: Any, num_steps: int) -> DDPMSchedule:
+def _schedule(scheduler: Any, num_steps: int, eta: float | None) -> GaussianSchedule:
     """The pipeline's own transitions."""
-    schedule = DDPMSchedule.from_diffusers(scheduler, num_steps)
+    schedule = schedule_from_diffusers(scheduler, num_steps, eta=eta)
     if schedule.variance == "learned_range":
         reason = "a fixed one: DiTPipeline drops the learned variance before it calls the scheduler"
         fail("accelerate", "pipe.scheduler's variance_type", reason, schedule.variance)

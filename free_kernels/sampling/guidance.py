@@ -126,9 +126,9 @@ def at_least_one(scale: GuidanceScale) -> GuidanceScale:
 
 
 def step_times(schedule: Schedule) -> Tensor:
-    """Times of the K steps in the schedule's own unit, float64: those that it names, else the network's timesteps."""
-    times = ScheduleDefaults.read(schedule, "times")
-    return (schedule.timesteps if times is None else times).double().cpu()
+    """Times of the K steps in the schedule's own unit, float64: those that it names, else what the network is shown."""
+    named = (ScheduleDefaults.read(schedule, name) for name in ("times", "shown_timesteps"))
+    return next((times for times in named if times is not None), schedule.timesteps).double().cpu()
 
 
 def guidance_of(

@@ -172,14 +172,15 @@ class Job:
         return self.noise.normal(images.view(-1), steps.view(-1), purpose, shape, keys).view(*steps.shape, *shape)
 
     def initial_states(self, images: Tensor) -> Tensor:
-        """Pure noise ``[M, C, H, W]`` of images ``[M]``."""
+        """Pure noise ``[M, C, H, W]`` of images ``[M]``, at the schedule's deviation."""
         shape = tuple(self.target.latent_shape)
         states = torch.empty(len(images), *shape, dtype=torch.float32, device=self.labels.device)
         chunk = max(1, NOISE_CHUNK_ELEMENTS // math.prod(shape))
         for first in range(0, len(images), chunk):
             part = images[first : first + chunk]
             states[first : first + chunk] = self.noise.normal(part, torch.zeros_like(part), Purpose.INITIAL, shape)
-        return states
+        deviation = ScheduleDefaults.read(self.options.schedule, "init_noise_sigma")
+        return states if deviation == 1.0 else states.mul_(deviation)
 
     def transition(self, state: Tensor, output: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the next state."""
@@ -260,6 +261,18 @@ def _check_family(where: str, schedule: Schedule, target: Target) -> None:
         fail(where, "schedule", f"one with the target's num_train_steps {wanted}", f"{own}")
 
 
+def _showing(where: str, target: Target, schedule: Schedule) -> Target:
+    """The target, showing its network the schedule's own timesteps where these are not whole numbers."""
+    shown = ScheduleDefaults.read(schedule, "shown_timesteps")
+    if shown is None:
+        return target
+    showing = TargetDefaults.read(target, "showing")
+    if showing is None:
+        wanted = "one with whole timesteps for this target (timestep_spacing 'leading' or 'trailing')"
+        fail(where, "schedule", wanted, f"{float(shown[shown != shown.round()][0]):g}")
+    return showing(schedule.timesteps, shown)
+
+
 def make_job(where: str, target: object, class_labels: object, options: Options) -> Job:
     """Check a sampler's arguments and put them together.
 
@@ -271,6 +284,7 @@ def make_job(where: str, target: object, class_labels: object, options: Options)
     labels = check_labels(where, class_labels, adapted.num_classes)
     schedule = options.schedule
     _check_family(where, schedule, adapted)
+    adapted = _showing(where, adapted, schedule)
     scale, scales = guidance_of(where, options.guidance_scale, options.guidance_interval, schedule, len(labels))
     if scale != 1.0 and not TargetDefaults.read(adapted, "has_null_label"):
         asked = f"{scale:g}" if scales is None else "scales other than 1"

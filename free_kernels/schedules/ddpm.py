@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,14 @@ import numpy as np
 import torch
 
 from free_kernels.constants import TransitionColumn
+from free_kernels.schedules.diffusers import (
+    READERS,
+    check_lineage,
+    is_gaussian,
+    is_scheduler,
+    kind_of_scheduler,
+    refuse,
+)
 from free_kernels.schedules.timesteps import SPACINGS, linear_betas, spaced_timesteps
 from free_kernels.validation import check_choice, check_float, check_int, describe, fail
 
@@ -220,14 +227,15 @@ class DDPMSchedule:
             ValueError: a scheduler of another kind, or a setting that has no Gaussian transition here.
         """
         where = "DDPMSchedule.from_diffusers"
-        config = getattr(scheduler, "config", None)
-        if isinstance(scheduler, type) or not isinstance(config, Mapping) or not hasattr(scheduler, "set_timesteps"):
+        if not is_scheduler(scheduler):
             fail(where, "scheduler", "a diffusers DDPMScheduler", describe(scheduler), TypeError)
-        if not any(base.__name__ == "DDPMScheduler" for base in type(scheduler).__mro__):
-            # Other schedulers' steps are deterministic, or depend on more than the state before.
-            reason = "there is no fresh noise in their steps to speculate on"
-            remedy = "use DDPMScheduler.from_config(scheduler.config)"
-            fail(where, "scheduler", f"a DDPMScheduler, not another: {reason}; {remedy}", type(scheduler).__name__)
+        kind, config = kind_of_scheduler(scheduler), scheduler.config
+        if kind != "DDPMScheduler":
+            if kind in READERS and is_gaussian(scheduler):
+                other = "free_kernels.schedule_from_diffusers reads this one"
+                fail(where, "scheduler", f"a DDPMScheduler ({other})", type(scheduler).__name__)
+            refuse(where, scheduler, "a DDPMScheduler, not another")
+        check_lineage(where, scheduler)
         for name in ("thresholding", "rescale_betas_zero_snr"):
             if config.get(name):
                 fail(where, name, "False (not supported)", config[name])

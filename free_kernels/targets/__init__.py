@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from free_kernels.targets.adapt import as_target, check_target
 from free_kernels.targets.check import TargetCheck
-from free_kernels.targets.diffusers import DiffusersDiTTarget, is_diffusers_dit
+from free_kernels.targets.diffusers import DiffusersDiTTarget, DiffusersFlowTarget, is_diffusers_dit
 from free_kernels.targets.dit import DiTTarget, is_dit_module
 from free_kernels.targets.hook import HookTarget
 from free_kernels.targets.sit import SiTTarget
@@ -12,6 +12,7 @@ from free_kernels.targets.sit import SiTTarget
 __all__ = [
     "DiTTarget",
     "DiffusersDiTTarget",
+    "DiffusersFlowTarget",
     "HookTarget",
     "SiTTarget",
     "TargetCheck",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from free_kernels.conditioning import ConditioningTable, TimestepTable, table_fits
+from free_kernels.conditioning import ConditioningTable, TimestepTable, shown_by_timestep, table_fits
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
 from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
@@ -89,6 +89,7 @@ class AdaLNTarget(TargetDefaults):
         self._block_table: ConditioningTable | None = None
         self._final_table: ConditioningTable | None = None
         self._time_tables: list[TimestepTable] | None = None
+        self._shown_table: Tensor | None = None
         # A copy made by `hoisted` shares these, and so what has been compiled.
         compiled = (seen.compiler or torch.compile) if self.compile else _as_it_is
         self._run_blocks = compiled(run_blocks)
@@ -109,7 +110,7 @@ class AdaLNTarget(TargetDefaults):
             TargetDefaults.read(self, "num_train_steps"),
             getattr(self, "noise_time", 0),
         )
-        found = checked(key, self, self._whole, lambda: self.compare(where))
+        found = checked(key, self, self._whole, lambda: self._showing_whole().compare(where))
         if found.path == "blocks" and self._must_compile_parts:
             fail(where, "compile", "False for blocks whose own forward does more than their parts", True)
         self.blocks = self._parts if found.path == "hoisted" else None
@@ -206,6 +207,21 @@ class AdaLNTarget(TargetDefaults):
         table = self._final_modulations if self._final_table is None else self._final_table
         return self._run_head(h, table(t, y))
 
+    def showing(self, timesteps: Tensor, shown: Tensor) -> AdaLNTarget:
+        """A copy that shows its network ``shown[k]``, float32 ``[K]``, where it is called with ``timesteps[k]``."""
+        clone = copy.copy(self)
+        clone._shown_table = shown_by_timestep(timesteps.to(self.device), shown)
+        return clone
+
+    def _showing_whole(self) -> AdaLNTarget:
+        clone = copy.copy(self)
+        clone._shown_table = None
+        return clone
+
+    def _timestep(self, t: Tensor) -> Tensor:
+        """What the network is shown of timesteps ``[R]``."""
+        return t if self._shown_table is None else self._shown_table.index_select(0, t)
+
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> AdaLNTarget:
         """A copy on which what depends on (t, y) only is computed once.
 
@@ -225,12 +241,17 @@ class AdaLNTarget(TargetDefaults):
                 clone._block_table = ConditioningTable(self._block_modulations, timesteps, labels)
                 clone._final_table = ConditioningTable(self._final_modulations, timesteps, labels)
                 return clone
-        clone._time_tables = [TimestepTable(embed, timesteps) for embed in self._time_embedders()]
+        embedders = range(len(self._time_embedders()))
+        clone._time_tables = [
+            TimestepTable(lambda t, index=index: self._time_embedding(index, t), timesteps) for index in embedders
+        ]
         return clone
 
     def _time_embedding(self, index: int, t: Tensor) -> Tensor:
         """``[R, D]`` of the family's ``index``-th timestep embedder."""
-        return self._time_embedders()[index](t) if self._time_tables is None else self._time_tables[index](t)
+        if self._time_tables is None:
+            return self._time_embedders()[index](self._timestep(t))
+        return self._time_tables[index](t)
 
     def _time_embedders(self) -> list[Callable[[Tensor], Tensor]]:
         """The maps from timesteps ``[R]`` to ``[R, D]``."""

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from free_kernels.constants import TIME_TICKS
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
+from free_kernels.targets.check import Rows, alignment
 from free_kernels.targets.wrappers import kind_of, see_through
-from free_kernels.validation import fail
+from free_kernels.validation import check_int, fail
 
 _CLASS = "DiTTransformer2DModel"
 
@@ -72,7 +74,7 @@ class DiffusersDiTTarget(AdaLNTarget):
         return self.module.pos_embed(x)
 
     def _block_inputs(self, t: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return t, y
+        return self._timestep(t), y
 
     def _plain_blocks(self, h: Tensor, *inputs: Tensor) -> Tensor:
         t, y = inputs
@@ -81,7 +83,7 @@ class DiffusersDiTTarget(AdaLNTarget):
         return h
 
     def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        c = self.module.transformer_blocks[0].norm1.emb(t, y, hidden_dtype=h.dtype)
+        c = self.module.transformer_blocks[0].norm1.emb(self._timestep(t), y, hidden_dtype=h.dtype)
         return self._modulated_head(h, self._head_modulations(c))
 
     def _left_out(self) -> list[nn.Module]:
@@ -121,6 +123,47 @@ class DiffusersDiTTarget(AdaLNTarget):
         rows = self.module.proj_out_1(F.silu(c)).unflatten(1, (HEAD_CHUNKS, 1, -1))
         rows[:, 1] += 1
         return rows
+
+
+class DiffusersFlowTarget(DiffusersDiTTarget):
+    """A ``diffusers.DiTTransformer2DModel`` that predicts a velocity, for flow schedules.
+
+    As diffusers' flow schedulers call it: shown ``T (1 - time)``, T at noise and 0 at data, it predicts noise minus
+    data. Ticks are those of :class:`free_kernels.FlowSDESchedule`, 0 at noise. A variance is dropped.
+
+    Args:
+        module: the transformer, in evaluation mode.
+        compile: as in :class:`DiffusersDiTTarget`.
+        num_train_timesteps: T, of the scheduler.
+
+    Raises:
+        TypeError, ValueError: as :class:`DiffusersDiTTarget`; or the velocity runs the other way.
+    """
+
+    family = "flow"
+
+    def __init__(self, module: nn.Module, compile: bool = False, num_train_timesteps: int = 1000) -> None:
+        self.num_train_steps = TIME_TICKS
+        self.num_train_timesteps = check_int(type(self).__name__, "num_train_timesteps", num_train_timesteps, 1)
+        super().__init__(module, compile)
+        self.learns_variance = False
+
+    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity towards the data ``[R, C, H, W]``."""
+        return -super().head(h, t, y)[:, : self.latent_shape[0]]
+
+    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Velocity of the module's own call, ``[R, C, H, W]``."""
+        return -super().own(x, self._timestep(t), y)[:, : self.latent_shape[0]]
+
+    def check_convention(self, where: str, rows: Rows, own: Tensor) -> None:
+        """Raise ValueError where the velocity near pure noise points along the noise."""
+        if alignment(own[1], rows.x[1]) > 0.5:
+            wanted = "a network that predicts noise minus data, as diffusers' flow schedulers take it"
+            fail(where, "module", wanted, f"{type(self.module).__name__}, whose output at pure noise is against it")
+
+    def _timestep(self, t: Tensor) -> Tensor:
+        return (1 - t.float() / TIME_TICKS) * self.num_train_timesteps
 
 
 def _split(blocks: Iterable[Any]) -> list[BlockParts] | None:

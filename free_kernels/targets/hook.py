@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from free_kernels.conditioning import shown_by_timestep
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import TargetCheck, checked, compare_batches, probe_rows
 from free_kernels.targets.inspection import refuse_unsafe
@@ -98,6 +100,7 @@ class HookTarget(TargetDefaults):
         self._layer = layers[feature_layer]
         self._head = head
         self._call = call or _plain_call
+        self._shown_table: Tensor | None = None
 
     def recheck(self, where: str) -> None:
         """Refuse a module that can no longer be sampled.
@@ -123,9 +126,18 @@ class HookTarget(TargetDefaults):
         checked(key, self, self.module, lambda: self.compare(where, timesteps, labels))
         return self
 
+    def showing(self, timesteps: Tensor, shown: Tensor) -> HookTarget:
+        """A copy that shows its module ``shown[k]``, float32 ``[K]``, where it is called with ``timesteps[k]``."""
+        clone = copy.copy(self)
+        clone._shown_table = shown_by_timestep(timesteps.to(self.device), shown)
+        return clone
+
+    def _timestep(self, t: Tensor) -> Tensor:
+        return t if self._shown_table is None else self._shown_table.index_select(0, t)
+
     def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Output of the module's own call: itself, the first of several, or the ``sample`` of diffusers."""
-        return first_output(self._call(self.module, x.to(self.dtype), t, y))
+        return first_output(self._call(self.module, x.to(self.dtype), self._timestep(t), y))
 
     def paths(self) -> list[str]:
         """There is one way: the module's own forward."""
@@ -158,7 +170,7 @@ class HookTarget(TargetDefaults):
 
         handle = self._layer.register_forward_hook(stop)
         try:
-            self._call(self.module, x.to(self.dtype), t, y)
+            self._call(self.module, x.to(self.dtype), self._timestep(t), y)
         except _Reached as reached:
             feature = reached.feature
         else:
@@ -172,7 +184,7 @@ class HookTarget(TargetDefaults):
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Network output ``[R, C or 2C, H, W]``."""
-        return self._head(h.to(self.dtype), t, y)
+        return self._head(h.to(self.dtype), self._timestep(t), y)
 
 
 def _shape(name: str, shape: object, length: int) -> tuple[int, ...]:
