@@ -10,8 +10,8 @@ from torch import nn
 from free_kernels.drafters.feature import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.frozen import FrozenDrafter
 from free_kernels.protocols import Drafter, DrafterDefaults, Target
-from free_kernels.targets.wrappers import see_through
 from free_kernels.validation import fail
+from free_kernels.wrappers import see_through
 
 __all__ = ["DrafterConfig", "FeatureDrafter", "FrozenDrafter", "as_drafter"]
 

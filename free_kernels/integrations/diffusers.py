@@ -17,8 +17,8 @@ from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.sampling.options import Options
 from free_kernels.schedules import GaussianSchedule, schedule_from_diffusers
 from free_kernels.targets.diffusers import DiffusersDiTTarget, DiffusersFlowTarget, is_diffusers_dit
-from free_kernels.targets.wrappers import see_through
 from free_kernels.validation import describe, fail
+from free_kernels.wrappers import see_through
 
 try:
     from diffusers import DiTPipeline, ImagePipelineOutput

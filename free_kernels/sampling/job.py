@@ -26,6 +26,7 @@ from free_kernels.sampling.guidance import GuidanceScales, guidance_of, mixed
 from free_kernels.sampling.noise import as_noise_source
 from free_kernels.sampling.options import Options
 from free_kernels.targets import as_target
+from free_kernels.targets.adaln import AdaLNTarget
 from free_kernels.validation import check_int, check_labels, fail
 
 # Noise is drawn for several steps or images at once, up to this many elements.
@@ -115,7 +116,9 @@ class Job:
         return replace(self, guidance_scale=1.0, scales=None)
 
     def hoisted(self) -> Job:
-        """The same job on a target whose (t, y)-only work is done."""
+        """The same job on a target whose (t, y)-only work is done; to be called as soon as the job is made."""
+        if isinstance(self.target, AdaLNTarget):
+            return replace(self, target=self.target.tabled(self.timesteps, self.used_labels))
         return replace(self, target=hoisted(self.target, self.timesteps, self.used_labels))
 
     def branched(self, labels: Tensor) -> Tensor:

@@ -93,17 +93,21 @@ def estimate_memory(target: object, **settings: Any) -> MemoryEstimate:
     options = Options.of(where, settings)
     if not NoiseDefaults.read(options.noise, "philox") and options.noise is not None:
         fail(where, "noise", "None: numbers that are given are held by the caller", type(options.noise).__name__)
-    job = make_job(where, target, torch.zeros(1, dtype=torch.int64), options)
+    scale = options.guidance_scale
+    images = len(scale) if isinstance(scale, Tensor) and scale.ndim == 1 else 1
+    job = make_job(where, target, torch.zeros(images, dtype=torch.int64, device="cpu"), options)
     drafter = as_drafter(where, options.drafter, job.target)
     steps = len(job.timesteps)
     rows = min(LONGEST[-1], steps) if options.draft_length == "auto" else int(options.draft_length)
     drafts, branches = rows - 1, job.branches
     latent, device = job.target.latent_shape, job.labels.device
-    x = torch.zeros(1, *latent, device=device)
-    feature = hoisted(job.target, job.timesteps, job.labels).features(x, job.timesteps[:1], job.labels)
+    x = torch.zeros(1, *latent, dtype=torch.float32, device=device)
+    feature = hoisted(job.target, job.timesteps, job.labels).features(x, job.timesteps[:1], job.labels[:1])
     state = _STATE_BYTES * prod(latent)
     output = state * (2 if job.target.learns_variance else 1)
     features = branches * feature.nbytes
+    # Scales of steps and images are mixed in a copy.
+    mixed = branches * output if job.scales is not None else 0
     memory = new_memory(drafter, 1, branches, drafts) if drafts else None
     repeats = DrafterDefaults.read(drafter, "repeats_feature")
     held = kept = 0
@@ -118,7 +122,7 @@ def estimate_memory(target: object, **settings: Any) -> MemoryEstimate:
     if not drafts:
         drafting = 0
     elif repeats:
-        drafting = drafts * (features + branches * output)
+        drafting = drafts * (features + branches * output + mixed)
     else:
         # What the drafter takes and gives. Its first call has a row for each refused one beside its own, which is
         # copied from the call's own rows: the state, and with guidance the state before.
@@ -132,7 +136,7 @@ def estimate_memory(target: object, **settings: Any) -> MemoryEstimate:
         drafts=(3 * rows - 2) * state,
         noise=(0 if in_kernel and not drafts else rows) * state * (2 if slack else 1),
         drafting=drafting,
-        verification=rows * (branches * (state + output) + features) + state,
+        verification=rows * (branches * (state + output) + mixed + features) + state,
     )
 
 

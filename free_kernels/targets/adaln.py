@@ -13,8 +13,8 @@ from free_kernels.conditioning import ConditioningTable, TimestepTable, shown_by
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
 from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
-from free_kernels.targets.wrappers import Seen
 from free_kernels.validation import fail
+from free_kernels.wrappers import Seen
 
 # Shift, scale and gate of attention and of the MLP; shift and scale of the head.
 BLOCK_CHUNKS, HEAD_CHUNKS = 6, 2
@@ -152,7 +152,7 @@ class AdaLNTarget(TargetDefaults):
         clone.blocks = self._parts if path == "hoisted" else None
         clone._run_blocks, clone._run_head = run_blocks, clone._modulated_head
         clone._run_plain_blocks = clone._plain_blocks
-        return clone._with_tables(t, y)
+        return clone.tabled(t, y)
 
     def heavy_parts(self) -> list[nn.Module]:
         """Attention and MLP of every block, in order; none unless blocks are run by them and nothing is compiled."""
@@ -231,9 +231,10 @@ class AdaLNTarget(TargetDefaults):
             ValueError: the module has changed since it was compared, and can no longer be sampled.
         """
         self.recheck(self._name)
-        return self._with_tables(timesteps, labels)
+        return self.tabled(timesteps, labels)
 
-    def _with_tables(self, timesteps: Tensor, labels: Tensor) -> AdaLNTarget:
+    def tabled(self, timesteps: Tensor, labels: Tensor) -> AdaLNTarget:
+        """As :meth:`hoisted`, of a target that has been compared with its module just now."""
         clone = copy.copy(self)
         if self.blocks is not None:
             chunks = BLOCK_CHUNKS * len(self.blocks) + HEAD_CHUNKS

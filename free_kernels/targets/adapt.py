@@ -15,8 +15,8 @@ from free_kernels.targets.dit import DiTTarget, is_dit_module
 from free_kernels.targets.hook import HookTarget
 from free_kernels.targets.inspection import refuse_unsafe
 from free_kernels.targets.sit import SiTTarget
-from free_kernels.targets.wrappers import kind_of, see_through
 from free_kernels.validation import fail
+from free_kernels.wrappers import kind_of, see_through
 
 
 def as_target(where: str, target: object) -> Target:

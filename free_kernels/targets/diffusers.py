@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from free_kernels.constants import TIME_TICKS
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
 from free_kernels.targets.check import Rows, alignment
-from free_kernels.targets.wrappers import kind_of, see_through
 from free_kernels.validation import check_int, fail
+from free_kernels.wrappers import kind_of, see_through
 
 _CLASS = "DiTTransformer2DModel"
 

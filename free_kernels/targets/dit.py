@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
 from free_kernels.targets.check import Rows, alignment
-from free_kernels.targets.wrappers import first_output, kind_of, see_through
 from free_kernels.validation import fail
+from free_kernels.wrappers import first_output, kind_of, see_through
 
 _PARTS = ("x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer", "unpatchify")
 _BLOCK_PARTS = ("norm1", "attn", "norm2", "mlp", "adaLN_modulation")

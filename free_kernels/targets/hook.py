@@ -13,8 +13,8 @@ from free_kernels.conditioning import shown_by_timestep
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import TargetCheck, checked, compare_batches, probe_rows
 from free_kernels.targets.inspection import refuse_unsafe
-from free_kernels.targets.wrappers import first_output, see_through
 from free_kernels.validation import check_int, describe, fail
+from free_kernels.wrappers import first_output, see_through
 
 Call = Callable[[nn.Module, Tensor, Tensor, Tensor], object]
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from free_kernels.targets.wrappers import is_sharded
 from free_kernels.validation import fail
+from free_kernels.wrappers import is_sharded
 
 # Attributes by which caches of whole steps are told; each is truthy where its cache is on.
 _STEP_CACHES = {

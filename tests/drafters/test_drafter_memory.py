@@ -359,7 +359,7 @@ def test_an_image_that_enters_after_ordinary_steps_has_no_past(monkeypatch):
     target, drafter = windowed_pair()
     num_steps, ordinary_from = 20, 12
 
-    def choose(self, live, steps):
+    def choose(self, live, steps, seen):
         self.steps = steps
         return np.where(live, np.where((steps == 0) | (steps >= ordinary_from), 1, 3), 0)
 

@@ -24,7 +24,7 @@ import free_kernels
 from free_dit import DiT, DiTConfig
 from free_dit.networks.sit import SiT
 from free_kernels import DDPMSchedule, FlowSDESchedule, SiTTarget
-from free_kernels.targets.wrappers import first_output
+from free_kernels.wrappers import first_output
 
 PAGE = Path(__file__).parents[2] / "docs" / "what-people-do-to-a-dit.md"
 FAMILIES = {"own": "our DiT", "facebook": "facebook-style DiT", "diffusers": "diffusers DiT", "sit": "SiT"}

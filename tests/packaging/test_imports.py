@@ -14,7 +14,7 @@ PACKAGE = Path(free_kernels.__file__).parent
 # From the bottom up: a part, which is a module or folder of free_kernels, imports parts of lower layers only.
 LAYERS = (
     {"constants", "validation", "version"},
-    {"checkpoint", "extension", "protocols", "results"},
+    {"checkpoint", "extension", "protocols", "results", "wrappers"},
     {"schedules"},
     {"ops"},
     {"conditioning"},

@@ -42,6 +42,16 @@ def test_a_run_takes_what_is_stated(length, guidance, reuse, drafter):
     assert measured < estimate + left_out(length)
 
 
+@pytest.mark.parametrize("drafter", ["frozen", "learned"])
+def test_scales_of_images_are_mixed_in_a_copy(drafter):
+    settings = {} if drafter == "learned" else {"drafter": "frozen"}
+    measured, estimate = run(
+        draft_length=6, guidance_scale=torch.tensor([1.0, 3.0, 5.0]), reuse_refused=False, **settings
+    )
+    assert estimate < measured + left_out(6)
+    assert measured < estimate + left_out(6)
+
+
 def test_blocks_keep_two_rows():
     measured, estimate = run(draft_length=6, verification="block")
     assert abs(measured - estimate) < left_out(6)

@@ -60,7 +60,7 @@ def test_the_comparison_costs_less_than_three_rows(family):
     assert 2 * call < flops(lambda: adapter(module)) < 2.6 * call
     assert flops(lambda: adapter(module)) == 0, "once for a module and its weights"
     target, (_, t, y) = adapter(module), random_inputs(4, 8, 5)
-    tables = flops(lambda: target._with_tables(t, y.unique()))
+    tables = flops(lambda: target.tabled(t, y.unique()))
     assert flops(lambda: target.hoisted(t, y.unique())) == tables
 
 
