@@ -3,7 +3,7 @@
 # 121, 122, 201 ...) set_timesteps returns one step more than asked for, and the last one is timestep -1. Indexing
 # alphas_cumprod with it reads the noisiest level: with 61 steps alpha_bar is .9960 at the last but one, .00004 at the last.
 # Expected: as many timesteps as asked for, all of them in [0, num_train_timesteps).
-# Why it matters here: a schedule read off a scheduler must be refused where a timestep is negative; a chain of Gaussian
+# Why it matters here: a schedule read off a scheduler must leave a negative timestep out; a chain of Gaussian
 # steps built from it silently ends in noise.
 # Source: DDPMScheduler.set_timesteps counts down from num_train_timesteps by the float num_train_timesteps / n with
 # np.arange, whose length depends on rounding: diffusers/schedulers/scheduling_ddpm.py.

@@ -42,15 +42,16 @@ def wall_clock(report: dict[str, Any]) -> list[str]:
     facts = report["machine"]
     lines = [
         f"Wall-clock of `ancestral_sample` over `sample`, learned drafter, interleaved pairs, on {facts['cpu']} with "
-        f"{facts['threads']} threads, torch {facts['torch']}, float32, no compilation on either side "
-        f"(`{report['command']}`):",
+        f"{facts['threads']} threads, torch {facts['torch']}, float32; compiled: "
+        f"`torch.compile` of target and drafter on both sides (`{report['command']}`):",
         "",
         *table(
-            ["batch", "draft length", "ratio", "range", "pairs"],
+            ["batch", "draft length", "compiled", "ratio", "range", "pairs"],
             (
                 [
                     str(row["batch"]),
                     str(row["draft_length"]),
+                    "yes" if row.get("compiled") else "no",
                     f"{row['median']:.2f}x",
                     f"{row['low']:.2f} to {row['high']:.2f}",
                     str(row["pairs"]),

@@ -154,19 +154,24 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
     }
 
 
-def ratios(device: str, batch: int, lengths: tuple[int, ...], pairs: int) -> list[dict[str, Any]]:
-    """Wall-clock ratios by draft length, interleaved with the ordinary sampler."""
+def ratios(
+    device: str, batch: int, lengths: tuple[int | str, ...], pairs: int, *, compiled: bool = False
+) -> list[dict[str, Any]]:
+    """Wall-clock ratios by draft length, interleaved with the ordinary sampler; ``compiled`` holds for both."""
     target, drafter = digits(device)
+    if compiled:
+        target = DiTTarget(target.module, compile=True)
+        drafter.compile()
     labels = torch.arange(batch, device=device) % 10
 
     def ordinary(seed: int) -> SampleResult:
         return ancestral_sample(target, labels, seed=seed)
 
-    def speculative(length: int) -> Callable[[int], SampleResult]:
+    def speculative(length: int | str) -> Callable[[int], SampleResult]:
         return lambda seed: sample(target, labels, drafter=drafter, draft_length=length, seed=seed)
 
     found = [(length, wall_clock_ratio(ordinary, speculative(length), batch, pairs)) for length in lengths]
-    return [{"draft_length": length, **vars(ratio)} for length, ratio in found]
+    return [{"draft_length": length, "compiled": compiled, **vars(ratio)} for length, ratio in found]
 
 
 def main() -> None:
@@ -190,7 +195,12 @@ def main() -> None:
         "profiles": [profile(device, *case) for case in cases],
         "ratios": []
         if arguments.only_parts
-        else [*ratios(device, 1, (2, 4, 6, 8, 12), pairs), *ratios(device, 64, (4, 6), min(3, pairs))],
+        else [
+            *ratios(device, 1, (2, 4, 6, 8, 12), pairs),
+            *ratios(device, 8, (6, 12), min(5, pairs)),
+            *ratios(device, 64, (4, 6, "auto"), min(3, pairs)),
+            *ratios(device, 1, (6, 12), pairs, compiled=True),
+        ],
     }
     for entry in report["profiles"]:
         print(
@@ -203,7 +213,8 @@ def main() -> None:
     print("\nbatch  L  ratio (range)")
     for entry in report["ratios"]:
         span = f"({entry['low']:.2f} to {entry['high']:.2f})"
-        print(f"{entry['batch']:5d} {entry['draft_length']:2d}  {entry['median']:.2f} {span}")
+        how = ", compiled" if entry["compiled"] else ""
+        print(f"{entry['batch']:5d} {entry['draft_length']:>4}  {entry['median']:.2f} {span}{how}")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {out}")
