@@ -164,4 +164,5 @@ def test_facts_reach_the_loader(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="seen"):
             command()
     assert [arguments[0] for arguments, _ in asked] == ["x.pt"] * 4
-    assert all(keywords == {"family": "sit", "has_null_label": False} for _, keywords in asked)
+    told = {"family": "sit", "has_null_label": False, "num_heads": None, "draws": None}
+    assert all(keywords == told for _, keywords in asked)
