@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.sampler.bench_memory import Shape, ShapedDrafter, ShapedTarget
 from benchmarks.sampler.live_bytes import LiveBytes
+from benchmarks.sampler.shapes import Shape, ShapedDrafter, ShapedTarget
 from free_kernels import DDPMSchedule, PhiloxNoise, TensorNoise, estimate_memory, sample
 
 STEPS, SLOTS = 30, 3
