@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,11 +60,23 @@ class TimestepTable:
         return self._rows.index_select(0, self._row.index_select(0, t))
 
 
-def shown_by_timestep(timesteps: Tensor, shown: Tensor) -> Tensor:
-    """Float32 table ``[max(timesteps) + 1]`` that holds ``shown[k]`` at ``timesteps[k]``, and the index elsewhere."""
-    table = torch.arange(int(timesteps.max()) + 1, dtype=torch.float32, device=timesteps.device)
-    table[timesteps] = shown.to(table)
-    return table
+class ShowsTimesteps:
+    """For targets: a copy that shows its network other timesteps than the whole ones that it is called with."""
+
+    # Float32, what is shown at each timestep; None: the timestep itself.
+    _shown_table: Tensor | None = None
+    device: torch.device
+
+    def showing(self, timesteps: Tensor, shown: Tensor) -> Self:
+        """A copy that shows its network ``shown[k]``, float32 ``[K]``, where it is called with ``timesteps[k]``."""
+        timesteps, clone = timesteps.to(self.device), copy.copy(self)
+        clone._shown_table = torch.arange(int(timesteps.max()) + 1, dtype=torch.float32, device=timesteps.device)
+        clone._shown_table[timesteps] = shown.to(clone._shown_table)
+        return clone
+
+    def _timestep(self, t: Tensor) -> Tensor:
+        """What the network is shown of timesteps ``[R]``."""
+        return t if self._shown_table is None else self._shown_table.index_select(0, t)
 
 
 def table_fits(timesteps: Tensor, labels: Tensor, bytes_per_row: int) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from free_kernels.conditioning import hoisted
 from free_kernels.drafters import as_drafter
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import DrafterDefaults, NoiseDefaults, new_memory
@@ -102,7 +101,7 @@ def estimate_memory(target: object, **settings: Any) -> MemoryEstimate:
     drafts, branches = rows - 1, job.branches
     latent, device = job.target.latent_shape, job.labels.device
     x = torch.zeros(1, *latent, dtype=torch.float32, device=device)
-    feature = hoisted(job.target, job.timesteps, job.labels).features(x, job.timesteps[:1], job.labels[:1])
+    feature = job.verify(x, job.timesteps[:1], job.labels[:1]).wait()
     state = _STATE_BYTES * prod(latent)
     output = state * (2 if job.target.learns_variance else 1)
     features = branches * feature.nbytes

@@ -133,7 +133,8 @@ class DraftLengthPolicy:
         known, self._seen = self.knowledge, seen
         known.round += 1
         left = self.num_steps - steps
-        if self._kept_for and ((self._kept > 1) == (live & (steps >= self._first) & (left > 1))).all():
+        may_draft = live & (steps >= self._first) & (left > 1)
+        if self._kept_for and ((self._kept > 1) == may_draft).all():
             self._kept_for -= 1
             return np.minimum(np.maximum(self._kept, live), left * live)
         self._kept_for = 0
@@ -141,7 +142,7 @@ class DraftLengthPolicy:
             return lengths
         if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= _OLDEST_TIMING:
             return lengths
-        drafting = np.flatnonzero(live & (steps >= self._first) & (steps < self.num_steps - 1))
+        drafting = np.flatnonzero(may_draft)
         if not len(drafting):
             return lengths
         count = int(lengths.sum())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from free_kernels.conditioning import ConditioningTable, TimestepTable, shown_by_timestep, table_fits
+from free_kernels.conditioning import ConditioningTable, ShowsTimesteps, TimestepTable, table_fits
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
 from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
@@ -51,7 +51,7 @@ def stack_block_modulations(rows: Sequence[Tensor]) -> Tensor:
     return stacked.flatten(1, 2)
 
 
-class AdaLNTarget(TargetDefaults):
+class AdaLNTarget(ShowsTimesteps, TargetDefaults):
     """Base of the adapters for DiT families; a :class:`free_kernels.protocols.Target` once a family fills it in.
 
     A family gives ``dtype``, ``device`` and the methods below that raise, and calls :meth:`recheck` at the end of its
@@ -89,7 +89,6 @@ class AdaLNTarget(TargetDefaults):
         self._block_table: ConditioningTable | None = None
         self._final_table: ConditioningTable | None = None
         self._time_tables: list[TimestepTable] | None = None
-        self._shown_table: Tensor | None = None
         # A copy made by `hoisted` shares these, and so what has been compiled.
         compiled = (seen.compiler or torch.compile) if self.compile else _as_it_is
         self._run_blocks = compiled(run_blocks)
@@ -207,20 +206,10 @@ class AdaLNTarget(TargetDefaults):
         table = self._final_modulations if self._final_table is None else self._final_table
         return self._run_head(h, table(t, y))
 
-    def showing(self, timesteps: Tensor, shown: Tensor) -> AdaLNTarget:
-        """A copy that shows its network ``shown[k]``, float32 ``[K]``, where it is called with ``timesteps[k]``."""
-        clone = copy.copy(self)
-        clone._shown_table = shown_by_timestep(timesteps.to(self.device), shown)
-        return clone
-
     def _showing_whole(self) -> AdaLNTarget:
         clone = copy.copy(self)
         clone._shown_table = None
         return clone
-
-    def _timestep(self, t: Tensor) -> Tensor:
-        """What the network is shown of timesteps ``[R]``."""
-        return t if self._shown_table is None else self._shown_table.index_select(0, t)
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> AdaLNTarget:
         """A copy on which what depends on (t, y) only is computed once.

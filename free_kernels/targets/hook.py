@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from free_kernels.conditioning import shown_by_timestep
+from free_kernels.conditioning import ShowsTimesteps
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import TargetCheck, checked, compare_batches, probe_rows
 from free_kernels.targets.inspection import refuse_unsafe
@@ -31,7 +30,7 @@ def _plain_call(module: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> object:
     return module(x, t, y)
 
 
-class HookTarget(TargetDefaults):
+class HookTarget(ShowsTimesteps, TargetDefaults):
     """Any network as a :class:`free_kernels.protocols.Target`, by a forward hook.
 
     ``features`` runs the module's forward up to the output of ``feature_layer`` and stops there, so that what follows
@@ -100,7 +99,6 @@ class HookTarget(TargetDefaults):
         self._layer = layers[feature_layer]
         self._head = head
         self._call = call or _plain_call
-        self._shown_table: Tensor | None = None
 
     def recheck(self, where: str) -> None:
         """Refuse a module that can no longer be sampled.
@@ -125,15 +123,6 @@ class HookTarget(TargetDefaults):
         self.recheck(where)
         checked(key, self, self.module, lambda: self.compare(where, timesteps, labels))
         return self
-
-    def showing(self, timesteps: Tensor, shown: Tensor) -> HookTarget:
-        """A copy that shows its module ``shown[k]``, float32 ``[K]``, where it is called with ``timesteps[k]``."""
-        clone = copy.copy(self)
-        clone._shown_table = shown_by_timestep(timesteps.to(self.device), shown)
-        return clone
-
-    def _timestep(self, t: Tensor) -> Tensor:
-        return t if self._shown_table is None else self._shown_table.index_select(0, t)
 
     def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Output of the module's own call: itself, the first of several, or the ``sample`` of diffusers."""
