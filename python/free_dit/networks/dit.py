@@ -173,22 +173,31 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def modulation_layer(hidden_size: int, chunks: int) -> nn.Sequential:
-    """SiLU and a linear layer from the conditioning vector to ``chunks`` modulation vectors."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, chunks * hidden_size))
+def modulation_layer(hidden_size: int, chunks: int, condition_size: int | None = None) -> nn.Sequential:
+    """SiLU and a linear layer from the conditioning vector to ``chunks`` modulation vectors.
+
+    The conditioning vector is as wide as a token unless ``condition_size`` says otherwise.
+    """
+    return nn.Sequential(nn.SiLU(), nn.Linear(condition_size or hidden_size, chunks * hidden_size))
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: shift, scale and gate come from the conditioning vector ``[R, D]``."""
+    """Transformer block with adaLN-Zero: shift, scale and gate come from the conditioning vector.
 
-    def __init__(self, config: DiTConfig) -> None:
+    Args:
+        width: of a token, D.
+        num_heads: attention heads.
+        mlp_ratio: width of the MLP over D.
+        condition_size: width of the conditioning vector, D if None.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, condition_size: int | None = None) -> None:
         super().__init__()
-        width = config.hidden_size
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, config.num_heads)
+        self.attn = Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
-        self.adaLN_modulation = modulation_layer(width, 6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = modulation_layer(width, 6, condition_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).unsqueeze(1).chunk(6, dim=-1)
@@ -197,14 +206,13 @@ class DiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The head: adaLN, then a linear layer to patches."""
+    """The head: adaLN, then a linear layer from tokens of width D to ``outputs`` numbers each."""
 
-    def __init__(self, config: DiTConfig, out_channels: int) -> None:
+    def __init__(self, width: int, outputs: int, condition_size: int | None = None) -> None:
         super().__init__()
-        width = config.hidden_size
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, config.patch_size**2 * out_channels)
-        self.adaLN_modulation = modulation_layer(width, 2)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = modulation_layer(width, 2, condition_size)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
@@ -231,8 +239,10 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.class_dropout_prob)
         positions = sincos_positions(config.hidden_size, config.input_size // config.patch_size)
         self.pos_embed = nn.Parameter(positions.unsqueeze(0), requires_grad=False)
-        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
-        self.final_layer = FinalLayer(config, self.out_channels)
+        self.blocks = nn.ModuleList(
+            [DiTBlock(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.depth)]
+        )
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

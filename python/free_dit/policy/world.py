@@ -1,0 +1,140 @@
+"""A planar reaching task with several right answers: a disc goes to a goal past two round obstacles, on either side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from free_kernels.validation import check_int
+
+# Lengths are in units of half the width of the table, time in control steps.
+AGENT_RADIUS = 0.06
+MAX_SPEED = 0.05
+# Share of the wanted change of velocity that a step makes.
+RESPONSE = 0.6
+GOAL_TOLERANCE = 0.05
+MAX_STEPS = 96
+OBSTACLES = 2
+# Radii of the obstacle between start and goal, and of the other one.
+RADII = ((0.18, 0.28), (0.10, 0.18))
+# Free width of a passage that a planner may use, and distance of start and goal from an obstacle's edge.
+PASSAGE, FREE = 2 * AGENT_RADIUS + 0.10, AGENT_RADIUS + 0.08
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """E scenes.
+
+    Attributes:
+        start: float64 ``[E, 2]``, centre of the agent at rest.
+        goal: ``[E, 2]``.
+        centre: ``[E, 2, 2]``, of the obstacles; the first one lies between start and goal.
+        radius: ``[E, 2]``.
+    """
+
+    start: np.ndarray
+    goal: np.ndarray
+    centre: np.ndarray
+    radius: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def take(self, rows: np.ndarray | slice) -> Scenes:
+        """Some of the scenes."""
+        return Scenes(self.start[rows], self.goal[rows], self.centre[rows], self.radius[rows])
+
+
+def _candidates(generator: np.random.Generator, count: int) -> Scenes:
+    start, goal = generator.uniform(-1, 1, (2, count, 2))
+    radius = np.stack([generator.uniform(*bounds, count) for bounds in RADII], axis=1)
+    along = goal - start
+    length = np.linalg.norm(along, axis=1, keepdims=True)
+    across = np.stack([-along[:, 1], along[:, 0]], axis=1) / np.maximum(length, 1e-9)
+    middle = start + generator.uniform(0.35, 0.65, (count, 1)) * along
+    middle = middle + generator.uniform(-0.5, 0.5, (count, 1)) * radius[:, :1] * across
+    other = generator.uniform(-1, 1, (count, 2))
+    return Scenes(start, goal, np.stack([middle, other], axis=1), radius)
+
+
+def random_scenes(count: int, seed: int) -> Scenes:
+    """``count`` scenes; scene i depends on (seed, i) only.
+
+    Start and goal are at least 1 apart and clear of the obstacles, which leave a passage between them. They are drawn
+    anew until all of that holds.
+    """
+    check_int("random_scenes", "count", count, 1)
+    check_int("random_scenes", "seed", seed, 0)
+    # In parts of a fixed size with a seed each, so that more scenes begin with the same ones.
+    part, found = 64, []
+    for number in range(-(-count // part)):
+        generator, kept = np.random.default_rng([seed, number]), []
+        while sum(map(len, kept)) < part:
+            scenes = _candidates(generator, 4 * part)
+            kept.append(scenes.take(_is_open(scenes)))
+        found.append(_joined(kept).take(slice(part)))
+    return _joined(found).take(slice(count))
+
+
+def _joined(parts: list[Scenes]) -> Scenes:
+    return Scenes(*(np.concatenate([getattr(p, name) for p in parts]) for name in Scenes.__dataclass_fields__))
+
+
+def _is_open(scenes: Scenes) -> np.ndarray:
+    """Whether a scene is one of the task, bool ``[E]``."""
+    apart = np.linalg.norm(scenes.goal - scenes.start, axis=1) >= 1.0
+    for point in (scenes.start, scenes.goal):
+        apart &= (clearance(scenes, point) >= FREE - AGENT_RADIUS).all(axis=1)
+    gap = np.linalg.norm(scenes.centre[:, 0] - scenes.centre[:, 1], axis=1) - scenes.radius.sum(axis=1)
+    return apart & (gap >= PASSAGE)
+
+
+def clearance(scenes: Scenes, position: np.ndarray) -> np.ndarray:
+    """Gap between the agent's edge at ``[E, ..., 2]`` and each obstacle's, ``[E, ..., 2]``; negative in contact."""
+    shape = (len(scenes), *(1,) * (position.ndim - 2), OBSTACLES)
+    offset = position[..., None, :] - scenes.centre.reshape(*shape, 2)
+    return np.linalg.norm(offset, axis=-1) - scenes.radius.reshape(shape) - AGENT_RADIUS
+
+
+class World:
+    """E agents, each in a scene of its own, moved by the positions that they are told to go to.
+
+    A step changes the velocity by :data:`RESPONSE` of what is missing to the wanted one, which is the way to the target
+    position within one step, at most :data:`MAX_SPEED`; then the position by the velocity. An episode ends at the goal
+    (centre within :data:`GOAL_TOLERANCE`), at contact with an obstacle, or after :data:`MAX_STEPS`.
+
+    Args:
+        scenes: one for each agent.
+
+    Attributes:
+        position: ``[E, 2]``.
+        velocity: ``[E, 2]``, way of the last step.
+        reached: bool ``[E]``.
+        hit: bool ``[E]``.
+        steps: int64 ``[E]``, steps until the end of the episode.
+    """
+
+    def __init__(self, scenes: Scenes) -> None:
+        self.scenes = scenes
+        self.position, self.velocity = scenes.start.copy(), np.zeros_like(scenes.start)
+        self.reached, self.hit = np.zeros((2, len(scenes)), bool)
+        self.steps = np.zeros(len(scenes), np.int64)
+
+    @property
+    def running(self) -> np.ndarray:
+        """Episodes that have not ended, bool ``[E]``."""
+        return ~(self.reached | self.hit) & (self.steps < MAX_STEPS)
+
+    def step(self, target: np.ndarray) -> None:
+        """One step towards positions ``[E, 2]`` in all running episodes."""
+        live = self.running[:, None]
+        wanted = target - self.position
+        wanted *= np.minimum(1.0, MAX_SPEED / np.maximum(np.linalg.norm(wanted, axis=1, keepdims=True), 1e-12))
+        self.velocity = np.where(live, self.velocity + RESPONSE * (wanted - self.velocity), self.velocity)
+        self.position = np.where(live, self.position + self.velocity, self.position)
+        live = live[:, 0]
+        self.steps += live
+        self.hit |= live & (clearance(self.scenes, self.position) < 0).any(axis=1)
+        near = np.linalg.norm(self.position - self.scenes.goal, axis=1) < GOAL_TOLERANCE
+        self.reached |= live & ~self.hit & near
