@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from free_kernels.constants import TransitionColumn
+from free_kernels.schedules.ddpm import cosine_betas
 from free_kernels.schedules.timesteps import SPACINGS, linear_betas, spaced_timesteps
 from free_kernels.validation import check_choice, check_float, check_int, fail
 
@@ -34,6 +35,7 @@ class DDIMSchedule:
         clip_denoised: clamp the predicted clean sample to ``[-1, 1]``; e is then the noise that this sample implies.
         beta_start: first beta of the linear schedule, for T = 1000.
         beta_end: last beta of the linear schedule, for T = 1000.
+        beta_schedule: ``"linear"`` or ``"squaredcos_cap_v2"`` (cosine), which has its own betas.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of another type.
@@ -46,6 +48,7 @@ class DDIMSchedule:
     clip_denoised: bool = False
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    beta_schedule: str = "linear"
 
     def __post_init__(self) -> None:
         where = "DDIMSchedule"
@@ -57,14 +60,21 @@ class DDIMSchedule:
         check_float(where, "beta_end", self.beta_end, self.beta_start, 1.0)
         if not isinstance(self.clip_denoised, bool):
             fail(where, "clip_denoised", "a bool", self.clip_denoised, TypeError)
-        betas = linear_betas(self.num_train_steps, self.beta_start, self.beta_end)
+        check_choice(where, "beta_schedule", self.beta_schedule, ("linear", "squaredcos_cap_v2"))
+        betas = self._train_betas
         if not (betas.min() > 0 and betas.max() < 1):
             fail(where, "beta_start, beta_end", "such that every scaled beta lies in (0, 1)", f"{betas.max():g}")
+
+    @property
+    def _train_betas(self) -> np.ndarray:
+        if self.beta_schedule == "squaredcos_cap_v2":
+            return cosine_betas(self.num_train_steps)
+        return linear_betas(self.num_train_steps, self.beta_start, self.beta_end)
 
     @functools.cached_property
     def train_alphas_cumprod(self) -> np.ndarray:
         """Cumulative product of ``1 - beta`` over the T training steps, float64."""
-        return np.cumprod(1.0 - linear_betas(self.num_train_steps, self.beta_start, self.beta_end))
+        return np.cumprod(1.0 - self._train_betas)
 
     @functools.cached_property
     def timesteps(self) -> Tensor:

@@ -90,6 +90,10 @@ class PolicyDiT(nn.Module):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
+    def hidden_layers(self) -> tuple[nn.Module, ...]:
+        """The layers between those that meet actions, observations and frequencies, and the head."""
+        return *self.blocks, self.t_embedder.mlp[2], self.o_embedder[3], self.o_embedder[5]
+
     def forward(self, x: Tensor, t: Tensor, observations: Tensor) -> Tensor:
         """The predicted noise."""
         c = self.t_embedder(t) + self.o_embedder(observations)

@@ -34,7 +34,8 @@ class LoopConfig:
     Attributes:
         iterations: optimiser steps in all.
         learning_rate: peak learning rate of AdamW.
-        optimizer: "adamw", or "muon" for the inner matrices of a drafter with AdamW for the rest.
+        optimizer: "adamw", or "muon" for the inner matrices of a drafter or a policy with AdamW for the rest;
+            "muon_float32" is faster on a CPU.
         warmup: iterations of linear warm-up; a cosine to zero follows.
         weight_decay: decoupled weight decay.
         ema_decay: decay of the averaged weights, which are the ones exported.

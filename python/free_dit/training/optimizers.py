@@ -6,11 +6,11 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from free_kernels.validation import check_choice, fail
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon", "muon_float32")
 # Learning rate of Muon over that of AdamW.
 MUON_RATE = 5.0
 
@@ -60,6 +60,43 @@ class Together:
             one.load_state_dict(one.state_dict() | {"state": own})
 
 
+class Float32Muon(torch.optim.Muon):
+    """Muon that orthogonalises in float32, all matrices of one shape at once.
+
+    For many small matrices on a CPU, where products in bfloat16, torch's choice, are slow.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter once."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+                buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(buffer, group["momentum"])
+                shapes.setdefault(parameter.shape, []).append((parameter, update))
+            for (rows, columns), pairs in shapes.items():
+                updates = orthogonalised(torch.stack([update for _, update in pairs]))
+                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """``[M, A, B]`` with singular values near 1: five Newton-Schulz steps with Muon's coefficients, in float32."""
+    x = matrices.float()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 def hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
     """Weights of the linear layers between the first and the last ones of a network, which map width to width.
 
@@ -83,7 +120,8 @@ def make_optimizer(
 
     Args:
         name: ``"adamw"`` or ``"muon"``, which orthogonalises the updates of the module's inner matrices
-            (Jordan et al. 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon).
+            (Jordan et al. 2024, kellerjordan.github.io/posts/muon; torch.optim.Muon), or ``"muon_float32"``, the same
+            in another precision (:class:`Float32Muon`).
         module: what is trained.
         learning_rate: peak learning rate of AdamW.
         weight_decay: of both.
@@ -99,7 +137,8 @@ def make_optimizer(
     hidden = hidden_matrices(module)
     if not hidden:
         fail("train", "optimizer", f"'adamw' for a {type(module).__name__}", repr(name))
-    muon = torch.optim.Muon(
+    kind = torch.optim.Muon if name == "muon" else Float32Muon
+    muon = kind(
         [{"params": [p for p in parameters if p in hidden], "rate": MUON_RATE}],
         lr=learning_rate * MUON_RATE,
         weight_decay=weight_decay,
