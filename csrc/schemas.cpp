@@ -57,7 +57,8 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def("couple_block_cpu" FREE_KERNELS_COUPLING);
   library.def(
       "drafter_tokens_cpu(Tensor feature, Tensor previous, Tensor state, Tensor t, Tensor? change_rms, "
-      "int time_unit, int patch, int state_at, int unit_at, int scaled_at) -> Tensor");
+      "int time_unit, int patch_height, int patch_width, int state_at, int unit_at, int scaled_at) -> "
+      "Tensor");
   library.def(
       "table_rows_cpu(Tensor rows, Tensor row_of_timestep, Tensor row_of_label, Tensor t, Tensor y) -> "
       "Tensor");

@@ -1,6 +1,7 @@
 """Lossless speculative sampling for Diffusion Transformers."""
 
 from free_kernels import ops
+from free_kernels.conditions import Conditions
 from free_kernels.constants import Purpose
 from free_kernels.drafters import DrafterConfig, FeatureDrafter, FrozenDrafter
 from free_kernels.protocols import Drafter, NoiseSource, Schedule, Target
@@ -30,6 +31,7 @@ from free_kernels.targets import (
 from free_kernels.version import __version__
 
 __all__ = [
+    "Conditions",
     "DDIMSchedule",
     "DDPMSchedule",
     "DiTTarget",

@@ -94,6 +94,12 @@ class TargetDefaults(_Defaults):
         num_train_steps: of those schedules; None: any.
         showing: ``showing(timesteps, shown) -> Target``, a copy that shows its network ``shown[k]``, float32 ``[K]``,
             where it is called with ``timesteps[k]``, int64 ``[K]``. None: it takes whole timesteps only.
+        conditioned: ``conditioned(conditions) -> Target``, for a network with other conditions than class labels: a
+            copy for :class:`free_kernels.Conditions` of N images, whose labels are places among them. It has
+            ``num_classes`` N, and ``has_null_label`` where there is a null condition, label N. Conditions are stored
+            once for an image, however many rows a call has. None: class labels only.
+        pooled: float ``[N or N + 1, P]``, for drafters: a vector for each label of such a copy; None: the drafter is
+            shown the labels themselves.
         packed_call: ``packed_call(x, t, y) -> (output, wait)`` for all rows of a round at once, where the features
             arrive after the output: ``wait()`` returns them, and is called before the next packed call. None:
             ``features``, then ``head``.
@@ -105,6 +111,8 @@ class TargetDefaults(_Defaults):
     family: str | None = None
     num_train_steps: int | None = None
     showing: Callable[[Tensor, Tensor], Any] | None = None
+    conditioned: Callable[[Any], Any] | None = None
+    pooled: Tensor | None = None
     packed_call: PackedCall | None = None
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> Any:
@@ -125,23 +133,24 @@ class Target(Protocol):
     attribute. :class:`TargetDefaults` has the optional members.
 
     Attributes:
-        latent_shape: (C, H, W).
+        latent_shape: of a state: (C, H, W) of an image, (T, A) of T actions, or any other of one dimension at least.
+            The first is called its channels, C, which guidance and learned variances count in.
         feature_shape: (T, D).
         num_classes: number of labels; label ``num_classes`` is the null label of classifier-free guidance.
         learns_variance: whether the head has 2C channels, the second half a learned variance.
     """
 
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     feature_shape: tuple[int, int]
     num_classes: int
     learns_variance: bool
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Top-block features ``[R, T, D]`` of states ``[R, C, H, W]`` at timesteps ``[R]`` with labels ``[R]``."""
+        """Top-block features ``[R, T, D]`` of states ``[R, *latent_shape]``, timesteps and labels ``[R]``."""
         ...
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Network output ``[R, C or 2C, H, W]`` of features ``[R, T, D]``."""
+        """Network output ``[R, C or 2C, ...]``, like states, of features ``[R, T, D]``."""
         ...
 
 
@@ -164,6 +173,10 @@ class DrafterDefaults(_Defaults):
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> Any:
         """As for targets."""
+        return self
+
+    def conditioned(self, pooled: Tensor) -> Any:
+        """A copy whose labels are rows of ``pooled [M, P]``, what the target says of its conditions; or itself."""
         return self
 
     def check_target(self, target: Target, where: str = "") -> None:
@@ -197,8 +210,8 @@ class Drafter(Protocol):
 
         Args:
             feature: ``[R, T, D]``, the feature (exact or drafted) at ``previous``.
-            previous: ``[R, C, H, W]``, the state one step before ``state``.
-            state: ``[R, C, H, W]``.
+            previous: ``[R, *latent_shape]``, the state one step before ``state``.
+            state: ``[R, *latent_shape]``.
             t: int64 ``[R]``, the timestep of ``state``.
             y: int64 ``[R]``, labels.
         """

@@ -61,7 +61,7 @@ class SampleResult:
     """Images and how they came about.
 
     Attributes:
-        samples: float32 ``[N, C, H, W]``, in the order of the labels.
+        samples: float32 ``[N, *latent_shape]``, which is ``[N, C, H, W]`` of images, in the order of the conditions.
         stats: what the run did.
     """
 

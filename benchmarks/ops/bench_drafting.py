@@ -147,7 +147,7 @@ def test_drafter_tokens(
         torch.randn(slots, *latent, device=device),
         torch.zeros(slots, dtype=torch.int64, device=device),
         torch.ones(1000, device=device),
-        *(1, patch, 0, 1, 2),
+        *(1, patch, patch, 0, 1, 2),
     )
     measure(
         lambda: drafter_tokens(arguments, backend),

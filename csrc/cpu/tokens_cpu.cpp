@@ -14,44 +14,45 @@ constexpr int64_t kGrain = 1 << 15;
 constexpr double kSmallestSquare = 1e-12;
 
 struct Tiling {
-  int64_t channels, height, width, patch;
+  int64_t channels, height, width, patch_height, patch_width;
   int64_t elements() const { return channels * height * width; }
 };
 
-// Writes one part's patches of a row: element (token, c, y, x) goes to out[token * stride + (c p + y) p + x].
+// Writes one part's patches of a row: element (token, c, y, x) goes to out[token * stride + (c p + y) q + x].
 template <typename T>
 void write_patches(const float* state, const float* previous, float factor, const Tiling& tiling,
                    int64_t stride, T* out) {
-  const int64_t p = tiling.patch;
+  const int64_t p = tiling.patch_height, q = tiling.patch_width;
   for (int64_t line = 0; line < tiling.height; line += p)
-    for (int64_t column = 0; column < tiling.width; column += p, out += stride)
+    for (int64_t column = 0; column < tiling.width; column += q, out += stride)
       for (int64_t c = 0; c < tiling.channels; ++c)
         for (int64_t y = 0; y < p; ++y) {
           const int64_t from = (c * tiling.height + line + y) * tiling.width + column;
-          for (int64_t x = 0; x < p; ++x) {
+          for (int64_t x = 0; x < q; ++x) {
             const float value = previous ? (state[from + x] - previous[from + x]) * factor : state[from + x];
-            out[(c * p + y) * p + x] = static_cast<T>(value);
+            out[(c * p + y) * q + x] = static_cast<T>(value);
           }
         }
 }
 
 Tensor drafter_tokens(const Tensor& feature, const Tensor& previous, const Tensor& state, const Tensor& t,
-                      const std::optional<Tensor>& change_rms, int64_t time_unit, int64_t patch,
-                      int64_t state_at, int64_t unit_at, int64_t scaled_at) {
+                      const std::optional<Tensor>& change_rms, int64_t time_unit, int64_t patch_height,
+                      int64_t patch_width, int64_t state_at, int64_t unit_at, int64_t scaled_at) {
   constexpr const char* op = "drafter_tokens";
   constexpr ScalarType kFloat = ScalarType::Float;
   STD_TORCH_CHECK(feature.dim() == 3, op, ": feature must have 3 dimensions, got ", feature.dim());
   STD_TORCH_CHECK(state.dim() == 4, op, ": state must have 4 dimensions, got ", state.dim());
   const auto f = feature.sizes(), s = state.sizes();
   const int64_t rows = f[0], tokens = f[1], width = f[2];
-  const Tiling tiling{s[1], s[2], s[3], patch};
+  const Tiling tiling{s[1], s[2], s[3], patch_height, patch_width};
   check_tensor(op, "feature", feature, feature.scalar_type(), {rows, tokens, width}, feature);
   check_tensor(op, "state", state, kFloat, {rows, s[1], s[2], s[3]}, feature);
   check_tensor(op, "previous", previous, kFloat, {rows, s[1], s[2], s[3]}, feature);
   check_tensor(op, "t", t, ScalarType::Long, {rows}, feature);
-  STD_TORCH_CHECK(
-      patch >= 1 && s[2] % patch == 0 && s[3] % patch == 0 && (s[2] / patch) * (s[3] / patch) == tokens, op,
-      ": patches of ", patch, " must tile ", s[2], " x ", s[3], " states in ", tokens, " tokens");
+  STD_TORCH_CHECK(patch_height >= 1 && patch_width >= 1 && s[2] % patch_height == 0 &&
+                      s[3] % patch_width == 0 && (s[2] / patch_height) * (s[3] / patch_width) == tokens,
+                  op, ": patches of ", patch_height, " x ", patch_width, " must tile ", s[2], " x ", s[3],
+                  " states in ", tokens, " tokens");
   STD_TORCH_CHECK(time_unit >= 1, op, ": time_unit must be at least 1, got ", time_unit);
   STD_TORCH_CHECK(change_rms.has_value() == (scaled_at >= 0), op,
                   ": change_rms must be given exactly where scaled_at is a place");
@@ -66,7 +67,7 @@ Tensor drafter_tokens(const Tensor& feature, const Tensor& previous, const Tenso
     STD_TORCH_CHECK(ints(t)[row] >= 0 && ints(t)[row] / time_unit < timesteps, op, ": t must be in [0, ",
                     timesteps * time_unit, "), got ", ints(t)[row]);
 
-  const int64_t patch_size = tiling.channels * patch * patch, full = width + parts * patch_size;
+  const int64_t patch_size = tiling.channels * patch_height * patch_width, full = width + parts * patch_size;
   Tensor out = empty_on(feature, {rows, tokens, full}, feature.scalar_type());
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, tokens * full));
   with_floats(op, "feature", feature, [&](const auto* features) {

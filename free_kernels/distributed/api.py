@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from free_kernels.conditions import Condition, bind
 from free_kernels.distributed.verify_parallel import VerifyParallelTarget
 from free_kernels.protocols import TargetDefaults
 from free_kernels.results import SampleResult, SampleStats
@@ -17,7 +18,7 @@ from free_kernels.sampling.api import sample as sample_here
 from free_kernels.sampling.guidance import scale_of_images
 from free_kernels.sampling.noise import PhiloxNoise, TensorNoise
 from free_kernels.targets import as_target
-from free_kernels.validation import check_int, check_labels, fail
+from free_kernels.validation import check_int, fail
 
 DATA, VERIFY = "data", "verify"
 
@@ -44,7 +45,14 @@ def sample_mesh(verify: int = 1, device_type: str = "cpu") -> DeviceMesh:
 
 @torch.no_grad()
 def sample(
-    target: object, class_labels: Tensor, *, mesh: DeviceMesh | None = None, seed: int = 0, **settings: Any
+    target: object,
+    conditions: Condition | None = None,
+    *,
+    class_labels: Tensor | None = None,
+    null_condition: Condition | None = None,
+    mesh: DeviceMesh | None = None,
+    seed: int = 0,
+    **settings: Any,
 ) -> SampleResult:
     """:func:`free_kernels.sample` on all processes of a mesh; every one of them calls it with the same arguments.
 
@@ -53,7 +61,9 @@ def sample(
 
     Args:
         target: this process's copy, as in :func:`free_kernels.sample`.
-        class_labels: int64 ``[N]``, the same in all processes.
+        conditions: as in :func:`free_kernels.sample`, the same in all processes, each of which holds them all.
+        class_labels: likewise.
+        null_condition: likewise.
         mesh: of :func:`sample_mesh`; all processes as ``data`` if None.
         seed: as in :func:`free_kernels.sample`.
         settings: the other arguments of :func:`free_kernels.sample`; ``noise`` must be None or a tensor, and with
@@ -68,8 +78,7 @@ def sample(
         ConnectionError: another process is gone or fell silent for longer than the process group's timeout.
     """
     where = "distributed.sample"
-    adapted = as_target(where, target)
-    labels = check_labels(where, class_labels, adapted.num_classes)
+    adapted, labels = bind(where, as_target(where, target), conditions, class_labels, null_condition)
     device = torch.device(TargetDefaults.read(adapted, "device") or labels.device)
     mesh = sample_mesh(device_type=device.type) if mesh is None else mesh
     if mesh.mesh_dim_names != (DATA, VERIFY):
@@ -89,7 +98,10 @@ def sample(
             held = None if noise is None else noise.to(device)[mine.to(device)]
             if "guidance_scale" in settings:
                 settings["guidance_scale"] = scale_of_images(settings["guidance_scale"], mine, len(labels))
-            own = PhiloxNoise(seed, first) if held is None else TensorNoise(held, seed, first_image=first)
+            own: PhiloxNoise | TensorNoise = PhiloxNoise(seed, first)
+            if held is not None:
+                covers_steps = held.ndim > 1 + len(adapted.latent_shape)
+                own = TensorNoise(held, seed, first_image=first, covers_steps=covers_steps)
             result = _sample_block(adapted, labels[mine], mesh, device, seed=seed, noise=own, **settings)
     except Exception as caught:
         error = caught
@@ -102,13 +114,13 @@ def _sample_block(
 ) -> SampleResult | None:
     """The images of one group, in its leader; None in the processes that only answer."""
     if mesh[VERIFY].size() == 1:
-        return sample_here(target, labels, **settings)
+        return sample_here(target, class_labels=labels, **settings)
     shared = VerifyParallelTarget(target, mesh[VERIFY].get_group(), device)
     if mesh[VERIFY].get_local_rank():
         shared.serve()
         return None
     try:
-        return sample_here(shared, labels, **settings)
+        return sample_here(shared, class_labels=labels, **settings)
     finally:
         shared.stop()
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from free_kernels.drafters.feature import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.frozen import FrozenDrafter
-from free_kernels.protocols import Drafter, DrafterDefaults, Target
+from free_kernels.protocols import Drafter, DrafterDefaults, Target, TargetDefaults
 from free_kernels.validation import fail
 from free_kernels.wrappers import see_through
 
@@ -37,7 +37,8 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
     if isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter):
         drafter = _unwrapped(where, drafter)
     DrafterDefaults.read(drafter, "check_target")(target, where)
-    return drafter
+    pooled = TargetDefaults.read(target, "pooled")
+    return drafter if pooled is None else DrafterDefaults.read(drafter, "conditioned")(pooled)
 
 
 def _unwrapped(where: str, drafter: nn.Module) -> nn.Module:

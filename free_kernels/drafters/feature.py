@@ -159,9 +159,10 @@ def _checked_facts(facts: object) -> dict[str, str | int | bool]:
     return facts
 
 
-def _checked_shape(value: object, count: int) -> tuple[int, ...]:
-    """``count`` positive ints, as JSON has them; else TypeError."""
-    if not isinstance(value, list) or len(value) != count or not all(type(v) is int and v > 0 for v in value):
+def _checked_shape(value: object, count: int | None) -> tuple[int, ...]:
+    """``count`` positive ints, or any number from one on, as JSON has them; else TypeError."""
+    sizes = value if isinstance(value, list) and value else [0]
+    if len(sizes) != (count or len(sizes)) or not all(type(v) is int and v > 0 for v in sizes):
         raise TypeError(f"a shape {value!r}")
     return tuple(value)
 
@@ -176,6 +177,21 @@ def _check_types(config: DrafterConfig) -> None:
             raise TypeError(f"a config with {field.name} {value!r}")
 
 
+def _tiling(latent: tuple[int, ...], feature: tuple[int, int]) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """The shape ``[C, H, W]`` in which T patches tile a latent, and the lines and columns of a patch."""
+    tokens = feature[0]
+    if len(latent) == 2 and tokens >= 1 and latent[0] % tokens == 0:
+        return (1, *latent), (latent[0] // tokens, latent[1])
+    if len(latent) in (3, 4):
+        # Frames stand one below the other, and a patch lies within one.
+        channels, frames, (height, width) = latent[0], math.prod(latent[1:-2]), latent[-2:]
+        patch = math.isqrt(frames * height * width // tokens)
+        if patch >= 1 and tokens * patch**2 == frames * height * width and not (height % patch or width % patch):
+            return (channels, frames * height, width), (patch, patch)
+    wanted = {2: "whole lines", 3: "square patches", 4: "square patches of frames"}.get(len(latent), "patches")
+    fail("FeatureDrafter", "feature_shape", f"T {wanted} tiling {' x '.join(map(str, latent[-2:]))}", str(feature))
+
+
 class FeatureDrafter(nn.Module, DrafterDefaults):
     """Predicts the target's top-block feature at a state from the feature one step before.
 
@@ -186,10 +202,13 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
     Keys carry the timestep of their own call through its modulation, which tells a query how old they are.
 
     Args:
-        latent_shape: (C, H, W) of the target.
-        feature_shape: (T, D) of the target; T patches must tile the latent.
-        num_classes: labels of the target; label ``num_classes`` is the null label.
+        latent_shape: of the target: (C, H, W), (C, F, H, W) of F frames, or (A, B), whose lines are shared out.
+        feature_shape: (T, D) of the target; T patches must tile the latent: square ones of an image or of frames, whole
+            lines of (A, B).
+        num_classes: labels of the target; label ``num_classes`` is the null label. 0 with ``condition_width``.
         config: width, depth, heads and window.
+        condition_width: P of a target's ``pooled`` vectors, which the drafter is shown in the place of labels; None for
+            a target of class labels.
 
     Raises:
         ValueError, TypeError: the shapes do not fit one another, or the window is below 1 or not an int.
@@ -197,22 +216,26 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
 
     def __init__(
         self,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
         feature_shape: tuple[int, int],
         num_classes: int,
         config: DrafterConfig = DrafterConfig(),
+        condition_width: int | None = None,
     ) -> None:
         super().__init__()
         self.latent_shape, self.feature_shape = tuple(latent_shape), tuple(feature_shape)
-        self.num_classes = check_int("FeatureDrafter", "num_classes", num_classes, 1)
+        if condition_width is None:
+            self.num_classes = check_int("FeatureDrafter", "num_classes", num_classes, 1)
+        else:
+            self.num_classes = check_int("FeatureDrafter", "num_classes", num_classes, 0, 0)
+            check_int("FeatureDrafter", "condition_width", condition_width, 1)
+        self.condition_width = condition_width
         self.config = config
         check_int("FeatureDrafter", "window", config.window, 1)
         check_int("FeatureDrafter", "time_unit", config.time_unit, 1)
-        channels, height, width = self.latent_shape
         tokens, features = self.feature_shape
-        self.patch = math.isqrt(height * width // tokens)
-        if self.patch < 1 or tokens * self.patch**2 != height * width or height % self.patch or width % self.patch:
-            fail("FeatureDrafter", "feature_shape", f"T square patches tiling {height} x {width}", str(feature_shape))
+        self._grid, self.patch = _tiling(self.latent_shape, self.feature_shape)
+        channels, patch_numel = self._grid[0], math.prod(self.patch)
         inner = config.width or features
         if config.depth < 1 or inner % config.head_dim:
             expectation = f"depth >= 1 and width a multiple of head_dim {config.head_dim}"
@@ -226,10 +249,13 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             fail("FeatureDrafter", "inputs", f"some of {', '.join(INPUTS)} joined by '+'", repr(config.inputs))
         if "scaled_change" in self.inputs:
             self.register_buffer("change_rms", torch.ones(config.num_timesteps))
-        self.from_patches = nn.Linear(len(self.inputs) * channels * self.patch**2, inner, bias=False)
+        self.from_patches = nn.Linear(len(self.inputs) * channels * patch_numel, inner, bias=False)
         self.positions = nn.Parameter(torch.randn(1, tokens, inner) * 0.02)
         self.timestep_mlp = nn.Sequential(nn.Linear(128, inner), nn.SiLU(), nn.Linear(inner, inner))
-        self.label_table = nn.Embedding(num_classes + 1, inner)
+        if condition_width is None:
+            self.label_table = nn.Embedding(num_classes + 1, inner)
+        else:
+            self.condition_mlp = nn.Sequential(nn.Linear(condition_width, inner), nn.SiLU(), nn.Linear(inner, inner))
         self.blocks = nn.ModuleList([_Block(inner, config.mlp_ratio) for _ in range(config.depth)])
         self.modulation = nn.Linear(inner, self._modulation_rows * inner)
         # What is added to each row of modulations. A buffer, because a captured round must not copy from the host.
@@ -237,10 +263,11 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         self.register_buffer("_modulation_offsets", torch.tensor(around).view(1, -1, 1, 1), persistent=False)
         self.to_feature = nn.Linear(inner, features)
         if config.first_step:
-            self.first_feature = nn.Linear(channels * self.patch**2, features, bias=False)
+            self.first_feature = nn.Linear(channels * patch_numel, features, bias=False)
             self.first_bias = nn.Parameter(torch.zeros(tokens, features))
             nn.init.zeros_(self.first_feature.weight)
-        nn.init.normal_(self.label_table.weight, std=0.02)
+        if condition_width is None:
+            nn.init.normal_(self.label_table.weight, std=0.02)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         nn.init.zeros_(self.to_feature.weight)
@@ -249,6 +276,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         self.calibration: list[list[float]] | None = None
         # What is known of the target that it was trained for and a file of that may not say, such as "num_heads".
         self.target_facts: dict[str, str | int | bool] = {}
+        # Condition vectors [M, P] that labels are rows of.
+        self._pooled: Tensor | None = None
         self._table: ConditioningTable | None = None
         self._kept: _Folded | None = None
         self._run: Callable[..., Tensor] = _run
@@ -386,9 +415,24 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         """The layers whose weight matrices lead from width to width: all but those that meet features and patches."""
         return *self.blocks, self.timestep_mlp, self.modulation
 
+    def conditioned(self, pooled: Tensor) -> FeatureDrafter:
+        """A copy whose labels are rows of ``pooled [M, P]``; itself for a drafter of class labels."""
+        if self.condition_width is None:
+            return self
+        clone = copy.copy(self)
+        clone._pooled, clone._table, clone._kept = pooled.to(self.positions), None, None
+        return clone
+
     def check_target(self, target: Target, where: str = "FeatureDrafter") -> None:
         """Raise ValueError unless the target has this drafter's shapes and device."""
-        for name in ("latent_shape", "feature_shape", "num_classes"):
+        pooled = TargetDefaults.read(target, "pooled")
+        shown = None if pooled is None else pooled.shape[1]
+        if shown != self.condition_width and (shown is not None or target.num_classes):
+            wanted = "for class labels" if shown is None else f"with condition_width {shown}"
+            mine = self.condition_width
+            fail(where, "drafter", f"one made {wanted}", "one for class labels" if mine is None else f"one with {mine}")
+        names = ("latent_shape", "feature_shape", *(["num_classes"] if self.condition_width is None else []))
+        for name in names:
             mine, theirs = getattr(self, name), getattr(target, name)
             if mine != (tuple(theirs) if isinstance(mine, tuple) else theirs):
                 fail(where, "drafter", f"one made for a target with {name} {theirs}", f"one made for {mine}")
@@ -406,6 +450,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             "config": asdict(self.config),
             "calibration": self.calibration,
         }
+        if self.condition_width is not None:
+            metadata["condition_width"] = self.condition_width
         if self.target_facts:
             metadata["target"] = self.target_facts
         weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
@@ -423,14 +469,16 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         weights, metadata = load_checkpoint(path, "feature_drafter")
         with reading("FeatureDrafter.load", path, "a drafter's shapes"):
             shapes = [
-                _checked_shape(metadata[name], count) for name, count in (("latent_shape", 3), ("feature_shape", 2))
+                _checked_shape(metadata[name], count) for name, count in (("latent_shape", None), ("feature_shape", 2))
             ]
             config = DrafterConfig(**metadata["config"])
             _check_types(config)
             check_depth(config.depth, weights)
             calibration = _checked_calibration(metadata.get("calibration"))
             facts = _checked_facts(metadata.get("target"))
-            drafter = load_module(lambda: cls(*shapes, metadata["num_classes"], config), weights, path)
+            drafter = load_module(
+                lambda: cls(*shapes, metadata["num_classes"], config, metadata.get("condition_width")), weights, path
+            )
         drafter.calibration, drafter.target_facts = calibration, facts
         if target is not None:
             drafter.check_target(target, "FeatureDrafter.load")
@@ -453,8 +501,9 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         """The parent feature and patches of the inputs side by side, ``[R, T, D + I C p p]``."""
         rms = self.change_rms if "scaled_change" in self.inputs else None
         places = (self.inputs.index(name) if name in self.inputs else -1 for name in INPUTS)
-        rows = (part.contiguous() for part in (feature, previous, state, t))
-        given = TokenArguments(*rows, rms, self.config.time_unit, self.patch, *places)
+        states = (self._as_images(part) for part in (previous, state))
+        rows = (part.contiguous() for part in (feature, *states, t))
+        given = TokenArguments(*rows, rms, self.config.time_unit, *self.patch, *places)
         # The kernels have no gradient, and take states and scales in float32.
         dtypes = {part.dtype for part in (previous, state, rms) if part is not None}
         if torch.is_grad_enabled() or dtypes != {torch.float32}:
@@ -463,7 +512,19 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
 
     def _tiles(self, images: Tensor) -> Tensor:
         """Patches of images ``[R, C, H, W]``, ``[R, T, C p p]``."""
-        return tiles(images, self.patch)
+        return tiles(self._as_images(images), self.patch)
+
+    def _as_images(self, states: Tensor) -> Tensor:
+        """States ``[R, *latent_shape]`` as ``[R, C, H, W]``, which patches tile."""
+        return states if len(self.latent_shape) == 3 else states.reshape(len(states), *self._grid)
+
+    def _label(self, y: Tensor) -> Tensor:
+        """What is added to a timestep's embedding for labels ``[R]``, ``[R, width]``."""
+        if self.condition_width is None:
+            return self.label_table(y)
+        if self._pooled is None:
+            fail("FeatureDrafter", "conditions", "given, as a target's pooled vectors (conditioned)", "labels only")
+        return self.condition_mlp(self._pooled.index_select(0, y))
 
     def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """``[R, 6 depth + 2, 1, width]``: (shift, 1 + scale, 1 + gate) of each half block, then (shift, 1 + scale).
@@ -473,6 +534,6 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         exponents = torch.arange(64, dtype=torch.float32, device=t.device) / 64
         angles = (t.float() / self.config.time_unit).unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        c = self.timestep_mlp(waves.to(self.positions.dtype)) + self.label_table(y)
+        c = self.timestep_mlp(waves.to(self.positions.dtype)) + self._label(y)
         rows = self.modulation(F.silu(c)).unflatten(1, (self._modulation_rows, 1, -1))
         return rows + self._modulation_offsets.to(rows.dtype)

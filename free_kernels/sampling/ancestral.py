@@ -93,4 +93,4 @@ def run_ordinary(job: Job) -> SampleResult:
                     done = int(images[0]) + (len(images) if step + 1 == num_steps else 0)
                     callback(RoundInfo(stats.target_calls, images.tolist(), at, done, count))
             samples[images] = batch.state
-    return SampleResult(samples, stats)
+    return SampleResult(job.shaped(samples), stats)

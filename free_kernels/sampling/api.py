@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from free_kernels.conditions import Condition
 from free_kernels.protocols import Drafter, Schedule
 from free_kernels.results import Callback, SampleResult
 from free_kernels.sampling.ancestral import run_ordinary
@@ -25,8 +26,10 @@ from free_kernels.steering.relaxation import Relaxation
 @torch.no_grad()
 def ancestral_sample(
     target: object,
-    class_labels: Tensor,
+    conditions: Condition | None = None,
     *,
+    class_labels: Tensor | None = None,
+    null_condition: Condition | None = None,
     schedule: Schedule = DDPMSchedule(),
     guidance_scale: GuidanceScale = 1.0,
     guidance_channels: int | None = None,
@@ -64,7 +67,7 @@ def ancestral_sample(
         progress=progress,
         callback=callback,
     )
-    job = make_job(where, target, class_labels, options)
+    job = make_job(where, target, class_labels, options, conditions, null_condition)
     check_cuda_graphs(where, cuda_graphs, job.labels.device)
     result = run_ordinary(job.hoisted())
     result.stats.elapsed_s = time.perf_counter() - started
@@ -74,8 +77,10 @@ def ancestral_sample(
 @torch.no_grad()
 def sample(
     target: object,
-    class_labels: Tensor,
+    conditions: Condition | None = None,
     *,
+    class_labels: Tensor | None = None,
+    null_condition: Condition | None = None,
     schedule: Schedule = DDPMSchedule(num_steps=250),
     drafter: str | Drafter = "frozen",
     guidance_scale: GuidanceScale = 1.0,
@@ -97,7 +102,12 @@ def sample(
 
     Args:
         target: a :class:`Target`, or a DiT module that an adapter recognises.
-        class_labels: int64 ``[N]`` in ``[0, num_classes)``.
+        conditions: what each of N images is conditioned on: a tensor ``[N, ...]``, or a nested dict of them (masks of
+            ragged texts among them), for a target that takes conditions; each is stored once, however many rows a call
+            has. For a target with class labels these, int64 ``[N]`` in ``[0, num_classes)``.
+        class_labels: the same labels by name, instead of ``conditions``.
+        null_condition: the condition of guidance's unconditional branch, in the form of one image's (``[...]``); None:
+            the target's own.
         schedule: the Gaussian transitions.
         drafter: ``"frozen"`` (repeat the last exact feature), or a drafter such as a trained :class:`FeatureDrafter`.
         guidance_scale: w in ``e_u + w (e_c - e_u)``; 1 is no guidance and one network row per row instead of two. A
@@ -117,7 +127,7 @@ def sample(
             which commits more of them and is as exact.
         seed: key of all noise, in ``[0, 2**64)``. An image depends on seed and index, not on the batch around it; with
             ``"auto"`` only its law does not.
-        noise: None, initial states ``[N, C, H, W]``, initial states and step noise ``[N, K, C, H, W]``, or a source.
+        noise: None, initial states ``[N, *shape]``, initial states and step noise ``[N, K, *shape]``, or a source.
         max_slots: images in the making at a time; all of them if None. A finished one makes room for a waiting one.
         backend: of drafting and coupling: ``"auto"`` (Triton on a GPU, C++ on a CPU), ``"reference"`` (plain PyTorch,
             also for packing and noise), ``"extension"`` or ``"triton"`` (an error where it cannot run).
@@ -130,7 +140,7 @@ def sample(
         callback: called with a :class:`RoundInfo` after every round.
 
     Returns:
-        ``samples`` float32 ``[N, C, H, W]`` and ``stats``.
+        ``samples`` float32 ``[N, *target.latent_shape]`` and ``stats``.
 
     Example:
         Two digits of the bundled model, in the latent space of which they are 8 x 8 pictures::
@@ -168,18 +178,18 @@ def sample(
         progress,
         callback,
     )
-    speculation = Speculation(make_job("sample", target, class_labels, options))
+    speculation = Speculation(make_job("sample", target, class_labels, options, conditions, null_condition))
     speculation.run()
     speculation.stats.elapsed_s = time.perf_counter() - started
-    return SampleResult(speculation.samples, speculation.stats)
+    return SampleResult(speculation.job.shaped(speculation.samples), speculation.stats)
 
 
 class FinishedImage(NamedTuple):
     """An image that :func:`sample_iter` yields.
 
     Attributes:
-        index: its place in the class labels.
-        sample: float32 ``[C, H, W]``.
+        index: its place in the conditions.
+        sample: float32, of the target's ``latent_shape``.
     """
 
     index: int
@@ -204,7 +214,8 @@ class SampleIterator(Iterator[FinishedImage]):
         """The next finished image, after as many rounds as it takes."""
         while not self._ready:
             finished = next(self._rounds)
-            self._ready.extend(FinishedImage(index, image.clone()) for index, image in finished)
+            shape = self._speculation.job.target.latent_shape
+            self._ready.extend(FinishedImage(index, image.view(shape).clone()) for index, image in finished)
         self.stats.elapsed_s = time.perf_counter() - self._started
         return self._ready.popleft()
 
@@ -217,8 +228,10 @@ class SampleIterator(Iterator[FinishedImage]):
 @torch.no_grad()
 def sample_iter(
     target: object,
-    class_labels: Tensor,
+    conditions: Condition | None = None,
     *,
+    class_labels: Tensor | None = None,
+    null_condition: Condition | None = None,
     max_slots: int = 64,
     **settings: Any,
 ) -> SampleIterator:
@@ -228,7 +241,9 @@ def sample_iter(
 
     Args:
         target: as in :func:`sample`.
-        class_labels: int64 ``[N]``.
+        conditions: as in :func:`sample`.
+        class_labels: as in :func:`sample`.
+        null_condition: as in :func:`sample`.
         max_slots: images in the making at a time; of three times as many the state is held.
         settings: ``schedule``, ``drafter``, ``progress`` and the other arguments of :func:`sample`.
 
@@ -241,4 +256,5 @@ def sample_iter(
     """
     where = "sample_iter"
     options = Options.of(where, {**settings, "max_slots": max_slots})
-    return SampleIterator(Speculation(make_job(where, target, class_labels, options), bounded=True))
+    job = make_job(where, target, class_labels, options, conditions, null_condition)
+    return SampleIterator(Speculation(job, bounded=True))

@@ -86,7 +86,8 @@ class Fresh:
 
     def _call(self, inputs: DraftInputs) -> Tensor:
         """The drafter's feature, of the shape that it promises."""
-        drafted = self._drafter(*inputs, **self._remembered)
+        states = self._job.shaped(inputs.previous), self._job.shaped(inputs.state)
+        drafted = self._drafter(inputs.feature, *states, inputs.t, inputs.y, **self._remembered)
         wanted = (len(inputs.t), *self._job.target.feature_shape)
         if drafted.shape != wanted:
             fail(self._job.where, "drafter's output", f"[R, T, D] = {list(wanted)}", drafted)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from free_kernels.conditions import Condition
 from free_kernels.drafters import as_drafter
 from free_kernels.protocols import Drafter, Schedule, first_drafted_step
 from free_kernels.sampling.feasibility_costs import RowCosts, measure
@@ -153,6 +154,8 @@ def feasibility(
     schedule: Schedule = DDPMSchedule(num_steps=250),
     class_labels: Tensor | None = None,
     *,
+    conditions: Condition | None = None,
+    null_condition: Condition | None = None,
     drafter: str | Drafter | None = None,
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
@@ -180,7 +183,9 @@ def feasibility(
     Args:
         target: a :class:`Target`, or a DiT module that an adapter recognises.
         schedule: the Gaussian transitions, K >= 4.
-        class_labels: int64 ``[N]``, cycled through; None: classes evenly spread.
+        class_labels: int64 ``[N]``, cycled through; None without conditions: classes evenly spread.
+        conditions: of N images, as in :func:`sample`, cycled through likewise.
+        null_condition: as in :func:`sample`.
         drafter: a learned drafter, which is forecast beside the frozen one.
         guidance_scale: as in :func:`sample`.
         guidance_channels: as in :func:`sample`.
@@ -232,8 +237,11 @@ def feasibility(
             fail(where, "row_costs", "RowCosts or None", row_costs, TypeError)
         row_costs.check(where)
     target = as_target(where, target)
-    labels = torch.arange(images, device="cpu") * target.num_classes // images if class_labels is None else class_labels
-    job = make_job(where, target, labels, options)
+    if class_labels is None and conditions is None:
+        if target.num_classes < 1:
+            fail(where, "conditions", f"given for {type(target).__name__}, which takes them", "None")
+        class_labels = torch.arange(images, device="cpu") * target.num_classes // images
+    job = make_job(where, target, class_labels, options, conditions, null_condition)
     if job.is_deterministic:
         fail(where, "schedule", "one whose steps add noise", "steps without")
     job = replace(job, labels=job.labels.repeat(-(-images // len(job.labels)))[:images]).hoisted()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from free_kernels.conditioning import hoisted
+from free_kernels.conditions import Condition, bind
 from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.protocols import (
@@ -27,7 +28,7 @@ from free_kernels.sampling.noise import as_noise_source
 from free_kernels.sampling.options import Options
 from free_kernels.targets import as_target
 from free_kernels.targets.adaln import AdaLNTarget
-from free_kernels.validation import check_int, check_labels, fail
+from free_kernels.validation import check_int, fail
 
 # Noise is drawn for several steps or images at once, up to this many elements.
 NOISE_CHUNK_ELEMENTS = 1 << 22
@@ -49,6 +50,12 @@ class Verified(NamedTuple):
 Network = Callable[[Tensor, Tensor, Tensor], Verified]
 
 
+def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The shape ``[C, H, W]`` in which a sampler holds states of any shape: the first dimension, the last, the rest."""
+    channels, *rest = shape
+    return channels, math.prod(rest[:-1]), rest[-1] if rest else 1
+
+
 class Step(NamedTuple):
     """What an ordinary step leaves: ``state [S, C, H, W]`` after it, and the target's ``output`` and ``features``."""
 
@@ -60,6 +67,9 @@ class Step(NamedTuple):
 @dataclass(frozen=True)
 class Job:
     """N images, K steps.
+
+    States of any shape are held as ``[C, H, W]``, by :func:`image_shape`; target, drafter, noise source and caller see
+    them in their own.
 
     Attributes:
         where: name of the public function, which begins error messages.
@@ -101,6 +111,16 @@ class Job:
         return null_label(self.target) if self.branches == 2 else None
 
     @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the states that are held."""
+        return image_shape(self.target.latent_shape)
+
+    def shaped(self, states: Tensor) -> Tensor:
+        """States ``[R, C, H, W]`` in the target's own shape."""
+        shape = self.target.latent_shape
+        return states if len(shape) == 3 else states.reshape(len(states), *shape)
+
+    @property
     def used_labels(self) -> Tensor:
         """Distinct labels that the network will see."""
         unique = self.labels.unique()
@@ -131,7 +151,7 @@ class Job:
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's features, of the shape it promised."""
-        return self._checked_features(self.target.features(x, t, y), len(x))
+        return self._checked_features(self.target.features(self.shaped(x), t, y), len(x))
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's output, of the shape it promised; without variance channels where the variance is fixed."""
@@ -151,17 +171,20 @@ class Job:
         return h.contiguous()
 
     def _checked_output(self, output: Tensor, rows: int) -> Tensor:
-        channels, height, width = self.target.latent_shape
+        channels, *rest = self.target.latent_shape
         outputs = 2 * channels if self.target.learns_variance else channels
-        if output.shape != (rows, outputs, height, width):
-            fail(self.where, "target.head", f"[R, C or 2C, H, W] = {[rows, outputs, height, width]}", output)
+        if output.shape != (rows, outputs, *rest):
+            layout = "[R, C or 2C, H, W]" if len(rest) == 2 else "[R, C or 2C, ...]"
+            fail(self.where, "target.head", f"{layout} = {[rows, outputs, *rest]}", output)
+        if len(rest) != 2:
+            output = output.reshape(rows, outputs, *self.state_shape[1:])
         return _single(output if self.learned else output[:, :channels]).contiguous()
 
     def verify(self, x: Tensor, t: Tensor, y: Tensor) -> Verified:
         """The target's output and features of rows ``x [B R, C, H, W]``, ``t`` and ``y [B R]``."""
         packed = TargetDefaults.read(self.target, "packed_call")
         if packed is not None:
-            output, wait = packed(x, t, y)
+            output, wait = packed(self.shaped(x), t, y)
             return Verified(
                 self._checked_output(output, len(x)), lambda: _single(self._checked_features(wait(), len(x)))
             )
@@ -172,16 +195,18 @@ class Job:
         """Normals ``[S, L, C, H, W]`` for images, steps and perhaps rounds ``[S, L]``, all contiguous."""
         shape = tuple(self.target.latent_shape)
         keys = None if rounds is None else rounds.view(-1)
-        return self.noise.normal(images.view(-1), steps.view(-1), purpose, shape, keys).view(*steps.shape, *shape)
+        numbers = self.noise.normal(images.view(-1), steps.view(-1), purpose, shape, keys)
+        return numbers.view(*steps.shape, *self.state_shape)
 
     def initial_states(self, images: Tensor) -> Tensor:
         """Pure noise ``[M, C, H, W]`` of images ``[M]``, at the schedule's deviation."""
         shape = tuple(self.target.latent_shape)
-        states = torch.empty(len(images), *shape, dtype=torch.float32, device=self.labels.device)
+        states = torch.empty(len(images), *self.state_shape, dtype=torch.float32, device=self.labels.device)
         chunk = max(1, NOISE_CHUNK_ELEMENTS // math.prod(shape))
         for first in range(0, len(images), chunk):
             part = images[first : first + chunk]
-            states[first : first + chunk] = self.noise.normal(part, torch.zeros_like(part), Purpose.INITIAL, shape)
+            numbers = self.noise.normal(part, torch.zeros_like(part), Purpose.INITIAL, shape)
+            states[first : first + chunk] = numbers.view(-1, *self.state_shape)
         deviation = ScheduleDefaults.read(self.options.schedule, "init_noise_sigma")
         return states if deviation == 1.0 else states.mul_(deviation)
 
@@ -276,15 +301,21 @@ def _showing(where: str, target: Target, schedule: Schedule) -> Target:
     return showing(schedule.timesteps, shown)
 
 
-def make_job(where: str, target: object, class_labels: object, options: Options) -> Job:
+def make_job(
+    where: str,
+    target: object,
+    class_labels: Tensor | None,
+    options: Options,
+    conditions: Condition | None = None,
+    null_condition: Condition | None = None,
+) -> Job:
     """Check a sampler's arguments and put them together.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message begins with ``where`` and names it.
     """
     options.check(where)
-    adapted = as_target(where, target)
-    labels = check_labels(where, class_labels, adapted.num_classes)
+    adapted, labels = bind(where, as_target(where, target), conditions, class_labels, null_condition)
     schedule = options.schedule
     _check_family(where, schedule, adapted)
     adapted = _showing(where, adapted, schedule)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from free_kernels.conditions import Condition
 from free_kernels.drafters import as_drafter
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import DrafterDefaults, NoiseDefaults, new_memory
@@ -78,11 +79,15 @@ class MemoryEstimate:
 
 
 @torch.no_grad()
-def estimate_memory(target: object, **settings: Any) -> MemoryEstimate:
+def estimate_memory(
+    target: object, conditions: Condition | None = None, *, null_condition: Condition | None = None, **settings: Any
+) -> MemoryEstimate:
     """Bytes that :func:`free_kernels.sample` would take for each slot; one row of the target is computed.
 
     Args:
         target: as for :func:`free_kernels.sample`.
+        conditions: of an image or more, for a target that takes them. They are held by the caller and not counted.
+        null_condition: as in :func:`free_kernels.sample`.
         **settings: keywords of :func:`free_kernels.sample`; with ``draft_length="auto"`` those of the longest drafts.
 
     Raises:
@@ -94,12 +99,13 @@ def estimate_memory(target: object, **settings: Any) -> MemoryEstimate:
         fail(where, "noise", "None: numbers that are given are held by the caller", type(options.noise).__name__)
     scale = options.guidance_scale
     images = len(scale) if isinstance(scale, Tensor) and scale.ndim == 1 else 1
-    job = make_job(where, target, torch.zeros(images, dtype=torch.int64, device="cpu"), options)
+    labels = torch.zeros(images, dtype=torch.int64, device="cpu") if conditions is None else None
+    job = make_job(where, target, labels, options, conditions, null_condition)
     drafter = as_drafter(where, options.drafter, job.target)
     steps = len(job.timesteps)
     rows = min(LONGEST[-1], steps) if options.draft_length == "auto" else int(options.draft_length)
     drafts, branches = rows - 1, job.branches
-    latent, device = job.target.latent_shape, job.labels.device
+    latent, device = job.state_shape, job.labels.device
     x = torch.zeros(1, *latent, dtype=torch.float32, device=device)
     feature = job.verify(x, job.timesteps[:1], job.labels[:1]).wait()
     state = _STATE_BYTES * prod(latent)

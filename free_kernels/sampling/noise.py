@@ -69,25 +69,33 @@ class TensorNoise:
     """Noise from a tensor; whatever the tensor does not hold comes from Philox.
 
     Args:
-        noise: float32 ``[N, C, H, W]`` (initial states only) or ``[N, K, C, H, W]``: entry 0 the initial state, entry
+        noise: float32 ``[N, *shape]`` (initial states only) or ``[N, K, *shape]``: entry 0 the initial state, entry
             k + 1 the noise of step k (the last step needs none; where a schedule gives it noise, there are K + 1).
         seed: seed of the rest.
         backend: as in :class:`PhiloxNoise`.
         first_image: as in :class:`PhiloxNoise`, for the rest; entry 0 of ``noise`` belongs to this image.
+        covers_steps: whether ``noise`` has a dimension of steps; None: where it has five, as images ``[C, H, W]`` have.
 
     Raises:
         ValueError, TypeError: another shape or dtype, or a value that is not finite.
     """
 
-    def __init__(self, noise: Tensor, seed: int, backend: str = "auto", first_image: int = 0) -> None:
+    def __init__(
+        self,
+        noise: Tensor,
+        seed: int,
+        backend: str = "auto",
+        first_image: int = 0,
+        covers_steps: bool | None = None,
+    ) -> None:
         if noise.dtype != torch.float32:
             fail("TensorNoise", "noise", "float32", noise, TypeError)
-        if noise.ndim not in (4, 5):
-            fail("TensorNoise", "noise", "[N, C, H, W] or [N, K, C, H, W]", noise)
+        if covers_steps is None and noise.ndim not in (4, 5):
+            fail("TensorNoise", "noise", "[N, C, H, W] or [N, K, C, H, W] where covers_steps is None", noise)
         if not bool(noise.isfinite().all()):
             fail("TensorNoise", "noise", "finite", "a non-finite value")
-        self.noise = noise if noise.ndim == 5 else noise.unsqueeze(1)
-        self.covers_steps = noise.ndim == 5
+        self.covers_steps = noise.ndim == 5 if covers_steps is None else covers_steps
+        self.noise = noise if self.covers_steps else noise.unsqueeze(1)
         self.rest = PhiloxNoise(seed, first_image, backend)
 
     def normal(
@@ -135,7 +143,8 @@ def as_noise_source(
             fail(where, "noise", expectation, held)
         if not bool(held.isfinite().all()):
             fail(where, "noise", "finite", "a non-finite value")
-        return noise if isinstance(noise, TensorNoise) else TensorNoise(held.to(device), seed, backend)
+        covers_steps = held.ndim == len(shapes[1])
+        return noise if isinstance(noise, TensorNoise) else TensorNoise(held.to(device), seed, backend, 0, covers_steps)
     if callable(getattr(noise, "normal", None)) and callable(getattr(noise, "uniform", None)):
         return noise  # type: ignore[return-value]
     fail(where, "noise", "None, a tensor or a NoiseSource", noise, TypeError)

@@ -274,7 +274,7 @@ class Rounds:
         job, slots = self.job, self.slots
         slack, rounds = job.learned and steps.shape[1] > 1, slots.rounds if self.options.block else None
         if self.philox is not None:
-            shape = tuple(job.target.latent_shape)
+            shape = job.state_shape
             return Numbers(*self.philox.of_round(slots.indices, steps, shape, slack, rounds))
         keys, rounds = self._keys(steps)
         flat = None if rounds is None else rounds.view(-1)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from free_kernels.conditioning import ShowsTimesteps
+from free_kernels.conditions import Condition, Conditions
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import TargetCheck, checked, compare_batches, probe_rows
 from free_kernels.targets.inspection import refuse_unsafe
 from free_kernels.validation import check_int, describe, fail
 from free_kernels.wrappers import first_output, see_through
 
-Call = Callable[[nn.Module, Tensor, Tensor, Tensor], object]
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What stands for conditions is the labels ``[R]`` of a network of class labels, else tensors ``[R, ...]``.
+Call = Callable[[nn.Module, Tensor, Tensor, Any], object]
+Head = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 class _Reached(BaseException):
@@ -38,18 +41,25 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
     that layer. Nothing is hoisted, and leaving a forward by an exception is for eager mode: use it neither with
     ``cuda_graphs=True`` nor on a compiled module.
 
+    A network of other conditions than class labels has ``num_classes`` None: ``call`` and ``head`` are then given the
+    conditions of the rows, ``[R, ...]`` tensors in the dicts that the sampler was given. That is a copy of an image's
+    condition for each of its rows, except where one image is sampled without guidance; adapters of a family do better.
+
     Args:
         module: the network, in evaluation mode.
         feature_layer: name of the sub-module, as in ``module.get_submodule``, whose output is the feature.
         head: maps features ``[R, T, D]``, int64 timesteps and labels ``[R]`` to the output ``[R, C or 2C, H, W]``.
-        latent_shape: (C, H, W).
+        latent_shape: (C, H, W), or the shape of a state of another kind.
         feature_shape: (T, D).
-        num_classes: number of labels; label ``num_classes`` is the null label.
+        num_classes: number of labels; label ``num_classes`` is the null label. None: conditions of any kind.
         learns_variance: whether the output has 2C channels.
         call: how the module is called, ``call(module, x, t, y)``; ``module(x, t, y)`` if None. States come in the
             dtype of the module's first floating-point parameter.
         guidance_channels: leading channels that guidance mixes; C if None.
         has_null_label: False where the network knows no null label and cannot be guided.
+        null_condition: the condition of the unconditional branch, in the form of one image's, unless the sampler is
+            given another; with ``num_classes`` None only.
+        pooled: for drafters: ``pooled(conditions) -> [M, P]``, a vector for each of M conditions ``[M, ...]``.
 
     Raises:
         TypeError: the module is no nn.Module, or head or call cannot be called.
@@ -63,13 +73,15 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
         feature_layer: str,
         head: Head,
         *,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
         feature_shape: tuple[int, int],
-        num_classes: int,
+        num_classes: int | None,
         learns_variance: bool,
         call: Call | None = None,
         guidance_channels: int | None = None,
         has_null_label: bool = True,
+        null_condition: Condition | None = None,
+        pooled: Callable[[Any], Tensor] | None = None,
     ) -> None:
         where = "HookTarget"
         if not isinstance(module, nn.Module):
@@ -83,22 +95,42 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
             fail(
                 where, "feature_layer", f"the name of a sub-module of {type(module).__name__}", describe(feature_layer)
             )
-        for name, function in (("head", head), ("call", call)):
-            if not callable(function) and not (name == "call" and function is None):
+        for name, function in (("head", head), ("call", call), ("pooled", pooled)):
+            if not callable(function) and (name == "head" or function is not None):
                 fail(where, name, "callable", describe(function), TypeError)
         self.module = module
         self.feature_layer = feature_layer
-        self.latent_shape = _shape("latent_shape", latent_shape, 3)
+        self.latent_shape = _shape("latent_shape", latent_shape)
         self.feature_shape = _shape("feature_shape", feature_shape, 2)
-        self.num_classes = check_int(where, "num_classes", num_classes, 1)
+        self.num_classes = 0 if num_classes is None else check_int(where, "num_classes", num_classes, 1)
         self.learns_variance = bool(learns_variance)
         self.has_null_label = bool(has_null_label)
+        if num_classes is not None and (null_condition is not None or pooled is not None):
+            fail(where, "null_condition and pooled", "None for a network of class labels", "one that is given")
+        if num_classes is None:
+            self.conditioned = self._conditioned
+        self._null, self._pooled, self._conditions = null_condition, pooled, None
         channels = self.latent_shape[0]
         guided = channels if guidance_channels is None else guidance_channels
         self.guidance_channels = check_int(where, "guidance_channels", guided, 1, channels)
         self._layer = layers[feature_layer]
         self._head = head
         self._call = call or _plain_call
+
+    def _conditioned(self, conditions: Conditions) -> HookTarget:
+        """A copy whose labels are places among conditions."""
+        known = conditions.or_null("HookTarget", self._null).cast(self.dtype)
+        clone = copy.copy(self)
+        clone._conditions, clone.num_classes, clone.has_null_label = known, len(known), known.null is not None
+        if self._pooled is not None:
+            clone.pooled = known.vectors(self._pooled)
+        return clone
+
+    def _condition(self, y: Tensor) -> Any:
+        """What the module is given of labels ``[R]``."""
+        if self._conditions is None and not self.num_classes:
+            fail("HookTarget", "conditions", "given: target.conditioned(Conditions(...))", "labels only")
+        return y if self._conditions is None else self._conditions.rows(y)
 
     def recheck(self, where: str) -> None:
         """Refuse a module that can no longer be sampled.
@@ -126,7 +158,7 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
 
     def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Output of the module's own call: itself, the first of several, or the ``sample`` of diffusers."""
-        return first_output(self._call(self.module, x.to(self.dtype), self._timestep(t), y))
+        return first_output(self._call(self.module, x.to(self.dtype), self._timestep(t), self._condition(y)))
 
     def paths(self) -> list[str]:
         """There is one way: the module's own forward."""
@@ -159,7 +191,7 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
 
         handle = self._layer.register_forward_hook(stop)
         try:
-            self._call(self.module, x.to(self.dtype), self._timestep(t), y)
+            self._call(self.module, x.to(self.dtype), self._timestep(t), self._condition(y))
         except _Reached as reached:
             feature = reached.feature
         else:
@@ -172,12 +204,12 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
         return feature
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Network output ``[R, C or 2C, H, W]``."""
-        return self._head(h.to(self.dtype), self._timestep(t), y)
+        """Network output ``[R, C or 2C, ...]``."""
+        return self._head(h.to(self.dtype), self._timestep(t), self._condition(y))
 
 
-def _shape(name: str, shape: object, length: int) -> tuple[int, ...]:
-    """A tuple of positive ints of a given length."""
-    if not isinstance(shape, tuple | list) or len(shape) != length:
-        fail("HookTarget", name, f"{length} positive ints", describe(shape))
+def _shape(name: str, shape: object, length: int | None = None) -> tuple[int, ...]:
+    """A tuple of positive ints, of a given length or of one at least."""
+    if not isinstance(shape, tuple | list) or not shape or len(shape) != (length or len(shape)):
+        fail("HookTarget", name, f"{length or 'some'} positive ints", describe(shape))
     return tuple(check_int("HookTarget", name, size, 1) for size in shape)

@@ -17,7 +17,7 @@ LAYERS = (
     {"checkpoint", "extension", "protocols", "results", "wrappers"},
     {"schedules"},
     {"ops"},
-    {"conditioning"},
+    {"conditioning", "conditions"},
     {"drafters", "targets"},
     {"steering"},
     {"sampling"},

@@ -28,9 +28,10 @@ def _check(a: TokenArguments) -> None:
     _, sizes["C"], sizes["H"], sizes["W"] = a.state.shape
     layouts.check("previous", a.previous, FLOAT32, "[R, C, H, W]")
     layouts.check("t", a.t, INT64, "[R]")
-    p = a.patch
-    if p < 1 or sizes["H"] % p or sizes["W"] % p or (sizes["H"] // p) * (sizes["W"] // p) != tokens:
-        fail(op, "patch", f"such that patches tile {sizes['H']} x {sizes['W']} states in {tokens} tokens", p)
+    p, q = a.patch_height, a.patch_width
+    if min(p, q) < 1 or sizes["H"] % p or sizes["W"] % q or (sizes["H"] // p) * (sizes["W"] // q) != tokens:
+        wanted = f"such that patches tile {sizes['H']} x {sizes['W']} states in {tokens} tokens"
+        fail(op, "patch_height and patch_width", wanted, (p, q))
     if a.time_unit < 1:
         fail(op, "time_unit", "at least 1", a.time_unit)
     places = a.state_at, a.unit_at, a.scaled_at
@@ -52,14 +53,14 @@ def _run(a: TokenArguments) -> Tensor:
 
 def _fake(a: TokenArguments) -> Tensor:
     rows, tokens, width = a.feature.shape
-    return a.feature.new_empty(rows, tokens, width + len(_parts(a)) * a.state.shape[1] * a.patch**2)
+    return a.feature.new_empty(rows, tokens, width + len(_parts(a)) * a.state.shape[1] * a.patch_height * a.patch_width)
 
 
 OP = KernelOp("drafter_tokens", TokenArguments, _run, _fake, _check, folder="tokens")
 
 
 def drafter_tokens(arguments: TokenArguments, backend: str = "auto") -> Tensor:
-    """Feature and patches of the latest states side by side, ``[R, T, D + I C p p]``, without a gradient.
+    """Feature and patches of the latest states side by side, ``[R, T, D + I C p q]``, without a gradient.
 
     Each token's feature is followed by its patch of I of these, at the places that ``state_at``, ``unit_at`` and
     ``scaled_at`` give them (-1 leaves one out): the state; its change over the last step, divided by the root of its

@@ -11,12 +11,12 @@ from free_kernels.ops.tokens.arguments import TokenArguments
 SMALLEST_SQUARE = 1e-12
 
 
-def tiles(images: Tensor, patch: int) -> Tensor:
-    """Patches of images ``[R, C, H, W]``, ``[R, T, C p p]``."""
+def tiles(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Patches of p x q of images ``[R, C, H, W]``, ``[R, T, C p q]``."""
     rows, channels, height, width = images.shape
-    p, down, across = patch, height // patch, width // patch
-    cut = images.view(rows, channels, down, p, across, p).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(rows, down * across, channels * p * p)
+    (p, q), down, across = patch, height // patch[0], width // patch[1]
+    cut = images.view(rows, channels, down, p, across, q).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(rows, down * across, channels * p * q)
 
 
 def drafter_tokens(a: TokenArguments) -> Tensor:
@@ -31,5 +31,5 @@ def drafter_tokens(a: TokenArguments) -> Tensor:
     if a.scaled_at >= 0:
         step = a.t if a.time_unit == 1 else a.t.div(a.time_unit, rounding_mode="floor")
         parts[a.scaled_at] = change / a.change_rms.index_select(0, step).view(-1, 1, 1, 1)
-    patches = tiles(torch.cat([parts[place] for place in sorted(parts)], dim=1), a.patch)
+    patches = tiles(torch.cat([parts[place] for place in sorted(parts)], dim=1), (a.patch_height, a.patch_width))
     return torch.cat([a.feature, patches.to(a.feature.dtype)], dim=-1)

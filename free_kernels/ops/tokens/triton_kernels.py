@@ -12,12 +12,12 @@ _SMALLEST_SQUARE = tl.constexpr(1e-12)
 @triton.jit(do_not_specialize=["time_unit"], do_not_specialize_on_alignment=["p_t"])
 def tokens_kernel(
     p_feature, p_previous, p_state, p_t, p_change_rms, p_out, time_unit, tokens, width, channels, height, across,
-    PATCH: tl.constexpr, STATE_AT: tl.constexpr, UNIT_AT: tl.constexpr, SCALED_AT: tl.constexpr,
-    PARTS: tl.constexpr, STATE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, STATE_AT: tl.constexpr, UNIT_AT: tl.constexpr,
+    SCALED_AT: tl.constexpr, PARTS: tl.constexpr, STATE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's tokens; with a unit change every program of a row measures the row's change."""
     numel = channels * height * across
-    patch_numel = PARTS * channels * PATCH * PATCH
+    patch_numel = PARTS * channels * PATCH_H * PATCH_W
     full = width + patch_numel
     blocks = tl.cdiv(tokens * full, BLOCK)
     i_row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -29,10 +29,10 @@ def tokens_kernel(
     b_feature = tl.load(p_from, mask=used & is_feature, other=0.0)
     # Which element of the state a place of a patch is: part, channel, line and column.
     inside = tl.maximum(place - width, 0)
-    part, element = inside // (channels * PATCH * PATCH), inside % (channels * PATCH * PATCH)
-    channel, line, column = element // (PATCH * PATCH), element // PATCH % PATCH, element % PATCH
-    per_line = across // PATCH
-    y, x = token // per_line * PATCH + line, token % per_line * PATCH + column
+    part, element = inside // (channels * PATCH_H * PATCH_W), inside % (channels * PATCH_H * PATCH_W)
+    channel, line, column = element // (PATCH_H * PATCH_W), element // PATCH_W % PATCH_H, element % PATCH_W
+    per_line = across // PATCH_W
+    y, x = token // per_line * PATCH_H + line, token % per_line * PATCH_W + column
     at = i_row * numel + (channel * height + y) * across + x
     of_patch = used & (place >= width)
     b_state = tl.load(p_state + at, mask=of_patch, other=0.0)

@@ -29,14 +29,15 @@ def drafter_tokens(a: TokenArguments) -> Tensor:
     channels, height, across = a.state.shape[1:]
     places = a.state_at, a.unit_at, a.scaled_at
     parts = sum(place >= 0 for place in places)
-    full = width + parts * channels * a.patch**2
+    full = width + parts * channels * a.patch_height * a.patch_width
     out = a.feature.new_empty(rows, tokens, full)
     if out.numel():
         with current(out):
             tokens_kernel[(rows * triton.cdiv(tokens * full, _BLOCK),)](
                 *(a.feature, a.previous, a.state, a.t, a.change_rms, out, a.time_unit, tokens, width),
                 *(channels, height, across),
-                PATCH=a.patch,
+                PATCH_H=a.patch_height,
+                PATCH_W=a.patch_width,
                 **dict(zip(("STATE_AT", "UNIT_AT", "SCALED_AT"), places, strict=True)),
                 PARTS=parts,
                 STATE_BLOCK=_STATE_BLOCK,
@@ -52,8 +53,14 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     found = []
     dtypes = torch.float32, torch.bfloat16, torch.float16
     for dtype, places, patch in product(dtypes, ((0, 1, 2), (0, -1, -1)), (1, 2)):
-        values = dict(zip(("STATE_AT", "UNIT_AT", "SCALED_AT"), places, strict=True)) | {"PATCH": patch}
-        values |= {"PARTS": sum(place >= 0 for place in places), "STATE_BLOCK": _STATE_BLOCK, "BLOCK": _BLOCK}
+        values = dict(zip(("STATE_AT", "UNIT_AT", "SCALED_AT"), places, strict=True))
+        values |= {
+            "PATCH_H": patch,
+            "PATCH_W": patch,
+            "PARTS": sum(place >= 0 for place in places),
+            "STATE_BLOCK": _STATE_BLOCK,
+            "BLOCK": _BLOCK,
+        }
         values |= {} if places[2] >= 0 else {"p_change_rms": None}
         found.append(
             configuration(
