@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, reading, save_checkpoint
 from free_kernels.conditioning import ConditioningTable, table_fits
+from free_kernels.drafters.dense import BLOCK_ROWS, LAST_ROWS, DenseBlock, DenseFolded
 from free_kernels.drafters.memory import FeatureMemory, check_memory
 from free_kernels.ops.attention import feature_attention
 from free_kernels.ops.tokens import TokenArguments, drafter_tokens
 from free_kernels.ops.tokens.reference import drafter_tokens as reference_tokens
 from free_kernels.ops.tokens.reference import tiles
 from free_kernels.protocols import DrafterDefaults, Target, TargetDefaults
-from free_kernels.validation import check_int, fail
+from free_kernels.validation import check_choice, check_int, fail
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class DrafterConfig:
         width: token width; the target's feature width if None.
         depth: number of blocks.
         head_dim: width of an attention head; divides ``width``.
-        mlp_ratio: width of the MLP over ``width``.
+        mlp_ratio: width of the MLP over ``width``; with dense mixing over that of all tokens side by side.
         window: W, steps whose tokens a query sees, its own included; with 1 the drafter remembers nothing.
         inputs: what the tokens hold beside the parent feature, joined by "+": "state", "unit_change" (its change over
             the last step, scaled to unit size), "scaled_change" (the same over its typical size at that timestep).
@@ -42,6 +43,9 @@ class DrafterConfig:
         first_step: whether an image's first step is drafted too, from a learned stand-in for the feature that it lacks.
         num_timesteps: T, training timesteps of the target.
         time_unit: ticks of the schedule's timesteps to one of these T: 1, but for flow models, whose time is finer.
+        mixing: what a block is: ``"attention"`` and an MLP on each token, or ``"dense"``, one MLP over all tokens side
+            by side, a third of the operations: for a few tokens on a CPU, where operations cost more than arithmetic.
+            It needs ``window`` 1, and has its linear path whatever ``skip`` says.
     """
 
     width: int | None = None
@@ -54,8 +58,10 @@ class DrafterConfig:
     first_step: bool = True
     num_timesteps: int = 1000
     time_unit: int = 1
+    mixing: str = "attention"
 
 
+MIXINGS = ("attention", "dense")
 INPUTS = ("state", "unit_change", "scaled_change")
 
 
@@ -133,7 +139,11 @@ class _Folded(NamedTuple):
 
 
 def _run(
-    folded: _Folded, feature: Tensor, tokens: Tensor, modulations: tuple[Tensor, ...], memory: FeatureMemory | None
+    folded: _Folded | DenseFolded,
+    feature: Tensor,
+    tokens: Tensor,
+    modulations: tuple[Tensor, ...],
+    memory: FeatureMemory | None,
 ) -> Tensor:
     """A call of the network, which :meth:`FeatureDrafter.compile` compiles."""
     return folded(feature, tokens, modulations, memory)
@@ -233,6 +243,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         self.config = config
         check_int("FeatureDrafter", "window", config.window, 1)
         check_int("FeatureDrafter", "time_unit", config.time_unit, 1)
+        if check_choice("FeatureDrafter", "mixing", config.mixing, MIXINGS) == "dense":
+            check_int("FeatureDrafter", "window", config.window, 1, 1)
         tokens, features = self.feature_shape
         self._grid, self.patch = _tiling(self.latent_shape, self.feature_shape)
         channels, patch_numel = self._grid[0], math.prod(self.patch)
@@ -256,10 +268,11 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             self.label_table = nn.Embedding(num_classes + 1, inner)
         else:
             self.condition_mlp = nn.Sequential(nn.Linear(condition_width, inner), nn.SiLU(), nn.Linear(inner, inner))
-        self.blocks = nn.ModuleList([_Block(inner, config.mlp_ratio) for _ in range(config.depth)])
+        block = _Block if config.mixing == "attention" else partial(DenseBlock, tokens)
+        self.blocks = nn.ModuleList([block(inner, config.mlp_ratio) for _ in range(config.depth)])
         self.modulation = nn.Linear(inner, self._modulation_rows * inner)
         # What is added to each row of modulations. A buffer, because a captured round must not copy from the host.
-        around = [0.0, 1.0, 1.0] * 2 * config.depth + [0.0, 1.0, 1.0][: 2 + config.skip]
+        around = ([0.0, 1.0, 1.0] * (2 * config.depth + 1))[: self._modulation_rows]
         self.register_buffer("_modulation_offsets", torch.tensor(around).view(1, -1, 1, 1), persistent=False)
         self.to_feature = nn.Linear(inner, features)
         if config.first_step:
@@ -279,7 +292,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         # Condition vectors [M, P] that labels are rows of.
         self._pooled: Tensor | None = None
         self._table: ConditioningTable | None = None
-        self._kept: _Folded | None = None
+        self._kept: _Folded | DenseFolded | None = None
         self._run: Callable[..., Tensor] = _run
 
     def compile(self, *arguments: Any, **settings: Any) -> None:
@@ -340,6 +353,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
 
     @property
     def _modulation_rows(self) -> int:
+        if self.config.mixing == "dense":
+            return BLOCK_ROWS * self.config.depth + LAST_ROWS
         return 6 * self.config.depth + 2 + self.config.skip
 
     def forward(
@@ -485,17 +500,19 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             drafter.to(TargetDefaults.read(target, "device") or "cpu")
         return drafter.eval().requires_grad_(False)
 
-    def _fold(self) -> _Folded:
+    def _fold(self) -> _Folded | DenseFolded:
         """Weights with the feature scales folded in; differentiable, so training takes the same path."""
         scaled = self.from_feature.weight / self.feature_std
-        return _Folded(
+        parts = (
             torch.cat([scaled, self.from_patches.weight], dim=1),
             self.positions + self.from_feature.bias - scaled @ self.feature_mean,
             tuple(block.weights() for block in self.blocks),
             self.to_feature.weight * self.change_std[:, None],
             self.to_feature.bias * self.change_std,
-            self.positions.shape[-1] // self.config.head_dim,
         )
+        if self.config.mixing == "dense":
+            return DenseFolded(*parts)
+        return _Folded(*parts, self.positions.shape[-1] // self.config.head_dim)
 
     def _tokens(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor) -> Tensor:
         """The parent feature and patches of the inputs side by side, ``[R, T, D + I C p p]``."""
@@ -529,7 +546,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
     def _modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """``[R, 6 depth + 2, 1, width]``: (shift, 1 + scale, 1 + gate) of each half block, then (shift, 1 + scale).
 
-        With a skip there is one row more, its 1 + gain.
+        With a skip there is one row more, its 1 + gain; with dense mixing blocks are not halved, and have 3 rows.
         """
         exponents = torch.arange(64, dtype=torch.float32, device=t.device) / 64
         angles = (t.float() / self.config.time_unit).unsqueeze(-1) * torch.exp(-math.log(10000.0) * exponents)

@@ -180,10 +180,10 @@ def compare_paths(where: str, name: str, target: SplitTarget | Target, module: n
     if not math.isfinite(size):
         # The samplers name the step and the image of a network that is not finite.
         return TargetCheck(target.paths()[-1], math.nan, tolerance, computed)
-    height, width = rows.x.shape[2:]
     if own.shape[2:] != rows.x.shape[2:]:
         found = f"{type(module).__name__}, which makes {list(own.shape[2:])} of these"
-        fail(where, name, f"a network of latents {height} x {width}, as its tokens make a square", found)
+        sides = " x ".join(map(str, rows.x.shape[2:]))
+        fail(where, name, f"a network of latents {sides}, as its tokens make a square", found)
     target.check_convention(where, rows, own)
     reasons, chosen = [], None
     if heavy and not doubtful:

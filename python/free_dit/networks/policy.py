@@ -12,7 +12,19 @@ from torch import Tensor, nn
 from free_dit.configuration import build
 from free_dit.networks.dit import DiTBlock, FinalLayer, TimestepEmbedder
 from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, save_checkpoint
+from free_kernels.schedules import DDPMSchedule
 from free_kernels.validation import fail
+
+# Steps of the diffusion that policies are trained and sampled with.
+NUM_STEPS = 100
+
+
+def policy_schedule(num_steps: int = NUM_STEPS) -> DDPMSchedule:
+    """DDPM as diffusion policies use it: 100 squared-cosine betas, clean actions clipped to [-1, 1].
+
+    Source: Chi et al., "Diffusion Policy" (2023).
+    """
+    return DDPMSchedule(num_steps, NUM_STEPS, beta_schedule="squaredcos_cap_v2", clip_denoised=True)
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,7 @@ class PolicyDiT(nn.Module):
 def save_policy(
     path: Path, policy: PolicyDiT, weights: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a policy with its config; ``weights`` replace its own, such as averaged ones, and ``dtype`` narrows them."""
+    """Write a policy with its config; ``weights`` replace its own, such as averaged ones; ``dtype`` narrows them."""
     kept = policy.state_dict() if weights is None else weights
     kept = {name: value.to(dtype or value.dtype) for name, value in kept.items()}
     save_checkpoint(path, kept, {"kind": "policy", "config": policy.config.to_dict()})

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from free_dit.networks.policy import NUM_STEPS, policy_schedule
 from free_dit.policy.target import PolicyTarget
-from free_dit.policy.train import NUM_STEPS, policy_schedule
 from free_kernels import DDIMSchedule, PhiloxNoise, SampleResult, ancestral_sample, sample
 from free_kernels.protocols import Drafter
 from free_kernels.validation import check_choice, check_float, check_int
@@ -84,8 +83,3 @@ def chunks(decide: Decide, observations: Tensor, seed: int, keys: Tensor) -> tup
     """Chunks ``[N, horizon, A]`` whose noise depends on ``seed`` and ``keys [N]`` only, clipped to [-1, 1]."""
     result = decide(observations, PhiloxNoise(seed, image_keys=keys))
     return result.samples.clamp(-1, 1), result
-
-
-def initial_generator(seed: int) -> torch.Generator:
-    """A generator of its own, on the CPU."""
-    return torch.Generator().manual_seed(seed)

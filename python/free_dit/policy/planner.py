@@ -1,4 +1,4 @@
-"""Demonstrations of the reaching task: a planner that takes either side of an obstacle, at random where both are good."""
+"""Demonstrations of the reaching task: a planner takes either side of an obstacle, at random where both are good."""
 
 from __future__ import annotations
 

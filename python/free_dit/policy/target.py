@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from free_dit.networks.policy import PolicyDiT
+from free_kernels.conditions import Conditions
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
 from free_kernels.targets.check import TargetCheck, compare_paths
 from free_kernels.validation import describe, fail
@@ -48,29 +48,31 @@ class PolicyTarget(AdaLNTarget):
         # Of a target without conditions no label is valid.
         self.num_classes = 0
         self._observations: Tensor | None = None
-        self._embedded: Tensor | None = None
+        # Embedded observations [N, P], which drafters are shown as well.
+        self.pooled: Tensor | None = None
         self.recheck(where)
 
-    def conditioned(self, conditions: Any, null: Any = None) -> PolicyTarget:
-        """A copy whose label n stands for the observations ``conditions[n]``, float32 ``[N, history, O]``.
+    def conditioned(self, conditions: Conditions | Tensor) -> PolicyTarget:
+        """A copy whose label n stands for the observations ``conditions[n]``, floating point ``[N, history, O]``.
 
         Raises:
             ValueError, TypeError: conditions of another shape or kind, or a null condition, which policies have not.
         """
         where, config = type(self).__name__, self.module.config
-        shape = config.history, config.observation_size
+        known = conditions if isinstance(conditions, Conditions) else Conditions(conditions, where=where)
+        values, shape = known.values, (config.history, config.observation_size)
         wanted = f"floating point [N, {shape[0]}, {shape[1]}]"
-        if not isinstance(conditions, Tensor) or not conditions.is_floating_point():
-            fail(where, "conditions", wanted, describe(conditions), TypeError)
-        if conditions.ndim != 3 or tuple(conditions.shape[1:]) != shape or not len(conditions):
-            fail(where, "conditions", wanted, describe(conditions))
-        if null is not None:
-            fail(where, "null", "None for a policy, which is not guided", describe(null), TypeError)
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            fail(where, "conditions", wanted, describe(values), TypeError)
+        if tuple(values.shape[1:]) != shape:
+            fail(where, "conditions", wanted, describe(values))
+        if known.null is not None:
+            fail(where, "null_condition", "None for a policy, which is not guided", describe(known.null))
         clone = copy.copy(self)
-        clone._observations = conditions.to(self.device, self.dtype)
-        clone._embedded = self.module.o_embedder(clone._observations)
+        clone._observations = values.to(self.device, self.dtype)
+        clone.pooled = self.module.o_embedder(clone._observations)
         clone._block_table = clone._final_table = clone._time_tables = None
-        clone.num_classes = len(conditions)
+        clone.num_classes = len(known)
         return clone
 
     def compare(self, where: str) -> TargetCheck:
@@ -118,9 +120,9 @@ class PolicyTarget(AdaLNTarget):
         return final.linear(torch.addcmul(shift, final.norm_final(h), scale))
 
     def _conditioning(self, t: Tensor, y: Tensor) -> Tensor:
-        if self._embedded is None:
+        if self.pooled is None:
             fail(type(self).__name__, "conditions", "given, as sample(target, observations) does", "none")
-        return self._time_embedding(0, t) + self._embedded.index_select(0, y)
+        return self._time_embedding(0, t) + self.pooled.index_select(0, y)
 
     def _time_embedders(self) -> list[Callable[[Tensor], Tensor]]:
         return [self.module.t_embedder]

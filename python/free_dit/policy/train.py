@@ -9,24 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from free_dit.networks.policy import PolicyConfig, PolicyDiT, save_policy
+from free_dit.networks.policy import NUM_STEPS, PolicyConfig, PolicyDiT, policy_schedule, save_policy
 from free_dit.policy.planner import demonstrate
 from free_dit.policy.task import HISTORY, HORIZON, OBSERVATION_SIZE, Windows
 from free_dit.policy.world import random_scenes
 from free_dit.training.loop import LoopConfig, TrainingLoop, iteration_seed
-from free_kernels.schedules import DDPMSchedule
 from free_kernels.validation import check_int, check_writable, fail
-
-# Steps of the diffusion that policies are trained and sampled with.
-NUM_STEPS = 100
-
-
-def policy_schedule(num_steps: int = NUM_STEPS) -> DDPMSchedule:
-    """DDPM as diffusion policies use it: 100 squared-cosine betas, clean actions clipped to [-1, 1].
-
-    Source: Chi et al., "Diffusion Policy" (2023).
-    """
-    return DDPMSchedule(num_steps, NUM_STEPS, beta_schedule="squaredcos_cap_v2", clip_denoised=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,21 @@ from free_dit.training.trajectories import Trajectories, guided_transition
 from free_kernels.conditioning import hoisted
 from free_kernels.protocols import (
     Drafter,
+    DrafterDefaults,
     Schedule,
     Target,
+    TargetDefaults,
     first_drafted_step,
     guided_channels,
     new_memory,
     unconditional_labels,
 )
+
+
+def shown_conditions(drafter: Any, target: Target) -> Any:
+    """The drafter for the conditions of a target: a copy where these are no class labels, with the same weights."""
+    pooled = TargetDefaults.read(target, "pooled")
+    return drafter if pooled is None else DrafterDefaults.read(drafter, "conditioned")(pooled)
 
 
 @torch.no_grad()
@@ -38,7 +48,7 @@ def acceptance_by_lookahead(
     y = torch.cat([data.labels, unconditional_labels(target, data.labels)])
     guided = guided_channels(target)
     network: Target = hoisted(target, timesteps, y.unique())  # type: ignore[assignment]
-    draft: Drafter = hoisted(drafter, timesteps, y.unique())  # type: ignore[assignment]
+    draft: Drafter = hoisted(shown_conditions(drafter, target), timesteps, y.unique())  # type: ignore[assignment]
     memory = new_memory(draft, len(data.labels), 2, lookahead)
     remembered = {} if memory is None else {"memory": memory}
     result = torch.full((lookahead, num_steps), float("nan"))
@@ -52,8 +62,10 @@ def acceptance_by_lookahead(
             k = start + ahead
             t = timesteps[k].expand(len(y))
             previous, state = data.states[max(k - 1, 0)], data.states[k]
-            feature = draft(feature, previous.repeat(2, 1, 1, 1), state.repeat(2, 1, 1, 1), t, y, **remembered)
-            mean, std = guided_transition(state, network.head(feature, t, y), table[k : k + 1], data.guidance, guided)
+            both = torch.cat([previous, previous]), torch.cat([state, state])
+            feature = draft(feature, *both, t, y, **remembered)
+            output, columns = network.head(feature, t, y), table[k : k + 1]
+            mean, std = guided_transition(state, output, columns, data.guidance, guided, schedule.clip)
             mean_sq = ((data.mean[k] - mean) / std).flatten(1).square().sum(1)
             variance_sq = ((data.std[k] / std).square() - 1).flatten(1).square().sum(1)
             delta = (mean_sq + variance_sq).sqrt()

@@ -60,7 +60,7 @@ class DrafterTrainConfig:
             leaves it out.
         forward_dataset: a data set, whose training images are noised step by step into the chains to learn from; empty
             learns from the target's own chains, which need no images.
-        schedule: "auto" (that of the target's family) or "ddpm".
+        schedule: "auto" (that of the target's family), "ddpm" or "policy".
         precision: "float32", or "bfloat16" or "float16" for the drafter's own arithmetic under autocast; its weights,
             and delta, are float32 in any case, and the target keeps the dtype that it was loaded with.
         store: "memory" holds one set of trajectories at a time; "shards" writes each set to disk and draws windows

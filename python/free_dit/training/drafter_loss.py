@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from free_dit.training.acceptance import shown_conditions
 from free_dit.training.chains import ChainSource
 from free_dit.training.distributed import Place
 from free_dit.training.drafter_config import DTYPES, LOSSES, DrafterTrainConfig
@@ -42,6 +43,8 @@ class DrafterLoss:
         place: Place = Place(),
         folder: Path | None = None,
     ) -> None:
+        # A copy for the target's conditions shares the weights.
+        drafter = shown_conditions(drafter, target)
         self.target, self.drafter, self.config, self.place = target, drafter, config, place
         self.device = drafter.positions.device
         self.network = torch.compile(drafter) if config.compile else drafter
@@ -58,7 +61,8 @@ class DrafterLoss:
         self.drafter.set_change_scale(self.main.schedule.timesteps, first.states)
         begin = torch.arange(first.states.shape[1])
         features = first.at("features", torch.zeros_like(begin), begin).float()
-        self.drafter.set_first_feature(first.states[0].float().repeat(2, 1, 1, 1), features)
+        states = first.states[0].float()
+        self.drafter.set_first_feature(torch.cat([states, states]), features)
 
     def _windows(self, chain: ChainSource, epoch: int) -> tuple[Windows, Tensor, Tensor]:
         """A batch of B windows, their first steps and their guidance scales ``[B]``."""
@@ -119,7 +123,7 @@ class DrafterLoss:
         """Mean and deviation ``[B, C, H, W]`` of ``step [B]`` from ``state`` with features ``[R, T, D]``."""
         chain, network, here = windows.chain, windows.network, step.to(self.device)
         output = network.spread(self.target.head(feature, network.both(chain.timesteps[here]), windows.y))
-        return guided_transition(state, output, chain.table[here], guidance, self.guided)
+        return guided_transition(state, output, chain.table[here], guidance, self.guided, chain.schedule.clip)
 
     def parents(self, windows: Windows, step: Tensor) -> Tensor:
         """Exact features ``[R, T, D]`` before ``step [B]``; at step 0 the drafter's stand-in for one."""

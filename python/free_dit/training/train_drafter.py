@@ -109,7 +109,9 @@ def train_drafter(
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     with place.joined(device, config.process_timeout_s):
         with iteration_seed(config.loop.seed, -1):
-            drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
+            pooled = TargetDefaults.read(target, "pooled")
+            shown = (target.num_classes, config.drafter) if pooled is None else (0, config.drafter, pooled.shape[1])
+            drafter = FeatureDrafter(target.latent_shape, target.feature_shape, *shown)
         if config.start:
             drafter.load_state_dict(_started(config, target).state_dict())
         drafter.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,18 +11,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from free_dit.networks.families import device_of, schedule_for
+from free_dit.networks.policy import policy_schedule
 from free_kernels.conditioning import hoisted
 from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
 from free_kernels.protocols import Schedule, Target, guided_channels, unconditional_labels
+from free_kernels.sampling.job import image_shape
 from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.schedules import DDPMSchedule, FlowSDESchedule
 from free_kernels.validation import check_choice, check_int, fail
 
-# Schedules that a configuration can name, for a target and a number of steps; "auto" is that of the target's family.
+# Schedules that a configuration can name, for a target and a number of steps; "auto" is that of the target's family,
+# and "policy" that of the bundled policy.
 SCHEDULES: dict[str, Callable[[Target, int], Schedule]] = {
     "auto": schedule_for,
     "ddpm": lambda _, num_steps: DDPMSchedule(num_steps),
+    "policy": lambda _, num_steps: policy_schedule(num_steps),
 }
 
 
@@ -69,16 +74,20 @@ class Trajectories:
 
 
 def guided_transition(
-    state: Tensor, output: Tensor, columns: Tensor, guidance: Tensor, channels: int
+    state: Tensor, output: Tensor, columns: Tensor, guidance: Tensor, channels: int, clip: float = math.inf
 ) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[R, C, H, W]`` where every row has its own guidance scale ``[R]``; ``output [2R, ...]``.
+    """Mean and deviation where every row has its own guidance scale ``[R]``, of the shape of ``state [R, C, ...]``.
 
-    In float32, whatever the network's dtype.
+    ``output`` is ``[2R, C or 2C, ...]``, and ``clip`` the schedule's. In float32, whatever the network's dtype.
     """
-    conditional, unconditional = output.float().chunk(2)
+    shape = state.shape
+    sides = image_shape(shape[1:])
+    conditional, unconditional = output.float().view(len(output), -1, *sides[1:]).chunk(2)
     weight = torch.ones(len(guidance), output.shape[1], 1, 1, device=output.device)
     weight[:, :channels] = guidance.view(-1, 1, 1, 1)
-    return gaussian_transition(state, torch.lerp(unconditional, conditional, weight), columns)
+    mixed = torch.lerp(unconditional, conditional, weight)
+    mean, std = gaussian_transition(state.view(-1, *sides), mixed, columns, clip=clip)
+    return mean.view(shape), std.view(shape)
 
 
 def image_chunks(count: int, max_rows: int | None) -> Iterator[slice]:
@@ -196,7 +205,8 @@ def collect(
                     x = given[k, part].to(here)
                 t = timesteps[k].expand(len(y))
                 h = network.features(torch.cat([x, x]), t, y)
-                mean, std = guided_transition(x, network.head(h, t, y), table[k : k + 1], scale, guided)
+                output = network.head(h, t, y)
+                mean, std = guided_transition(x, output, table[k : k + 1], scale, guided, schedule.clip)
                 data.states[k, part], data.features[k, :, part] = x, h.unflatten(0, (2, len(images)))
                 data.mean[k, part], data.std[k, part] = mean, std
                 x = torch.addcmul(mean, std, source.normal(images, torch.full_like(images, k), Purpose.STEP, shape))
