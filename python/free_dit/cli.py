@@ -13,6 +13,7 @@ from free_dit.commands.feasibility import feasibility
 from free_dit.commands.figures import figures
 from free_dit.commands.generate import generate
 from free_dit.commands.info import info
+from free_dit.commands.policy import policy
 from free_dit.commands.sample import sample
 from free_dit.commands.scale_model import scale_model
 from free_dit.commands.study import study
@@ -42,6 +43,9 @@ def main() -> None:
     app = tyro.extras.SubcommandApp()
     for command in COMMANDS:
         app.command(command)
+    app.command(
+        policy, name="policy", help="A diffusion policy that reaches a goal: train, train-drafter, run, evaluate."
+    )
     try:
         app.cli(prog="python -m free_dit", description=__doc__)
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
