@@ -32,7 +32,8 @@ class PolicyConfig:
     """Shape of a policy.
 
     Attributes:
-        horizon: actions of a chunk; each is a token.
+        horizon: actions of a chunk.
+        token_actions: actions of a token; divides ``horizon``.
         action_size: numbers of an action, A.
         history: observations that a decision sees.
         observation_size: numbers of an observation.
@@ -44,13 +45,14 @@ class PolicyConfig:
     """
 
     horizon: int = 16
+    token_actions: int = 4
     action_size: int = 2
     history: int = 2
     observation_size: int = 10
-    hidden_size: int = 64
-    condition_size: int = 128
+    hidden_size: int = 96
+    condition_size: int = 96
     depth: int = 12
-    num_heads: int = 2
+    num_heads: int = 3
     mlp_ratio: float = 2.0
 
     def __post_init__(self) -> None:
@@ -58,12 +60,31 @@ class PolicyConfig:
             value = getattr(self, field.name)
             if not value > 0:
                 fail("PolicyConfig", field.name, "above 0", value)
+        if self.horizon % self.token_actions:
+            fail("PolicyConfig", "token_actions", f"a divisor of horizon {self.horizon}", self.token_actions)
         if self.hidden_size % self.num_heads:
             fail("PolicyConfig", "hidden_size", f"a multiple of num_heads {self.num_heads}", self.hidden_size)
+
+    @property
+    def tokens(self) -> int:
+        """T, tokens of a chunk."""
+        return self.horizon // self.token_actions
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a JSON config."""
         return asdict(self)
+
+
+class ChunkEmbedder(nn.Linear):
+    """Chunks ``[R, horizon, A]`` to tokens ``[R, T, D]``, each of several actions in a row."""
+
+    def __init__(self, tokens: int, inputs: int, width: int) -> None:
+        super().__init__(inputs, width)
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens."""
+        return super().forward(x.reshape(len(x), self.tokens, -1))
 
 
 class PolicyDiT(nn.Module):
@@ -79,7 +100,7 @@ class PolicyDiT(nn.Module):
         super().__init__()
         self.config = config
         width, condition = config.hidden_size, config.condition_size
-        self.x_embedder = nn.Linear(config.action_size, width)
+        self.x_embedder = ChunkEmbedder(config.tokens, config.token_actions * config.action_size, width)
         self.t_embedder = TimestepEmbedder(condition)
         self.o_embedder = nn.Sequential(
             nn.Flatten(),
@@ -89,11 +110,11 @@ class PolicyDiT(nn.Module):
             nn.SiLU(),
             nn.Linear(2 * condition, condition),
         )
-        self.pos_embed = nn.Parameter(torch.randn(1, config.horizon, width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, config.tokens, width) * 0.02)
         self.blocks = nn.ModuleList(
             [DiTBlock(width, config.num_heads, config.mlp_ratio, condition) for _ in range(config.depth)]
         )
-        self.final_layer = FinalLayer(width, config.action_size, condition)
+        self.final_layer = FinalLayer(width, config.token_actions * config.action_size, condition)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -112,7 +133,7 @@ class PolicyDiT(nn.Module):
         h = self.x_embedder(x) + self.pos_embed
         for block in self.blocks:
             h = block(h, c)
-        return self.final_layer(h, c)
+        return self.final_layer(h, c).reshape(x.shape)
 
 
 def save_policy(

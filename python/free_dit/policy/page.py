@@ -61,7 +61,7 @@ def render(report: dict[str, Any]) -> str:
         facts = report["machine"]
         lines += [
             f"Milliseconds of a decision at batch 1, threads: {times['threads']}; {settings['repeats']} decisions of "
-            f"each method in turn, on {facts['cpu']}, torch {facts['torch']}; medians, and of the ratios their intervals.",
+            f"each method in turn, on {facts['cpu']}, torch {facts['torch']}; medians, with intervals of the ratios.",
             "",
         ]
         lines += table(

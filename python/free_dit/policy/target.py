@@ -43,7 +43,7 @@ class PolicyTarget(AdaLNTarget):
         super().__init__(where, seen, parts, compile)
         config = self.module.config
         self.latent_shape = (config.horizon, config.action_size)
-        self.feature_shape = (config.horizon, config.hidden_size)
+        self.feature_shape = (config.tokens, config.hidden_size)
         self.guidance_channels = config.horizon
         # Of a target without conditions no label is valid.
         self.num_classes = 0
@@ -109,7 +109,7 @@ class PolicyTarget(AdaLNTarget):
         return h
 
     def _plain_head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.module.final_layer(h, self._conditioning(t, y))
+        return self._as_chunks(self.module.final_layer(h, self._conditioning(t, y)))
 
     def _left_out(self) -> list[torch.nn.Module]:
         return [*self.module.blocks, self.module.final_layer]
@@ -117,7 +117,10 @@ class PolicyTarget(AdaLNTarget):
     def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
         final = self.module.final_layer
         shift, scale = modulations.unbind(1)
-        return final.linear(torch.addcmul(shift, final.norm_final(h), scale))
+        return self._as_chunks(final.linear(torch.addcmul(shift, final.norm_final(h), scale)))
+
+    def _as_chunks(self, tokens: Tensor) -> Tensor:
+        return tokens.reshape(len(tokens), *self.latent_shape)
 
     def _conditioning(self, t: Tensor, y: Tensor) -> Tensor:
         if self.pooled is None:
