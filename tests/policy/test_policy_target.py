@@ -107,10 +107,10 @@ def test_clean_actions_are_clipped(target):
 @pytest.mark.parametrize(
     ("conditions", "error", "message"),
     [
-        (torch.zeros(3, 2, 9), ValueError, r"conditions must be floating point \[N, 2, 10\]"),
-        (torch.zeros(3, 2, 10, dtype=torch.int64), TypeError, r"conditions must be floating point \[N, 2, 10\]"),
-        ({"seen": torch.zeros(3, 2, 10)}, TypeError, r"conditions must be floating point \[N, 2, 10\]"),
-        (Conditions(torch.zeros(3, 2, 10), torch.zeros(2, 10)), ValueError, "null_condition must be None for a policy"),
+        (torch.zeros(3, 2, 7), ValueError, r"conditions must be floating point \[N, 2, 6\]"),
+        (torch.zeros(3, 2, 6, dtype=torch.int64), TypeError, r"conditions must be floating point \[N, 2, 6\]"),
+        ({"seen": torch.zeros(3, 2, 6)}, TypeError, r"conditions must be floating point \[N, 2, 6\]"),
+        (Conditions(torch.zeros(3, 2, 6), torch.zeros(2, 6)), ValueError, "null_condition must be None for a policy"),
     ],
 )
 def test_other_conditions_are_refused(target, conditions, error, message):

@@ -48,7 +48,7 @@ class PolicyConfig:
     token_actions: int = 4
     action_size: int = 2
     history: int = 2
-    observation_size: int = 10
+    observation_size: int = 6
     hidden_size: int = 96
     condition_size: int = 96
     depth: int = 12

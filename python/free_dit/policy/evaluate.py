@@ -167,7 +167,7 @@ class Evaluation:
                 "success": asdict(share_interval(mine.reached, settings.level)),
                 "success_minus_ordinary": paired_difference(mine.reached, ordinary.reached, settings.level),
                 "hit": int(mine.hit.sum()),
-                "left": float((mine.side[:, 0] == 1).mean()),
+                "left": float((mine.side == 1).mean()),
                 "decisions": int(mine.decisions.sum()),
                 "network_calls_per_decision": float(mine.rounds.sum() / mine.decisions.sum()),
                 "energy_distance": asdict(distance),
@@ -179,7 +179,7 @@ class Evaluation:
             "machine": machine(),
             "expert": {
                 "success": asdict(share_interval(expert.reached, settings.level)),
-                "left": float((expert.side[:, 0] == 1).mean()),
+                "left": float((expert.side == 1).mean()),
             },
             "methods": rows,
             "times": [self.times(observations, threads) for threads in settings.threads if settings.repeats],

@@ -28,7 +28,7 @@ def render(report: dict[str, Any]) -> str:
         f"{settings['episodes']} episodes in closed loop, the same scenes and noise for every method; draft length "
         f"{settings['draft_length']}, relaxation {settings['relaxation']:g}; intervals of {level}.",
         f"The planner, whose demonstrations it learned from, reaches the goal in {_range(expert['success'], 3)} and "
-        f"passes the first obstacle on the left in {expert['left']:.2f}.",
+        f"passes the obstacle on the left in {expert['left']:.2f}.",
         "",
     ]
     headings = ("method", "success", "minus ordinary", "contacts", "passed left", "network calls per decision")

@@ -30,7 +30,7 @@ def load_policy_pair(
         CheckpointError: broken, or of another kind.
         ValueError: the drafter was made for a policy of other shapes.
     """
-    path = FOLDER / "model.safetensors" if str(model) == BUNDLED else Path(model)
+    path = FOLDER / "policy.safetensors" if str(model) == BUNDLED else Path(model)
     target, hashes = PolicyTarget(load_policy(path)), {"model": sha256_of(path)}
     if str(drafter) == "frozen":
         return target, "frozen", hashes | {"drafter": "frozen"}

@@ -16,13 +16,12 @@ from matplotlib.patches import Circle
 from free_dit.policy.rollout import EXECUTED, Episodes
 from free_dit.policy.world import AGENT_RADIUS, GOAL_TOLERANCE, Scenes
 
-# Passed on the left of the first obstacle, on the right; ended in contact or out of time.
+# Passed on the left of the obstacle, on the right; ended in contact or out of time.
 LEFT, RIGHT, FAILED = "tab:blue", "tab:orange", "tab:red"
 
 
 def _draw_scene(axes: Axes, scenes: Scenes, row: int) -> None:
-    for centre, radius in zip(scenes.centre[row], scenes.radius[row], strict=True):
-        axes.add_patch(Circle(centre, radius, color="0.75"))
+    axes.add_patch(Circle(scenes.centre[row], scenes.radius[row], color="0.75"))
     axes.add_patch(Circle(scenes.goal[row], GOAL_TOLERANCE, color="tab:green", alpha=0.6))
     axes.add_patch(Circle(scenes.start[row], AGENT_RADIUS, fill=False, color="0.3"))
     axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal", xticks=[], yticks=[])
@@ -31,7 +30,7 @@ def _draw_scene(axes: Axes, scenes: Scenes, row: int) -> None:
 def _colour(episodes: Episodes, row: int) -> str:
     if not episodes.reached[row]:
         return FAILED
-    return LEFT if episodes.side[row, 0] == 1 else RIGHT
+    return LEFT if episodes.side[row] == 1 else RIGHT
 
 
 def trajectory_picture(path: Path, scenes: Scenes, episodes: Episodes, tries: int, title: str) -> None:

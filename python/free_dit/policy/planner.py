@@ -1,23 +1,22 @@
-"""Demonstrations of the reaching task: a planner takes either side of an obstacle, at random where both are good."""
+"""Demonstrations of the reaching task: a planner takes either side of the obstacle, at random where both are good."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
 
-from free_dit.policy.world import AGENT_RADIUS, MAX_STEPS, OBSTACLES, Scenes, World, clearance
+from free_dit.policy.world import AGENT_RADIUS, MAX_STEPS, Scenes, World, clearance
 from free_kernels.validation import check_int
 
 # Points of a path, and rounds of pulling it tight.
 POINTS, ROUNDS = 40, 160
 # A path is as good as the shortest one up to this factor.
 GOOD = 1.25
-# Distance from the obstacles that demonstrations keep, and how far ahead on the path they aim, both drawn for each.
-MARGIN, LOOKAHEAD = (0.04, 0.08), (0.09, 0.13)
-# The sides on which the two obstacles are passed: 1 to the left of them as seen from the start, -1 to the right.
-SIDES = tuple(itertools.product((1, -1), repeat=OBSTACLES))
+# Distance from the obstacle that demonstrations keep, and how far ahead on the path they aim, both drawn for each.
+MARGIN, LOOKAHEAD = (0.07, 0.13), (0.09, 0.13)
+# The side on which the obstacle is passed: 1 to the left of it as seen from the start, -1 to the right.
+SIDES = (1, -1)
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Demonstrations:
         scenes: of the episodes.
         position: float64 ``[E, S + 1, 2]``, before each step and after the last.
         target: ``[E, S, 2]``, where the agent was told to go.
-        side: int64 ``[E, 2]``, 1 or -1: on which side each obstacle was passed.
+        side: int64 ``[E]``, 1 or -1: on which side the obstacle was passed.
         choices: int64 ``[E]``, how many ways were good.
         steps: int64 ``[E]``, length of the episode.
         reached: bool ``[E]``.
@@ -44,46 +43,42 @@ class Demonstrations:
 
 
 def side_of(scenes: Scenes, path: np.ndarray) -> np.ndarray:
-    """On which side of each obstacle a path ``[E, P, 2]`` passes, int64 ``[E, 2]``: 1 left, -1 right of it.
+    """On which side of the obstacle a path ``[E, P, 2]`` passes, int64 ``[E]``: 1 left, -1 right of it.
 
     The angle by which the path turns around the obstacle's centre is negative (clockwise) where it passes on the left.
     """
-    offset = path[:, :, None] - scenes.centre[:, None]
+    offset = path - scenes.centre[:, None]
     before, after = offset[:, :-1], offset[:, 1:]
     cross = before[..., 0] * after[..., 1] - before[..., 1] * after[..., 0]
     turned = np.arctan2(cross, (before * after).sum(-1)).sum(axis=1)
     return np.where(turned < 0, 1, -1)
 
 
-def tight_paths(scenes: Scenes, sides: tuple[int, ...], margin: np.ndarray) -> np.ndarray:
-    """Short paths ``[E, P, 2]`` from start to goal that pass the obstacles on given sides, ``margin [E]`` away.
+def tight_paths(scenes: Scenes, side: int, margin: np.ndarray) -> np.ndarray:
+    """Short paths ``[E, P, 2]`` from start to goal that pass the obstacle on one side, ``margin [E]`` away from it.
 
-    A polyline through points beside the obstacles is pulled tight: every round moves each point to the middle of its
-    neighbours and then out of the obstacles, to the wanted side of each at its level.
+    A polyline is pulled tight: every round moves each point to the middle of its neighbours and then out of the
+    obstacle, at first to the wanted side.
     """
     along = scenes.goal - scenes.start
     length = np.linalg.norm(along, axis=1, keepdims=True)
     along = along / length
     left = np.stack([-along[:, 1], along[:, 0]], axis=1)
-    keep = scenes.radius + AGENT_RADIUS + margin[:, None]
+    keep = (scenes.radius + AGENT_RADIUS + margin)[:, None, None]
     share = np.linspace(0, 1, POINTS)
     path = scenes.start[:, None] + share[:, None] * (scenes.goal - scenes.start)[:, None]
     for round_ in range(ROUNDS):
-        middle = (path[:, :-2] + path[:, 2:]) / 2
-        path[:, 1:-1] = middle
-        for index, side in enumerate(sides):
-            offset = path[:, 1:-1] - scenes.centre[:, index : index + 1]
+        path[:, 1:-1] = (path[:, :-2] + path[:, 2:]) / 2
+        offset = path[:, 1:-1] - scenes.centre[:, None]
+        # In the first rounds points leave across the way, which decides the side; then by the shortest way.
+        if round_ < ROUNDS // 4:
+            level, across = ((offset * axis[:, None]).sum(-1, keepdims=True) for axis in (along, left))
+            half = np.sqrt(np.maximum(keep**2 - level**2, 0))
+            missing = np.maximum(half - side * across, 0) * (np.abs(level) < keep)
+            path[:, 1:-1] += side * missing * left[:, None]
+        else:
             distance = np.linalg.norm(offset, axis=-1, keepdims=True)
-            out = offset / np.maximum(distance, 1e-9)
-            # In the first rounds points leave across the way, which decides the side; then by the shortest way.
-            if round_ < ROUNDS // 4:
-                level = (offset * along[:, None]).sum(-1, keepdims=True)
-                half = np.sqrt(np.maximum(keep[:, None, index : index + 1] ** 2 - level**2, 0))
-                across = (offset * left[:, None]).sum(-1, keepdims=True)
-                missing = np.maximum(half - side * across, 0) * (np.abs(level) < keep[:, None, index : index + 1])
-                path[:, 1:-1] += side * missing * left[:, None]
-            else:
-                path[:, 1:-1] += np.maximum(keep[:, None, index : index + 1] - distance, 0) * out
+            path[:, 1:-1] += np.maximum(keep - distance, 0) * offset / np.maximum(distance, 1e-9)
     return path
 
 
@@ -94,17 +89,15 @@ def _lengths(path: np.ndarray) -> np.ndarray:
 def plan(scenes: Scenes, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A path ``[E, P, 2]`` for every scene, drawn evenly from its good ones, and how many those were, ``[E]``.
 
-    Good is a path that stays clear of the obstacles and is at most :data:`GOOD` times as long as the shortest such one.
+    Good is a path that stays clear of the obstacle and is at most :data:`GOOD` times as long as the shortest such one.
     """
     margin = generator.uniform(*MARGIN, len(scenes))
-    paths = np.stack([tight_paths(scenes, sides, margin) for sides in SIDES])
+    paths = np.stack([tight_paths(scenes, side, margin) for side in SIDES])
     length = np.stack([_lengths(path) for path in paths])
-    for number, (sides, path) in enumerate(zip(SIDES, paths, strict=True)):
+    for number, (side, path) in enumerate(zip(SIDES, paths, strict=True)):
         dense = np.concatenate([path, (path[:, :-1] + path[:, 1:]) / 2], axis=1)
-        clear = (clearance(scenes, dense) > margin[:, None, None] / 2).all(axis=(1, 2))
-        # Around an obstacle beside the way, "left" may not be where the path ended: another name for the same path.
-        known = (side_of(scenes, path) == np.array(sides)).all(axis=1)
-        length[number] = np.where(clear & known, length[number], np.inf)
+        clear = (clearance(scenes, dense) > margin[:, None] / 2).all(axis=1)
+        length[number] = np.where(clear & (side_of(scenes, path) == side), length[number], np.inf)
     good = length <= GOOD * length.min(axis=0)
     good &= np.isfinite(length)
     weight = generator.uniform(size=good.shape)

@@ -27,7 +27,7 @@ class Episodes:
         steps: int64 ``[E]``.
         decisions: int64 ``[E]``.
         rounds: int64 ``[E]``, network calls of all decisions of an episode.
-        side: int64 ``[E, 2]``, on which side each obstacle was passed: 1 left, -1 right.
+        side: int64 ``[E]``, on which side the obstacle was passed: 1 left, -1 right.
         position: float32 ``[E, MAX_STEPS + 1, 2]``, the last one repeated.
         observations: float32 ``[E, D, history, O]``, what was seen at each decision; zeros after the end.
         plans: float32 ``[E, D, horizon, 2]``, target positions of the chunks that were drawn; zeros after the end.
@@ -70,7 +70,7 @@ def roll_out(scenes: Scenes, decide: Decide, seed: int, numbers: np.ndarray | No
         given, drawn = np.stack(seen[-HISTORY:], axis=1), np.zeros((count, HORIZON, 2))
         keys = torch.from_numpy(numbers[rows])
         chunk, result = chunks(decide, torch.from_numpy(given[rows]), decision_seed(seed, decision), keys)
-        drawn[rows] = targets_of(chunk.numpy(), world.position[rows])
+        drawn[rows] = targets_of(scenes.take(rows), chunk.numpy(), world.position[rows])
         decisions[rows] += 1
         rounds[rows] += result.stats.rounds_per_image
         observations.append(np.where(world.running[:, None, None], given, 0).astype(np.float32))

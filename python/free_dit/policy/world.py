@@ -1,4 +1,4 @@
-"""A planar reaching task with several right answers: a disc goes to a goal past two round obstacles, on either side."""
+"""A planar reaching task with two right answers: a disc goes to a goal past a round obstacle, on either side."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ MAX_SPEED = 0.05
 RESPONSE = 0.6
 GOAL_TOLERANCE = 0.05
 MAX_STEPS = 96
-OBSTACLES = 2
-# Radii of the obstacle between start and goal, and of the other one.
-RADII = ((0.18, 0.28), (0.10, 0.18))
-# Free width of a passage that a planner may use, and distance of start and goal from an obstacle's edge.
-PASSAGE, FREE = 2 * AGENT_RADIUS + 0.10, AGENT_RADIUS + 0.08
+# Smallest and largest radius of the obstacle.
+RADII = (0.18, 0.28)
+# Smallest distance of start and goal, and of both from the obstacle's edge.
+APART, FREE = 1.0, AGENT_RADIUS + 0.08
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Scenes:
     Attributes:
         start: float64 ``[E, 2]``, centre of the agent at rest.
         goal: ``[E, 2]``.
-        centre: ``[E, 2, 2]``, of the obstacles; the first one lies between start and goal.
-        radius: ``[E, 2]``.
+        centre: ``[E, 2]``, of the obstacle, which lies between start and goal.
+        radius: ``[E]``, its own.
     """
 
     start: np.ndarray
@@ -48,21 +47,19 @@ class Scenes:
 
 def _candidates(generator: np.random.Generator, count: int) -> Scenes:
     start, goal = generator.uniform(-1, 1, (2, count, 2))
-    radius = np.stack([generator.uniform(*bounds, count) for bounds in RADII], axis=1)
+    radius = generator.uniform(*RADII, count)
     along = goal - start
     length = np.linalg.norm(along, axis=1, keepdims=True)
     across = np.stack([-along[:, 1], along[:, 0]], axis=1) / np.maximum(length, 1e-9)
     middle = start + generator.uniform(0.35, 0.65, (count, 1)) * along
-    middle = middle + generator.uniform(-0.5, 0.5, (count, 1)) * radius[:, :1] * across
-    other = generator.uniform(-1, 1, (count, 2))
-    return Scenes(start, goal, np.stack([middle, other], axis=1), radius)
+    middle = middle + generator.uniform(-0.5, 0.5, (count, 1)) * radius[:, None] * across
+    return Scenes(start, goal, middle, radius)
 
 
 def random_scenes(count: int, seed: int) -> Scenes:
     """``count`` scenes; scene i depends on (seed, i) only.
 
-    Start and goal are at least 1 apart and clear of the obstacles, which leave a passage between them. They are drawn
-    anew until all of that holds.
+    Start and goal are at least :data:`APART` apart and clear of the obstacle, or drawn anew.
     """
     check_int("random_scenes", "count", count, 1)
     check_int("random_scenes", "seed", seed, 0)
@@ -83,17 +80,16 @@ def _joined(parts: list[Scenes]) -> Scenes:
 
 def _is_open(scenes: Scenes) -> np.ndarray:
     """Whether a scene is one of the task, bool ``[E]``."""
-    apart = np.linalg.norm(scenes.goal - scenes.start, axis=1) >= 1.0
+    found = np.linalg.norm(scenes.goal - scenes.start, axis=1) >= APART
     for point in (scenes.start, scenes.goal):
-        apart &= (clearance(scenes, point) >= FREE - AGENT_RADIUS).all(axis=1)
-    gap = np.linalg.norm(scenes.centre[:, 0] - scenes.centre[:, 1], axis=1) - scenes.radius.sum(axis=1)
-    return apart & (gap >= PASSAGE)
+        found &= clearance(scenes, point) >= FREE - AGENT_RADIUS
+    return found
 
 
 def clearance(scenes: Scenes, position: np.ndarray) -> np.ndarray:
-    """Gap between the agent's edge at ``[E, ..., 2]`` and each obstacle's, ``[E, ..., 2]``; negative in contact."""
-    shape = (len(scenes), *(1,) * (position.ndim - 2), OBSTACLES)
-    offset = position[..., None, :] - scenes.centre.reshape(*shape, 2)
+    """Gap between the agent's edge at ``[E, ..., 2]`` and the obstacle's, ``[E, ...]``; negative in contact."""
+    shape = (len(scenes), *(1,) * (position.ndim - 2))
+    offset = position - scenes.centre.reshape(*shape, 2)
     return np.linalg.norm(offset, axis=-1) - scenes.radius.reshape(shape) - AGENT_RADIUS
 
 
@@ -102,7 +98,7 @@ class World:
 
     A step changes the velocity by :data:`RESPONSE` of what is missing to the wanted one, which is the way to the target
     position within one step, at most :data:`MAX_SPEED`; then the position by the velocity. An episode ends at the goal
-    (centre within :data:`GOAL_TOLERANCE`), at contact with an obstacle, or after :data:`MAX_STEPS`.
+    (centre within :data:`GOAL_TOLERANCE`), at contact with the obstacle, or after :data:`MAX_STEPS`.
 
     Args:
         scenes: one for each agent.
@@ -135,6 +131,6 @@ class World:
         self.position = np.where(live, self.position + self.velocity, self.position)
         live = live[:, 0]
         self.steps += live
-        self.hit |= live & (clearance(self.scenes, self.position) < 0).any(axis=1)
+        self.hit |= live & (clearance(self.scenes, self.position) < 0)
         near = np.linalg.norm(self.position - self.scenes.goal, axis=1) < GOAL_TOLERANCE
         self.reached |= live & ~self.hit & near
