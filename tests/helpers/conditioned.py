@@ -30,6 +30,10 @@ class ConditionedGaussian(GaussianTarget):
         return clone
 
 
+def _words(given):
+    return torch.stack([_kept(given, name) for name in ("mean", "std", "tilt")], 1)
+
+
 def _kept(given, name):
     return (given["data"][name] * given["mask"].unsqueeze(-1)).sum(1)
 
