@@ -184,7 +184,7 @@ def test_other_samplers_take_conditions(labels):
     found = free_kernels.feasibility(
         target, SCHEDULE, conditions=many, images=2, positions=2, rounds=2, timing_repeats=1
     )
-    assert found.network_rows > 0
+    assert found.images == 2
     memory = free_kernels.estimate_memory(target, texts(1), schedule=SCHEDULE, draft_length=4)
     assert memory.states == 2 * 6 * 4
 
