@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, energy_p_value
-from conditioned import ConditionedGaussian, some_conditions
+from conditioned import ConditionedGaussian, null_of, some_conditions
 from torch import nn
 
 import free_kernels
@@ -36,7 +36,7 @@ class Drafting(BiasedDrafter):
 def test_law_of_every_image_is_its_conditions(guidance, neighbours, monkeypatch):
     """Ragged dicts with refill of slots and refused rows; rows that read their neighbour's condition are found."""
     target, conditions = ConditionedGaussian((4, 2)), some_conditions(2, ELEMENTS)
-    null = None if guidance == 1.0 else mapped(some_conditions(1, ELEMENTS, seed=9), lambda value: value[0])
+    null = None if guidance == 1.0 else null_of(some_conditions(1, ELEMENTS, seed=9))
     if neighbours:
         features = ConditionedGaussian.features
         monkeypatch.setattr(ConditionedGaussian, "features", lambda self, x, t, y: features(self, x, t, y.roll(1)))
