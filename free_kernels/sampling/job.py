@@ -14,6 +14,7 @@ from free_kernels.conditioning import hoisted
 from free_kernels.conditions import Condition, bind
 from free_kernels.constants import Purpose, TransitionColumn
 from free_kernels.ops.coupling import gaussian_transition
+from free_kernels.ops.shapes import image_shape
 from free_kernels.protocols import (
     NoiseSource,
     Schedule,
@@ -50,12 +51,6 @@ class Verified(NamedTuple):
 Network = Callable[[Tensor, Tensor, Tensor], Verified]
 
 
-def image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """The shape ``[C, H, W]`` in which a sampler holds states of any shape: the first dimension, the last, the rest."""
-    channels, *rest = shape
-    return channels, math.prod(rest[:-1]), rest[-1] if rest else 1
-
-
 class Step(NamedTuple):
     """What an ordinary step leaves: ``state [S, C, H, W]`` after it, and the target's ``output`` and ``features``."""
 
@@ -68,8 +63,8 @@ class Step(NamedTuple):
 class Job:
     """N images, K steps.
 
-    States of any shape are held as ``[C, H, W]``, by :func:`image_shape`; target, drafter, noise source and caller see
-    them in their own.
+    States of any shape are held as ``[C, H, W]``, by :func:`free_kernels.ops.shapes.image_shape`; target, drafter,
+    noise source and caller see them in their own.
 
     Attributes:
         where: name of the public function, which begins error messages.

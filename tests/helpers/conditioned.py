@@ -30,6 +30,10 @@ class ConditionedGaussian(GaussianTarget):
         return clone
 
 
+def _words(given):
+    return torch.stack([_kept(given, name) for name in ("mean", "std", "tilt")], 1)
+
+
 def _kept(given, name):
     return (given["data"][name] * given["mask"].unsqueeze(-1)).sum(1)
 
@@ -45,3 +49,8 @@ def some_conditions(count: int, elements: int, seed: int = 0, words: int = 3):
     tilt = torch.randn(count, 1, elements, generator=generator) * share
     data = {"mean": mean + rubbish, "std": std + rubbish, "tilt": tilt + rubbish}
     return {"data": data, "mask": mask}
+
+
+def null_of(conditions):
+    """The first of some conditions, as one condition."""
+    return {"data": {name: value[0] for name, value in conditions["data"].items()}, "mask": conditions["mask"][0]}

@@ -12,6 +12,7 @@ import free_kernels
 from free_kernels import DDPMSchedule, DrafterConfig, FeatureDrafter, HookTarget
 
 SHAPES = [(12,), (3, 4), (2, 3, 2), (1, 3, 2, 2), (3, 1, 2, 1, 2)]
+SAMPLERS = free_kernels.sample, free_kernels.ancestral_sample
 LABELS = torch.tensor([0, 2, 1, 1, 0])
 
 

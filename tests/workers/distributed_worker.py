@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from analytic import BiasedDrafter, GaussianTarget
+from conditioned import ConditionedGaussian, null_of, some_conditions
 
 from free_kernels import DDPMSchedule
 from free_kernels.distributed import api as distributed
@@ -26,6 +27,13 @@ CASES = {
     "auto": {"draft_length": 1},
     "noise": {"noise": torch.randn(7, 14, 1, 4, 4, generator=torch.Generator().manual_seed(2))},
     "few images": {"labels": torch.tensor([2])},
+    "conditions": {"conditions": some_conditions(7, 8)},
+    "conditions and noise": {
+        "conditions": some_conditions(7, 8),
+        "null_condition": null_of(some_conditions(1, 8, seed=9)),
+        "guidance_scale": 1.5,
+        "noise": torch.randn(7, 14, 4, 2, generator=torch.Generator().manual_seed(2)),
+    },
 }
 
 
@@ -48,6 +56,8 @@ class Failing(GaussianTarget):
 def run(case: str, target: GaussianTarget, sample) -> object:
     """A case by any sampler of the same arguments."""
     options = dict(CASES[case])
+    if "conditions" in options:
+        return sample(ConditionedGaussian(), drafter="frozen", seed=6, **(SETTINGS | options))
     labels = options.pop("labels", LABELS)
     return sample(target, labels, drafter=BiasedDrafter(target), seed=6, **(SETTINGS | options))
 

@@ -11,6 +11,7 @@ from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, Key
 from free_kernels.ops.coupling.dispatch import BACKENDS as BACKENDS
 from free_kernels.ops.coupling.dispatch import decide
 from free_kernels.ops.random.api import signed_seed
+from free_kernels.ops.shapes import as_images
 from free_kernels.validation import fail
 
 
@@ -30,7 +31,7 @@ def gaussian_transition(
     dtype. Source: Ho et al. 2020, eq. 11; Nichol & Dhariwal 2021, eq. 15.
 
     Args:
-        state: float32 ``[R, C, H, W]``.
+        state: float32 ``[R, C, H, W]``, or ``[R, *shape]`` of states of any shape, whose first dimension counts as C.
         output: ``[B R, C or 2C, H, W]``; B = 2 with guidance, conditional rows first.
         columns: float32 ``[R or 1, 8]``, rows of a schedule's transition table.
         guidance_scale: w in ``e_u + w (e_c - e_u)``; 1 means that ``output`` has the conditional branch only.
@@ -43,6 +44,11 @@ def gaussian_transition(
     Raises:
         ValueError: shapes do not fit.
     """
+    if isinstance(state, Tensor) and state.ndim not in (1, 4):
+        given = as_images(state, 1), as_images(output, 1), columns
+        settings = {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
+        mean, std = gaussian_transition(*given, **settings)
+        return mean.view(state.shape), std.expand_as(mean).reshape(state.shape)
     rows, channels, height, width = state.shape
     branches = 1 if guidance_scale == 1.0 else 2
     if output.shape[0] != branches * rows or output.shape[1] not in (channels, 2 * channels):
@@ -92,7 +98,8 @@ def couple(
     Source: reflection maximal coupling (arXiv 2501.05370). The shared slack and its split by direction are our own.
 
     Args:
-        draft_states: float32 ``[S, L, C, H, W]``.
+        draft_states: float32 ``[S, L, C, H, W]``, or ``[S, L, *shape]`` of states of any shape, whose first dimension
+            counts as C; the other tensors alike.
         draft_mean: float32 ``[S, L - 1, C, H, W]``.
         draft_std: float32 ``[S, L - 1, C, H, W]``, positive.
         noise: float32 ``[S, L, C, H, W]``, z.

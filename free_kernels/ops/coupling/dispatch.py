@@ -16,10 +16,12 @@ from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.random import philox_normal, philox_uniform
+from free_kernels.ops.shapes import as_images
 from free_kernels.validation import check_choice, check_int, fail
 
 BACKENDS = ("auto", "reference", "extension", "triton")
 _OPTIONAL = ("slack_noise", "relaxation", "rounds")
+_STATES = ("draft_states", "draft_mean", "draft_std", "noise", "slack_noise")
 _INTEGERS = ("images", "steps", "rounds", "row_offsets")
 
 
@@ -128,6 +130,12 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
         RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
     check_choice(op, "backend", backend, BACKENDS)
+    shape = getattr(arguments.draft_states, "shape", ())[2:]
+    if len(shape) not in (0, 3) and getattr(arguments.draft_mean, "ndim", 0) == 2 + len(shape):
+        # States of another shape than images; noise made from keys has the drafts' in any case.
+        rows = {name: as_images(getattr(arguments, name, None), 2) for name in _STATES if hasattr(arguments, name)}
+        decided = decide(op, arguments._replace(output=as_images(arguments.output, 1), **rows), backend)
+        return decided._replace(next_states=decided.next_states.view(-1, *shape))
     states, keyed = arguments.draft_states, isinstance(arguments, KeyedCouplingArguments)
     compiled = COMPILED[op.removesuffix("_philox")] if keyed else COMPILED[op]
     in_cpp = _runs_compiled(op, compiled, states, backend)

@@ -9,6 +9,7 @@ from free_kernels.ops.checks import FLOATS, INT64, Layouts
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.packing import reference
 from free_kernels.ops.packing.arguments import CommitArguments, PackArguments
+from free_kernels.ops.shapes import as_images
 from free_kernels.validation import fail
 
 
@@ -142,7 +143,8 @@ def pack_drafts(
     timestep with label 0.
 
     Args:
-        states: ``[S, L, C, H, W]`` float32, float16 or bfloat16; the rows of each slot, contiguous.
+        states: ``[S, L, C, H, W]`` float32, float16 or bfloat16; the rows of each slot, contiguous. States of any
+            other shape ``[S, L, *shape]`` likewise.
         lengths: ``[S]`` int64 in ``[0, L]``, rows in use; 0 is an idle slot.
         steps: ``[S]`` int64, step index of each slot's first row.
         labels: ``[S]`` int64 class labels.
@@ -160,10 +162,11 @@ def pack_drafts(
         ValueError, TypeError: a wrong argument; values are checked on the CPU only.
         RuntimeError: ``backend="extension"`` cannot be used.
     """
-    arguments = PackArguments(states, lengths, steps, labels, timesteps, num_rows, null_label)
+    arguments = PackArguments(as_images(states, 2), lengths, steps, labels, timesteps, num_rows, null_label)
     if not isinstance(states, Tensor):
         _check_pack(arguments)
-    return PACK(arguments, states, backend)
+    x, *rest = PACK(arguments, states, backend)
+    return x if states.ndim == 5 else x.view(-1, *states.shape[2:]), *rest
 
 
 def commit_drafts(
@@ -197,7 +200,8 @@ def commit_drafts(
     Args:
         committed: ``[S]`` int64 in ``[0, L]``, steps that this round makes final.
         next_states: ``[S, C, H, W]`` float32, float16 or bfloat16, the states after them.
-        draft_states: ``[S, L, C, H, W]``, the states that were packed, of the same dtype.
+        draft_states: ``[S, L, C, H, W]``, the states that were packed, of the same dtype. States of any other shape
+            ``[S, L, *shape]``, and the other tensors alike.
         features: ``[B * R, T, D]`` of any of the three dtypes, the packed call's top-block features; B = 2 with
             guidance, branch by branch.
         row_offsets: ``[S + 1]`` int64 from :func:`pack_drafts`.
@@ -217,6 +221,9 @@ def commit_drafts(
         ValueError, TypeError: a wrong argument; values are checked on the CPU only, before anything is written.
         RuntimeError: ``backend="extension"`` cannot be used.
     """
+    if isinstance(draft_states, Tensor) and draft_states.ndim != 5:
+        draft_states, next_states = as_images(draft_states, 2), as_images(next_states, 1)
+        state, previous, samples = (as_images(part, 1, written=True) for part in (state, previous, samples))
     # fmt: off
     arguments = CommitArguments(
         committed, next_states, draft_states, features, row_offsets, state, previous, parent, steps, images, labels,
