@@ -15,6 +15,16 @@ BUNDLED = "reach"
 FOLDER = MODELS / "policy"
 
 
+def load_bundled_policy() -> tuple[PolicyTarget, FeatureDrafter]:
+    """The shipped policy and its learned drafter.
+
+    They are ready for ``sample(target, observations, schedule=policy_schedule(), drafter=drafter)`` with ``observations
+    [N, 2, 6]`` (:func:`free_dit.policy.task.observe`).
+    """
+    target, drafter, _ = load_policy_pair()
+    return target, drafter  # type: ignore[return-value]
+
+
 def load_policy_pair(
     model: str | Path = BUNDLED, drafter: str | Path = BUNDLED
 ) -> tuple[PolicyTarget, FeatureDrafter | str, dict[str, str]]:

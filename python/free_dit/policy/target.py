@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from free_dit.networks.policy import PolicyDiT
 from free_kernels.conditions import Conditions
-from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
+from free_kernels.targets.adaln import BLOCK_CHUNKS, HEAD_CHUNKS, AdaLNTarget, BlockParts
 from free_kernels.targets.check import TargetCheck, compare_paths
 from free_kernels.validation import describe, fail
 from free_kernels.wrappers import see_through
@@ -131,8 +132,15 @@ class PolicyTarget(AdaLNTarget):
         return [self.module.t_embedder]
 
     def _block_modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        c = self._conditioning(t, y)
-        return stack_block_modulations([block.adaLN_modulation(c) for block in self.module.blocks])
+        # One product for all blocks: every decision has an observation of its own, and makes these anew.
+        layers = [block.adaLN_modulation[1] for block in self.module.blocks]
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.stack([layer.bias for layer in layers])
+        # Scales are used with 1 added.
+        bias = bias.unflatten(1, (BLOCK_CHUNKS, -1))
+        bias[:, 1] += 1
+        bias[:, 4] += 1
+        rows = F.linear(F.silu(self._conditioning(t, y)), weight, bias.flatten())
+        return rows.view(len(t), BLOCK_CHUNKS * len(layers), 1, -1)
 
     def _final_modulations(self, t: Tensor, y: Tensor) -> Tensor:
         rows = self.module.final_layer.adaLN_modulation(self._conditioning(t, y)).unflatten(1, (HEAD_CHUNKS, 1, -1))
