@@ -174,3 +174,22 @@ def test_spacings(spacing, expected):
 def test_wrong_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=f"^DDIMSchedule: {message}"):
         DDIMSchedule(**arguments)
+
+
+def test_cosine_betas():
+    """With eta = 1 over all timesteps a step is ancestral DDPM's, whose cosine schedule is tested elsewhere."""
+    ancestral = DDPMSchedule(100, 100, "fixed_small", beta_schedule="squaredcos_cap_v2")
+    schedule = DDIMSchedule(100, 1.0, 100, beta_schedule="squaredcos_cap_v2")
+    assert np.array_equal(schedule.train_alphas_cumprod, ancestral.train_alphas_cumprod)
+    state, eps, mean, std = steps_of(schedule)
+    expected, deviation = gaussian_transition(state, eps, ancestral.table("fixed_small"))
+    # The cumulative product starts at 2e-9 here: two ways to a coefficient differ by its square root in the first step.
+    torch.testing.assert_close(mean[1:], expected[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(std[:-1], deviation[:-1], rtol=1e-4, atol=1e-6)
+    # Negative control: the linear schedule is another.
+    linear = gaussian_transition(state, eps, DDIMSchedule(100, 1.0, 100).table())[0]
+    assert (linear[1:] - expected[1:]).abs().max() > 0.1
+    leading = DDIMSchedule(10, num_train_steps=100, timestep_spacing="leading", beta_schedule="squaredcos_cap_v2")
+    assert leading.timesteps.tolist() == list(range(90, -1, -10))
+    with pytest.raises(ValueError, match="^DDIMSchedule: beta_schedule must be one of 'linear', 'squaredcos_cap_v2'"):
+        DDIMSchedule(beta_schedule="cosine")
