@@ -59,6 +59,9 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "drafter_tokens_cpu(Tensor feature, Tensor previous, Tensor state, Tensor t, Tensor? change_rms, "
       "int time_unit, int patch, int state_at, int unit_at, int scaled_at) -> Tensor");
   library.def(
+      "adaptive_norm_cpu(Tensor x, Tensor? update, Tensor modulations, Tensor? skip, int gate_at, "
+      "int shift_at, int scale_at, int gain_at, float eps) -> (Tensor, Tensor)");
+  library.def(
       "table_rows_cpu(Tensor rows, Tensor row_of_timestep, Tensor row_of_label, Tensor t, Tensor y) -> "
       "Tensor");
   library.def(
