@@ -19,13 +19,13 @@ def _sum(p_x, p_update, p_gate, o, used, UPDATED: tl.constexpr, GATED: tl.conste
 
 
 # Places differ from call to call of one network.
-@triton.jit(do_not_specialize=["tokens", "count", "gate_at", "shift_at", "scale_at", "gain_at"])
+@triton.jit(do_not_specialize=["tokens", "updates", "count", "gate_at", "shift_at", "scale_at", "gain_at"])
 def norm_kernel(
-    p_x, p_update, p_modulations, p_skip, p_sum, p_out, tokens, width, count, gate_at, shift_at, scale_at, gain_at, eps,
-    UPDATED: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, SKIPS: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    p_x, p_update, p_modulations, p_skip, p_sum, p_out, tokens, updates, width, count,
+    gate_at, shift_at, scale_at, gain_at, eps,
+    UPDATED: tl.constexpr, GATED: tl.constexpr, SKIPS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token; ``WHOLE``: in one block, which stays in registers."""
+    """One token of all rows' tokens, with one of ``updates``; ``WHOLE``: in one block, which stays in registers."""
     i = tl.program_id(0).to(tl.int64)
     p_row = p_modulations + i // tokens * count * width
     p_gate, p_shift, p_scale = p_row + gate_at * width, p_row + shift_at * width, p_row + scale_at * width
@@ -34,7 +34,7 @@ def norm_kernel(
     p_sum += i * width
     p_out += i * width
     if UPDATED:
-        p_update += (i % tokens if SHARED else i) * width
+        p_update += i % updates * width
     if SKIPS:
         p_skip += i * width
     o = tl.arange(0, BLOCK)

@@ -37,11 +37,10 @@ def adaptive_norm(a: NormArguments) -> tuple[Tensor, Tensor]:
     if out.numel():
         with current(out):
             norm_kernel[(rows * tokens,)](
-                *(a.x, a.update, a.modulations, a.skip, total, out, tokens, width, a.modulations.shape[1]),
+                *(a.x, a.update, a.modulations, a.skip, total, out, tokens),
+                *(tokens if a.update is None else tokens * a.update.shape[0], width, a.modulations.shape[1]),
                 *(a.gate_at, a.shift_at, a.scale_at, a.gain_at, a.eps),
                 UPDATED=a.update is not None,
-                # Of one row it is the same either way, so that one row and more are one kernel.
-                SHARED=a.update is not None and a.update.shape[0] == 1,
                 GATED=a.gate_at >= 0,
                 SKIPS=a.gain_at >= 0,
                 WHOLE=width <= block,
@@ -54,10 +53,10 @@ def adaptive_norm(a: NormArguments) -> tuple[Tensor, Tensor]:
 def aot_configurations(device: Device) -> list[AotConfiguration]:
     """The three calls of a drafter and the bare norm, in all dtypes, for narrow, wide and very wide tokens."""
     kinds = {
-        "update of all rows": {"UPDATED": True, "SHARED": True, "GATED": False, "SKIPS": False},
-        "gated": {"UPDATED": True, "SHARED": False, "GATED": True, "SKIPS": False},
-        "gated with skip": {"UPDATED": True, "SHARED": False, "GATED": True, "SKIPS": True},
-        "bare": {"UPDATED": False, "SHARED": False, "GATED": False, "SKIPS": False},
+        "update": {"UPDATED": True, "GATED": False, "SKIPS": False},
+        "gated": {"UPDATED": True, "GATED": True, "SKIPS": False},
+        "gated with skip": {"UPDATED": True, "GATED": True, "SKIPS": True},
+        "bare": {"UPDATED": False, "GATED": False, "SKIPS": False},
     }
     found = []
     dtypes = torch.float32, torch.bfloat16, torch.float16
