@@ -52,7 +52,8 @@ class Speculation:
         relaxation = as_relaxation(where, options.relaxation, job.learned, options.verification)
         automatic = options.draft_length == "auto"
         length = min(LONGEST[-1], num_steps) if automatic else int(options.draft_length)
-        if length > 1 and job.is_deterministic:
+        self._room = np.array(job.room)
+        if length > 1 and self._room.max() == 1:
             fail(
                 where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without"
             )
@@ -80,7 +81,8 @@ class Speculation:
             known = knowledge_of(owner, drafter, kind, num_steps, slots)
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
-            self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, reuses=reuses)
+            room = self._room if self._room[0] < num_steps else None
+            self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, reuses=reuses, room=room)
 
     @property
     def stats(self) -> SampleStats:
@@ -158,9 +160,8 @@ class Speculation:
         if self.policy is not None:
             live = np.asarray(now.images) >= 0
             return self.policy.choose(live, np.asarray(now.steps), self._seen.counts).tolist()
-        left = len(self.job.timesteps)
         return [
-            0 if image < 0 else (1 if step < self._first_drafted else min(self.length, left - step))
+            0 if image < 0 else (1 if step < self._first_drafted else min(self.length, int(self._room[step])))
             for image, step in zip(now.images, now.steps, strict=True)
         ]
 
