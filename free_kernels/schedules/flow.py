@@ -66,11 +66,11 @@ class FlowSDESchedule:
         diffusion: D_t over ``diffusion_norm``: ``"sigma"`` (sigma_t), ``"linear"`` (1 - t), ``"constant"`` (1),
             ``"increasing-decreasing"`` (sin^2(pi t)), ``"sbdm"`` (``alpha' sigma^2 / alpha - sigma sigma'``, that of
             the time-reversed diffusion; infinite at t = 0); or ``"decreasing"``, which is
-            ``(diffusion_norm cos(pi t) + 1)^2 / 4``; or ``"grpo"``, which is ``diffusion_norm^2 u / (2 (1 - u))`` of the
-            noise level u = 1 - t, so that a step's deviation is ``eta sqrt(u / (1 - u)) sqrt(dt)`` with eta the norm
-            (Flow-GRPO: Liu et al. 2025, arXiv 2505.05470, equation 9; at u = 1 the divisor is the next step's, as in
-            its code). That of DanceGRPO (Xue et al. 2025, arXiv 2505.07818), ``eta sqrt(dt)``, is ``"constant"`` with
-            norm ``eta^2 / 2``.
+            ``(diffusion_norm cos(pi t) + 1)^2 / 4``; or ``"grpo"``, which is ``diffusion_norm^2 u / (2 (1 - u))`` of
+            the noise level u = 1 - t, so that a step's deviation is ``eta sqrt(u / (1 - u)) sqrt(dt)`` with the norm as
+            eta (Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; at u = 1 the divisor is the next step's, as in its
+            code). That of DanceGRPO (Xue et al. 2025, arXiv 2505.07818), ``eta sqrt(dt)``, is ``"constant"`` with norm
+            ``eta^2 / 2``.
         diffusion_norm: scale of D_t, above 0.
         last_step: ``"mean"`` (the SDE's step without its noise), ``"euler"`` (the velocity's step) or ``"tweedie"``
             (the expected data).

@@ -23,7 +23,7 @@ SIGMAS = [round(float(1 - t), 5) for t in shifted(torch.linspace(0, 0.95, 12, dt
 
 
 def grpo(sigma: float, after: float, eta: float, x, v, first_after: float):
-    """Mean and deviation of a step from noise level ``sigma`` to ``after``; v is noise minus data (Flow-GRPO, eq. 9)."""
+    """Mean and deviation of a step from noise level ``sigma`` to ``after``; v is noise minus data (Flow-GRPO)."""
     std = math.sqrt(sigma / (1 - (first_after if sigma == 1 else sigma))) * eta
     dt = after - sigma
     mean = x * (1 + std**2 / (2 * sigma) * dt) + v * (1 + std**2 * (1 - sigma) / (2 * sigma)) * dt

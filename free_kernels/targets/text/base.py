@@ -223,7 +223,8 @@ class TextTarget(ShowsTimesteps, TargetDefaults):
                     "without hooks or another forward around its whole call, which is made in parts (see HookTarget)"
                 )
                 fail(where, "module", wanted, attached[0])
-        key = type(self), self.latent_shape, *self.convention()
+        # What may be bypassed is asked anew: an attention's processor is no part of a module's fingerprint.
+        key = type(self), self.latent_shape, *self.convention(), *self.paths()
         found = checked(key, self, self._whole, lambda: self.compare(where))
         self._path = found.path
         return found

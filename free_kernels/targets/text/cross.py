@@ -47,7 +47,10 @@ class CrossTarget(TextTarget):
         left = []
         for block in self.module.transformer_blocks:
             attention = getattr(block, "attn2", None)
-            if type(getattr(attention, "processor", None)).__name__ != self.processor or attention.norm_cross:
+            kind = type(getattr(attention, "processor", None))
+            if kind.__name__ != self.processor or kind.__module__.partition(".")[0] != "diffusers":
+                return None
+            if attention.norm_cross or attention.group_norm is not None or attention.spatial_norm is not None:
                 return None
             left += [block, attention]
         return left
