@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from free_kernels.targets.text.base import TextTarget, is_diffusers_class
-from free_kernels.targets.text.cross import PixArtTarget, SanaTarget
 from free_kernels.targets.text.joint import FluxTarget, SD3Target
+from free_kernels.targets.text.pixart import PixArtTarget
+from free_kernels.targets.text.sana import SanaTarget
 
 TEXT_TARGETS: tuple[type[TextTarget], ...] = (PixArtTarget, SD3Target, FluxTarget, SanaTarget)
 

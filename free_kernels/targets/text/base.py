@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from free_kernels.conditioning import ShowsTimesteps, TimestepTable
 from free_kernels.conditions import Condition, Conditions
 from free_kernels.constants import TIME_TICKS
 from free_kernels.protocols import TargetDefaults
-from free_kernels.targets.check import Rows, TargetCheck, alignment, checked, compare_paths, difference
-from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
-from free_kernels.targets.text.conditions import EMBEDS, MASK, Form, Texts, check_form, probe_values, store_texts
+from free_kernels.targets.text.compared import ComparedTarget, besides_text
+from free_kernels.targets.text.conditions import Form, Texts, check_form, store_texts
 from free_kernels.validation import check_int, fail
-from free_kernels.wrappers import first_output, kind_of, see_through
-
-# Text tokens of the conditions that a module is compared on.
-_PROBE_TOKENS = 5
+from free_kernels.wrappers import kind_of, see_through
 
 
 def is_diffusers_class(module: object, name: str) -> bool:
@@ -29,7 +25,7 @@ def is_diffusers_class(module: object, name: str) -> bool:
     return any(base.__name__ == name and base.__module__.partition(".")[0] == "diffusers" for base in bases)
 
 
-class TextTarget(ShowsTimesteps, TargetDefaults):
+class TextTarget(ComparedTarget, ShowsTimesteps, TargetDefaults):
     """Base of the adapters; a :class:`free_kernels.protocols.Target` once a family fills it in.
 
     It has no labels of its own: :meth:`conditioned` makes the copy that is sampled, whose labels are places among
@@ -157,8 +153,8 @@ class TextTarget(ShowsTimesteps, TargetDefaults):
         clone.num_classes, clone.has_null_label = len(conditions), conditions.null is not None
         clone._texts = store_texts(conditions, self._project, self.dtype, self.device)
         clone._vectors, clone._time_table = None, None
-        if self._condition_vectors(_besides_text(values, self)) is not None:
-            clone._vectors = conditions.vectors(lambda given: self._condition_vectors(_besides_text(given, self)))
+        if self._condition_vectors(besides_text(values, self)) is not None:
+            clone._vectors = conditions.vectors(lambda given: self._condition_vectors(besides_text(given, self)))
         clone.pooled = clone._pooled(conditions)
         clone._prepare()
         return clone
@@ -207,109 +203,6 @@ class TextTarget(ShowsTimesteps, TargetDefaults):
         clone._time_table = TimestepTable(self._time_embedding, timesteps.to(self.device))
         return clone
 
-    # Comparison with the module.
-
-    def recheck(self, where: str) -> TargetCheck:
-        """Compare with the module's own call unless that has been done of this very network, and take what agrees.
-
-        Raises:
-            ValueError: as :func:`free_kernels.check_target`.
-        """
-        refuse_unsafe(where, self._whole)
-        for module in (self._whole, self.module):
-            attached = patches("", module)
-            if attached:
-                wanted = (
-                    "without hooks or another forward around its whole call, which is made in parts (see HookTarget)"
-                )
-                fail(where, "module", wanted, attached[0])
-        # What may be bypassed is asked anew: an attention's processor is no part of a module's fingerprint.
-        key = type(self), self.latent_shape, *self.convention(), *self.paths()
-        found = checked(key, self, self._whole, lambda: self.compare(where))
-        self._path = found.path
-        return found
-
-    def convention(self) -> tuple[Any, ...]:
-        """What the module is shown besides (x, t, y), as far as a caller chooses it."""
-        return ()
-
-    @torch.no_grad()
-    def compare(self, where: str) -> TargetCheck:
-        """The comparison itself, made anew, on random conditions with ragged masks.
-
-        First row by row, then in one call whose rows share and change images.
-        """
-        values = probe_values(self.forms, _PROBE_TOKENS)
-        null = {name: leaf[-1] for name, leaf in values.items()}
-        whole = copy.copy(self)
-        whole._shown_table = None
-        conditions = Conditions({name: leaf[:-1] for name, leaf in values.items()}, null, self.device)
-        probe = whole._bound(conditions)
-        probe._given = conditions
-        found = compare_paths(where, "module", probe, self._whole)
-        return found if found.difference != found.difference else probe._compare_packed(where, found)
-
-    def _compare_packed(self, where: str, found: TargetCheck) -> TargetCheck:
-        """The same of a call with two rows of one image beside rows of others."""
-        generator = torch.Generator().manual_seed(2)
-        x = torch.randn(4, *self.latent_shape, generator=generator, dtype=torch.float32, device="cpu").to(self.device)
-        span = TargetDefaults.read(self, "num_train_steps") or 1000
-        t = torch.tensor([span // 2, span // 3, span // 8, span - span // 8], device=self.device)
-        y = torch.tensor([1, 1, 2, 0], device=self.device)
-        target = self.on_path(found.path, t, y)
-        gap = difference(target.head(target.features(x, t, y), t, y), self.own(x, t, y))
-        if not gap <= found.tolerance:
-            wanted = "a network whose rows are the same beside rows of other images"
-            fail(where, "module", wanted, f"a difference of {gap:.2g} of its size (rounding: {found.tolerance:.1e})")
-        return found._replace(difference=max(gap, found.difference), network_rows=found.network_rows + 8)
-
-    def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Output of the module's own call, as ``head`` gives it, with a copy of its text for every row.
-
-        Raises:
-            ValueError: the target does not hold conditions, which only a comparison keeps.
-        """
-        if self._given is None:
-            fail(self._name, "conditions", "those of a comparison", "others, of which the projection is kept only")
-        output = first_output(self._call(x.to(self.dtype), self._shown(t), _cast(self._given.rows(y), self)))
-        return self._as_output(output)
-
-    def _as_output(self, output: Tensor) -> Tensor:
-        """What the module predicts in this library's terms: the velocity towards the data."""
-        return -output[:, : self.latent_shape[0]] if self.family == "flow" else output
-
-    def check_convention(self, where: str, rows: Rows, own: Tensor) -> None:
-        """Raise ValueError where the output near pure noise points the other way."""
-        if self.family == "flow" and alignment(own[1], rows.x[1]) > 0.5:
-            wanted = "a network that predicts noise minus data, as diffusers' flow schedulers take it"
-            fail(where, "module", wanted, f"{type(self.module).__name__}, whose output at pure noise is against it")
-        if self.family == "diffusion" and alignment(own[0], rows.x[0]) < -0.5:
-            wanted = "a network that predicts noise"
-            fail(where, "module", wanted, f"{type(self.module).__name__}, whose output at pure noise is against it")
-
-    def paths(self) -> list[str]:
-        """Ways to run the blocks, the preferred one first."""
-        parts = self._left_out()
-        return ["blocks"] if parts is None or any(is_replaced(part) for part in parts) else ["hoisted", "blocks"]
-
-    def _left_out(self) -> list[nn.Module] | None:
-        """Modules that running the blocks by their parts does not call; None where they are called as they are."""
-        return None
-
-    def on_path(self, path: str, t: Tensor, y: Tensor) -> Self:
-        """A copy hoisted for timesteps that takes one of the ways."""
-        clone = self._tabled(t.unique())
-        clone._path = path
-        return clone
-
-    def heavy_parts(self) -> list[nn.Module]:
-        """None: the target is run itself."""
-        return []
-
-    def with_heavy_parts(self, parts: Sequence[Callable[[Tensor], Tensor]]) -> Self:
-        """Itself: there are none."""
-        return self
-
     # Shapes.
 
     @property
@@ -332,17 +225,3 @@ class TextTarget(ShowsTimesteps, TargetDefaults):
         patch, (rows, columns) = self.patch, self._grid
         patches = tokens.reshape(-1, rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
         return patches.reshape(-1, channels, rows * patch, columns * patch)
-
-
-def _cast(values: Mapping[str, Tensor], target: TextTarget) -> dict[str, Tensor]:
-    """Conditions on the network's device and, where they are numbers of it, in its dtype."""
-    forms = target.forms
-    return {
-        name: leaf.to(target.device) if forms[name].mask else leaf.to(target.device, target.dtype)
-        for name, leaf in values.items()
-    }
-
-
-def _besides_text(values: Mapping[str, Tensor], target: TextTarget) -> dict[str, Tensor]:
-    """Conditions without the texts and their mask, cast."""
-    return _cast({name: leaf for name, leaf in values.items() if name not in (EMBEDS, MASK)}, target)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from free_kernels.conditions import Condition, Conditions
+from free_kernels.conditioning import TimestepTable
+from free_kernels.conditions import Conditions
 from free_kernels.targets.text.base import TextTarget
 from free_kernels.targets.text.conditions import EMBEDS, MASK, Form, GroupText, group_rows, text_of_group
 from free_kernels.validation import fail
@@ -30,6 +31,7 @@ class CrossTarget(TextTarget):
 
     # Class of the processor whose cross-attention is computed here.
     processor: ClassVar[str]
+    _six_table: TimestepTable | None = None
     # Whether images with as many rows are one attention; None: on a GPU.
     merge: bool | None = None
 
@@ -87,8 +89,26 @@ class CrossTarget(TextTarget):
         bias = None if self.texts.bias is None else self.texts.bias.index_select(0, y).unsqueeze(1)
         return text if self.texts.is_projected else self._project(text), bias
 
+    def _prepare(self) -> None:
+        self._six_table = None
+
+    @torch.no_grad()
+    def _tabled(self, timesteps: Tensor) -> Self:
+        clone = super()._tabled(timesteps)
+        clone._six_table = None
+        if self._vectors is None:
+            # The modulations of all blocks but for each block's own table depend on the timestep only.
+            clone._six_table = TimestepTable(
+                lambda t: self._modulations(clone._time_embedding(t)), timesteps.to(self.device)
+            )
+        return clone
+
     def _six(self, t: Tensor, y: Tensor) -> Tensor:
         """Shift, scale and gate of attention and of the MLP, ``[R, 6 D]``, before a block's own are added."""
+        return self._modulations(self._conditioning(t, y)) if self._six_table is None else self._six_table(t)
+
+    def _modulations(self, conditioning: Tensor) -> Tensor:
+        """These of embeddings ``[R, D]``."""
         raise NotImplementedError
 
     def _embed(self, x: Tensor) -> Tensor:
@@ -133,197 +153,3 @@ def cross_attention(
     for layer in attention.to_out:
         out = layer(out)
     return out / attention.rescale_output_factor if attention.rescale_output_factor != 1 else out
-
-
-class PixArtTarget(CrossTarget):
-    """A ``diffusers.PixArtTransformer2DModel`` (PixArt-alpha, PixArt-sigma) as a target.
-
-    Conditions: ``prompt_embeds [N, T, W]`` and ``prompt_attention_mask [N, T]`` as the pipeline's ``encode_prompt``
-    gives them, and for a module with additional conditions (1024 x 1024 of PixArt-alpha) ``resolution [N, 2]`` and
-    ``aspect_ratio [N, 1]``, height and width in pixels and their ratio, as the pipeline gives them in
-    ``added_cond_kwargs``.
-
-    It predicts noise. A module with twice the output channels has learned a variance, which ``DDPMSchedule``'s
-    ``"auto"`` takes; the pipelines drop that half, as any fixed variance does. Guidance mixes all C channels.
-
-    Args:
-        module: the transformer, in evaluation mode.
-        latent_shape: (C, H, W), multiples of the patch; None: the square of ``config.sample_size``.
-        null_condition: as in :class:`TextTarget`.
-
-    Raises:
-        TypeError, ValueError: as :class:`TextTarget`.
-    """
-
-    family = "diffusion"
-    module_class = "PixArtTransformer2DModel"
-    processor = "AttnProcessor2_0"
-
-    def __init__(
-        self, module: Any, latent_shape: Sequence[int] | None = None, null_condition: Condition | None = None
-    ) -> None:
-        super().__init__(module, latent_shape, null_condition)
-        channels, outputs = self.latent_shape[0], self.module.out_channels
-        if outputs not in (channels, 2 * channels):
-            fail(self._name, "module", f"one with {channels} or {2 * channels} output channels", outputs)
-        if self.module.caption_projection is None:
-            fail(self._name, "module", "one with a caption projection (caption_channels)", "one without")
-        self.learns_variance = outputs == 2 * channels
-        self.recheck(self._name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The module's dtype."""
-        return self.module.pos_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The module's device."""
-        return self.module.pos_embed.proj.weight.device
-
-    @property
-    def forms(self) -> Mapping[str, Form]:
-        """Text and mask, and the picture's size where the module asks for it."""
-        forms = dict(super().forms)
-        if self.module.use_additional_conditions:
-            forms |= {"resolution": Form((2,)), "aspect_ratio": Form((1,))}
-        return forms
-
-    def _project(self, text: Tensor) -> Tensor:
-        return self.module.caption_projection(text)
-
-    def _time_embedder(self, shown: Tensor) -> Tensor:
-        embedder = self.module.adaln_single.emb
-        return embedder.timestep_embedder(embedder.time_proj(shown).to(self.dtype))
-
-    def _condition_vectors(self, values: Mapping[str, Tensor]) -> Tensor | None:
-        if not self.module.use_additional_conditions:
-            return None
-        emb = self.module.adaln_single.emb
-        sizes = []
-        for name, embedder in (("resolution", emb.resolution_embedder), ("aspect_ratio", emb.aspect_ratio_embedder)):
-            waves = emb.additional_condition_proj(values[name].flatten()).to(self.dtype)
-            sizes.append(embedder(waves).reshape(len(values[name]), -1))
-        return torch.cat(sizes, 1)
-
-    def _call(self, x: Tensor, t: Tensor, values: Mapping[str, Tensor]) -> object:
-        sizes = {name: values.get(name) for name in ("resolution", "aspect_ratio")}
-        return self._whole(
-            x,
-            encoder_hidden_states=values[EMBEDS],
-            timestep=t,
-            added_cond_kwargs=sizes,
-            encoder_attention_mask=values.get(MASK),
-        )
-
-    def _six(self, t: Tensor, y: Tensor) -> Tensor:
-        single = self.module.adaln_single
-        return single.linear(single.silu(self._conditioning(t, y)))
-
-    def _embed(self, x: Tensor) -> Tensor:
-        return self.module.pos_embed(x)
-
-    def _plain_block(self, block: Any, h: Tensor, six: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-        return block(h, encoder_hidden_states=text, encoder_attention_mask=bias, timestep=six)
-
-    def _left_out(self) -> list[nn.Module] | None:
-        left = super()._left_out()
-        if left is None or any(block._chunk_size is not None for block in self.module.transformer_blocks):
-            return None
-        attentions = [block.attn2 for block in self.module.transformer_blocks]
-        if any(one.norm_q is not None or one.norm_k is not None or one.residual_connection for one in attentions):
-            return None
-        return left
-
-    def _block(self, block: Any, h: Tensor, six: Sequence[Tensor], texts: list[GroupText]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = six
-        h = gate1 * block.attn1(block.norm1(h) * (1 + scale1) + shift1) + h
-        h = cross_attention(block.attn2, h, texts) + h
-        return gate2 * block.ff(block.norm2(h) * (1 + scale2) + shift2) + h
-
-    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Noise, and where it is learned the variance: ``[R, C or 2C, H, W]``."""
-        module = self.module
-        own = module.scale_shift_table[None] + self._conditioning(t, y)[:, None]
-        shift, scale = own.chunk(2, 1)
-        tokens = module.proj_out(module.norm_out(h.to(self.dtype)) * (1 + scale) + shift)
-        return self._unpatched(tokens, module.out_channels)
-
-
-class SanaTarget(CrossTarget):
-    """A ``diffusers.SanaTransformer2DModel`` as a target of flow schedules.
-
-    Conditions: ``prompt_embeds [N, T, W]`` and ``prompt_attention_mask [N, T]`` as the pipeline's ``encode_prompt``
-    gives them. The module is shown the noise level of a tick times 1000 and ``config.timestep_scale``, as in
-    ``SanaPipeline``, and predicts noise minus data. The modules of Sana-Sprint (``guidance_embeds``), which follow
-    another path from noise to data, are refused.
-
-    Args:
-        module: the transformer, in evaluation mode.
-        latent_shape: (C, H, W), multiples of the patch; None: the square of ``config.sample_size``.
-        null_condition: as in :class:`TextTarget`.
-
-    Raises:
-        TypeError, ValueError: as :class:`TextTarget`.
-    """
-
-    module_class = "SanaTransformer2DModel"
-    processor = "SanaAttnProcessor2_0"
-
-    def __init__(
-        self, module: Any, latent_shape: Sequence[int] | None = None, null_condition: Condition | None = None
-    ) -> None:
-        super().__init__(module, latent_shape, null_condition)
-        if self.module.config.guidance_embeds:
-            wanted = "one without guidance_embeds: Sana-Sprint's path from noise to data is no linear one"
-            fail(self._name, "module", wanted, "one with")
-        self.recheck(self._name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The module's dtype."""
-        return self.module.patch_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The module's device."""
-        return self.module.patch_embed.proj.weight.device
-
-    def _project(self, text: Tensor) -> Tensor:
-        return self.module.caption_norm(self.module.caption_projection(text))
-
-    def _shown(self, t: Tensor) -> Tensor:
-        return super()._shown(t) * self.module.config.timestep_scale
-
-    def _time_embedder(self, shown: Tensor) -> Tensor:
-        embedder = self.module.time_embed.emb
-        return embedder.timestep_embedder(embedder.time_proj(shown).to(self.dtype))
-
-    def _call(self, x: Tensor, t: Tensor, values: Mapping[str, Tensor]) -> object:
-        return self._whole(x, values[EMBEDS], t, encoder_attention_mask=values.get(MASK))
-
-    def _six(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.module.time_embed.linear(self.module.time_embed.silu(self._conditioning(t, y)))
-
-    def _embed(self, x: Tensor) -> Tensor:
-        return self.module.patch_embed(x)
-
-    def _plain_block(self, block: Any, h: Tensor, six: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-        return block(h, None, text, bias, six, *self._grid)
-
-    def _block(self, block: Any, h: Tensor, six: Sequence[Tensor], texts: list[GroupText]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = six
-        h = h + gate1 * block.attn1(block.norm1(h) * (1 + scale1) + shift1)
-        h = cross_attention(block.attn2, h, texts, _normed) + h
-        image = (block.norm2(h) * (1 + scale2) + shift2).unflatten(1, self._grid).permute(0, 3, 1, 2)
-        return h + gate2 * block.ff(image).flatten(2, 3).permute(0, 2, 1)
-
-    def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Velocity towards the data ``[R, C, H, W]``."""
-        module = self.module
-        tokens = module.norm_out(h.to(self.dtype), self._conditioning(t, y), module.scale_shift_table)
-        return self._as_output(self._unpatched(module.proj_out(tokens), module.config.out_channels))
-
-
-def _normed(norm: nn.Module | None, value: Tensor) -> Tensor:
-    return value if norm is None else norm(value)
