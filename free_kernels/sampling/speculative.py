@@ -15,7 +15,7 @@ from free_kernels.constants import Purpose
 from free_kernels.drafters import as_drafter
 from free_kernels.protocols import NoiseDefaults, first_drafted_step
 from free_kernels.results import RoundInfo, SampleStats
-from free_kernels.sampling.cuda_graphs import check_cuda_graphs
+from free_kernels.sampling.cuda_graphs import check_capturable, check_cuda_graphs
 from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Job
 from free_kernels.sampling.round import RoundReport, Rounds
 from free_kernels.sampling.run_stats import RunStats
@@ -48,6 +48,7 @@ class Speculation:
             # A decision that looks at all drafts needs new noise every round; a tensor has one of each step.
             fail(where, "noise", "initial states only with verification 'block'", "noise of every step")
         check_cuda_graphs(where, options.cuda_graphs, job.labels.device)
+        check_capturable(where, options.cuda_graphs, job.target)
         drafter = as_drafter(where, options.drafter, job.target)
         relaxation = as_relaxation(where, options.relaxation, job.learned, options.verification)
         automatic = options.draft_length == "auto"

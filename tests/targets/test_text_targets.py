@@ -19,6 +19,7 @@ from free_kernels import (
     check_target,
     sample,
 )
+from free_kernels.sampling.cuda_graphs import check_capturable
 from free_kernels.targets import as_target
 from free_kernels.targets.check import difference, rounding_tolerance
 from free_kernels.targets.text import cross
@@ -380,6 +381,19 @@ class TestRefused:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(ValueError, match="^PixArtTarget: cuda_graphs must be False for PixArtTarget, whose rows"):
             target._grouped(OnGPU())
+
+    @pytest.mark.parametrize("name", ["pixart", "sana", "sd3", "flux"])
+    def test_cuda_graphs_are_refused_before_a_run(self, name):
+        target = TARGETS[name]()
+        if name in ("sd3", "flux"):
+            check_capturable("sample", True, target)
+            return
+        with pytest.raises(ValueError, match=f"^sample: cuda_graphs must be False for {type(target).__name__}, whose"):
+            check_capturable("sample", True, target)
+        check_capturable("sample", False, target)
+        # With a text for every row there is nothing for the host to read.
+        target._path = "blocks"
+        check_capturable("sample", True, target)
 
     def test_public_names(self):
         for name in ("PixArtTarget", "SD3Target", "FluxTarget", "SanaTarget"):

@@ -89,6 +89,11 @@ class CrossTarget(TextTarget):
         bias = None if self.texts.bias is None else self.texts.bias.index_select(0, y).unsqueeze(1)
         return text if self.texts.is_projected else self._project(text), bias
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether a call can be part of a CUDA graph: with a text for every row."""
+        return self._path == "blocks"
+
     def _prepare(self) -> None:
         self._six_table = None
 
