@@ -113,8 +113,8 @@ def store_texts(
     if not is_projected and conditions.null is None:
         embeds = given.to(device, dtype)
     else:
-        embeds = torch.empty(count, given.shape[1], (first if is_projected else given).shape[2], dtype=dtype)
-        embeds = embeds.to(device)
+        shape = count, given.shape[1], (first if is_projected else given).shape[2]
+        embeds = torch.empty(shape, dtype=dtype, device=device)
         for image in range(count):
             text = conditions.at(image)[EMBEDS].unsqueeze(0).to(device, dtype)
             embeds[image] = (project(text) if is_projected else text)[0]
