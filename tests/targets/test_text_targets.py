@@ -11,6 +11,8 @@ import free_kernels
 from free_kernels import (
     Conditions,
     DDPMSchedule,
+    DrafterConfig,
+    FeatureDrafter,
     FlowSDESchedule,
     FluxTarget,
     PixArtTarget,
@@ -217,6 +219,31 @@ class TestSampling:
         assert bool(result.samples.isfinite().all())
         assert result.stats.call_reduction > 1.0
         assert 0 < result.stats.accepted_by_step.sum() <= result.stats.tested_by_step.sum()
+
+    @pytest.mark.parametrize("name", ["pixart", "sd3", "flux", "sana, patches and norms"])
+    @pytest.mark.parametrize(
+        "options",
+        [{"draft_length": "auto"}, {"verification": "block", "draft_length": 4}, {"draft_length": 5}],
+        ids=str,
+    )
+    def test_learned_drafters_are_shown_the_pooled_texts(self, name, options):
+        """One with random weights: its drafts depend on the texts, and runs finish."""
+        target = TARGETS[name]()
+        values, config = some_texts(target, 3), DrafterConfig(width=32, time_unit=100)
+        known = target.conditioned(Conditions(values))
+        torch.manual_seed(0)
+        drafter = FeatureDrafter(target.latent_shape, target.feature_shape, 0, config, known.pooled.shape[1]).eval()
+        torch.nn.init.normal_(drafter.modulation.weight, std=0.1)
+        for weight in drafter.parameters():
+            weight.data += 0.05 * torch.randn_like(weight)
+        x, t, y = torch.randn(2, *target.latent_shape), torch.tensor([500, 500]), torch.tensor([0, 1])
+        shown = drafter.conditioned(known.pooled)
+        h = torch.zeros(2, *target.feature_shape)
+        with torch.no_grad():
+            drafts = shown(h, x[:1].repeat(2, 1, 1, 1), x[:1].repeat(2, 1, 1, 1), t, y)
+        assert float((drafts[0] - drafts[1]).abs().max()) > 1e-3
+        result = sample(target, values, drafter=drafter, schedule=schedule_for(target), seed=3, **options)
+        assert bool(result.samples.isfinite().all())
 
     @pytest.mark.parametrize("name", ["pixart", "sd3", "sana"])
     def test_modules_are_recognised(self, name):
