@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from free_kernels import FluxTarget, PixArtTarget, SanaTarget, SD3Target
+from free_kernels import Conditions, DDPMSchedule, FlowSDESchedule, FluxTarget, PixArtTarget, SanaTarget, SD3Target
+from free_kernels.targets.check import rounding_tolerance
 
 TOKENS, WIDTH, POOLED = 7, 32, 12
 
@@ -182,3 +183,34 @@ def call(target: Any, x: Tensor, t: Tensor, values: dict[str, Tensor]) -> Tensor
         guidance=guidance,
     ).sample
     return -F.pixel_shuffle(packed.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+# Rows of a packed call: images in another order than stored, with one, two and three rows, and the null condition's.
+PLACES = torch.tensor([2, 2, 0, 1, 1, 1, 4, 4, 3])
+IMAGES = 4
+
+
+def bound(target: Any, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
+    """Conditions ``[IMAGES + 1, ...]``, the last of which is the null condition, and the target with them."""
+    values = some_texts(target, IMAGES + 1, seed=seed)
+    null = {name: leaf[-1] for name, leaf in values.items()}
+    given = {name: leaf[:-1] for name, leaf in values.items()}
+    return values, target.conditioned(Conditions(given, null))
+
+
+def rows_of(target: Any, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Random states and timesteps or ticks of a packed call, and whose they are."""
+    generator = torch.Generator().manual_seed(seed)
+    span = 100_000 if target.family == "flow" else 1000
+    x = torch.randn(len(PLACES), *target.latent_shape, generator=generator)
+    return x, torch.randint(0, span, (len(PLACES),), generator=generator), PLACES
+
+
+def schedule_for(target: Any, num_steps: int = 10) -> DDPMSchedule | FlowSDESchedule:
+    """A schedule of its family."""
+    return FlowSDESchedule(num_steps, shift=3.0) if target.family == "flow" else DDPMSchedule(num_steps)
+
+
+def bound_of(target: Any, samples: Tensor, steps: int) -> float:
+    """How far two chains may be apart by rounding: each step adds what explains two calls, of a state's size."""
+    return steps * rounding_tolerance(target.module, samples.device) * float(samples.abs().max())
