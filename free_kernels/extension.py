@@ -33,6 +33,7 @@ OPS = (
     "draft_rows_cpu",
     "drafter_tokens_cpu",
     "table_rows_cpu",
+    "adaptive_norm_cpu",
     "couple_cpu",
     "couple_block_cpu",
 )

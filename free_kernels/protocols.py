@@ -103,6 +103,7 @@ class TargetDefaults(_Defaults):
         packed_call: ``packed_call(x, t, y) -> (output, wait)`` for all rows of a round at once, where the features
             arrive after the output: ``wait()`` returns them, and is called before the next packed call. None:
             ``features``, then ``head``.
+        is_capturable: False where a call waits for the host, so that it cannot be part of a CUDA graph.
     """
 
     device: Any = None
@@ -114,6 +115,7 @@ class TargetDefaults(_Defaults):
     conditioned: Callable[[Any], Any] | None = None
     pooled: Tensor | None = None
     packed_call: PackedCall | None = None
+    is_capturable: bool = True
 
     def hoisted(self, timesteps: Tensor, labels: Tensor) -> Any:
         """A copy with everything that depends on timestep and label only computed once; by default the target itself.

@@ -15,7 +15,7 @@ constexpr float kAcross = 0.70710678118654752f;  // the root of kAcrossShare
 // Sums are kept in lanes of float32 within a block and in float64 beyond. A lane adds kBlock / kLanes
 // products, so the rounding of a sum is at most kBlock / kLanes half spacings of float32 times the sum of its
 // products' sizes.
-constexpr int64_t kLanes = 8;
+constexpr int64_t kLanes = 8, kFloatBytes = sizeof(float);
 static_assert(kBlock % kLanes == 0);
 
 // A vector of the compilers' (gcc, clang), which they split where the CPU's are shorter.
@@ -28,11 +28,25 @@ FREE_KERNELS_INLINE void add_product(Lanes& lanes, const float* a, const float* 
   lanes += left * right;
 }
 
-FREE_KERNELS_INLINE double total(const Lanes& lanes) {
-  double sum = 0;
-  for (int64_t k = 0; k < kLanes; ++k) sum += static_cast<double>(lanes[k]);
-  return sum;
-}
+// Sums of blocks' lanes: lanes of float64 again, so that only a chunk's end adds up what is in one vector.
+struct Total {
+  static constexpr int64_t kHalf = kLanes / 2;
+  typedef float Narrow __attribute__((vector_size(kHalf * sizeof(float))));
+  typedef double Wide __attribute__((vector_size(kHalf * sizeof(double))));
+  Wide sums = {};
+
+  FREE_KERNELS_INLINE void add(const Lanes& lanes) {
+    Narrow halves[2];
+    std::memcpy(halves, &lanes, sizeof(Lanes));
+    sums += __builtin_convertvector(halves[0], Wide) + __builtin_convertvector(halves[1], Wide);
+  }
+
+  FREE_KERNELS_INLINE double value() const {
+    double sum = 0;
+    for (int64_t k = 0; k < kHalf; ++k) sum += sums[k];
+    return sum;
+  }
+};
 
 // Pointers to the first elements of a row; the draft's are null in a row that has no room for one.
 struct RowPointers {
@@ -92,6 +106,7 @@ FREE_KERNELS_INLINE Element compare(float mean_q, float std_q, float mean_p, flo
 FREE_KERNELS_INLINE RowSums sum_fixed(const Round& round, const RowPointers& row, int64_t first,
                                       int64_t last) {
   RowSums sums;
+  Total totals[2];
   float mean[kBlock], gap[kBlock], noise[kBlock];
   for (int64_t begin = first; begin < last; begin += kBlock) {
     const int64_t count = std::min(kBlock, last - begin);
@@ -109,10 +124,18 @@ FREE_KERNELS_INLINE RowSums sum_fixed(const Round& round, const RowPointers& row
       add_product(gap_gap, gap + i, gap + i);
       add_product(gap_z, gap + i, z + i);
     }
-    sums.sum[kGapGap] += total(gap_gap);
-    sums.sum[kGapSum] += total(gap_z);
+    totals[0].add(gap_gap);
+    totals[1].add(gap_z);
   }
+  sums.sum[kGapGap] = totals[0].value();
+  sums.sum[kGapSum] = totals[1].value();
   return sums;
+}
+
+// Asks for a cache line that is needed a block later: adding up reads no memory, which would idle meanwhile,
+// and the CPU's own look-ahead ends with a page. It may lie behind the array, where nothing is read.
+FREE_KERNELS_INLINE void prefetch(const void* array, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(array) + bytes));
 }
 
 FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& row, int64_t first,
@@ -121,6 +144,7 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& r
   float mean[kBlock], std_q[kBlock], gap[kBlock], error[kBlock];
   float difference[kBlock], sum[kBlock], rooted[kBlock], moved[kBlock], scaled[kBlock];
   float least[kLanes] = {};
+  Total totals[kSums];
   for (int64_t begin = first; begin < last; begin += kBlock) {
     const int64_t count = std::min(kBlock, last - begin);
     mean_block(round.transition, row.columns, row.output, row.state, begin, count, mean);
@@ -140,7 +164,12 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& r
     for (float* values : {gap, error, difference, sum, rooted, moved, scaled}) pad(values, count);
 
     Lanes lanes[kSums] = {};
+    const int64_t next = begin + kBlock, bytes = element_bytes(round.transition.kind);
     for (int64_t i = 0; i < count; i += kLanes) {
+      prefetch(row.state, (next + i) * kFloatBytes);
+      prefetch(row.mean_p, (next + i) * kFloatBytes);
+      prefetch(row.std_p, (next + i) * kFloatBytes);
+      prefetch(row.z, (next + i) * kFloatBytes);
       add_product(lanes[kGapGap], gap + i, gap + i);
       add_product(lanes[kGapSum], gap + i, sum + i);
       add_product(lanes[kGapDifference], gap + i, difference + i);
@@ -150,6 +179,10 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& r
       add_product(lanes[kRootedDifference], rooted + i, difference + i);
     }
     for (int64_t i = 0; i < count; i += kLanes) {
+      prefetch(row.slack, (next + i) * kFloatBytes);
+      prefetch(row.output.conditional, (next + i) * bytes);
+      prefetch(row.output.conditional, (round.transition.elements + next + i) * bytes);
+      if (next + i < round.transition.guided) prefetch(row.output.unconditional, (next + i) * bytes);
       add_product(lanes[kMovedGap], moved + i, gap + i);
       add_product(lanes[kMovedMoved], moved + i, moved + i);
       add_product(lanes[kMovedSum], moved + i, sum + i);
@@ -160,8 +193,9 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& r
     }
     for (int64_t i = 0; i < count; i += kLanes)
       for (int64_t k = 0; k < kLanes; ++k) least[k] = error[i + k] < least[k] ? error[i + k] : least[k];
-    for (int k = 0; k < kSums; ++k) sums.sum[k] += total(lanes[k]);
+    for (int k = 0; k < kSums; ++k) totals[k].add(lanes[k]);
   }
+  for (int k = 0; k < kSums; ++k) sums.sum[k] = totals[k].value();
   for (const float value : least) sums.least_error = std::min(sums.least_error, value);
   return sums;
 }

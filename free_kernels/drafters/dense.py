@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Shift, scale and gate of a block; shift and scale before the output.
-BLOCK_ROWS, LAST_ROWS = 3, 2
+DENSE_BLOCK_ROWS, DENSE_LAST_ROWS = 3, 2
 
 
 class DenseBlock(nn.Module):
@@ -38,12 +38,13 @@ class DenseFolded(NamedTuple):
     leave: Tensor
     leave_bias: Tensor
 
-    def __call__(self, feature: Tensor, tokens: Tensor, modulations: tuple[Tensor, ...], memory: None = None) -> Tensor:
-        """Feature ``[R, T, D]`` from the parent feature, this beside patches, and modulations."""
+    def __call__(self, feature: Tensor, tokens: Tensor, modulations: Tensor, memory: None = None) -> Tensor:
+        """Feature ``[R, T, D]`` from the parent feature, this beside patches, and modulations ``[R, K, 1, width]``."""
+        rows = modulations.unbind(1)
         x = F.linear(tokens, self.enter).add_(self.enter_bias)
         for index, (fc1, fc1_bias, fc2, fc2_bias) in enumerate(self.blocks):
-            shift, scale, gate = modulations[BLOCK_ROWS * index : BLOCK_ROWS * (index + 1)]
+            shift, scale, gate = rows[DENSE_BLOCK_ROWS * index : DENSE_BLOCK_ROWS * (index + 1)]
             hidden = F.gelu(F.linear(torch.addcmul(shift, x, scale).flatten(1), fc1, fc1_bias))
             x = torch.addcmul(x, gate, F.linear(hidden, fc2, fc2_bias).view_as(x))
-        shift, scale = modulations[BLOCK_ROWS * len(self.blocks) :]
+        shift, scale = rows[DENSE_BLOCK_ROWS * len(self.blocks) :]
         return feature + F.linear(torch.addcmul(shift, x, scale), self.leave, self.leave_bias)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, reading, save_checkpoint
 from free_kernels.conditioning import ConditioningTable, table_fits
-from free_kernels.drafters.dense import BLOCK_ROWS, LAST_ROWS, DenseBlock, DenseFolded
+from free_kernels.drafters.dense import DENSE_BLOCK_ROWS, DENSE_LAST_ROWS, DenseBlock, DenseFolded
 from free_kernels.drafters.memory import FeatureMemory, check_memory
 from free_kernels.ops.attention import feature_attention
+from free_kernels.ops.norms import NormArguments, adaptive_norm
+from free_kernels.ops.norms.reference import adaptive_norm as reference_norm
 from free_kernels.ops.tokens import TokenArguments, drafter_tokens
 from free_kernels.ops.tokens.reference import drafter_tokens as reference_tokens
 from free_kernels.ops.tokens.reference import tiles
@@ -80,26 +82,41 @@ class _Block(nn.Module):
         return tuple(part for layer in (self.qkv, self.proj, self.fc1, self.fc2) for part in (layer.weight, layer.bias))
 
 
-def _normalize(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], None, None, 1e-6)
+# Modulations of a block: shift, scale and gate of attention and of the MLP.
+_BLOCK_ROWS = 6
+
+
+def _add_and_normalize(
+    x: Tensor, update: Tensor, modulations: Tensor, gate: int, shift: int, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`free_kernels.ops.norms.adaptive_norm` with the scale behind the shift and a skip's gain behind that."""
+    places = gate, shift, shift + 1, -1 if skip is None else shift + 2
+    given = NormArguments(x, update, modulations, skip, *places, 1e-6)
+    # The kernels have no gradient, and compute in float32.
+    if torch.is_grad_enabled() or x.dtype == torch.float64:
+        return reference_norm(given)
+    return adaptive_norm(given)
 
 
 def _apply_block(
     x: Tensor,
+    normalized: Tensor,
     weights: tuple[Tensor, ...],
-    modulations: tuple[Tensor, ...],
+    modulations: Tensor,
+    first: int,
     heads: int,
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Attention and MLP on ``[R, T, D]``; modulations are (shift, scale, gate) of each, ``attend`` mixes q, k, v."""
+) -> tuple[Tensor, Tensor]:
+    """Attention and MLP on ``[R, T, D]``: their sum but for the MLP's part, and that part before its gate.
+
+    ``normalized`` is what attention takes, the block's modulations begin at ``first``, ``attend`` mixes q, k, v.
+    """
     qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulations
     rows, tokens, width = x.shape
-    joint = F.linear(torch.addcmul(shift1, _normalize(x), scale1), qkv, qkv_bias)
+    joint = F.linear(normalized, qkv, qkv_bias)
     mixed = attend(*joint.view(rows, tokens, 3, heads, -1).unbind(2)).view(rows, tokens, width)
-    x = torch.addcmul(x, gate1, F.linear(mixed, proj, proj_bias))
-    hidden = F.gelu(F.linear(torch.addcmul(shift2, _normalize(x), scale2), fc1, fc1_bias))
-    return torch.addcmul(x, gate2, F.linear(hidden, fc2, fc2_bias))
+    x, normalized = _add_and_normalize(x, F.linear(mixed, proj, proj_bias), modulations, first + 2, first + 3)
+    return x, F.linear(F.gelu(F.linear(normalized, fc1, fc1_bias)), fc2, fc2_bias)
 
 
 class _Folded(NamedTuple):
@@ -122,28 +139,24 @@ class _Folded(NamedTuple):
     heads: int
 
     def __call__(
-        self, feature: Tensor, tokens: Tensor, modulations: tuple[Tensor, ...], memory: FeatureMemory | None = None
+        self, feature: Tensor, tokens: Tensor, modulations: Tensor, memory: FeatureMemory | None = None
     ) -> Tensor:
-        """Feature ``[R, T, D]`` from the parent feature, this beside patches, modulations and memory."""
-        x = F.linear(tokens, self.enter).add_(self.enter_bias)
-        embedded = x
+        """Feature ``[R, T, D]`` from the parent feature, this beside patches, modulations ``[R, K, 1, width]``."""
+        modulations = modulations.squeeze(2)
+        embedded, normalized = _add_and_normalize(F.linear(tokens, self.enter), self.enter_bias, modulations, -1, 0)
+        x, last = embedded, len(self.blocks) - 1
         for index, weights in enumerate(self.blocks):
             attend = feature_attention if memory is None else partial(memory.attend, index)
-            x = _apply_block(x, weights, modulations[6 * index : 6 * index + 6], self.heads, attend)
-        shift, scale, *gain = modulations[6 * len(self.blocks) :]
-        leaving = torch.addcmul(shift, _normalize(x), scale)
-        if gain:
-            # Normalisation removes the scale of its input; this linear path keeps it.
-            leaving = torch.addcmul(leaving, embedded, gain[0])
-        return feature + F.linear(leaving, self.leave, self.leave_bias)
+            first, behind = _BLOCK_ROWS * index, _BLOCK_ROWS * (index + 1)
+            x, update = _apply_block(x, normalized, weights, modulations, first, self.heads, attend)
+            # Normalisation removes the scale of its input; the skip, a linear path, keeps it.
+            skip = embedded if index == last and modulations.shape[1] > behind + 2 else None
+            x, normalized = _add_and_normalize(x, update, modulations, behind - 1, behind, skip)
+        return feature + F.linear(normalized, self.leave, self.leave_bias)
 
 
 def _run(
-    folded: _Folded | DenseFolded,
-    feature: Tensor,
-    tokens: Tensor,
-    modulations: tuple[Tensor, ...],
-    memory: FeatureMemory | None,
+    folded: _Folded | DenseFolded, feature: Tensor, tokens: Tensor, modulations: Tensor, memory: FeatureMemory | None
 ) -> Tensor:
     """A call of the network, which :meth:`FeatureDrafter.compile` compiles."""
     return folded(feature, tokens, modulations, memory)
@@ -354,8 +367,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
     @property
     def _modulation_rows(self) -> int:
         if self.config.mixing == "dense":
-            return BLOCK_ROWS * self.config.depth + LAST_ROWS
-        return 6 * self.config.depth + 2 + self.config.skip
+            return DENSE_BLOCK_ROWS * self.config.depth + DENSE_LAST_ROWS
+        return _BLOCK_ROWS * self.config.depth + 2 + self.config.skip
 
     def forward(
         self,
@@ -381,7 +394,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         table = self._table or self._modulations
         folded = self._kept or self._fold()
         feature = feature.to(dtype)
-        tokens, modulations = self._tokens(feature, previous, state, t), table(t, y).unbind(1)
+        tokens, modulations = self._tokens(feature, previous, state, t), table(t, y)
         return self._run(folded, feature, tokens, modulations, memory)
 
     def new_memory(

@@ -14,7 +14,7 @@ from free_kernels.conditions import Condition
 from free_kernels.protocols import Drafter, Schedule
 from free_kernels.results import Callback, SampleResult
 from free_kernels.sampling.ancestral import run_ordinary
-from free_kernels.sampling.cuda_graphs import check_cuda_graphs
+from free_kernels.sampling.cuda_graphs import check_capturable, check_cuda_graphs
 from free_kernels.sampling.guidance import GuidanceScale
 from free_kernels.sampling.job import make_job
 from free_kernels.sampling.options import Options
@@ -69,6 +69,7 @@ def ancestral_sample(
     )
     job = make_job(where, target, class_labels, options, conditions, null_condition)
     check_cuda_graphs(where, cuda_graphs, job.labels.device)
+    check_capturable(where, cuda_graphs, job.target)
     result = run_ordinary(job.hoisted())
     result.stats.elapsed_s = time.perf_counter() - started
     return result

@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from free_kernels.protocols import TargetDefaults
 from free_kernels.validation import fail
 
 Result = TypeVar("Result")
@@ -104,6 +105,12 @@ def check_cuda_graphs(where: str, cuda_graphs: object, device: torch.device) -> 
     if cuda_graphs and device.type != "cuda":
         fail(where, "cuda_graphs", f"False for a target on {device}", cuda_graphs)
     return cuda_graphs
+
+
+def check_capturable(where: str, cuda_graphs: bool, target: object) -> None:
+    """Raise ValueError where graphs are asked for of a target whose calls wait for the host."""
+    if cuda_graphs and not TargetDefaults.read(target, "is_capturable"):
+        fail(where, "cuda_graphs", f"False for {type(target).__name__}, whose calls wait for the host", cuda_graphs)
 
 
 def row_bucket(rows: int, most: int, buckets: int = 8) -> int:

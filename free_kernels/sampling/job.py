@@ -126,6 +126,19 @@ class Job:
         """Whether a step between the first and the last adds no noise, so that no draft of it is ever accepted."""
         return bool(self.table[1:-1, TransitionColumn.LOG_STD].isneginf().any())
 
+    @property
+    def room(self) -> list[int]:
+        """The most rows of a round from each step on: up to the next step without noise, whose draft is never accepted.
+
+        Such a step is the last row of its round, which has no draft, and so an ordinary step.
+        """
+        silent, num_steps = self.table[:, TransitionColumn.LOG_STD].isneginf().tolist(), len(self.timesteps)
+        room, ahead = [], 0
+        for step in reversed(range(num_steps)):
+            ahead = 1 if silent[step] or step == num_steps - 1 else ahead + 1
+            room.append(ahead)
+        return room[::-1]
+
     def unguided(self) -> Job:
         """The same job at a step that is not guided: one network row per row."""
         return replace(self, guidance_scale=1.0, scales=None)

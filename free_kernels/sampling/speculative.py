@@ -15,7 +15,7 @@ from free_kernels.constants import Purpose
 from free_kernels.drafters import as_drafter
 from free_kernels.protocols import NoiseDefaults, first_drafted_step
 from free_kernels.results import RoundInfo, SampleStats
-from free_kernels.sampling.cuda_graphs import check_cuda_graphs
+from free_kernels.sampling.cuda_graphs import check_capturable, check_cuda_graphs
 from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Job
 from free_kernels.sampling.round import RoundReport, Rounds
 from free_kernels.sampling.run_stats import RunStats
@@ -48,11 +48,13 @@ class Speculation:
             # A decision that looks at all drafts needs new noise every round; a tensor has one of each step.
             fail(where, "noise", "initial states only with verification 'block'", "noise of every step")
         check_cuda_graphs(where, options.cuda_graphs, job.labels.device)
+        check_capturable(where, options.cuda_graphs, job.target)
         drafter = as_drafter(where, options.drafter, job.target)
         relaxation = as_relaxation(where, options.relaxation, job.learned, options.verification)
         automatic = options.draft_length == "auto"
         length = min(LONGEST[-1], num_steps) if automatic else int(options.draft_length)
-        if length > 1 and job.is_deterministic:
+        self._room = np.array(job.room)
+        if length > 1 and self._room.max() == 1:
             fail(
                 where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without"
             )
@@ -80,7 +82,8 @@ class Speculation:
             known = knowledge_of(owner, drafter, kind, num_steps, slots)
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
-            self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, reuses=reuses)
+            room = self._room if self._room[0] < num_steps else None
+            self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, reuses=reuses, room=room)
 
     @property
     def stats(self) -> SampleStats:
@@ -158,9 +161,8 @@ class Speculation:
         if self.policy is not None:
             live = np.asarray(now.images) >= 0
             return self.policy.choose(live, np.asarray(now.steps), self._seen.counts).tolist()
-        left = len(self.job.timesteps)
         return [
-            0 if image < 0 else (1 if step < self._first_drafted else min(self.length, left - step))
+            0 if image < 0 else (1 if step < self._first_drafted else min(self.length, int(self._room[step])))
             for image, step in zip(now.images, now.steps, strict=True)
         ]
 

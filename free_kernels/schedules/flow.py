@@ -14,7 +14,7 @@ from free_kernels.constants import TIME_TICKS, TransitionColumn
 from free_kernels.validation import check_choice, check_float, check_int, fail
 
 INTERPOLANTS = ("linear", "gvp")
-DIFFUSIONS = ("sigma", "linear", "constant", "decreasing", "increasing-decreasing", "sbdm")
+DIFFUSIONS = ("sigma", "linear", "constant", "decreasing", "increasing-decreasing", "sbdm", "grpo")
 PREDICTIONS = ("velocity", "noise", "score")
 LAST_STEPS = ("mean", "euler", "tweedie")
 
@@ -66,7 +66,11 @@ class FlowSDESchedule:
         diffusion: D_t over ``diffusion_norm``: ``"sigma"`` (sigma_t), ``"linear"`` (1 - t), ``"constant"`` (1),
             ``"increasing-decreasing"`` (sin^2(pi t)), ``"sbdm"`` (``alpha' sigma^2 / alpha - sigma sigma'``, that of
             the time-reversed diffusion; infinite at t = 0); or ``"decreasing"``, which is
-            ``(diffusion_norm cos(pi t) + 1)^2 / 4``.
+            ``(diffusion_norm cos(pi t) + 1)^2 / 4``; or ``"grpo"``, which is ``diffusion_norm^2 u / (2 (1 - u))`` of
+            the noise level u = 1 - t, so that a step's deviation is ``eta sqrt(u / (1 - u)) sqrt(dt)`` with the norm as
+            eta (Flow-GRPO: Liu et al. 2025, arXiv 2505.05470; at u = 1 the divisor is the next step's, as in its
+            code). That of DanceGRPO (Xue et al. 2025, arXiv 2505.07818), ``eta sqrt(dt)``, is ``"constant"`` with norm
+            ``eta^2 / 2``.
         diffusion_norm: scale of D_t, above 0.
         last_step: ``"mean"`` (the SDE's step without its noise), ``"euler"`` (the velocity's step) or ``"tweedie"``
             (the expected data).
@@ -79,6 +83,9 @@ class FlowSDESchedule:
         times: times of the steps, increasing in ``[0, 1)`` from noise to data, a sequence or a tensor ``[K]``; they
             give ``num_steps``, ``first_time`` and ``last_step_size``. Noise levels u, which fall from 1 as those of
             diffusers and of SD3 do, are times ``1 - u``. None: the grid above.
+        window: ``(first, end)``: steps ``first <= k < end`` are the SDE's, and D_t is 0 at all others, which are Euler
+            steps of the velocity without noise (MixGRPO: Li et al. 2025, arXiv 2507.21802); an empty one leaves the
+            ODE. None: all steps.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of another type, two times share a tick, a coefficient
@@ -97,6 +104,7 @@ class FlowSDESchedule:
     shift: float = 1.0
     # The attribute of this name is a property, set below.
     times: InitVar[Sequence[float] | Tensor | None] = None
+    window: tuple[int, int] | None = None
     _given_ticks: tuple[int, ...] | None = field(default=None, init=False)
 
     # Must equal the target's `family`, where the target has one.
@@ -121,12 +129,24 @@ class FlowSDESchedule:
             fail(where, "shift", "above 0", "0")
         if times is not None:
             self._take_times(where, times)
+        self._check_window(where)
         if bool((self.timesteps.diff() < 1).any()):
             room = f"at most the {1 - self.last_step_size - self.first_time:g} x {self.num_train_steps} ticks of time"
             fail(where, "num_steps", room, str(self.num_steps))
         if not bool(self.table().narrow(1, 0, 2).isfinite().all()):
             expectation = f"above 0 with diffusion {self.diffusion!r} and prediction {self.prediction!r}"
             fail(where, "first_time", expectation, f"{self.first_time:g}")
+
+    def _check_window(self, where: str) -> None:
+        if self.window is None:
+            return
+        wanted = f"None or (first, end) with 0 <= first <= end <= {self.num_steps}"
+        if not isinstance(self.window, tuple | list) or len(self.window) != 2:
+            fail(where, "window", wanted, self.window, TypeError)
+        first, end = (check_int(where, "window", bound, 0, self.num_steps) for bound in self.window)
+        if first > end:
+            fail(where, "window", wanted, repr((first, end)))
+        object.__setattr__(self, "window", (first, end))
 
     def _take_times(self, where: str, times: Sequence[float] | Tensor) -> None:
         """Make given times the schedule's own."""
@@ -179,11 +199,20 @@ class FlowSDESchedule:
 
     @functools.cached_property
     def diffusions(self) -> Tensor:
-        """D_t of every step, float64 ``[K]``."""
+        """D_t of every step, float64 ``[K]``; 0 outside of the window."""
+        step = torch.arange(self.num_steps, device="cpu")
+        first, end = self.window or (0, self.num_steps)
+        return torch.where((step >= first) & (step < end), self._all_diffusions(), 0.0)
+
+    def _all_diffusions(self) -> Tensor:
+        """D_t of every step, whatever the window."""
         t = self.times
         alpha, sigma, d_alpha, d_sigma = interpolate(self.interpolant, t)
         if self.diffusion == "decreasing":
             return (self.diffusion_norm * (math.pi * t).cos() + 1).square() / 4
+        if self.diffusion == "grpo":
+            after = torch.cat([t[1:], torch.ones_like(t[:1])])
+            return self.diffusion_norm**2 * (1 - t) / (2 * torch.where(t == 0, after, t))
         form = {
             "sigma": sigma,
             "linear": 1 - t,

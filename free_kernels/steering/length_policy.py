@@ -99,12 +99,20 @@ class DraftLengthPolicy:
         knowledge: costs and acceptance so far; brought up to date.
         first: first step that the drafter drafts.
         reuses: whether rows behind a refusal draft their steps again, however far they reach.
+        room: int ``[K]``, the most rows of a round from each step on; None: up to the end of the chain.
     """
 
     def __init__(
-        self, num_steps: int, longest: int, knowledge: Knowledge, first: int = 1, *, reuses: bool = False
+        self,
+        num_steps: int,
+        longest: int,
+        knowledge: Knowledge,
+        first: int = 1,
+        *,
+        reuses: bool = False,
+        room: np.ndarray | None = None,
     ) -> None:
-        self.num_steps, self._first, self._reuses = num_steps, first, reuses
+        self.num_steps, self._first, self._reuses, self._room = num_steps, first, reuses, room
         self.knowledge = knowledge
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
@@ -133,6 +141,8 @@ class DraftLengthPolicy:
         known, self._seen = self.knowledge, seen
         known.round += 1
         left = self.num_steps - steps
+        if self._room is not None:
+            left = self._room.take(steps, mode="clip")
         may_draft = live & (steps >= self._first) & (left > 1)
         if self._kept_for and ((self._kept > 1) == may_draft).all():
             self._kept_for -= 1
@@ -151,6 +161,9 @@ class DraftLengthPolicy:
         lengths_tried = self._begun_lengths()
         width = int(lengths_tried[-1, 0]) - 1
         gains, values = self._worth(steps[drafting], None if seen is None else seen[drafting], width)
+        if self._room is not None:
+            fits = np.arange(width) < left[drafting, None] - 1
+            gains, values = gains * fits, values * fits
         gains, order = gains.ravel(), self._order(values)
         plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s)
         speed, longest, last = max(plans)
@@ -172,6 +185,8 @@ class DraftLengthPolicy:
         taken = taken[taken % width < longest - 1]
         self._promised = count + float(gains[taken].sum())
         lengths[drafting] += np.bincount(taken // width, minlength=len(drafting))
+        if self._room is not None:
+            lengths = np.minimum(lengths, left)
         self._kept, self._kept_for = lengths, _KEPT_ROUNDS if pays else 0
         return lengths
 

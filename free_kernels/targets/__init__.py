@@ -8,12 +8,17 @@ from free_kernels.targets.diffusers import DiffusersDiTTarget, DiffusersFlowTarg
 from free_kernels.targets.dit import DiTTarget, is_dit_module
 from free_kernels.targets.hook import HookTarget
 from free_kernels.targets.sit import SiTTarget
+from free_kernels.targets.text import FluxTarget, PixArtTarget, SanaTarget, SD3Target
 
 __all__ = [
     "DiTTarget",
     "DiffusersDiTTarget",
     "DiffusersFlowTarget",
+    "FluxTarget",
     "HookTarget",
+    "PixArtTarget",
+    "SD3Target",
+    "SanaTarget",
     "SiTTarget",
     "TargetCheck",
     "as_target",

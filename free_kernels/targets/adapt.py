@@ -15,6 +15,7 @@ from free_kernels.targets.dit import DiTTarget, is_dit_module
 from free_kernels.targets.hook import HookTarget
 from free_kernels.targets.inspection import refuse_unsafe
 from free_kernels.targets.sit import SiTTarget
+from free_kernels.targets.text import TEXT_TARGETS, TextTarget, text_target_class
 from free_kernels.validation import fail
 from free_kernels.wrappers import kind_of, see_through
 
@@ -28,7 +29,7 @@ def as_target(where: str, target: object) -> Target:
         TypeError: neither.
         ValueError: a module that cannot be sampled; the message says why.
     """
-    if isinstance(target, AdaLNTarget | HookTarget):
+    if isinstance(target, AdaLNTarget | HookTarget | TextTarget):
         target.recheck(where)
         return target  # type: ignore[return-value]
     module = see_through(where, target).module if isinstance(target, nn.Module) else target
@@ -37,11 +38,15 @@ def as_target(where: str, target: object) -> Target:
         return kind(target)  # type: ignore[arg-type]
     if is_diffusers_dit(module):
         return DiffusersDiTTarget(target)  # type: ignore[arg-type]
+    text_target = text_target_class(module)
+    if text_target is not None:
+        return text_target(target)  # type: ignore[return-value]
     if isinstance(target, nn.Module) and not isinstance(target, Target):
         fail(
             where,
             "target",
-            "a Target (HookTarget makes one of any module), a diffusers DiTTransformer2DModel, "
+            "a Target (HookTarget makes one of any module), a diffusers DiTTransformer2DModel"
+            f"{''.join(f', {kind.module_class}' for kind in TEXT_TARGETS)}, "
             "or a DiT module with x_embedder, t_embedder, y_embedder, blocks and final_layer",
             kind_of(target),
             TypeError,
@@ -88,7 +93,7 @@ def check_target(target: object, expected: Callable[[Tensor, Tensor, Tensor], Te
     """
     where = "check_target"
     adapted = as_target(where, target)
-    if isinstance(adapted, AdaLNTarget):
+    if isinstance(adapted, AdaLNTarget | TextTarget):
         found = adapted.compare(where)
         return found if expected is None else _compared(where, adapted, expected, found)
     module = getattr(adapted, "module", None)

@@ -15,6 +15,7 @@ from free_kernels.ops.coupling import dispatch
 from free_kernels.ops.declaration import Op, schema_of
 from free_kernels.ops.drafting import api as drafting
 from free_kernels.ops.drafting.arguments import Written
+from free_kernels.ops.norms import api as norms
 from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
 from free_kernels.ops.tables import api as tables
@@ -30,7 +31,7 @@ OPS = [
     random.NORMAL,
     random.FILL,
     random.ROUND,
-    *(op for both in (*drafting.OPS, tables.OP, tokens.OP) for op in (both.triton, both.compiled)),
+    *(op for both in (*drafting.OPS, norms.OP, tables.OP, tokens.OP) for op in (both.triton, both.compiled)),
 ]
 
 

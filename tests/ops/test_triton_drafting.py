@@ -1,4 +1,4 @@
-"""Kernels in Triton's interpreter: the tests of drafting, tables and tokens in a process that has it."""
+"""Kernels in Triton's interpreter: the tests of drafting, norms, tables and tokens in a process that has it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-TESTS = [str(Path(__file__).with_name(name)) for name in ("test_drafting.py", "test_tables.py", "test_tokens.py")]
+FILES = "test_drafting.py", "test_norms.py", "test_tables.py", "test_tokens.py"
+TESTS = [str(Path(__file__).with_name(name)) for name in FILES]
 
 
 def test_interpreted_kernels_pass_the_tests_of_the_ops():

@@ -19,7 +19,7 @@ KEPT = ROUND | {"keep_kernel", "find_kernel"}
 # Kernels that a run launches, and the most compilations that it adds to those of the runs before it. A round's longest
 # draft goes into the commit kernel as the next power of two: L = 4, 2 and 1 are three compilations.
 RUNS = {
-    "learned": (KEPT | {"feature_attention_kernel", "tokens_kernel", "table_kernel", "join_kernel"}, 22),
+    "learned": (KEPT | {"feature_attention_kernel", "tokens_kernel", "norm_kernel", "table_kernel", "join_kernel"}, 25),
     "other sizes": (KEPT | {"feature_attention_kernel"}, 0),
     "frozen": (KEPT | {"replay_kernel", "follow_kernel"}, 4),
     "frozen, other sizes": (KEPT | {"replay_kernel"}, 0),

@@ -103,6 +103,7 @@ class TestSchedule:
             "decreasing": 0.25 * (0.7 * torch.cos(math.pi * t.unsqueeze(1)) + 1) ** 2,
             # Of the linear path it is (1 - t) / t; of any path sigma^2 (log(alpha / sigma))'.
             "sbdm": 0.7 * sigma**2 * (d_alpha / alpha - d_sigma / sigma),
+            "grpo": 0.7**2 / 2 * (1 - t.unsqueeze(1)) / t.unsqueeze(1),
         }
         drift = forms[diffusion]
         dt = torch.cat([t[1:], torch.ones(1)]).unsqueeze(1) - t.unsqueeze(1)

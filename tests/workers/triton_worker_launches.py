@@ -33,6 +33,8 @@ from free_kernels.ops.declaration import Op
 from free_kernels.ops.drafting import api as drafting
 from free_kernels.ops.drafting import triton_kernels as drafting_kernels
 from free_kernels.ops.drafting import triton_rows as drafting_rows
+from free_kernels.ops.norms import api as norms
+from free_kernels.ops.norms import triton_kernels as norm_kernels
 from free_kernels.ops.random import api as random
 from free_kernels.ops.random import triton_launch as random_kernels
 from free_kernels.ops.tables import api as tables
@@ -46,6 +48,7 @@ KERNELS = (
     coupling_kernels.coupling_commit_kernel,
     random_kernels.philox_kernel,
     attention_kernels.feature_attention_kernel,
+    norm_kernels.norm_kernel,
     table_kernels.table_kernel,
     token_kernels.tokens_kernel,
     drafting_kernels.advance_kernel,
@@ -182,7 +185,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     for op, decide in (("couple_philox", coupling_reference.couple), ("couple_block_philox", block.couple_block)):
         by_reference = lambda keyed, decide=decide: decide(dispatch.draw_noise(keyed, "reference"))  # noqa: E731
         patch(mock.patch.object(dispatch.OPS[op], "reference", by_reference))
-    kernels = (op.triton for op in (*drafting.OPS, tables.OP, tokens.OP))
+    kernels = (op.triton for op in (*drafting.OPS, norms.OP, tables.OP, tokens.OP))
     for op in (*dispatch.OPS.values(), random.FILL, attention.OP, *kernels):
         patch(mock.patch.object(op, "triton", both(op)))
 
