@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from free_kernels import DrafterConfig, FeatureDrafter
-from free_kernels.drafters.dense import BLOCK_ROWS, LAST_ROWS
+from free_kernels.drafters.dense import DENSE_BLOCK_ROWS, DENSE_LAST_ROWS
 
 CONFIG = DrafterConfig(width=8, depth=2, head_dim=8, mlp_ratio=0.5, mixing="dense", num_timesteps=100)
 
@@ -37,10 +37,10 @@ def plainly(drafter: FeatureDrafter, feature, previous, state, t, y):
     x = drafter.from_feature(normal) + drafter.positions
     x = x + drafter.from_patches(torch.cat([state, unit, scaled], dim=-1).double())
     for index, block in enumerate(drafter.blocks):
-        shift, scale, gate = rows[:, BLOCK_ROWS * index : BLOCK_ROWS * (index + 1)].unbind(1)
+        shift, scale, gate = rows[:, DENSE_BLOCK_ROWS * index : DENSE_BLOCK_ROWS * (index + 1)].unbind(1)
         hidden = torch.nn.functional.gelu(block.fc1((x * scale + shift).flatten(1)))
         x = x + gate * block.fc2(hidden).view_as(x)
-    shift, scale = rows[:, -LAST_ROWS:].unbind(1)
+    shift, scale = rows[:, -DENSE_LAST_ROWS:].unbind(1)
     return feature + drafter.change_std * drafter.to_feature(x * scale + shift)
 
 
@@ -81,22 +81,23 @@ def test_every_weight_learns():
 
 
 def test_fewer_operations_than_attention():
-    """What it is for: a block of 5 operations on data instead of 12."""
+    """What it is for: fewer operations on data, whose time is what a small drafter costs on a CPU."""
     counts = {}
     for mixing in ("attention", "dense"):
         config = DrafterConfig(width=8, head_dim=8, mixing=mixing, num_timesteps=100)
         drafter = dense_drafter(config)
         given = inputs(1)
         tokens = drafter._tokens(*given[:4])
-        modulations = drafter._modulations(*given[3:]).unbind(1)
+        modulations = drafter._modulations(*given[3:])
         with torch.no_grad(), torch.profiler.profile() as profile:
             drafter._fold()
         folding = _operations(profile)
         with torch.no_grad(), torch.profiler.profile() as profile:
             drafter._fold()(given[0], tokens, modulations)
         counts[mixing] = _operations(profile) - folding
-    # Entering and leaving are 2 operations each, and 3 and 1 that make what leaves.
-    assert counts["attention"] - counts["dense"] == (12 + 3) - (5 + 1)
+    # Entering and leaving are 2 operations each; shift and scale, MLP and gate in between, and one before it leaves.
+    assert counts["dense"] == 4 + 5 + 1
+    assert counts["dense"] < counts["attention"]
 
 
 def _operations(profile) -> int:
