@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
 
 from free_dit.policy.rollout import EXECUTED, Episodes
@@ -24,7 +25,7 @@ def _draw_scene(axes: Axes, scenes: Scenes, row: int) -> None:
     axes.add_patch(Circle(scenes.centre[row], scenes.radius[row], color="0.75"))
     axes.add_patch(Circle(scenes.goal[row], GOAL_TOLERANCE, color="tab:green", alpha=0.6))
     axes.add_patch(Circle(scenes.start[row], AGENT_RADIUS, fill=False, color="0.3"))
-    axes.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal", xticks=[], yticks=[])
+    axes.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", xticks=[], yticks=[])
 
 
 def _colour(episodes: Episodes, row: int) -> str:
@@ -38,7 +39,7 @@ def trajectory_picture(path: Path, scenes: Scenes, episodes: Episodes, tries: in
     count = len(scenes) // tries
     wide = int(np.ceil(np.sqrt(count)))
     high = -(-count // wide)
-    size = (2.4 * wide, 2.4 * high + 0.4)
+    size = (2.4 * wide, 2.4 * high + 0.7)
     figure, panels = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained")
     for panel in panels.flat:
         panel.set_axis_off()
@@ -49,6 +50,9 @@ def trajectory_picture(path: Path, scenes: Scenes, episodes: Episodes, tries: in
             way = episodes.position[row, : episodes.steps[row] + 1]
             panel.plot(*way.T, color=_colour(episodes, row), lw=1, alpha=0.7)
     figure.suptitle(title)
+    names = {"left of the obstacle": LEFT, "right of it": RIGHT, "not at the goal": FAILED}
+    lines = [Line2D([], [], color=colour, label=name) for name, colour in names.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
