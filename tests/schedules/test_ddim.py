@@ -183,7 +183,7 @@ def test_cosine_betas():
     assert np.array_equal(schedule.train_alphas_cumprod, ancestral.train_alphas_cumprod)
     state, eps, mean, std = steps_of(schedule)
     expected, deviation = gaussian_transition(state, eps, ancestral.table("fixed_small"))
-    # The cumulative product starts at 2e-9 here: two ways to a coefficient differ by its square root in the first step.
+    # The cumulative product is 2.4e-7 at the noisiest timestep, which the coefficients of its step divide by.
     torch.testing.assert_close(mean[1:], expected[1:], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(std[:-1], deviation[:-1], rtol=1e-4, atol=1e-6)
     # Negative control: the linear schedule is another.
