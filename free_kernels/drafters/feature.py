@@ -478,6 +478,9 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             "config": asdict(self.config),
             "calibration": self.calibration,
         }
+        if len(self.latent_shape) != 3:
+            # A second word on the shape: without one of its dimensions an image's would pass for another state's.
+            metadata["patch"] = self.patch
         if self.condition_width is not None:
             metadata["condition_width"] = self.condition_width
         if self.target_facts:
@@ -499,6 +502,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             shapes = [
                 _checked_shape(metadata[name], count) for name, count in (("latent_shape", None), ("feature_shape", 2))
             ]
+            if len(shapes[0]) != 3 and tuple(metadata["patch"]) != _tiling(*shapes)[1]:
+                raise TypeError(f"patches {metadata['patch']!r}")
             config = DrafterConfig(**metadata["config"])
             _check_types(config)
             check_depth(config.depth, weights)

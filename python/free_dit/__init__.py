@@ -2,6 +2,5 @@
 
 from free_dit.bundled import load_bundled
 from free_dit.networks.dit import DiT, DiTConfig, dit_config
-from free_dit.policy.pair import load_bundled_policy
 
-__all__ = ["DiT", "DiTConfig", "dit_config", "load_bundled", "load_bundled_policy"]
+__all__ = ["DiT", "DiTConfig", "dit_config", "load_bundled"]

@@ -21,6 +21,7 @@ LAYERS = (
     {"training", "generation"},
     {"train_drafter", "evaluation"},
     {"quality", "experiments"},
+    {"policy"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -329,7 +329,7 @@ def test_logs(tmp_path, monkeypatch):
         ({"precision": "half"}, "precision must be one of 'float32', 'bfloat16', 'float16', got 'half'"),
         ({"store": "disk"}, "store must be one of 'memory', 'shards', got 'disk'"),
         ({"feature_dtype": "int8"}, "feature_dtype must be one of"),
-        ({"schedule": "ode"}, "schedule must be one of 'auto', 'ddpm', got 'ode'"),
+        ({"schedule": "ode"}, "schedule must be one of 'auto', 'ddpm', 'policy', got 'ode'"),
         ({"max_rows": 1}, "max_rows must be an int in"),
         ({"keep_shards": 0}, "keep_shards must be an int in"),
         ({"batch_size": 0}, "batch_size must be an int in"),

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import free_kernels.sampling.round
-from free_dit import load_bundled_policy
 from free_dit.bundled import bundled_names
+from free_dit.policy import load_bundled_policy
 from free_dit.policy.distances import energy_distance
 from free_dit.policy.methods import Method, chunks, decider
 from free_dit.policy.page import render
