@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from free_kernels.drafters.feature import DrafterConfig, FeatureDrafter
 from free_kernels.drafters.frozen import FrozenDrafter
@@ -36,9 +36,21 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
         fail(where, "drafter", "'frozen' or a callable drafter", drafter, TypeError)
     if isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter):
         drafter = _unwrapped(where, drafter)
-    DrafterDefaults.read(drafter, "check_target")(target, where)
     pooled = TargetDefaults.read(target, "pooled")
+    if pooled is not None:
+        _check_pooled(where, pooled, target)
+    DrafterDefaults.read(drafter, "check_target")(target, where)
     return drafter if pooled is None else DrafterDefaults.read(drafter, "conditioned")(pooled)
+
+
+def _check_pooled(where: str, pooled: object, target: Target) -> None:
+    """Raise ValueError or TypeError unless a target's condition vectors are one for each of its labels."""
+    rows = target.num_classes, target.num_classes + 1
+    wanted = f"floating point [{rows[0]} or {rows[1]}, P], a vector for each condition"
+    if not isinstance(pooled, Tensor):
+        fail(where, "target.pooled", wanted, pooled, TypeError)
+    if pooled.ndim != 2 or len(pooled) not in rows or not pooled.is_floating_point():
+        fail(where, "target.pooled", wanted, pooled)
 
 
 def _unwrapped(where: str, drafter: nn.Module) -> nn.Module:

@@ -29,7 +29,7 @@ from free_kernels.sampling.noise import as_noise_source
 from free_kernels.sampling.options import Options
 from free_kernels.targets import as_target
 from free_kernels.targets.adaln import AdaLNTarget
-from free_kernels.validation import check_int, fail
+from free_kernels.validation import check_int, describe, fail
 
 # Noise is drawn for several steps or images at once, up to this many elements.
 NOISE_CHUNK_ELEMENTS = 1 << 22
@@ -330,6 +330,8 @@ def make_job(
     scale, scales = guidance_of(where, options.guidance_scale, options.guidance_interval, schedule, len(labels))
     if scale != 1.0 and not TargetDefaults.read(adapted, "has_null_label"):
         asked = f"{scale:g}" if scales is None else "scales other than 1"
+        if conditions is not None and TargetDefaults.read(adapted, "conditioned") is not None:
+            fail(where, "null_condition", f"given with guidance_scale {asked}", describe(null_condition))
         fail(where, "guidance_scale", "1 for a target trained without label dropout", asked)
     channels = guided_channels(adapted) if options.guidance_channels is None else options.guidance_channels
     guided = check_int(where, "guidance_channels", channels, 1, adapted.latent_shape[0])

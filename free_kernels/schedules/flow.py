@@ -85,7 +85,7 @@ class FlowSDESchedule:
             diffusers and of SD3 do, are times ``1 - u``. None: the grid above.
         window: ``(first, end)``: steps ``first <= k < end`` are the SDE's, and D_t is 0 at all others, which are Euler
             steps of the velocity without noise (MixGRPO: Li et al. 2025, arXiv 2507.21802); an empty one leaves the
-            ODE. None: all steps.
+            ODE, whose steps nothing can draft (``draft_length=1``). None: all steps.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of another type, two times share a tick, a coefficient

@@ -146,8 +146,19 @@ def test_the_targets_own_null_condition_and_another():
     assert torch.equal(free_kernels.sample(other, texts(3), null_condition=null_text(), **settings).samples, wanted)
     replaced = {"words": torch.ones(1, 5, 4), "mask": torch.ones(1, 5).bool()}
     assert not torch.equal(free_kernels.sample(own, texts(3), null_condition=replaced, **settings).samples, wanted)
-    with pytest.raises(ValueError, match="^sample: guidance_scale must be 1 for a target trained without"):
+    with pytest.raises(ValueError, match="^sample: null_condition must be given with guidance_scale 2, got None"):
         free_kernels.sample(other, texts(3), **settings)
+
+
+@pytest.mark.parametrize("pooled", [lambda c: c["words"].mean(), lambda c: c["words"][:1, 0], lambda c: c["words"]])
+def test_pooled_vectors_are_one_for_each_condition(pooled):
+    target = worded()
+    target._pooled = pooled
+    drafter = FeatureDrafter((3, 2), (3, 8), 0, DrafterConfig(width=32, head_dim=32), condition_width=4)
+    with pytest.raises(
+        ValueError, match=r"^sample: target.pooled must be floating point \[3 or 4, P\], a vector for each"
+    ):
+        free_kernels.sample(target, texts(3), drafter=drafter.requires_grad_(False), **RUN)
 
 
 def test_a_drafter_is_shown_pooled_conditions(tmp_path):
