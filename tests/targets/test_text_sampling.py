@@ -104,7 +104,7 @@ class TestSampling:
         settings = {"schedule": schedule, "guidance_scale": 3.0, "seed": 5}
         given = ancestral_sample(target, values, null_condition=null, **settings).samples
         assert torch.equal(ancestral_sample(own, values, **settings).samples, given)
-        with pytest.raises(ValueError, match="guidance_scale must be 1 for a target"):
+        with pytest.raises(ValueError, match="null_condition must be given"):
             ancestral_sample(target, values, **settings)
         if name == "pixart":
             rubbish = {**values, "prompt_embeds": values["prompt_embeds"].clone()}
