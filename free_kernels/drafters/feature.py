@@ -46,8 +46,8 @@ class DrafterConfig:
         num_timesteps: T, training timesteps of the target.
         time_unit: ticks of the schedule's timesteps to one of these T: 1, but for flow models, whose time is finer.
         mixing: what a block is: ``"attention"`` and an MLP on each token, or ``"dense"``, one MLP over all tokens side
-            by side, less than half of the operations: for a few tokens on a CPU, where operations cost more than
-            arithmetic. It needs ``window`` 1, and has its linear path whatever ``skip`` says.
+            by side, fewer operations, none of which normalises: for a few tokens on a CPU, where operations cost more
+            than arithmetic. It needs ``window`` 1, and has its linear path whatever ``skip`` says.
     """
 
     width: int | None = None

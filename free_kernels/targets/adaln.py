@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from free_kernels.conditioning import ConditioningTable, ShowsTimesteps, TimestepTable, table_fits
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
-from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
+from free_kernels.targets.inspection import is_replaced, refuse_outer_patches, refuse_unsafe
 from free_kernels.validation import fail
 from free_kernels.wrappers import Seen
 
@@ -71,7 +71,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
 
     # Must equal the schedule's `family`.
     family = "diffusion"
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
     feature_shape: tuple[int, int]
     num_classes: int
     learns_variance: bool
@@ -102,7 +102,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
             ValueError: as :func:`free_kernels.check_target`.
         """
         refuse_unsafe(where, self._whole)
-        self._refuse_outer_patches(where)
+        refuse_outer_patches(where, self._whole, self.module)
         key = (
             type(self),
             self._parts is None,
@@ -114,15 +114,6 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
             fail(where, "compile", "False for blocks whose own forward does more than their parts", True)
         self.blocks = self._parts if found.path == "hoisted" else None
         return found
-
-    def _refuse_outer_patches(self, where: str) -> None:
-        for module in (self._whole, self.module):
-            attached = patches("", module)
-            if attached:
-                wanted = (
-                    "without hooks or another forward around its whole call, which is made in parts (see HookTarget)"
-                )
-                fail(where, "module", wanted, attached[0])
 
     def compare(self, where: str) -> TargetCheck:
         """The comparison itself, made anew."""

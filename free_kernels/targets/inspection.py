@@ -84,6 +84,19 @@ def patches(name: str, module: nn.Module) -> list[str]:
     return found
 
 
+def refuse_outer_patches(where: str, *modules: nn.Module) -> None:
+    """Refuse modules with something attached around the whole of a call that is made in parts.
+
+    Raises:
+        ValueError: the message says what.
+    """
+    for module in modules:
+        attached = patches("", module)
+        if attached:
+            wanted = "without hooks or another forward around its whole call, which is made in parts (see HookTarget)"
+            fail(where, "module", wanted, attached[0])
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Whether a module's call does more than its class's forward: hooks, another forward, a compiled call of its own.
 

@@ -32,7 +32,7 @@ class TextTarget(ComparedTarget, ShowsTimesteps, TargetDefaults):
     conditions. The text of an image is projected there, once, and what is stored of it is the projection where that
     takes no more bytes than the text; a row of a call refers to it by its label.
 
-    A family gives ``module_class``, ``dtype``, ``device`` and the methods below that raise, and calls :meth:`recheck`
+    A family gives ``module_class`` and the members below that raise, and calls :meth:`recheck`
     at the end of its constructor.
 
     Args:
@@ -80,13 +80,8 @@ class TextTarget(ComparedTarget, ShowsTimesteps, TargetDefaults):
     # What a family fills in.
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The module's dtype."""
-        raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        """The module's device."""
+    def _entering(self) -> Tensor:
+        """The weight that meets the latent."""
         raise NotImplementedError
 
     @property
@@ -133,6 +128,16 @@ class TextTarget(ComparedTarget, ShowsTimesteps, TargetDefaults):
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Network output ``[R, C or 2C, H, W]``; of a flow model the velocity towards the data."""
         raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The module's dtype."""
+        return self._entering.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The module's device."""
+        return self._entering.device
 
     # Conditions.
 

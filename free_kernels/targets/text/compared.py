@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from free_kernels.conditions import Conditions
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import Rows, TargetCheck, alignment, checked, compare_paths, difference
-from free_kernels.targets.inspection import is_replaced, patches, refuse_unsafe
+from free_kernels.targets.inspection import is_replaced, refuse_outer_patches, refuse_unsafe
 from free_kernels.targets.text.conditions import EMBEDS, MASK, probe_values
 from free_kernels.validation import fail
 from free_kernels.wrappers import first_output
@@ -48,13 +48,7 @@ class ComparedTarget:
             ValueError: as :func:`free_kernels.check_target`.
         """
         refuse_unsafe(where, self._whole)
-        for module in (self._whole, self.module):
-            attached = patches("", module)
-            if attached:
-                wanted = (
-                    "without hooks or another forward around its whole call, which is made in parts (see HookTarget)"
-                )
-                fail(where, "module", wanted, attached[0])
+        refuse_outer_patches(where, self._whole, self.module)
         # What may be bypassed is asked anew: an attention's processor is no part of a module's fingerprint.
         key = type(self), self.latent_shape, *self.convention(), *self.paths()
         found = checked(key, self, self._whole, lambda: self.compare(where))

@@ -84,14 +84,8 @@ class SD3Target(JointTarget):
         self.recheck(self._name)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The module's dtype."""
-        return self.module.pos_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The module's device."""
-        return self.module.pos_embed.proj.weight.device
+    def _entering(self) -> Tensor:
+        return self.module.pos_embed.proj.weight
 
     def _call(self, x: Tensor, t: Tensor, values: Mapping[str, Tensor]) -> object:
         return self._whole(x, encoder_hidden_states=values[EMBEDS], pooled_projections=values[POOLED], timestep=t)
@@ -149,14 +143,8 @@ class FluxTarget(JointTarget):
         self.recheck(self._name)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The module's dtype."""
-        return self.module.x_embedder.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The module's device."""
-        return self.module.x_embedder.weight.device
+    def _entering(self) -> Tensor:
+        return self.module.x_embedder.weight
 
     @property
     def patch(self) -> int:

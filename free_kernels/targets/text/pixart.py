@@ -51,14 +51,8 @@ class PixArtTarget(CrossTarget):
         self.recheck(self._name)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The module's dtype."""
-        return self.module.pos_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The module's device."""
-        return self.module.pos_embed.proj.weight.device
+    def _entering(self) -> Tensor:
+        return self.module.pos_embed.proj.weight
 
     @property
     def forms(self) -> Mapping[str, Form]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from free_kernels.conditions import Condition
@@ -44,14 +43,8 @@ class SanaTarget(CrossTarget):
         self.recheck(self._name)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The module's dtype."""
-        return self.module.patch_embed.proj.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The module's device."""
-        return self.module.patch_embed.proj.weight.device
+    def _entering(self) -> Tensor:
+        return self.module.patch_embed.proj.weight
 
     def _project(self, text: Tensor) -> Tensor:
         return self.module.caption_norm(self.module.caption_projection(text))
