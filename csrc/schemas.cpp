@@ -60,6 +60,9 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "int time_unit, int patch_height, int patch_width, int state_at, int unit_at, int scaled_at) -> "
       "Tensor");
   library.def(
+      "drafter_network_cpu(Tensor feature, Tensor tokens, Tensor modulations, Tensor[] weights, int heads, "
+      "float eps) -> Tensor");
+  library.def(
       "adaptive_norm_cpu(Tensor x, Tensor? update, Tensor modulations, Tensor? skip, int gate_at, "
       "int shift_at, int scale_at, int gain_at, float eps) -> (Tensor, Tensor)");
   library.def(

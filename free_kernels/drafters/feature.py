@@ -20,6 +20,9 @@ from free_kernels.conditioning import ConditioningTable, table_fits
 from free_kernels.drafters.dense import DENSE_BLOCK_ROWS, DENSE_LAST_ROWS, DenseBlock, DenseFolded
 from free_kernels.drafters.memory import FeatureMemory, check_memory
 from free_kernels.ops.attention import feature_attention
+from free_kernels.ops.network import NetworkArguments, drafter_network
+from free_kernels.ops.network.arguments import BLOCK_ROWS, LAST_ROWS
+from free_kernels.ops.network.reference import composed as composed_network
 from free_kernels.ops.norms import NormArguments, adaptive_norm
 from free_kernels.ops.norms.reference import adaptive_norm as reference_norm
 from free_kernels.ops.tokens import TokenArguments, drafter_tokens
@@ -68,7 +71,7 @@ INPUTS = ("state", "unit_change", "scaled_change")
 
 
 class _Block(nn.Module):
-    """Weights of one transformer block; :func:`_apply_block` is its arithmetic."""
+    """Weights of one transformer block of :func:`~free_kernels.ops.network.drafter_network`."""
 
     def __init__(self, width: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -82,77 +85,37 @@ class _Block(nn.Module):
         return tuple(part for layer in (self.qkv, self.proj, self.fc1, self.fc2) for part in (layer.weight, layer.bias))
 
 
-# Modulations of a block: shift, scale and gate of attention and of the MLP.
-_BLOCK_ROWS = 6
-
-
-def _add_and_normalize(
-    x: Tensor, update: Tensor, modulations: Tensor, gate: int, shift: int, skip: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """:func:`free_kernels.ops.norms.adaptive_norm` with the scale behind the shift and a skip's gain behind that."""
-    places = gate, shift, shift + 1, -1 if skip is None else shift + 2
-    given = NormArguments(x, update, modulations, skip, *places, 1e-6)
+def _normalize(a: NormArguments) -> tuple[Tensor, Tensor]:
+    """Norms of a network in parts."""
     # The kernels have no gradient, and compute in float32.
-    if torch.is_grad_enabled() or x.dtype == torch.float64:
-        return reference_norm(given)
-    return adaptive_norm(given)
-
-
-def _apply_block(
-    x: Tensor,
-    normalized: Tensor,
-    weights: tuple[Tensor, ...],
-    modulations: Tensor,
-    first: int,
-    heads: int,
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Attention and MLP on ``[R, T, D]``: their sum but for the MLP's part, and that part before its gate.
-
-    ``normalized`` is what attention takes, the block's modulations begin at ``first``, ``attend`` mixes q, k, v.
-    """
-    qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = weights
-    rows, tokens, width = x.shape
-    joint = F.linear(normalized, qkv, qkv_bias)
-    mixed = attend(*joint.view(rows, tokens, 3, heads, -1).unbind(2)).view(rows, tokens, width)
-    x, normalized = _add_and_normalize(x, F.linear(mixed, proj, proj_bias), modulations, first + 2, first + 3)
-    return x, F.linear(F.gelu(F.linear(normalized, fc1, fc1_bias)), fc2, fc2_bias)
+    return reference_norm(a) if torch.is_grad_enabled() or a.x.dtype == torch.float64 else adaptive_norm(a)
 
 
 class _Folded(NamedTuple):
     """A drafter's weights with scales folded in, as plain tensors: no module call is left on the drafting path.
 
     Attributes:
-        enter: ``[width, D + 2 C p p]``, from feature and patches.
-        enter_bias: ``[1, T, width]``, positions included.
-        blocks: weights of each block.
-        leave: ``[D, width]``, to the change of the feature.
-        leave_bias: ``[D]``.
+        weights: as :class:`~free_kernels.ops.network.NetworkArguments` has them.
         heads: attention heads.
     """
 
-    enter: Tensor
-    enter_bias: Tensor
-    blocks: tuple[tuple[Tensor, ...], ...]
-    leave: Tensor
-    leave_bias: Tensor
+    weights: list[Tensor]
     heads: int
+
+    def laid_out(self) -> _Folded:
+        """The same values, matrices stored column by column, which products with few rows read in order."""
+        return self._replace(weights=[w.mT.contiguous().mT if w.ndim == 2 else w.contiguous() for w in self.weights])
 
     def __call__(
         self, feature: Tensor, tokens: Tensor, modulations: Tensor, memory: FeatureMemory | None = None
     ) -> Tensor:
         """Feature ``[R, T, D]`` from the parent feature, this beside patches, modulations ``[R, K, 1, width]``."""
-        modulations = modulations.squeeze(2)
-        embedded, normalized = _add_and_normalize(F.linear(tokens, self.enter), self.enter_bias, modulations, -1, 0)
-        x, last = embedded, len(self.blocks) - 1
-        for index, weights in enumerate(self.blocks):
-            attend = feature_attention if memory is None else partial(memory.attend, index)
-            first, behind = _BLOCK_ROWS * index, _BLOCK_ROWS * (index + 1)
-            x, update = _apply_block(x, normalized, weights, modulations, first, self.heads, attend)
-            # Normalisation removes the scale of its input; the skip, a linear path, keeps it.
-            skip = embedded if index == last and modulations.shape[1] > behind + 2 else None
-            x, normalized = _add_and_normalize(x, update, modulations, behind - 1, behind, skip)
-        return feature + F.linear(normalized, self.leave, self.leave_bias)
+        given = NetworkArguments(feature, tokens, modulations.squeeze(2), self.weights, self.heads, 1e-6)
+        if memory is not None:
+            return composed_network(given, memory.attend, _normalize)
+        if torch.is_grad_enabled() or feature.dtype == torch.float64:
+            return composed_network(given, lambda _, *parts: feature_attention(*parts), reference_norm)
+        return drafter_network(given)
 
 
 def _run(
@@ -368,7 +331,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
     def _modulation_rows(self) -> int:
         if self.config.mixing == "dense":
             return DENSE_BLOCK_ROWS * self.config.depth + DENSE_LAST_ROWS
-        return _BLOCK_ROWS * self.config.depth + 2 + self.config.skip
+        return BLOCK_ROWS * self.config.depth + LAST_ROWS + self.config.skip
 
     def forward(
         self,
@@ -436,7 +399,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             return self
         clone = copy.copy(self)
         clone._table = ConditioningTable(self._modulations, timesteps, labels)
-        clone._kept = self._fold()
+        folded = self._fold()
+        clone._kept = folded.laid_out() if isinstance(folded, _Folded) else folded
         return clone
 
     def hidden_layers(self) -> tuple[nn.Module, ...]:
@@ -521,16 +485,14 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
     def _fold(self) -> _Folded | DenseFolded:
         """Weights with the feature scales folded in; differentiable, so training takes the same path."""
         scaled = self.from_feature.weight / self.feature_std
-        parts = (
-            torch.cat([scaled, self.from_patches.weight], dim=1),
-            self.positions + self.from_feature.bias - scaled @ self.feature_mean,
-            tuple(block.weights() for block in self.blocks),
-            self.to_feature.weight * self.change_std[:, None],
-            self.to_feature.bias * self.change_std,
-        )
+        enter = torch.cat([scaled, self.from_patches.weight], dim=1)
+        enter_bias = self.positions + self.from_feature.bias - scaled @ self.feature_mean
+        blocks = tuple(block.weights() for block in self.blocks)
+        leave, leave_bias = self.to_feature.weight * self.change_std[:, None], self.to_feature.bias * self.change_std
         if self.config.mixing == "dense":
-            return DenseFolded(*parts)
-        return _Folded(*parts, self.positions.shape[-1] // self.config.head_dim)
+            return DenseFolded(enter, enter_bias, blocks, leave, leave_bias)
+        weights = [enter, enter_bias, *(part for block in blocks for part in block), leave, leave_bias]
+        return _Folded(weights, self.positions.shape[-1] // self.config.head_dim)
 
     def _tokens(self, feature: Tensor, previous: Tensor, state: Tensor, t: Tensor) -> Tensor:
         """The parent feature and patches of the inputs side by side, ``[R, T, D + I C p p]``."""

@@ -19,7 +19,7 @@ from free_kernels.ops.triton_runtime import use_triton
 
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool"}
-_TYPES |= {kind | None: f"{name}?" for kind, name in _TYPES.items()}
+_TYPES |= {kind | None: f"{name}?" for kind, name in _TYPES.items()} | {list[Tensor]: "Tensor[]"}
 # The type of a tensor that the op writes to.
 _WRITTEN = Annotated[Tensor, "written"]
 

@@ -30,6 +30,12 @@ SHARED = {
     ("coupling", "triton_math"): {("random", "triton_philox")},
     ("drafting", "reference"): {("coupling", "reference")},
     ("drafting", "triton_kernels"): {("coupling", "triton_math")},
+    ("network", "reference"): {
+        ("attention", "arguments"),
+        ("attention", "reference"),
+        ("norms", "arguments"),
+        ("norms", "reference"),
+    },
 }
 # Modules beside the ops' folders that Triton code may import; they know no op.
 TRITON_SHARED = {"aot", "triton_device"}
