@@ -34,6 +34,7 @@ OPS = (
     "drafter_tokens_cpu",
     "table_rows_cpu",
     "adaptive_norm_cpu",
+    "drafter_network_cpu",
     "couple_cpu",
     "couple_block_cpu",
 )

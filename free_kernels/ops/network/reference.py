@@ -22,7 +22,7 @@ def composed(a: NetworkArguments, attend: Attend, normalize: Normalize) -> Tenso
     """The network with attention and norms of the caller's choice."""
     enter, positions, *layers, leave, leave_bias = a.weights
     rows, tokens, _ = a.tokens.shape
-    depth, placed = len(layers) // BLOCK_WEIGHTS, a.modulations.shape[1]
+    depth, (_, placed, width) = len(layers) // BLOCK_WEIGHTS, a.modulations.shape
 
     def normalized(
         x: Tensor, update: Tensor, gate: int, shift: int, skip: Tensor | None = None
@@ -36,8 +36,8 @@ def composed(a: NetworkArguments, attend: Attend, normalize: Normalize) -> Tenso
     for block in range(depth):
         qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias = layers[BLOCK_WEIGHTS * block :][:BLOCK_WEIGHTS]
         first, behind = BLOCK_ROWS * block, BLOCK_ROWS * (block + 1)
-        joint = F.linear(y, qkv, qkv_bias).view(rows, tokens, 3, a.heads, -1)
-        mixed = attend(block, *joint.unbind(2)).view(rows, tokens, -1)
+        joint = F.linear(y, qkv, qkv_bias).view(rows, tokens, 3, a.heads, width // a.heads)
+        mixed = attend(block, *joint.unbind(2)).view(rows, tokens, width)
         x, y = normalized(x, F.linear(mixed, proj, proj_bias), first + 2, first + 3)
         update = F.linear(F.gelu(F.linear(y, fc1, fc1_bias)), fc2, fc2_bias)
         # Normalisation removes the scale of its input; the skip, a linear path, keeps it.
