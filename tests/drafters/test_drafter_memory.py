@@ -52,10 +52,12 @@ def concatenated(drafter: FeatureDrafter, past: list[list[tuple[Tensor, Tensor]]
     """The drafter's output with its past as a plain list (call by call, block by block), to which it is added."""
     feature, previous, state, t, y = given
     weights, modulations = drafter._fold(), drafter._modulations(t, y).unbind(1)
-    x = F.linear(drafter._tokens(feature, previous, state, t), weights.enter) + weights.enter_bias
+    enter, positions, *layers, leave, leave_bias = weights.weights
+    x = F.linear(drafter._tokens(feature, previous, state, t), enter) + positions
     embedded = x
     seen, own = past[len(past) - min(len(past), drafter.config.window - 1) :], []
-    for index, (qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias) in enumerate(weights.blocks):
+    blocks = enumerate(zip(*[iter(layers)] * 8, strict=True))
+    for index, (qkv, qkv_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias) in blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations[6 * index : 6 * index + 6]
         inner = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale1 + shift1
         q, k, v = F.linear(inner, qkv, qkv_bias).unflatten(-1, (3, weights.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -68,7 +70,7 @@ def concatenated(drafter: FeatureDrafter, past: list[list[tuple[Tensor, Tensor]]
     past.append(own)
     shift, scale, gain = modulations[-3:]
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale + shift + embedded * gain
-    return feature + F.linear(x, weights.leave, weights.leave_bias)
+    return feature + F.linear(x, leave, leave_bias)
 
 
 def poison(memory: FeatureMemory) -> None:

@@ -15,6 +15,7 @@ from free_kernels.ops.coupling import dispatch
 from free_kernels.ops.declaration import Op, schema_of
 from free_kernels.ops.drafting import api as drafting
 from free_kernels.ops.drafting.arguments import Written
+from free_kernels.ops.network import api as network
 from free_kernels.ops.norms import api as norms
 from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
@@ -31,6 +32,7 @@ OPS = [
     random.NORMAL,
     random.FILL,
     random.ROUND,
+    network.OP,
     *(op for both in (*drafting.OPS, norms.OP, tables.OP, tokens.OP) for op in (both.triton, both.compiled)),
 ]
 
@@ -38,7 +40,8 @@ OPS = [
 def fields_of(op: Op) -> list[tuple[str, str]]:
     """Names and types of a registered op's arguments."""
     schema = getattr(torch.ops.free_kernels, op.name).default._schema
-    return [(argument.name, str(argument.type).replace("Optional[", "").rstrip("]")) for argument in schema.arguments]
+    kinds = {"List[Tensor]": "Tensor[]", "Optional[Tensor]": "Tensor"}
+    return [(argument.name, kinds.get(str(argument.type), str(argument.type))) for argument in schema.arguments]
 
 
 def declared(arguments: type) -> list[tuple[str, str]]:
