@@ -40,8 +40,10 @@ OPS = [
 def fields_of(op: Op) -> list[tuple[str, str]]:
     """Names and types of a registered op's arguments."""
     schema = getattr(torch.ops.free_kernels, op.name).default._schema
-    kinds = {"List[Tensor]": "Tensor[]", "Optional[Tensor]": "Tensor"}
-    return [(argument.name, kinds.get(str(argument.type), str(argument.type))) for argument in schema.arguments]
+    kinds = ((argument.name, str(argument.type)) for argument in schema.arguments)
+    return [
+        (name, re.sub(r"Optional\[(.*)\]", r"\1", kind.replace("List[Tensor]", "Tensor[]"))) for name, kind in kinds
+    ]
 
 
 def declared(arguments: type) -> list[tuple[str, str]]:

@@ -152,6 +152,8 @@ class Counted(Exception):
     [
         ((2, 64, 32, 1, 1), torch.float32, False, True),
         ((2, 65, 32, 1, 1), torch.float32, False, False),
+        ((8, 64, 32, 1, 1), torch.float32, False, True),
+        ((9, 64, 32, 1, 1), torch.float32, False, False),
         ((2, 16, 32, 1, 1), torch.float32, True, False),
         ((2, 16, 32, 1, 1), torch.bfloat16, False, False),
     ],

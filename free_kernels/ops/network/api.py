@@ -23,8 +23,8 @@ from free_kernels.validation import check_choice, check_int, fail
 BACKENDS = ("auto", "reference", "extension")
 _NAME = "drafter_network"
 _FLOAT32 = (torch.float32,)
-# With more tokens attention is arithmetic, in which PyTorch's own is better than the compiled op's.
-MOST_TOKENS = 64
+# Tokens of a row and values of all beyond which arithmetic takes longer than calls, and PyTorch's attention is better.
+MOST_TOKENS, MOST_VALUES = 64, 1 << 14
 
 
 def _check(a: NetworkArguments) -> None:
@@ -69,6 +69,7 @@ def _compiled(a: NetworkArguments) -> bool:
     return (
         feature.is_cpu
         and feature.shape[1] <= MOST_TOKENS
+        and len(feature) * feature.shape[1] * a.modulations.shape[2] <= MOST_VALUES
         and feature.dtype == a.tokens.dtype == a.modulations.dtype == a.weights[0].dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
     )
@@ -91,7 +92,8 @@ def drafter_network(arguments: NetworkArguments, backend: str = "auto") -> Tenso
             ``[3 W, W]``, of the projection ``[W, W]``, and of the MLP ``[F, W]`` and ``[W, F]``; weight ``[D, W]`` and
             bias of what leaves; ``heads``, a divisor of W; ``eps``, which is added to variances.
         backend: ``"auto"``, ``"reference"`` or ``"extension"``, one call on the CPU, float32 and without gradient.
-            ``"auto"`` takes that where a row has at most 64 tokens and autocast is off; else the network is made of
+            ``"auto"`` takes that where a row has at most 64 tokens, R T W is at most 16,384 and autocast is off; else
+            the network is made of
             :func:`~free_kernels.ops.attention.feature_attention` and :func:`~free_kernels.ops.norms.adaptive_norm`.
 
     Raises:
