@@ -28,6 +28,12 @@ FREE_KERNELS_INLINE void add_product(Lanes& lanes, const float* a, const float* 
   lanes += left * right;
 }
 
+FREE_KERNELS_INLINE void keep_least(Lanes& least, const float* values) {
+  Lanes lanes;
+  std::memcpy(&lanes, values, sizeof(Lanes));
+  least = lanes < least ? lanes : least;
+}
+
 // Sums of blocks' lanes: lanes of float64 again, so that only a chunk's end adds up what is in one vector.
 struct Total {
   static constexpr int64_t kHalf = kLanes / 2;
@@ -143,7 +149,7 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& r
   RowSums sums;
   float mean[kBlock], std_q[kBlock], gap[kBlock], error[kBlock];
   float difference[kBlock], sum[kBlock], rooted[kBlock], moved[kBlock], scaled[kBlock];
-  float least[kLanes] = {};
+  Lanes least = {};
   Total totals[kSums];
   for (int64_t begin = first; begin < last; begin += kBlock) {
     const int64_t count = std::min(kBlock, last - begin);
@@ -174,6 +180,7 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& r
       add_product(lanes[kGapSum], gap + i, sum + i);
       add_product(lanes[kGapDifference], gap + i, difference + i);
       add_product(lanes[kErrorError], error + i, error + i);
+      keep_least(least, error + i);
       add_product(lanes[kRootedRooted], rooted + i, rooted + i);
       add_product(lanes[kRootedGap], rooted + i, gap + i);
       add_product(lanes[kRootedDifference], rooted + i, difference + i);
@@ -191,12 +198,10 @@ FREE_KERNELS_INLINE RowSums sum_learned(const Round& round, const RowPointers& r
       add_product(lanes[kScaledSum], scaled + i, sum + i);
       add_product(lanes[kMovedScaled], moved + i, scaled + i);
     }
-    for (int64_t i = 0; i < count; i += kLanes)
-      for (int64_t k = 0; k < kLanes; ++k) least[k] = error[i + k] < least[k] ? error[i + k] : least[k];
     for (int k = 0; k < kSums; ++k) totals[k].add(lanes[k]);
   }
   for (int k = 0; k < kSums; ++k) sums.sum[k] = totals[k].value();
-  for (const float value : least) sums.least_error = std::min(sums.least_error, value);
+  for (int64_t k = 0; k < kLanes; ++k) sums.least_error = std::min(sums.least_error, least[k]);
   return sums;
 }
 
