@@ -54,31 +54,38 @@ class Fresh:
         """Make all drafts of the pass."""
         job, slots = self._job, ahead.slots
         feature, labels, backend = ahead.parent.flatten(0, 1), slots.labels, job.options.backend
-        drafting = None if ahead.lengths is None else _are_drafting(ahead.lengths, ahead.count)
-        places = _in_order(drafting, len(slots), ahead.count, labels.device)
-        counts = [len(slots)] * ahead.count if drafting is None else drafting.sum(0).tolist()
+        lengths, now, branches = ahead.lengths, len(slots), job.branches
+        # None: every slot makes every draft.
+        drafting = None if lengths is None or min(lengths) > ahead.count else _are_drafting(lengths, ahead.count)
+        places = _in_order(drafting, now, ahead.count, labels.device)
+        counts = [now] * ahead.count if drafting is None else drafting.sum(0).tolist()
         previous, y = job.doubled(slots.previous), job.branched(labels)
+        # Rows of the only slot are contiguous as they are.
+        alone = (
+            list(zip(ahead.drafts.states.unbind(1), ahead.timesteps.unbind(1), strict=True))
+            if now == branches == 1
+            else None
+        )
         active: Tensor | None = None
         for j in range(ahead.count):
-            if counts[j] * job.branches < len(previous):
-                now = torch.from_numpy(drafting[:, j].nonzero()[0]).to(labels.device)
-                within = now if active is None else torch.searchsorted(active, now)
+            if counts[j] < now:
+                now = counts[j]
+                kept = torch.from_numpy(drafting[:, j].nonzero()[0]).to(labels.device)
+                within = kept if active is None else torch.searchsorted(active, kept)
                 feature, previous = (
-                    rows.unflatten(0, (job.branches, -1))[:, within].flatten(0, 1) for rows in (feature, previous)
+                    rows.unflatten(0, (branches, -1))[:, within].flatten(0, 1) for rows in (feature, previous)
                 )
-                y, active = job.branched(labels[now]), now
-            if len(slots) == job.branches == 1:
-                # Rows of the only slot are contiguous as they are.
-                inputs = DraftInputs(feature, previous, ahead.drafts.states[:, j], ahead.timesteps[:, j], y)
+                y, active = job.branched(labels[kept]), kept
+            if alone is not None:
+                state, t = alone[j]
             else:
-                rows = RowArguments(ahead.drafts.states, ahead.timesteps, j, job.branches, active)
-                inputs = DraftInputs(feature, previous, *draft_rows(rows, backend), y)
-            feature = self._draft_feature(j, inputs, active)
+                state, t = draft_rows(RowArguments(ahead.drafts.states, ahead.timesteps, j, branches, active), backend)
+            feature = self._draft_feature(j, DraftInputs(feature, previous, state, t, y), active)
             scales = None
             if ahead.scales is not None:
                 scales = ahead.scales[:, j] if active is None else ahead.scales[active, j]
-            ahead.advance(job.mixed(job.head(feature, inputs.t, y), scales), places, j, j + 1)
-            previous = inputs.state
+            ahead.advance(job.mixed(job.head(feature, t, y), scales), places, j, j + 1)
+            previous = state
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
         """The feature ``[B R, T, D]`` of draft ``j`` of R slots: ``active [R]``, or all if None."""
@@ -88,7 +95,7 @@ class Fresh:
         """The drafter's feature, of the shape that it promises."""
         states = self._job.shaped(inputs.previous), self._job.shaped(inputs.state)
         drafted = self._drafter(inputs.feature, *states, inputs.t, inputs.y, **self._remembered)
-        wanted = (len(inputs.t), *self._job.target.feature_shape)
+        wanted = (inputs.t.shape[0], *self._job.target.feature_shape)
         if drafted.shape != wanted:
             fail(self._job.where, "drafter's output", f"[R, T, D] = {list(wanted)}", drafted)
         return drafted
@@ -194,9 +201,10 @@ class Corrected(Fresh):
         given = *(part.contiguous() for part in inputs), refused.states, refused.features
         places = refused.before, refused.latest_places, ahead.timesteps, ahead.slots.labels
         both = self._call(DraftInputs(*join_rows(JoinArguments(*given, *places, *rows), refused.backend)))
-        errors = both.contiguous(), refused.features, refused.latest_places, self._count, len(inputs.t), self._chosen
+        drafted = inputs.t.shape[0]
+        errors = both.contiguous(), refused.features, refused.latest_places, self._count, drafted, self._chosen
         self._errors = row_errors(ErrorArguments(*errors), refused.backend)
-        return both[: len(inputs.t)]
+        return both[:drafted]
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
         """As :meth:`Fresh._draft_feature`."""
@@ -204,7 +212,9 @@ class Corrected(Fresh):
         if j >= self._count:
             return drafted
         asked, latest = self._refused.states, self._refused.latest_places
-        states = (rows[: len(inputs.state) // self._job.branches] for rows in (inputs.state, inputs.previous))
+        states = inputs.state, inputs.previous
+        if self._job.branches > 1:
+            states = tuple(rows[: rows.shape[0] // self._job.branches] for rows in states)
         given = CorrectArguments(drafted.contiguous(), self._errors, *states, asked, latest, j, active)
         return correct_features(given, self._refused.backend)
 

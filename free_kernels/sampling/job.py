@@ -159,11 +159,11 @@ class Job:
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's features, of the shape it promised."""
-        return self._checked_features(self.target.features(self.shaped(x), t, y), len(x))
+        return self._checked_features(self.target.features(self.shaped(x), t, y), x.shape[0])
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's output, of the shape it promised; without variance channels where the variance is fixed."""
-        return self._checked_output(self.target.head(h, t, y), len(h))
+        return self._checked_output(self.target.head(h, t, y), h.shape[0])
 
     def scales_at(self, steps: Tensor, images: Tensor) -> Tensor | None:
         """Guidance scales of rows, float32 like ``steps``; None where one number holds for all rows of the job."""

@@ -42,7 +42,16 @@ class RefusedRows:
         ahead: the same on the device, int64 ``[S]``.
         before: int64 ``[S]``, where the row of the step before is, among all: the last committed one. It is there
             wherever there is one ahead.
+        latest_places: int64 ``[S, M - 1]``, which of ``states`` is the last row of each draft's step; -1: none is.
+        replaced_places: the same of the rows that those replaced; -1 everywhere with one generation.
+        states: ``[G S (M + 1), C, H, W]``, of all rows; this and the next two are there from the first round on.
+        features: ``[B, G S (M + 1), T, D]``, of all rows.
+        outputs: ``[B G S (M + 1), C or 2C, H, W]``, of all rows; only where outputs are kept.
     """
+
+    states: Tensor
+    features: Tensor
+    outputs: Tensor
 
     def __init__(
         self,
@@ -65,6 +74,9 @@ class RefusedRows:
         self._turn = torch.zeros(places, dtype=torch.int64, device=device)
         # Latest and replaced rows by slot and step ahead: where the row is among all; -1: there is none.
         self._places = torch.full((2, slots, rows - 1), -1, dtype=torch.int64, device=device)
+        # Views are made once: each would cost as much as a small op.
+        self.latest_places, self.replaced_places = self._places.unbind(0)
+        self._places_found = self._places[:generations]
         # Where the row of the step before is, wherever there is one ahead.
         self.before = torch.zeros_like(self.ahead)
         # By generation, slot and place, and before that by branch; made with the first round.
@@ -116,7 +128,7 @@ class RefusedRows:
             steps: int64 ``[S]``, the step of each slot now; at step 0 the rows are of the image before and are dropped.
         """
         find_rows(
-            FindArguments(self._at, self._turn, steps, self._places[: len(self._at)], self.before, self.ahead),
+            FindArguments(self._at, self._turn, steps, self._places_found, self.before, self.ahead),
             self.backend,
         )
 
@@ -127,40 +139,17 @@ class RefusedRows:
         self._at.fill_(-1)
         self._places.fill_(-1)
 
-    @property
-    def latest_places(self) -> Tensor:
-        """Where the last row of each draft's step is, int64 ``[S, M - 1]``: a row of :attr:`states`; -1: nowhere."""
-        return self._places[0]
-
-    @property
-    def replaced_places(self) -> Tensor:
-        """As :attr:`latest_places`, of the rows that those replaced; -1 everywhere with one generation."""
-        return self._places[1]
-
-    @property
-    def states(self) -> Tensor:
-        """All rows' states ``[G S (M + 1), C, H, W]``."""
-        return self._states.flatten(0, 2)
-
-    @property
-    def features(self) -> Tensor:
-        """All rows' features ``[B, G S (M + 1), T, D]``."""
-        return self._features.flatten(1, 3)
-
-    @property
-    def outputs(self) -> Tensor:
-        """All rows' outputs ``[B G S (M + 1), C or 2C, H, W]``."""
-        return self._outputs.flatten(0, 3)
-
     def _allocate(self, states: Tensor, features: Tensor, outputs: Tensor) -> None:
         """Buffers for rows like these, where there are none or they are of another dtype."""
         places = self._at.shape
         if self._states is None:
             self._states = states.new_zeros(*places, *states.shape[2:])
-            self._features = features.new_zeros(self._branches, *places, *features.shape[1:])
-            if self._with_outputs:
-                self._outputs = outputs.new_zeros(self._branches, *places, *outputs.shape[1:])
-        elif self._features.dtype != features.dtype:
-            self._features = self._features.to(features.dtype)
-        if self._outputs is not None and self._outputs.dtype != outputs.dtype:
-            self._outputs = self._outputs.to(outputs.dtype)
+            self.states = self._states.flatten(0, 2)
+        if self._features is None or self._features.dtype != features.dtype:
+            shape = self._branches, *places, *features.shape[1:]
+            self._features = features.new_zeros(shape) if self._features is None else self._features.to(features.dtype)
+            self.features = self._features.flatten(1, 3)
+        if self._with_outputs and (self._outputs is None or self._outputs.dtype != outputs.dtype):
+            shape = self._branches, *places, *outputs.shape[1:]
+            self._outputs = outputs.new_zeros(shape) if self._outputs is None else self._outputs.to(outputs.dtype)
+            self.outputs = self._outputs.flatten(0, 3)

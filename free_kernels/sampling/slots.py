@@ -36,6 +36,7 @@ class Slots:
     def __init__(self, job: Job, count: int, pool_rows: int | None, backend: str) -> None:
         self.job, self.backend = job, backend
         self.pool = ImagePool(job, count, pool_rows)
+        self._count = count
         self.images = torch.arange(count, device=job.labels.device)
         self.indices = self.images.clone()
         self.labels = self.pool.labels[:count].clone()
@@ -47,7 +48,7 @@ class Slots:
         self.parent: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self._count
 
     def commit(self, committed: Tensor, after: Tensor, states: Tensor, features: Tensor, row_offsets: Tensor) -> Tensor:
         """Make steps final, as :func:`free_kernels.ops.commit_drafts` does, and begin the images that move in.

@@ -42,7 +42,7 @@ class TargetCall:
                 call is smaller.
         """
         while True:
-            size = len(x) if self.most_rows is None else min(self.most_rows, len(x))
+            size = x.shape[0] if self.most_rows is None else min(self.most_rows, x.shape[0])
             try:
                 return self._in_parts(x, t, y, size)
             except RuntimeError as error:
@@ -56,7 +56,7 @@ class TargetCall:
                 torch.cuda.empty_cache()
 
     def _in_parts(self, x: Tensor, t: Tensor, y: Tensor, size: int) -> Verified:
-        if size >= len(x):
+        if size >= x.shape[0]:
             return self._job.verify(x, t, y)
         outputs, features = [], []
         for part in zip(x.split(size), t.split(size), y.split(size), strict=True):

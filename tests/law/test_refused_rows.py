@@ -295,7 +295,7 @@ def test_drafts_behind_the_rows_repeat_the_secant_of_the_last(branches):
     """Slot 0 has two rows ahead, the second asked about twice; slot 1 one, once; slot 2 none."""
     refused = RefusedRows(3, branches, 3, 2, torch.device("cpu"))
     features = torch.randn(branches, 2 * 3 * 4, 4, 2, generator=torch.Generator().manual_seed(0))
-    refused._features = features.view(branches, 2, 3, 4, 4, 2)
+    refused.features = features
     refused._places[:] = torch.tensor([[[3, 5], [7, -1], [-1, -1]], [[1, 9], [-1, -1], [2, 2]]])
     refused.ahead[:] = torch.tensor([2, 1, 0])
     parent, share = torch.randn(branches, 3, 4, 2), torch.tensor([[0.5, -0.25], [0.0, 0.0], [0.0, 0.0]])

@@ -66,10 +66,11 @@ OP = Op("drafter_network_cpu", NetworkArguments, reference.drafter_network, _fak
 def _compiled(a: NetworkArguments) -> bool:
     """Whether the compiled op is the fastest for these arguments, if it is there."""
     feature = a.feature
+    rows, tokens, _ = feature.shape
     return (
         feature.is_cpu
-        and feature.shape[1] <= MOST_TOKENS
-        and len(feature) * feature.shape[1] * a.modulations.shape[2] <= MOST_VALUES
+        and tokens <= MOST_TOKENS
+        and rows * tokens * a.modulations.shape[2] <= MOST_VALUES
         and feature.dtype == a.tokens.dtype == a.modulations.dtype == a.weights[0].dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
     )
