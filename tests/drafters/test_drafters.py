@@ -78,6 +78,8 @@ def test_a_drafter_of_another_target_is_refused(tmp_path):
         ValueError, match=r"^FeatureDrafter.load: drafter must be one made for a target with feature_shape"
     ):
         FeatureDrafter.load(path, DiTTarget(random_dit()))
+    with pytest.raises(TypeError, match=r"^FeatureDrafter.load: target must be a target, as .* of a module, got DiT$"):
+        FeatureDrafter.load(path, random_dit())
 
 
 def test_damaged_files_are_named(tmp_path):
