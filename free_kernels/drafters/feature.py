@@ -418,7 +418,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
     def check_target(self, target: Target, where: str = "FeatureDrafter") -> None:
         """Raise ValueError unless the target has this drafter's shapes and device, TypeError unless it is one."""
         if not hasattr(target, "feature_shape"):
-            fail(where, "target", "a target, as free_kernels.targets.as_target makes of a module", type(target).__name__, TypeError)
+            fail(where, "target", "a target such as DiTTarget(module)", type(target).__name__, TypeError)
         pooled = TargetDefaults.read(target, "pooled")
         shown = None if pooled is None else pooled.shape[1]
         if shown != self.condition_width and (shown is not None or target.num_classes):
@@ -462,7 +462,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             FileNotFoundError: no such file.
             CheckpointError: broken, truncated, or not a drafter.
             ValueError: made for a target of other shapes.
-            TypeError: ``target`` is none, as a module is none before ``as_target``.
+            TypeError: ``target`` is none, as a network itself is none.
         """
         weights, metadata = load_checkpoint(path, "feature_drafter")
         with reading("FeatureDrafter.load", path, "a drafter's shapes"):
