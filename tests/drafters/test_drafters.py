@@ -78,7 +78,9 @@ def test_a_drafter_of_another_target_is_refused(tmp_path):
         ValueError, match=r"^FeatureDrafter.load: drafter must be one made for a target with feature_shape"
     ):
         FeatureDrafter.load(path, DiTTarget(random_dit()))
-    with pytest.raises(TypeError, match=r"^FeatureDrafter.load: target must be a target such as DiTTarget.module., got DiT$"):
+    with pytest.raises(
+        TypeError, match=r"^FeatureDrafter.load: target must be a target such as DiTTarget.module., got DiT$"
+    ):
         FeatureDrafter.load(path, random_dit())
 
 
