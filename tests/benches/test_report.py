@@ -53,22 +53,31 @@ def store() -> Any:
     return store
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, store: Any) -> Path:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What report.py reads, with made-up figures of the benchmarks, and what it has written from them."""
+    from benchmarks.report import store
+
+    root = tmp_path_factory.mktemp("checkout")
     for name in ("README.md", "python/free_dit/models/digits/evaluation.json", "benchmarks/results/cpu/profile.json"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    cpu = tmp_path / "benchmarks/results/cpu"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    cpu = root / "benchmarks/results/cpu"
     couples = {name: op_entry("couple", name, median, 10**6) for name, median in (("ours", 1e-4), ("eager", 4e-4))}
     store.merge(cpu / "coupling.json", MACHINE, couples, ROOFS)
     store.merge(cpu / "packing.json", MACHINE, {"pack": op_entry("pack_drafts", "ours", 2e-5, 0)}, ROOFS)
     store.merge(cpu / "target.json", MACHINE, {"XL": target_entry()})
     store.merge(cpu / "sampler.json", MACHINE, {"batch1": sampler_entry()})
-    written = report("--root", tmp_path)
-    assert written.returncode == 0, written.stderr
-    assert report("--root", tmp_path, "--check").returncode == 0
-    return tmp_path
+    result = report("--root", root)
+    assert result.returncode == 0, result.stderr
+    assert report("--root", root, "--check").returncode == 0
+    return root
+
+
+@pytest.fixture
+def checkout(written: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may change."""
+    return shutil.copytree(written, tmp_path / "checkout")
 
 
 def test_generated_pages_are_up_to_date() -> None:

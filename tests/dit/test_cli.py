@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from free_dit import load_bundled
+from free_dit.cli import main
 from free_kernels import DDPMSchedule, ancestral_sample
 
 
@@ -108,10 +109,20 @@ def test_feasibility_writes_a_table_a_plot_and_json(tmp_path):
         (("train", "--out", "x", "--config", "none.toml"), "config must be an existing TOML file"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, arguments, message, monkeypatch):
+def test_mistakes_are_one_line(tmp_path, arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    result = run(*arguments, check=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["free_dit", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+    assert said[-1].startswith("error: ")
+
+
+def test_a_mistake_ends_the_process_without_a_traceback(tmp_path):
+    result = run("sample", "--out", tmp_path / "x.gif", check=False)
     assert result.returncode == 2
-    assert message in result.stderr
     assert "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: sample: out must end in .png or .npz")
