@@ -9,6 +9,7 @@ difference of their rounds; ``--path`` counts the build of another checkout.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import subprocess
@@ -28,6 +29,9 @@ def draw(drafter: str, length: int, images: int) -> None:
     from free_kernels import DDPMSchedule, ancestral_sample, sample
 
     torch.set_num_threads(1)
+    # One collection of all objects costs as much as tens of rounds, and falls where it will.
+    gc.collect()
+    gc.disable()
     target, labels = ShapedTarget(SHAPES[0]), torch.arange(images)
     settings = {"schedule": DDPMSchedule(STEPS)}
     if drafter == "ordinary":
