@@ -15,22 +15,19 @@ constexpr float kAcross = 0.70710678118654752f;  // the root of kAcrossShare
 // Sums are kept in lanes of float32 within a block and in float64 beyond. A lane adds kBlock / kLanes
 // products, so the rounding of a sum is at most kBlock / kLanes half spacings of float32 times the sum of its
 // products' sizes.
-constexpr int64_t kLanes = 8, kFloatBytes = sizeof(float);
+constexpr int64_t kFloatBytes = sizeof(float);
 static_assert(kBlock % kLanes == 0);
-
-// A vector of the compilers' (gcc, clang), which they split where the CPU's are shorter.
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
 FREE_KERNELS_INLINE void add_product(Lanes& lanes, const float* a, const float* b) {
   Lanes left, right;
-  std::memcpy(&left, a, sizeof(Lanes));
-  std::memcpy(&right, b, sizeof(Lanes));
+  load(left, a);
+  load(right, b);
   lanes += left * right;
 }
 
 FREE_KERNELS_INLINE void keep_least(Lanes& least, const float* values) {
   Lanes lanes;
-  std::memcpy(&lanes, values, sizeof(Lanes));
+  load(lanes, values);
   least = lanes < least ? lanes : least;
 }
 

@@ -14,10 +14,9 @@ namespace {
 
 // Fewer values are not worth a thread.
 constexpr int64_t kGrain = 1 << 14;
-// Weights before the first block, of a block, and behind the last; modulations of a block.
-constexpr int64_t kFirst = 2, kOfBlock = 8, kLast = 2, kBlockRows = 6;
-// Keys stand side by side in vectors of so many.
-constexpr int64_t kLanes = 8;
+// Weights before the first block, of a block, and behind the last; modulations of a block and behind the
+// last.
+constexpr int64_t kFirst = 2, kOfBlock = 8, kLast = 2, kBlockRows = 6, kLastRows = 2;
 
 // A tensor's data as a matrix.
 Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride,
@@ -39,7 +38,7 @@ Tensor times(const Tensor& rows, const Tensor& weight) {
 }
 
 struct Shape {
-  int64_t rows, tokens, width, heads;
+  int64_t rows, tokens, width, heads, blocks;
 
   int64_t all_tokens() const { return rows * tokens; }
 };
@@ -160,7 +159,7 @@ void gelu_in_place(const Tensor& hidden, const Tensor& bias) {
   });
 }
 
-// What enters and leaves the norms: the stream, its normalised form, and what the first norm left of it.
+// What a norm leaves: the residual stream, and what the next layer takes of it.
 struct Stream {
   Tensor x, normalized;
 };
@@ -214,7 +213,7 @@ Shape check(const Tensor& feature, const Tensor& tokens, const Tensor& modulatio
                 depth = (static_cast<int64_t>(weights.size()) - kFirst - kLast) / kOfBlock;
   check_tensor(op, "feature", feature, dtype, {rows, count, features}, feature);
   check_tensor(op, "tokens", tokens, dtype, {rows, count, inputs}, feature);
-  const int64_t own = kBlockRows * depth + 2, modulated = modulations.size(1) == own ? own : own + 1;
+  const int64_t own = kBlockRows * depth + kLastRows, modulated = modulations.size(1) == own ? own : own + 1;
   check_tensor(op, "modulations", modulations, dtype, {rows, modulated, width}, feature);
   STD_TORCH_CHECK(depth >= 1 && kFirst + kOfBlock * depth + kLast == static_cast<int64_t>(weights.size()), op,
                   ": weights must be 4 and 8 for each block, got ", weights.size());
@@ -236,14 +235,13 @@ Shape check(const Tensor& feature, const Tensor& tokens, const Tensor& modulatio
     check_layer(at + 6, width, hidden);
   }
   check_layer(kFirst + kOfBlock * depth, features, width);
-  return {rows, count, width, heads};
+  return {rows, count, width, heads, depth};
 }
 
 Tensor drafter_network(const Tensor& feature, const Tensor& tokens, const Tensor& modulations,
                        std::vector<Tensor> weights, int64_t heads, double eps) {
   const Shape shape = check(feature, tokens, modulations, weights, heads, eps);
   const int64_t inputs = tokens.size(2), features = feature.size(2), all = shape.all_tokens();
-  const int64_t depth = (static_cast<int64_t>(weights.size()) - kFirst - kLast) / kOfBlock;
   Tensor out = empty_on(feature, {shape.rows, shape.tokens, features}, ScalarType::Float);
   if (all == 0) return out;
 
@@ -251,7 +249,7 @@ Tensor drafter_network(const Tensor& feature, const Tensor& tokens, const Tensor
   const Tensor positions = matrix(weights[1], shape.tokens, shape.width, shape.width, 1);
   Stream stream = normalize(entered, positions, nullptr, nullptr, modulations, {-1, 0, -1}, shape, eps);
   const Tensor embedded = stream.x;
-  for (int64_t block = 0; block < depth; ++block) {
+  for (int64_t block = 0; block < shape.blocks; ++block) {
     const Tensor* layers = weights.data() + kFirst + kOfBlock * block;
     const int64_t first = kBlockRows * block, behind = first + kBlockRows;
     const Tensor mixed = attend(times(stream.normalized, layers[0]), layers[1], shape);
@@ -259,9 +257,9 @@ Tensor drafter_network(const Tensor& feature, const Tensor& tokens, const Tensor
                        {first + 2, first + 3, -1}, shape, eps);
     const Tensor hidden = times(stream.normalized, layers[4]);
     gelu_in_place(hidden, layers[5]);
-    const bool skips = block == depth - 1 && modulations.size(1) > behind + 2;
+    const bool skips = block == shape.blocks - 1 && modulations.size(1) > behind + kLastRows;
     stream = normalize(stream.x, times(hidden, layers[6]), &layers[7], skips ? &embedded : nullptr,
-                       modulations, {behind - 1, behind, skips ? behind + 2 : -1}, shape, eps);
+                       modulations, {behind - 1, behind, skips ? behind + kLastRows : -1}, shape, eps);
   }
   const Tensor change = times(stream.normalized, weights[weights.size() - 2]);
   const float *parent = const_floats(feature), *changes = const_floats(change),

@@ -6,17 +6,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "vectors.h"
 
 namespace free_kernels {
 
 // Sums in float32 of so many values at most; those of the blocks are added in float64.
-constexpr int64_t kNormValues = 1024, kNormLanes = 8;
-
-// A vector of the compilers' (gcc, clang), which they split where the CPU's are shorter.
-typedef float NormLanes __attribute__((vector_size(kNormLanes * sizeof(float))));
+constexpr int64_t kNormValues = 1024;
 
 // What a token's values are made of; update, gate, skip and gain may be null.
 struct Token {
@@ -26,9 +22,9 @@ struct Token {
 };
 
 template <bool squared>
-FREE_KERNELS_INLINE void add_centred(NormLanes& sums, const float* values, float mean) {
-  NormLanes lanes;
-  std::memcpy(&lanes, values, sizeof(NormLanes));
+FREE_KERNELS_INLINE void add_centred(Lanes& sums, const float* values, float mean) {
+  Lanes lanes;
+  load(lanes, values);
   lanes -= mean;
   sums += squared ? lanes * lanes : lanes;
 }
@@ -40,19 +36,19 @@ FREE_KERNELS_INLINE double sum_centred(int64_t count, const float* values, float
   double total = 0;
   for (int64_t first = 0; first < count; first += kNormValues) {
     const int64_t end = std::min(count, first + kNormValues);
-    NormLanes a = {}, b = {}, c = {}, d = {};
+    Lanes a = {}, b = {}, c = {}, d = {};
     int64_t i = first;
-    for (; i + 4 * kNormLanes <= end; i += 4 * kNormLanes) {
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
       add_centred<squared>(a, values + i, mean);
-      add_centred<squared>(b, values + i + kNormLanes, mean);
-      add_centred<squared>(c, values + i + 2 * kNormLanes, mean);
-      add_centred<squared>(d, values + i + 3 * kNormLanes, mean);
+      add_centred<squared>(b, values + i + kLanes, mean);
+      add_centred<squared>(c, values + i + 2 * kLanes, mean);
+      add_centred<squared>(d, values + i + 3 * kLanes, mean);
     }
-    for (; i + kNormLanes <= end; i += kNormLanes) add_centred<squared>(a, values + i, mean);
-    const NormLanes sums = (a + b) + (c + d);
-    double halves[kNormLanes / 2];
-    for (int64_t k = 0; k < kNormLanes / 2; ++k)
-      halves[k] = static_cast<double>(sums[k]) + static_cast<double>(sums[k + kNormLanes / 2]);
+    for (; i + kLanes <= end; i += kLanes) add_centred<squared>(a, values + i, mean);
+    const Lanes sums = (a + b) + (c + d);
+    double halves[kLanes / 2];
+    for (int64_t k = 0; k < kLanes / 2; ++k)
+      halves[k] = static_cast<double>(sums[k]) + static_cast<double>(sums[k + kLanes / 2]);
     total += (halves[0] + halves[1]) + (halves[2] + halves[3]);
     for (; i < end; ++i) {
       const float centred = values[i] - mean;

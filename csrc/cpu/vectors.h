@@ -20,6 +20,14 @@ namespace free_kernels {
 // Elements of a block, whose intermediate results are kept in arrays on the stack, 1 KiB each.
 constexpr int64_t kBlock = 256;
 
+// A vector of the compilers' (gcc, clang), which they split where the CPU's are shorter.
+constexpr int64_t kLanes = 8;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+FREE_KERNELS_INLINE void load(Lanes& lanes, const float* values) {
+  std::memcpy(&lanes, values, sizeof(Lanes));
+}
+
 // Whether to use AVX2 with its companion, fused multiply-add: the running CPU has both, and PyTorch's own
 // switch ATEN_CPU_CAPABILITY does not ask for the plainest kernels. A fused product is not rounded, so the
 // two functions differ by rounding.
