@@ -11,10 +11,7 @@ import pytest
 import torch
 
 from free_kernels import extension
-from free_kernels.ops.attention import feature_attention
-from free_kernels.ops.network import NetworkArguments, drafter_network
-from free_kernels.ops.network.reference import composed
-from free_kernels.ops.norms import adaptive_norm
+from free_kernels.ops.network import NetworkArguments, drafter_network, network_in_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Tokens, features, inputs, width, heads: the bundled digits drafter; and one of 64 tokens.
@@ -60,7 +57,7 @@ def test_drafter_network(
     given = random_network(rows, shape)
     runs = {
         "reference": lambda: drafter_network(given, "reference"),
-        "parts": lambda: composed(given, lambda _, *parts: feature_attention(*parts), adaptive_norm),
+        "parts": lambda: network_in_parts(given),
         "ours": lambda: drafter_network(given, "extension"),
     }
     products = width * (inputs + 12 * width + features) + 2 * tokens * width

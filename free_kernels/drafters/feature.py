@@ -19,11 +19,8 @@ from free_kernels.checkpoint import check_depth, load_checkpoint, load_module, r
 from free_kernels.conditioning import ConditioningTable, table_fits
 from free_kernels.drafters.dense import DENSE_BLOCK_ROWS, DENSE_LAST_ROWS, DenseBlock, DenseFolded
 from free_kernels.drafters.memory import FeatureMemory, check_memory
-from free_kernels.ops.attention import feature_attention
-from free_kernels.ops.network import NetworkArguments, drafter_network
+from free_kernels.ops.network import NetworkArguments, drafter_network, network_in_parts
 from free_kernels.ops.network.arguments import BLOCK_ROWS, LAST_ROWS
-from free_kernels.ops.network.reference import composed as composed_network
-from free_kernels.ops.norms import NormArguments, adaptive_norm
 from free_kernels.ops.norms.reference import adaptive_norm as reference_norm
 from free_kernels.ops.tokens import TokenArguments, drafter_tokens
 from free_kernels.ops.tokens.reference import drafter_tokens as reference_tokens
@@ -85,12 +82,6 @@ class _Block(nn.Module):
         return tuple(part for layer in (self.qkv, self.proj, self.fc1, self.fc2) for part in (layer.weight, layer.bias))
 
 
-def _normalize(a: NormArguments) -> tuple[Tensor, Tensor]:
-    """Norms of a network in parts."""
-    # The kernels have no gradient, and compute in float32.
-    return reference_norm(a) if torch.is_grad_enabled() or a.x.dtype == torch.float64 else adaptive_norm(a)
-
-
 class _Folded(NamedTuple):
     """A drafter's weights with scales folded in, as plain tensors: no module call is left on the drafting path.
 
@@ -111,11 +102,11 @@ class _Folded(NamedTuple):
     ) -> Tensor:
         """Feature ``[R, T, D]`` from the parent feature, this beside patches, modulations ``[R, K, 1, width]``."""
         given = NetworkArguments(feature, tokens, modulations.squeeze(2), self.weights, self.heads, 1e-6)
-        if memory is not None:
-            return composed_network(given, memory.attend, _normalize)
+        parts = {} if memory is None else {"attend": memory.attend}
+        # The kernels have no gradient, and compute in float32.
         if torch.is_grad_enabled() or feature.dtype == torch.float64:
-            return composed_network(given, lambda _, *parts: feature_attention(*parts), reference_norm)
-        return drafter_network(given)
+            parts["normalize"] = reference_norm
+        return network_in_parts(given, **parts) if parts else drafter_network(given)
 
 
 def _run(

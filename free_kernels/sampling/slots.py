@@ -36,7 +36,6 @@ class Slots:
     def __init__(self, job: Job, count: int, pool_rows: int | None, backend: str) -> None:
         self.job, self.backend = job, backend
         self.pool = ImagePool(job, count, pool_rows)
-        self._count = count
         self.images = torch.arange(count, device=job.labels.device)
         self.indices = self.images.clone()
         self.labels = self.pool.labels[:count].clone()
@@ -48,7 +47,7 @@ class Slots:
         self.parent: Tensor | None = None
 
     def __len__(self) -> int:
-        return self._count
+        return self.images.shape[0]
 
     def commit(self, committed: Tensor, after: Tensor, states: Tensor, features: Tensor, row_offsets: Tensor) -> Tensor:
         """Make steps final, as :func:`free_kernels.ops.commit_drafts` does, and begin the images that move in.

@@ -46,7 +46,7 @@ def sampler_entry() -> dict[str, Any]:
     return entry | {"ordinary_s": 0.5, "speculative_s": 0.3, "call_reduction": 5.2}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def store() -> Any:
     from benchmarks.report import store
 
@@ -54,10 +54,8 @@ def store() -> Any:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory, store: Any) -> Path:
     """What report.py reads, with made-up figures of the benchmarks, and what it has written from them."""
-    from benchmarks.report import store
-
     root = tmp_path_factory.mktemp("checkout")
     for name in ("README.md", "python/free_dit/models/digits/evaluation.json", "benchmarks/results/cpu/profile.json"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -143,10 +143,6 @@ def test_fakes_and_schemas():
         torch.library.opcheck(api.OP.overload, tuple(given(2, 4, 8, 2, 1)))
 
 
-class Counted(Exception):
-    """The compiled op was called."""
-
-
 @pytest.mark.parametrize(
     ("shape", "dtype", "autocast", "compiled"),
     [

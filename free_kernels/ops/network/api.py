@@ -76,6 +76,25 @@ def _compiled(a: NetworkArguments) -> bool:
     )
 
 
+def _attend(_block: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return feature_attention(q, k, v)
+
+
+def network_in_parts(
+    arguments: NetworkArguments,
+    attend: reference.Attend = _attend,
+    normalize: reference.Normalize = adaptive_norm,
+) -> Tensor:
+    """:func:`drafter_network` made of ops of its own parts, which the caller may replace.
+
+    Args:
+        arguments: as there, of any floating-point dtype that the parts take.
+        attend: mixes queries, keys and values ``[R, T, H, Dh]`` of a block, whose number it is given.
+        normalize: in the place of :func:`~free_kernels.ops.norms.adaptive_norm`.
+    """
+    return reference.composed(arguments, attend, normalize)
+
+
 def drafter_network(arguments: NetworkArguments, backend: str = "auto") -> Tensor:
     """The drafted feature ``[R, T, D]``: the parent feature plus what a shallow transformer says of its change.
 
@@ -102,5 +121,5 @@ def drafter_network(arguments: NetworkArguments, backend: str = "auto") -> Tenso
         RuntimeError: the backend cannot be used; the message says why.
     """
     if check_choice(_NAME, "backend", backend, BACKENDS) == "auto" and not _compiled(arguments):
-        return reference.composed(arguments, lambda _, *parts: feature_attention(*parts), adaptive_norm)
+        return network_in_parts(arguments)
     return OP(arguments, arguments.feature, backend)
