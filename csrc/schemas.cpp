@@ -26,12 +26,21 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "-> Tensor");
   library.def(
       "advance_drafts_cpu(Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor columns,"
-      " Tensor output, Tensor rows, int first, int end, Tensor? asked, Tensor? replaced, float "
-      "guidance_scale, int guidance_channels, float clip) -> Tensor");
+      " Tensor output, Tensor rows, int first, int end, float guidance_scale, int guidance_channels, float "
+      "clip) -> ()");
+  library.def(
+      "replay_drafts_cpu(Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor table, "
+      "Tensor steps, Tensor held_states, Tensor held_clean, Tensor latest, Tensor replaced, Tensor before, "
+      "Tensor response, float clip) -> ()");
   library.def(
       "keep_rows_cpu(Tensor states, Tensor features, Tensor output, Tensor row_offsets, Tensor committed, "
       "Tensor lengths, Tensor steps, Tensor(a!) at, Tensor(b!) turn, Tensor(c!) held_states, Tensor(d!)"
-      " held_features, Tensor(e!)? held_output) -> ()");
+      " held_features) -> ()");
+  library.def(
+      "keep_clean_rows_cpu(Tensor states, Tensor output, Tensor row_offsets, Tensor committed, Tensor "
+      "lengths, Tensor steps, Tensor table, Tensor before, Tensor(a!) at, Tensor(b!) turn, Tensor(c!) "
+      "held_states, Tensor(d!) held_clean, Tensor(e!) response, float guidance_scale, int "
+      "guidance_channels, float clip) -> ()");
   library.def(
       "find_rows_cpu(Tensor(a!) at, Tensor turn, Tensor steps, Tensor(b!) places, Tensor(c!) before, "
       "Tensor(d!) ahead) -> ()");
@@ -41,9 +50,6 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "open_round_cpu(Tensor state, Tensor current, Tensor timesteps, Tensor table, int length) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "follow_features_cpu(Tensor features, Tensor parent, Tensor latest, Tensor replaced, Tensor "
-      "ahead, Tensor share) -> Tensor");
   library.def(
       "correct_features_cpu(Tensor drafted, Tensor errors, Tensor state, Tensor previous, Tensor asked,"
       " Tensor latest, int draft, Tensor? active) -> Tensor");

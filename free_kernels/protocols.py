@@ -161,7 +161,9 @@ class DrafterDefaults(_Defaults):
 
     Attributes:
         is_free: it costs nothing, so its calls are not counted.
-        repeats_feature: its output is ``feature``, whatever the state.
+        repeats_feature: its output is ``feature``, whatever the state. It is not called: the target's own outputs at
+            earlier rows draft, carried along with the state, an image's first step among them; see
+            :func:`free_kernels.ops.drafting.replay_drafts`.
         drafts_first_step: an image's first step, which has no parent feature, is drafted too, from
             ``initial_feature(state) -> [R, T, D]`` and with ``previous`` the state itself.
         calibration: acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead, where
@@ -273,8 +275,13 @@ def new_memory(drafter: object, slots: int, branches: int, drafts: int) -> Draft
 
 
 def first_drafted_step(drafter: object) -> int:
-    """0 for a drafter that drafts an image's first step, which has no parent feature, else 1."""
+    """0 for a drafter whose features draft an image's first step, which has no parent feature, else 1."""
     return 0 if DrafterDefaults.read(drafter, "drafts_first_step") else 1
+
+
+def first_drafted_in_rounds(drafter: object) -> int:
+    """The same of the sampler's rounds, where clean samples draft for a drafter that repeats its feature."""
+    return 0 if DrafterDefaults.read(drafter, "repeats_feature") else first_drafted_step(drafter)
 
 
 def null_label(target: Target) -> int:

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from free_kernels import extension
-from free_kernels.ops.drafting import AdvanceArguments, KeepArguments, api, keep_rows
+from free_kernels.ops.drafting import (
+    AdvanceArguments,
+    KeepArguments,
+    KeepCleanArguments,
+    ReplayArguments,
+    api,
+    keep_clean_rows,
+    keep_rows,
+    replay_drafts,
+)
 from free_kernels.ops.tokens import TokenArguments, drafter_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +49,6 @@ def choose(device: str, rival: str) -> str:
 
 @pytest.mark.parametrize("rival", ["reference", "ours"])
 @pytest.mark.parametrize(("device", "slots", "length", "latent", "feature"), SIZES)
-@pytest.mark.parametrize("old", [False, True], ids=["fresh", "secant"])
 def test_advance_drafts(
     measure: Callable[..., None],
     device: str,
@@ -48,14 +56,12 @@ def test_advance_drafts(
     length: int,
     latent: tuple[int, ...],
     feature: tuple[int, ...],
-    old: bool,
     rival: str,
 ) -> None:
     backend, drafts = choose(device, rival), slots * (length - 1)
     states, noise = torch.randn(2, slots, length, *latent, device=device).unbind()
     rows = torch.arange(drafts, device=device).view(slots, length - 1)
-    output = torch.randn(2 * drafts, *latent, device=device)
-    asked = torch.randn_like(output) if old else None
+    output = torch.randn(drafts, *latent, device=device)
     arguments = AdvanceArguments(
         states.contiguous(),
         *(torch.empty(slots, length - 1, *latent, device=device) for _ in range(2)),
@@ -65,8 +71,6 @@ def test_advance_drafts(
         rows,
         0,
         length - 1,
-        asked,
-        rows + drafts if old else None,
         1.0,
         latent[0],
         math.inf,
@@ -76,12 +80,104 @@ def test_advance_drafts(
         lambda: api.ADVANCE(arguments, arguments.states, backend),
         device=device,
         op="advance_drafts",
-        case=f"{slots} slots, {length - 1} drafts of {math.prod(latent)}, {'secant' if old else 'fresh'}",
+        case=f"{slots} slots, {length - 1} drafts of {math.prod(latent)}",
         backend=backend,
         ours=rival == "ours",
-        # State, noise and output in, three results out; with a secant three old rows more.
-        moved=drafts * row * (9 if old else 6),
+        # State, noise and output in, three results out.
+        moved=drafts * row * 6,
         iterations=100,
+        params={"slots": slots, "length": length, "latent": latent, "feature": feature},
+    )
+
+
+@pytest.mark.parametrize("rival", ["reference", "ours"])
+@pytest.mark.parametrize(("device", "slots", "length", "latent", "feature"), SIZES)
+@pytest.mark.parametrize("twice", [False, True], ids=["carried", "secant"])
+def test_replay_drafts(
+    measure: Callable[..., None],
+    device: str,
+    slots: int,
+    length: int,
+    latent: tuple[int, ...],
+    feature: tuple[int, ...],
+    twice: bool,
+    rival: str,
+) -> None:
+    """All drafts carried along from the row before, or each from two rows of its step."""
+    backend, drafts = choose(device, rival), slots * (length - 1)
+    states, noise = torch.randn(2, slots, length, *latent, device=device).unbind()
+    held, clean = torch.randn(2, 2 * drafts, *latent, device=device).unbind()
+    places = torch.arange(drafts, device=device).view(slots, length - 1)
+    arguments = ReplayArguments(
+        states.contiguous(),
+        *(torch.empty(slots, length - 1, *latent, device=device) for _ in range(2)),
+        noise.contiguous(),
+        0.1 * torch.randn(50, 8, device=device),
+        torch.full((slots,), 20, device=device),
+        held.contiguous(),
+        clean.contiguous(),
+        places if twice else torch.full_like(places, -1),
+        places + drafts if twice else torch.full_like(places, -1),
+        torch.arange(slots, device=device),
+        torch.ones(slots, 2, device=device),
+        math.inf,
+    )
+    row = states[0, 0].nbytes
+    measure(
+        lambda: replay_drafts(arguments, backend),
+        device=device,
+        op="replay_drafts",
+        case=f"{slots} slots, {length - 1} drafts of {math.prod(latent)}, {'secant' if twice else 'carried'}",
+        backend=backend,
+        ours=rival == "ours",
+        # State and noise in, three results out; with a secant states and clean samples of two old rows more.
+        moved=drafts * row * (9 if twice else 5),
+        iterations=100,
+        params={"slots": slots, "length": length, "latent": latent, "feature": feature},
+    )
+
+
+@pytest.mark.parametrize("rival", ["reference", "ours"])
+@pytest.mark.parametrize(("device", "slots", "length", "latent", "feature"), SIZES)
+def test_keep_clean_rows(
+    measure: Callable[..., None],
+    device: str,
+    slots: int,
+    length: int,
+    latent: tuple[int, ...],
+    feature: tuple[int, ...],
+    rival: str,
+) -> None:
+    """All rows of a round, as after a refusal of the first draft."""
+    backend, places = choose(device, rival), length + 1
+    ones, held = torch.ones(slots, dtype=torch.int64, device=device), (2, slots, places, *latent)
+    arguments = KeepCleanArguments(
+        torch.randn(slots, length, *latent, device=device),
+        torch.randn(slots * length, *latent, device=device),
+        torch.arange(slots + 1, device=device) * length,
+        ones,
+        ones * length,
+        ones * 20,
+        0.1 * torch.randn(50, 8, device=device),
+        torch.arange(slots, device=device),
+        torch.full((2, slots, places), -1, device=device),
+        torch.zeros(slots, places, dtype=torch.int64, device=device),
+        torch.zeros(held, device=device),
+        torch.zeros(held, device=device),
+        torch.zeros(slots, 2, device=device),
+        1.0,
+        latent[0],
+        math.inf,
+    )
+    measure(
+        lambda: keep_clean_rows(arguments, backend),
+        device=device,
+        op="keep_clean_rows",
+        case=f"{slots} slots, {length} rows of {math.prod(latent)}",
+        backend=backend,
+        ours=rival == "ours",
+        moved=2 * (arguments.states.nbytes + arguments.output.nbytes),
+        iterations=20,
         params={"slots": slots, "length": length, "latent": latent, "feature": feature},
     )
 
@@ -112,7 +208,6 @@ def test_keep_rows(
         torch.zeros(slots, places, dtype=torch.int64, device=device),
         torch.empty(1, slots, places, *latent, device=device),
         torch.empty(1, 1, slots, places, *feature, device=device),
-        torch.empty(1, 1, slots, places, *latent, device=device),
     )
     measure(
         lambda: keep_rows(arguments, backend),
@@ -121,7 +216,8 @@ def test_keep_rows(
         case=f"{slots} slots, {length} rows of {math.prod(latent)}, features {feature[0]} x {feature[1]}",
         backend=backend,
         ours=rival == "ours",
-        moved=2 * (arguments.states.nbytes + arguments.features.nbytes + arguments.output.nbytes),
+        # Rows in and out; outputs are looked at.
+        moved=2 * (arguments.states.nbytes + arguments.features.nbytes) + arguments.output.nbytes,
         iterations=20,
         params={"slots": slots, "length": length, "latent": latent, "feature": feature},
     )

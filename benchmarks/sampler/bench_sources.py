@@ -1,16 +1,16 @@
-"""Sources of a learned drafter's drafts, against one another: ``python -m benchmarks.sampler.bench_sources --out OUT``.
+"""Sources of drafts, against one another: ``python -m benchmarks.sampler.bench_sources --out OUT``.
 
-A step that an earlier round asked the target about may be drafted from the old row's output (replayed, without a call
-of the drafter), by the drafter plus its error at the old row (corrected), or by the drafter alone (fresh); steps that
-nobody asked about are drafted by the drafter in all three. Counted, one image at a time: steps a target call, calls of
-the drafter a target call, and the rows of these. Counts do not depend on the machine but for rounding.
+A learned drafter drafts alone (fresh), or with its error at the old row of a step that an earlier round asked the
+target about (corrected). Clean samples of the target's own rows draft without it (replayed, ``drafter="frozen"``).
+Counted, one image at a time: steps a target call, calls of the drafter a target call, and the rows of these. Counts do
+not depend on the machine but for rounding.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,52 +26,20 @@ from free_dit.files import write_json
 from free_dit.markdown import fill_page, table
 from free_kernels import DDPMSchedule, FlowSDESchedule, sample
 from free_kernels.sampling import round as round_module
-from free_kernels.sampling.draft_sources import Corrected, Fresh, _in_order, serving_rows
-from free_kernels.sampling.drafting import DraftingPass, Places
+from free_kernels.sampling.draft_sources import Fresh
 from free_kernels.sampling.refused_rows import RefusedRows
 
 SOURCES = ("fresh", "replayed", "corrected")
-
-
-class Replayed(Fresh):
-    """Drafts of one slot: outputs of its refused rows, with their secants, then the drafter from the last of them."""
-
-    def __init__(self, job: Any, drafter: Any, refused: RefusedRows) -> None:
-        super().__init__(job, drafter)
-        self._refused = refused
-
-    def draft(self, ahead: DraftingPass) -> None:
-        """As :meth:`Fresh.draft`."""
-        refused, job = self._refused, self._job
-        count = serving_rows(refused, ahead.lengths, ahead.count)[0]
-        if not count:
-            super().draft(ahead)
-            return
-        places = Places(refused.latest_places, refused.states, refused.replaced_places)
-        ahead.advance(refused.outputs, places, 0, count)
-        feature = refused.features[:, refused.latest_places[0, count - 1 : count]].flatten(0, 1)
-        order, y = _in_order(None, 1, ahead.count, ahead.steps.device), job.branched(ahead.slots.labels)
-        for j in range(count, ahead.count):
-            states, t = ahead.drafts.states, job.doubled(ahead.timesteps[:, j])
-            feature = self._drafter(feature, job.doubled(states[:, j - 1]), job.doubled(states[:, j]), t, y)
-            ahead.advance(job.head(feature, t, y), order, j, j + 1)
 
 
 @contextmanager
 def source(name: str) -> Iterator[None]:
     """Rounds take their drafts from a source."""
 
-    def chosen(job: Any, drafter: Any, *, memory: Any, refused: RefusedRows | None) -> Fresh:
-        if name == "fresh" or refused is None or refused.is_empty:
-            return Fresh(job, drafter, memory)
-        return (Replayed if name == "replayed" else Corrected)(job, drafter, refused)
+    def fresh(job: Any, drafter: Any, *, memory: Any, refused: RefusedRows | None) -> Fresh:
+        return Fresh(job, drafter, memory)
 
-    def rows(slots: int, branches: int, kept: int, _: int, *given: Any, **named: Any) -> RefusedRows:
-        return RefusedRows(slots, branches, kept, 2, *given, **{**named, "with_outputs": True})
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(round_module, "draft_source", chosen))
-        stack.enter_context(mock.patch.object(round_module, "RefusedRows", rows))
+    with mock.patch.object(round_module, "draft_source", fresh) if name == "fresh" else nullcontext():
         yield
 
 
@@ -98,7 +66,8 @@ def measure(model: str, steps: int, length: int, blend: float, images: int) -> I
         with source(name):
             for image in range(images):
                 labels = torch.tensor([image % target.num_classes])
-                settings = {"schedule": schedule, "drafter": drafter, "draft_length": length, "seed": 700 + image}
+                used = "frozen" if name == "replayed" else drafter
+                settings = {"schedule": schedule, "drafter": used, "draft_length": length, "seed": 700 + image}
                 reductions.append(sample(target, labels, **settings).stats.call_reduction)
         calls = images * steps * float(np.mean(1 / np.array(reductions)))
         each = steps / np.array(reductions)

@@ -40,9 +40,10 @@ TIMED_OPS = {
     "renew_slots": "commit_drafts",
     "open_round": "drafts",
     "ADVANCE": "drafts",
+    "replay_drafts": "drafts",
     "draft_rows": "drafts",
-    **dict.fromkeys(("follow_features", "join_rows", "row_errors", "correct_features"), "refused rows"),
-    **dict.fromkeys(("keep_rows", "find_rows"), "refused rows"),
+    **dict.fromkeys(("join_rows", "row_errors", "correct_features"), "refused rows"),
+    **dict.fromkeys(("keep_rows", "keep_clean_rows", "find_rows"), "refused rows"),
     "tally_round": "tally",
 }
 # The modules that call them.

@@ -24,7 +24,7 @@ from free_dit.experiments.scale.measure import AcceptanceCounts
 from free_dit.experiments.wall_clock import machine
 from free_dit.markdown import fill_page, table
 from free_kernels import DDPMSchedule, PhiloxNoise, RoundInfo, SampleIterator, sample_iter
-from free_kernels.protocols import first_drafted_step
+from free_kernels.protocols import first_drafted_in_rounds
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -43,7 +43,7 @@ class Side:
 
     def __init__(self, images: int, size: int | None, slots: int, length: int, steps: int, seed: int) -> None:
         target, drafter = load_bundled("digits")
-        self.counts = AcceptanceCounts(steps, length, first_drafted_step(drafter))
+        self.counts = AcceptanceCounts(steps, length, first_drafted_in_rounds(drafter))
         self.samples = torch.empty(images, *target.latent_shape)
         self.rounds, self.calls, self.rows = np.zeros(images, np.int64), 0, 0
         self.seconds, self.costs = 0.0, []

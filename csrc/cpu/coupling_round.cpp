@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "output_kind.h"
+
 namespace free_kernels {
 namespace {
 
@@ -30,16 +32,6 @@ class Contiguous {
  private:
   std::vector<Tensor> copies_;
 };
-
-OutputKind output_kind(const char* op, ScalarType dtype) {
-  if (dtype == ScalarType::Float) return OutputKind::kFloat;
-  if (dtype == ScalarType::Double) return OutputKind::kDouble;
-  if (dtype == ScalarType::Half) return OutputKind::kHalf;
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, op,
-                  ": output must be float32, float64, float16 or bfloat16, got ",
-                  torch::headeronly::toString(dtype));
-  return OutputKind::kBFloat16;
-}
 
 Round checked(const char* op, const CouplingInputs& inputs, Contiguous& contiguous) {
   const Tensor& states = inputs.draft_states;

@@ -68,60 +68,30 @@ void transition(const float* state, const float* output, const float* column, co
 
 struct Drafting {
   float *states, *mean, *std;
-  const float *noise, *columns, *asked;
-  const int64_t *rows, *replaced;
-  float* share;
+  const float *noise, *columns;
+  const int64_t* rows;
   int64_t first, end;
   Guidance guidance;
   float clip;
 };
 
-// The secant through two rows: `output` is the latest row's and becomes what their line says at `state`.
 template <typename T>
-float follow(const float* state, int64_t latest, int64_t replaced, const Drafting& drafting, const T* output,
-             const Shape& shape, float* said, float* older) {
-  const float* here = drafting.asked + latest * shape.state();
-  const float* there = drafting.asked + replaced * shape.state();
-  const double along =
-      sum(shape.state(), [&](int64_t e) { return (state[e] - here[e]) * (here[e] - there[e]); });
-  const double length = sum(shape.state(), [&](int64_t e) {
-    const float way = here[e] - there[e];
-    return way * way;
-  });
-  const float share = std::clamp(
-      static_cast<float>(along / std::max(length, double{std::numeric_limits<float>::min()})), -1.0f, 1.0f);
-  read_output(output, replaced, shape, drafting.guidance, older);
-  for (int64_t e = 0; e < shape.output(); ++e) said[e] += share * (said[e] - older[e]);
-  return share;
-}
-
-template <typename T>
-void advance_slot(int64_t slot, const Drafting& drafting, const T* output, const Shape& shape,
-                  float* scratch) {
+void advance_slot(int64_t slot, const Drafting& drafting, const T* output, const Shape& shape, float* said) {
   const int64_t size = shape.state(), drafts = shape.length - 1;
-  float* said = scratch;
   for (int64_t j = drafting.first; j < drafting.end; ++j) {
     const int64_t row = drafting.rows[slot * shape.width + j];
     if (row < 0) continue;
     const int64_t place = slot * shape.length + j, draft = slot * drafts + j;
     float* state = drafting.states + place * size;
     read_output(output, row, shape, drafting.guidance, said);
-    const int64_t replaced = drafting.replaced ? drafting.replaced[slot * shape.width + j] : -1;
-    if (replaced >= 0)
-      drafting.share[slot * (drafting.end - drafting.first) + j - drafting.first] =
-          follow(state, row, replaced, drafting, output, shape, said, said + shape.output());
     transition(state, said, drafting.columns + place * kColumns, drafting.noise + place * size, drafting.clip,
                shape, drafting.mean + draft * size, drafting.std + draft * size, state + size);
   }
 }
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-const float* const_floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-
-Tensor advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, const Tensor& noise,
-                      const Tensor& columns, const Tensor& output, const Tensor& rows, int64_t first,
-                      int64_t end, const std::optional<Tensor>& asked, const std::optional<Tensor>& replaced,
-                      double guidance_scale, int64_t guidance_channels, double clip) {
+void advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, const Tensor& noise,
+                    const Tensor& columns, const Tensor& output, const Tensor& rows, int64_t first,
+                    int64_t end, double guidance_scale, int64_t guidance_channels, double clip) {
   constexpr const char* op = "advance_drafts";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
@@ -145,31 +115,18 @@ Tensor advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& st
                   first, " and ", end);
   STD_TORCH_CHECK(0 <= guidance_channels && guidance_channels <= s[2], op,
                   ": guidance_channels must be in [0, ", s[2], "], got ", guidance_channels);
-  STD_TORCH_CHECK(asked.has_value() == replaced.has_value(), op,
-                  ": asked and replaced must be given together");
-  if (asked) {
-    check_tensor(op, "asked", *asked, kFloat, {shape.rows, s[2], s[3], s[4]}, states);
-    check_tensor(op, "replaced", *replaced, kLong, {s[0], shape.width}, states);
-  }
   for (int64_t slot = 0; slot < s[0]; ++slot)
     for (int64_t j = first; j < end; ++j) {
-      const int64_t place = slot * shape.width + j;
-      const int64_t row = ints(rows)[place], older = replaced ? ints(*replaced)[place] : -1;
-      STD_TORCH_CHECK(row < shape.rows && older < shape.rows, op, ": rows and replaced must be below ",
-                      shape.rows, ", got ", std::max(row, older));
+      const int64_t row = ints(rows)[slot * shape.width + j];
+      STD_TORCH_CHECK(row < shape.rows, op, ": rows must be below ", shape.rows, ", got ", row);
     }
 
-  Tensor share = empty_on(states, {s[0], asked ? end - first : 0}, kFloat);
-  if (asked) std::fill_n(floats(share), s[0] * (end - first), 0.0f);
   const Drafting drafting{floats(states),
                           floats(mean),
                           floats(std),
                           const_floats(noise),
                           const_floats(columns),
-                          asked ? const_floats(*asked) : nullptr,
                           ints(rows),
-                          replaced ? ints(*replaced) : nullptr,
-                          floats(share),
                           first,
                           end,
                           {static_cast<float>(guidance_scale), guidance_channels},
@@ -177,12 +134,10 @@ Tensor advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& st
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.state() * (end - first)));
   with_floats(op, "output", output, [&](const auto* values) {
     torch::stable::parallel_for(0, s[0], grain, [&](int64_t from, int64_t to) {
-      std::vector<float> scratch(2 * shape.output());
-      for (int64_t slot = from; slot < to; ++slot)
-        advance_slot(slot, drafting, values, shape, scratch.data());
+      std::vector<float> said(shape.output());
+      for (int64_t slot = from; slot < to; ++slot) advance_slot(slot, drafting, values, shape, said.data());
     });
   });
-  return share;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> open_round(const Tensor& state, const Tensor& current,

@@ -10,59 +10,6 @@
 namespace free_kernels {
 namespace {
 
-template <typename T>
-void follow(const T* latest, const T* replaced, float share, int64_t size, T* out) {
-  for (int64_t e = 0; e < size; ++e) {
-    const float here = to_float(latest[e]);
-    out[e] = static_cast<T>(here + share * (here - to_float(replaced[e])));
-  }
-}
-
-Tensor follow_features(const Tensor& features, const Tensor& parent, const Tensor& latest,
-                       const Tensor& replaced, const Tensor& ahead, const Tensor& share) {
-  constexpr const char* op = "follow_features";
-  constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
-  STD_TORCH_CHECK(features.dim() == 4, op, ": features must have 4 dimensions, got ", features.dim());
-  STD_TORCH_CHECK(parent.dim() == 4, op, ": parent must have 4 dimensions, got ", parent.dim());
-  STD_TORCH_CHECK(latest.dim() == 2 && share.dim() == 2, op, ": latest and share must have 2 dimensions");
-  const auto f = features.sizes();
-  const int64_t branches = f[0], held = f[1], size = f[2] * f[3];
-  const int64_t slots = parent.size(1), width = latest.size(1), drafts = share.size(1);
-  check_tensor(op, "features", features, features.scalar_type(), {branches, held, f[2], f[3]}, features);
-  check_tensor(op, "parent", parent, features.scalar_type(), {branches, slots, f[2], f[3]}, features);
-  check_tensor(op, "latest", latest, kLong, {slots, width}, features);
-  check_tensor(op, "replaced", replaced, kLong, {slots, width}, features);
-  check_tensor(op, "ahead", ahead, kLong, {slots}, features);
-  check_tensor(op, "share", share, kFloat, {slots, drafts}, features);
-  STD_TORCH_CHECK(drafts >= 1 && drafts <= width, op, ": share must be [S, drafts] with drafts in [1, ",
-                  width, "], got ", drafts);
-  Tensor out = empty_on(features, {branches, slots, f[2], f[3]}, features.scalar_type());
-  with_floats(op, "features", features, [&](const auto* rows) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(rows)>>;
-    T* to = static_cast<T*>(out.mutable_data_ptr());
-    const T* parents = static_cast<const T*>(parent.const_data_ptr());
-    for (int64_t slot = 0; slot < slots; ++slot) {
-      const int64_t known = std::min(ints(ahead)[slot], drafts), last = std::max<int64_t>(known - 1, 0);
-      const int64_t row = ints(latest)[slot * width + last], older = ints(replaced)[slot * width + last];
-      STD_TORCH_CHECK(row < held && older < held && (known <= 0 || row >= 0), op,
-                      ": latest and replaced must be rows of the ", held, " held ones, got ", row, " and ",
-                      older);
-      for (int64_t branch = 0; branch < branches; ++branch) {
-        T* own = to + (branch * slots + slot) * size;
-        const T* here = rows + (branch * held + row) * size;
-        if (known <= 0)
-          std::copy_n(parents + (branch * slots + slot) * size, size, own);
-        else if (older < 0)
-          std::copy_n(here, size, own);
-        else
-          follow(here, rows + (branch * held + older) * size, const_floats(share)[slot * drafts + last], size,
-                 own);
-      }
-    }
-  });
-  return out;
-}
-
 // What the further rows of a drafter's call are made of, by number.
 struct FurtherRows {
   const int64_t *latest, *before, *chosen;
@@ -257,8 +204,7 @@ Tensor correct_features(const Tensor& drafted, const Tensor& errors, const Tenso
 
 void keep_rows(const Tensor& states, const Tensor& features, const Tensor& output, const Tensor& row_offsets,
                const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& at,
-               const Tensor& turn, const Tensor& held_states, const Tensor& held_features,
-               const std::optional<Tensor>& held_output) {
+               const Tensor& turn, const Tensor& held_states, const Tensor& held_features) {
   constexpr const char* op = "keep_rows";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
@@ -286,9 +232,6 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
                states);
   check_tensor(op, "held_features", held_features, features.scalar_type(),
                {branches, generations, slots, places, f[1], f[2]}, states);
-  if (held_output)
-    check_tensor(op, "held_output", *held_output, output.scalar_type(),
-                 {branches, generations, slots, places, o[1], s[3], s[4]}, states);
 
   const int64_t state_size = s[2] * s[3] * s[4], feature_size = f[1] * f[2], output_size = o[1] * s[3] * s[4];
   const int64_t all = generations * slots * places;
@@ -324,10 +267,6 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
         const int64_t feature_bytes = feature_size * static_cast<int64_t>(features.element_size());
         std::memcpy(held(held_features) + to * feature_bytes, bytes(features) + from * feature_bytes,
                     feature_bytes);
-        if (!held_output) continue;
-        const int64_t output_bytes = output_size * static_cast<int64_t>(output.element_size());
-        std::memcpy(held(*held_output) + to * output_bytes, bytes(output) + from * output_bytes,
-                    output_bytes);
       }
       steps_held[index] = usable ? step : -1;
     }
@@ -365,7 +304,8 @@ void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const 
     while (count < rows - 1 && find(count, 0) >= 0) ++count;
     mutable_ints(ahead)[slot] = count;
     const int64_t last = slot * width + (ints(steps)[slot] - 1 + rows) % rows;
-    mutable_ints(before)[slot] = last + ints(turn)[last] * slots * width;
+    const int64_t previous = last + ints(turn)[last] * slots * width, step = ints(steps)[slot];
+    mutable_ints(before)[slot] = step > 0 && ints(at)[previous] == step - 1 ? previous : -1;
     for (int64_t generation = 0; generation < generations; ++generation)
       for (int64_t draft = 0; draft < rows - 1; ++draft)
         mutable_ints(places)[(generation * slots + slot) * (rows - 1) + draft] =
@@ -376,7 +316,6 @@ void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
-  library.impl("follow_features_cpu", TORCH_BOX(&follow_features));
   library.impl("correct_features_cpu", TORCH_BOX(&correct_features));
   library.impl("join_rows_cpu", TORCH_BOX(&join_rows));
   library.impl("row_errors_cpu", TORCH_BOX(&row_errors));

@@ -8,7 +8,11 @@ from free_kernels.protocols import DrafterDefaults
 
 
 class FrozenDrafter(DrafterDefaults):
-    """Drafts with the last exact feature: the top block's output changes little from step to step."""
+    """Has nothing of its own to draft with: its feature is the last exact one.
+
+    The samplers do not call it. They carry the clean samples of the target's earlier outputs along; see
+    :func:`free_kernels.ops.drafting.replay_drafts`.
+    """
 
     is_free, repeats_feature = True, True
 

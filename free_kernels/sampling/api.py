@@ -110,7 +110,8 @@ def sample(
         null_condition: the condition of guidance's unconditional branch, in the form of one image's (``[...]``); None:
             the target's own.
         schedule: the Gaussian transitions.
-        drafter: ``"frozen"`` (repeat the last exact feature), or a drafter such as a trained :class:`FeatureDrafter`.
+        drafter: ``"frozen"`` (carry on what the target said last, without a network), or a drafter such as a trained
+            :class:`FeatureDrafter`.
         guidance_scale: w in ``e_u + w (e_c - e_u)``; 1 is no guidance and one network row per row instead of two. A
             number, a tensor ``[N]`` with one for each image, or a callable of the step k = 0 (pure noise) ... K - 1
             that gives a number or such a tensor; it is called once for every guided step, before the first one.

@@ -11,19 +11,19 @@ from torch import Tensor
 from free_kernels.ops.drafting import (
     CorrectArguments,
     ErrorArguments,
-    FollowArguments,
     JoinArguments,
+    ReplayArguments,
     RowArguments,
     correct_features,
     draft_rows,
-    follow_features,
     join_rows,
+    replay_drafts,
     row_errors,
 )
 from free_kernels.protocols import Drafter, DrafterDefaults, DraftMemory
-from free_kernels.sampling.drafting import DraftingPass, Places
+from free_kernels.sampling.drafting import DraftingPass
 from free_kernels.sampling.job import Job
-from free_kernels.sampling.refused_rows import RefusedRows
+from free_kernels.sampling.refused_rows import CleanRows, FeatureRows, RefusedRows
 from free_kernels.validation import fail
 
 
@@ -84,7 +84,7 @@ class Fresh:
             scales = None
             if ahead.scales is not None:
                 scales = ahead.scales[:, j] if active is None else ahead.scales[active, j]
-            ahead.advance(job.mixed(job.head(feature, t, y), scales), places, j, j + 1)
+            ahead.advance(job.mixed(job.head(feature, t, y), scales), places, j)
             previous = state
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:
@@ -101,67 +101,26 @@ class Fresh:
         return drafted
 
 
-class Repeated:
-    """Drafts of a drafter that repeats its feature, whatever the state: all outputs are there before any state is.
+class Replayed:
+    """Drafts of a drafter that repeats its feature: from the clean samples of rows that the target was asked about.
 
-    A step that an earlier round asked the target about has the target's own output at that row, which is what
-    :class:`Corrected` comes to for such a drafter. Where it was asked about twice, the output follows the secant
-    through both rows; see :func:`~free_kernels.ops.drafting.advance_drafts`. The steps behind repeat the feature of
-    the last such row, or the parent's, in one call of the head.
+    All are made in one call of :func:`~free_kernels.ops.drafting.replay_drafts`, without a network: what such a drafter
+    would add at a row is what it adds at the draft, so :class:`Corrected` would come to the row's own output.
 
     Args:
         job: the job.
-        refused: rows of earlier rounds; None drafts without.
+        rows: those of earlier rounds.
     """
 
-    def __init__(self, job: Job, refused: RefusedRows | None) -> None:
-        self._job, self._refused = job, refused
+    def __init__(self, job: Job, rows: CleanRows) -> None:
+        self._job, self._rows = job, rows
 
     def draft(self, ahead: DraftingPass) -> None:
-        """Make all drafts of the pass."""
-        refused, lengths = self._refused, ahead.lengths
-        feature, serving = ahead.parent, [0] * len(ahead.slots)
-        if refused is not None:
-            serving = serving_rows(refused, lengths, ahead.count)
-        count = max(serving)
-        if count:
-            places = Places(refused.latest_places, refused.states, refused.replaced_places)
-            share = ahead.advance(refused.outputs, places, 0, count)
-        if lengths is None:
-            # The outputs of all drafts, as shapes are fixed; those of drafts that have a row are not used.
-            index = torch.arange(len(serving) * ahead.count, device=ahead.steps.device)
-            rows, slots = index.view(-1, ahead.count), index // ahead.count
-            t, scales = (
-                None if part is None else part[:, : ahead.count].flatten() for part in (ahead.timesteps, ahead.scales)
-            )
-            if count:
-                drafted = torch.nn.functional.pad(refused.latest_places[:, :count] >= 0, (0, ahead.count - count))
-                rows = rows.masked_fill(drafted, -1)
-        else:
-            behind = _are_drafting(lengths, ahead.count) & (np.arange(ahead.count) >= np.array(serving)[:, None])
-            if not behind.any():
-                return
-            numbers = np.where(behind, behind.cumsum().reshape(behind.shape) - 1, -1)
-            place, (slot, draft) = ahead.steps.device, behind.nonzero()
-            rows, slots, index = (
-                torch.from_numpy(part).to(place) for part in (numbers, slot, slot * (ahead.count + 1) + draft)
-            )
-            t, scales = (
-                None if part is None else part.view(-1).index_select(0, index)
-                for part in (ahead.timesteps, ahead.scales)
-            )
-        if count:
-            feature = self._last_features(share, feature)
-        job, y = self._job, ahead.slots.labels.index_select(0, slots)
-        repeated = feature.index_select(1, slots).flatten(0, 1)
-        output = job.mixed(job.head(repeated, job.doubled(t), job.branched(y)), scales)
-        ahead.advance(output, Places(rows), 0, ahead.count)
-
-    def _last_features(self, share: Tensor, parent: Tensor) -> Tensor:
-        """Features ``[B, S, T, D]`` of the last row that serves each slot; the parent's where none does."""
-        refused = self._refused
-        places = refused.latest_places, refused.replaced_places, refused.ahead
-        return follow_features(FollowArguments(refused.features, parent, *places, share), refused.backend)
+        """Make all drafts of the pass, of every slot."""
+        job, rows, slots = self._job, self._rows, ahead.slots
+        made = *ahead.drafts, ahead.noise, job.table, slots.steps
+        held = rows.states, rows.clean, rows.latest_places, rows.replaced_places, rows.before, rows.response
+        replay_drafts(ReplayArguments(*made, *held, job.clip), rows.backend)
 
 
 class Corrected(Fresh):
@@ -177,7 +136,7 @@ class Corrected(Fresh):
         refused: the rows; not empty.
     """
 
-    def __init__(self, job: Job, drafter: Drafter, refused: RefusedRows) -> None:
+    def __init__(self, job: Job, drafter: Drafter, refused: FeatureRows) -> None:
         super().__init__(job, drafter)
         self._refused = refused
 
@@ -224,11 +183,11 @@ def _are_drafting(lengths: list[int], drafts: int) -> np.ndarray:
     return np.arange(1, drafts + 1) < np.array(lengths)[:, None]
 
 
-def _in_order(drafting: np.ndarray | None, slots: int, drafts: int, device: torch.device) -> Places:
+def _in_order(drafting: np.ndarray | None, slots: int, drafts: int, device: torch.device) -> Tensor:
     """Outputs of one draft of each slot: those of the slots that make it, one after the other; of all slots if None."""
     if drafting is None:
-        return Places(torch.arange(slots, device=device).unsqueeze(1).expand(-1, drafts).contiguous())
-    return Places(torch.from_numpy(np.where(drafting, drafting.cumsum(0) - 1, -1)).to(device))
+        return torch.arange(slots, device=device).unsqueeze(1).expand(-1, drafts).contiguous()
+    return torch.from_numpy(np.where(drafting, drafting.cumsum(0) - 1, -1)).to(device)
 
 
 def serving_rows(refused: RefusedRows, lengths: list[int] | None, drafts: int) -> list[int]:
@@ -244,18 +203,40 @@ def serving_rows(refused: RefusedRows, lengths: list[int] | None, drafts: int) -
     return [max(0, min(count, length - 1)) for count, length in zip(refused.counts, lengths, strict=True)]
 
 
+def refused_rows(
+    job: Job, drafter: Drafter, slots: int, length: int, *, memory: DraftMemory | None, backend: str
+) -> RefusedRows | None:
+    """What rounds of a drafter keep of their rows; None if nothing drafts again.
+
+    Args:
+        job: the job.
+        drafter: drafts features.
+        slots: S.
+        length: L.
+        memory: the drafter's, where it has one; it holds one call a step, so there is none for a refused row.
+        backend: of the drafting ops.
+    """
+    repeats = DrafterDefaults.read(drafter, "repeats_feature")
+    if length == 1 or memory is not None or not (repeats or job.options.reuse_refused):
+        return None
+    # Blocks have new noise every round, so only the refused draft's own row is near the next round's states.
+    rows = 1 if not job.options.reuse_refused else 2 if job.options.block else length
+    sizes = slots, rows, job.labels.device, backend
+    return CleanRows(*sizes, job=job) if repeats else FeatureRows(*sizes, branches=job.branches)
+
+
 def draft_source(
     job: Job, drafter: Drafter, *, memory: DraftMemory | None, refused: RefusedRows | None
-) -> Fresh | Repeated:
+) -> Fresh | Replayed:
     """The source of a round's drafts: refused rows with the drafter's correction, or as they are where it has none.
 
     Args:
         job: the job.
         drafter: drafts features.
-        memory: the drafter's, where it has one; it holds one call a step, so refused rows do not go with it.
+        memory: the drafter's, where it has one.
         refused: rows of earlier rounds; None drafts without.
     """
-    known = None if refused is None or refused.is_empty else refused
-    if DrafterDefaults.read(drafter, "repeats_feature"):
-        return Repeated(job, known)
-    return Fresh(job, drafter, memory) if known is None else Corrected(job, drafter, known)
+    if isinstance(refused, CleanRows):
+        return Replayed(job, refused)
+    known = refused is not None and not refused.is_empty
+    return Corrected(job, drafter, refused) if known else Fresh(job, drafter, memory)

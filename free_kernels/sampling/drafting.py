@@ -20,20 +20,6 @@ class Drafts(NamedTuple):
     std: Tensor
 
 
-class Places(NamedTuple):
-    """Where the outputs of drafts stand, and the states at which they were asked, if they are old rows.
-
-    Attributes:
-        rows: int64 ``[S, W]``, the output's row of each draft; negative where a draft has none.
-        asked: ``[R, C, H, W]``, states of the rows; None where these are the drafts' own.
-        replaced: int64 ``[S, W]``, with ``asked`` only: the row that this one replaced; negative where there is none.
-    """
-
-    rows: Tensor
-    asked: Tensor | None = None
-    replaced: Tensor | None = None
-
-
 class DraftingPass:
     """Drafts of a round in the making, which sources fill in.
 
@@ -74,7 +60,7 @@ class DraftingPass:
             return slots.state.new_zeros(job.branches, len(slots), *job.target.feature_shape)
         return slots.parent
 
-    def advance(self, output: Tensor, places: Places, first: int, end: int) -> Tensor:
-        """Make drafts ``first`` to ``end - 1``, those that have a row; returns the shares of their secants."""
-        given = *self.drafts, self.noise, self.columns, output, places.rows, first, end, places.asked, places.replaced
-        return ADVANCE(AdvanceArguments(*given, *self._settings), output, self.job.options.backend)
+    def advance(self, output: Tensor, rows: Tensor, draft: int) -> None:
+        """Make one draft of each slot whose entry in ``rows [S, L - 1]``, a row of the output, is not negative."""
+        given = *self.drafts, self.noise, self.columns, output, rows, draft, draft + 1
+        ADVANCE(AdvanceArguments(*given, *self._settings), output, self.job.options.backend)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from free_kernels.conditions import Condition
 from free_kernels.drafters import as_drafter
-from free_kernels.protocols import Drafter, Schedule, first_drafted_step
+from free_kernels.protocols import Drafter, Schedule, first_drafted_in_rounds
 from free_kernels.sampling.feasibility_costs import RowCosts, measure
 from free_kernels.sampling.feasibility_probes import Observations, Places, probe, reach_places
 from free_kernels.sampling.job import make_job
@@ -276,7 +276,7 @@ def feasibility(
     weights = generator.exponential(size=(_REPLICATES, images * positions))
     forecasts = {
         name: _forecast(
-            name, *seen[name], places, num_steps, first_drafted_step(drafts), lengths, weights, row_costs, varied
+            name, *seen[name], places, num_steps, first_drafted_in_rounds(drafts), lengths, weights, row_costs, varied
         )
         for name, drafts in drafters.items()
     }

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from free_kernels.protocols import Drafter
-from free_kernels.sampling.feasibility_probes import Places, put, rounds_on, slots_at
+from free_kernels.sampling.feasibility_probes import Places, put, rounds_at
 from free_kernels.sampling.job import Job, Network
 from free_kernels.sampling.noise import Purpose
 from free_kernels.sampling.round import RoundReport
@@ -152,13 +152,13 @@ def measure(
 
 def _rounds_of(job: Job, places: Places, drafter: Drafter, network: Network, length: int) -> Callable[[], None]:
     """A function that plays the image's next round, from its first place again where too few steps are left."""
-    slots = slots_at(job, places, 1)
-    rounds = rounds_on(job, slots, drafter, network, length)
+    rounds = rounds_at(job, places, 1, drafter, network, length)
+    slots = rounds.slots
     now = [RoundReport([1], [0], slots.steps.tolist(), [0])]
 
     def run() -> None:
         if now[0].images[0] < 0 or now[0].steps[0] + length > len(job.timesteps):
-            put(slots, places)
+            put(rounds, places)
             now[0] = now[0]._replace(images=[0], steps=slots.steps.tolist())
         left = len(job.timesteps) - now[0].steps[0]
         now[0] = rounds.play([min(length, left)], now[0])

@@ -29,6 +29,7 @@ class Places(NamedTuple):
         states: ``[I, P, C, H, W]``, before those steps.
         previous: ``[I, P, C, H, W]``, one step earlier.
         parents: ``[B, I, P, T, D]``, the target's features there.
+        outputs: ``[B, I, P, C or 2C, H, W]``, its outputs there.
         calls: network calls of each image's coarse chain.
     """
 
@@ -36,6 +37,7 @@ class Places(NamedTuple):
     states: Tensor
     previous: Tensor
     parents: Tensor
+    outputs: Tensor
     calls: int
 
 
@@ -88,7 +90,7 @@ def reach_places(
     even = np.linspace(0, last, min(calls, last + 1)).round().astype(np.int64)
     nodes = sorted({*even.tolist(), *(steps - 1).tolist()})
     state, labels = job.initial_states(keys), job.branched(job.labels[:images])
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for node, until in zip(nodes, [*nodes[1:], last + 1], strict=True):
         columns, previous = job.table[node : node + 1], state
         t = job.timesteps[node : node + 1].expand(len(labels))
@@ -107,35 +109,34 @@ def reach_places(
             noise = job.draw(Purpose.STEP, keys.unsqueeze(1), torch.full_like(keys, k).unsqueeze(1)).squeeze(1)
             state = torch.addcmul(mean, std, noise)
             if k == node and node + 1 in steps:
-                kept.append((state, previous, wait()))
+                kept.append((state, previous, wait(), output))
         tick(images)
-    states, before, parents = zip(*kept, strict=True)
-    parents = torch.stack(parents, dim=1).unflatten(0, (job.branches, images))
-    return Places(steps.to(keys.device), torch.stack(states, 1), torch.stack(before, 1), parents, len(nodes))
+    states, before, *said = (torch.stack(parts, dim=1) for parts in zip(*kept, strict=True))
+    parents, outputs = (rows.unflatten(0, (job.branches, images)) for rows in said)
+    return Places(steps.to(keys.device), states, before, parents, outputs, len(nodes))
 
 
-def slots_at(job: Job, places: Places, count: int) -> Slots:
-    """A slot for each of the first ``count`` places, all positions of an image before those of the next."""
+def rounds_at(job: Job, places: Places, count: int, drafter: Drafter, network: Network, length: int) -> Rounds:
+    """Rounds of a drafter with a slot for each of the first ``count`` places, image by image."""
     slots = Slots(job, count, None, job.options.packing_backend)
-    put(slots, places)
-    return slots
-
-
-def put(slots: Slots, places: Places) -> None:
-    """Set slots back to their places."""
-    images = len(places.states)
-    slots.state.copy_(places.states.flatten(0, 1)[: len(slots)])
-    slots.previous.copy_(places.previous.flatten(0, 1)[: len(slots)])
-    slots.steps.copy_(places.steps.repeat(images)[: len(slots)])
-    slots.images.copy_(torch.arange(len(slots), device=slots.images.device))
-    slots.parent = places.parents.flatten(1, 2)[:, : len(slots)].clone()
-
-
-def rounds_on(job: Job, slots: Slots, drafter: Drafter, network: Network, length: int) -> Rounds:
-    """Rounds of a drafter on such slots."""
     stats = RunStats(len(job.labels), len(job.timesteps), job.labels.device)
     drafter = hoisted(drafter, job.timesteps, job.used_labels)
-    return Rounds(job, slots, drafter, network, stats, length=length, relaxation=None, dense=False)
+    rounds = Rounds(job, slots, drafter, network, stats, length=length, relaxation=None, dense=False)
+    put(rounds, places)
+    return rounds
+
+
+def put(rounds: Rounds, places: Places) -> None:
+    """Set the slots of rounds back to their places."""
+    images, slots = len(places.states), rounds.slots
+    count = len(slots)
+    slots.state.copy_(places.states.flatten(0, 1)[:count])
+    slots.previous.copy_(places.previous.flatten(0, 1)[:count])
+    slots.steps.copy_(places.steps.repeat(images)[:count])
+    slots.images.copy_(torch.arange(count, device=slots.images.device))
+    slots.parent = places.parents.flatten(1, 2)[:, :count].clone()
+    outputs = places.outputs.flatten(1, 2)[:, :count].flatten(0, 1).contiguous()
+    rounds.begin_behind(outputs, slots.parent.flatten(0, 1))
 
 
 def probe(
@@ -155,8 +156,8 @@ def probe(
     Returns:
         What was seen, and whether refused rows drafted.
     """
-    slots, num_steps = slots_at(job, places, len(job.labels)), len(job.timesteps)
-    rounds = rounds_on(job, slots, drafter, network, length)
+    rounds, num_steps = rounds_at(job, places, len(job.labels), drafter, network, length), len(job.timesteps)
+    slots = rounds.slots
     asked = np.zeros((len(slots), num_steps + 1), np.int64)
     now = RoundReport([], slots.images.tolist(), slots.steps.tolist(), [0] * len(slots))
     columns: list[tuple[np.ndarray, ...]] = []

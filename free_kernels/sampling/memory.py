@@ -34,8 +34,8 @@ class MemoryEstimate:
     Attributes:
         states: the committed state and the one before.
         parent: features one step before the first row.
-        refused_rows: states, features and outputs of rows that may draft their steps again; 0 with
-            ``reuse_refused=False``.
+        refused_rows: states and features, or with ``drafter="frozen"`` clean samples, of rows that may draft their
+            steps again; 0 for another drafter with ``reuse_refused=False``.
         drafter_memory: what the drafter keeps from round to round.
         drafts: states, means and deviations of a round's drafts.
         noise: a round's numbers, those of the slack of learned variances among them; never those of the whole run.
@@ -116,18 +116,18 @@ def estimate_memory(
     memory = new_memory(drafter, 1, branches, drafts) if drafts else None
     repeats = DrafterDefaults.read(drafter, "repeats_feature")
     held = kept = 0
-    if options.reuse_refused and drafts and memory is None:
-        kept = 2 if options.block else rows
-        row = state + features + (branches * output if repeats else 0)
-        held = (2 if repeats else 1) * (kept + 1) * row
+    if drafts and memory is None and (repeats or options.reuse_refused):
+        kept = 1 if not options.reuse_refused else 2 if options.block else rows
+        # States with clean samples of two rows of a step, or with features of one.
+        held = 2 * (kept + 1) * (state + output) if repeats else (kept + 1) * (state + features)
     # Kernels draw the coupling's numbers themselves; then only those of the drafts are there.
     in_kernel = use_triton("couple_block" if options.block else "couple", "coupling", device, options.backend)
     slack = job.learned and drafts > 0 and not in_kernel
-    # Drafts of refused rows have the rows as they are; further ones are made from a feature each.
+    # Without a network there are the clean sample, variances and mean of the draft before.
     if not drafts:
         drafting = 0
     elif repeats:
-        drafting = drafts * (features + branches * output + mixed)
+        drafting = state + output
     else:
         # What the drafter takes and gives. Its first call has a row for each refused one beside its own, which is
         # copied from the call's own rows: the state, and with guidance the state before.

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from free_kernels.ops.drafting import FindArguments, KeepArguments, find_rows, keep_rows
+from free_kernels.ops.drafting import (
+    FindArguments,
+    KeepArguments,
+    KeepCleanArguments,
+    find_rows,
+    keep_clean_rows,
+    keep_rows,
+)
+from free_kernels.sampling.job import Job
+
+
+class KeptRound(NamedTuple):
+    """A round that was decided, as the memory of refused rows takes it.
+
+    Attributes:
+        states: ``[S, L, C, H, W]``, the drafts.
+        features: ``[B R, T, D]`` of the packed rows.
+        output: ``[B R, C or 2C, H, W]`` of the packed rows, as the coupling took it.
+        row_offsets: int64 ``[S + 1]``.
+        committed: int64 ``[S]``.
+        lengths: int64 ``[S]``, rows of each slot.
+        steps: int64 ``[S]``, step of each slot's first row.
+    """
+
+    states: Tensor
+    features: Tensor
+    output: Tensor
+    row_offsets: Tensor
+    committed: Tensor
+    lengths: Tensor
+    steps: Tensor
 
 
 class RefusedRows:
-    """State, feature and output of the rows behind the last refusal of each slot, and of the row before them.
+    """The rows behind the last refusal of each slot and the row before them; what is kept of one is the subclass's.
 
     A round that refuses a draft has asked the target about the refused draft itself and about the rows behind it. The
     noise of those steps is used again, so the next round's states lie near them.
@@ -22,104 +54,59 @@ class RefusedRows:
 
     The row of step k stands at place ``k % M`` of its slot, so that nothing moves when steps are committed. One more
     place takes what is not kept. Where two generations are kept, which take turns, a step that was asked about twice
-    has its row of the time before too. A generation holds ``S (M + 1)`` rows: with the shapes of DiT-XL/2 at 256 x 256
-    in bfloat16 (T = 256, width 1152, C = 4, learned variance) and M = 12 that is 7.7 MiB for each slot with outputs,
-    15.2 MiB with guidance. Nothing waits for the device, shapes are fixed and every tensor is written in place, so
-    rounds may be captured in a CUDA graph.
+    has its row of the time before too. Nothing waits for the device, shapes are fixed and every tensor is written in
+    place, so rounds may be captured in a CUDA graph.
 
     Args:
         slots: S.
-        branches: B, of guidance.
         rows: M, how many are kept, the last committed one among them; those of a whole round are its L.
-        generations: 1, or 2 to keep the row that another one of the same step replaces.
         device: where the slots are.
         backend: of the drafting ops.
-        with_outputs: keep the outputs, which a drafter that repeats its feature needs.
 
     Attributes:
         counts: how many of the steps ahead of each slot have a row, without a gap; for the host, which is told by the
             round's report.
         ahead: the same on the device, int64 ``[S]``.
-        before: int64 ``[S]``, where the row of the step before is, among all: the last committed one. It is there
-            wherever there is one ahead.
+        before: int64 ``[S]``, where the last committed row is, among all; -1: there is none.
         latest_places: int64 ``[S, M - 1]``, which of ``states`` is the last row of each draft's step; -1: none is.
         replaced_places: the same of the rows that those replaced; -1 everywhere with one generation.
-        states: ``[G S (M + 1), C, H, W]``, of all rows; this and the next two are there from the first round on.
-        features: ``[B, G S (M + 1), T, D]``, of all rows.
-        outputs: ``[B G S (M + 1), C or 2C, H, W]``, of all rows; only where outputs are kept.
+        states: ``[G S (M + 1), C, H, W]``, of all rows; there from the first round on.
     """
 
+    generations = 1
     states: Tensor
-    features: Tensor
-    outputs: Tensor
 
-    def __init__(
-        self,
-        slots: int,
-        branches: int,
-        rows: int,
-        generations: int,
-        device: torch.device,
-        backend: str = "auto",
-        *,
-        with_outputs: bool = True,
-    ) -> None:
-        self.rows, self._branches, self.backend = rows, branches, backend
+    def __init__(self, slots: int, rows: int, device: torch.device, backend: str = "auto") -> None:
+        self.rows, self.backend = rows, backend
         self.counts = [0] * slots
         self.ahead = torch.zeros(slots, dtype=torch.int64, device=device)
         places = slots, rows + 1
         # By generation, slot and place: the step of the row, -1 where there is none.
-        self._at = torch.full((generations, *places), -1, dtype=torch.int64, device=device)
+        self._at = torch.full((self.generations, *places), -1, dtype=torch.int64, device=device)
         # The generation of each place's latest row.
         self._turn = torch.zeros(places, dtype=torch.int64, device=device)
         # Latest and replaced rows by slot and step ahead: where the row is among all; -1: there is none.
         self._places = torch.full((2, slots, rows - 1), -1, dtype=torch.int64, device=device)
         # Views are made once: each would cost as much as a small op.
         self.latest_places, self.replaced_places = self._places.unbind(0)
-        self._places_found = self._places[:generations]
-        # Where the row of the step before is, wherever there is one ahead.
-        self.before = torch.zeros_like(self.ahead)
-        # By generation, slot and place, and before that by branch; made with the first round.
+        self._places_found = self._places[: self.generations]
+        self.before = torch.full_like(self.ahead, -1)
+        # By generation, slot and place; made with the first round.
         self._states: Tensor | None = None
-        self._features: Tensor | None = None
-        self._outputs: Tensor | None = None
-        self._with_outputs = with_outputs
 
     @property
     def nbytes(self) -> int:
-        """Bytes that states, features and outputs take."""
-        return sum(b.nbytes for b in (self._states, self._features, self._outputs) if b is not None)
+        """Bytes that the rows take."""
+        return 0 if self._states is None else self._states.nbytes
 
     @property
     def is_empty(self) -> bool:
         """Whether no round has been kept yet."""
         return self._states is None
 
-    def keep(
-        self,
-        states: Tensor,
-        features: Tensor,
-        outputs: Tensor,
-        row_offsets: Tensor,
-        committed: Tensor,
-        lengths: Tensor,
-        steps: Tensor,
-    ) -> None:
-        """Take in a round: its last committed row and those behind it. Rows of rounds before stay where it has none.
-
-        Args:
-            states: ``[S, L, C, H, W]``, the drafts.
-            features: ``[B R, T, D]`` of the packed rows.
-            outputs: ``[B R, C or 2C, H, W]`` of the packed rows.
-            row_offsets: int64 ``[S + 1]``.
-            committed: int64 ``[S]``.
-            lengths: int64 ``[S]``, rows of each slot.
-            steps: int64 ``[S]``, step of each slot's first row.
-        """
-        self._allocate(states, features, outputs)
-        round_ = (states, features, outputs, row_offsets, committed, lengths, steps)
-        held = (self._at, self._turn, self._states, self._features, self._outputs)
-        keep_rows(KeepArguments(*round_, *held), self.backend)
+    def keep(self, played: KeptRound) -> None:
+        """Take in a round: its last committed row and those behind it. Rows of rounds before stay where it has none."""
+        raise NotImplementedError
 
     def begin(self, steps: Tensor) -> None:
         """After the commit: find and count the rows ahead.
@@ -136,20 +123,95 @@ class RefusedRows:
         """Steps were taken without drafts: what was kept is of earlier ones."""
         self.counts = [0] * len(self.counts)
         self.ahead.zero_()
+        self.before.fill_(-1)
         self._at.fill_(-1)
         self._places.fill_(-1)
 
-    def _allocate(self, states: Tensor, features: Tensor, outputs: Tensor) -> None:
-        """Buffers for rows like these, where there are none or they are of another dtype."""
-        places = self._at.shape
+    def _allocate(self, states: Tensor) -> None:
+        """A buffer for states ``[S, L, C, H, W]`` like these, where there is none."""
         if self._states is None:
-            self._states = states.new_zeros(*places, *states.shape[2:])
+            self._states = states.new_zeros(*self._at.shape, *states.shape[2:])
             self.states = self._states.flatten(0, 2)
+
+
+class FeatureRows(RefusedRows):
+    """State and feature of each row, from which a drafter's errors are measured.
+
+    There are ``S (M + 1)`` rows: with the shapes of DiT-XL/2 at 256 x 256 in bfloat16 (T = 256, width 1152, C = 4) and
+    M = 12 that is 7.5 MiB for each slot, 14.8 MiB with guidance.
+
+    Args:
+        slots, rows, device, backend: as for :class:`RefusedRows`.
+        branches: B, of guidance.
+
+    Attributes:
+        features: ``[B, S (M + 1), T, D]``, of all rows; there from the first round on.
+    """
+
+    features: Tensor
+
+    def __init__(self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, branches: int) -> None:
+        super().__init__(slots, rows, device, backend)
+        self._branches = branches
+        self._features: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """As :attr:`RefusedRows.nbytes`."""
+        return super().nbytes + (0 if self._features is None else self._features.nbytes)
+
+    def keep(self, played: KeptRound) -> None:
+        """As :meth:`RefusedRows.keep`."""
+        self._allocate(played.states)
+        features = played.features
         if self._features is None or self._features.dtype != features.dtype:
-            shape = self._branches, *places, *features.shape[1:]
+            shape = self._branches, *self._at.shape, *features.shape[1:]
             self._features = features.new_zeros(shape) if self._features is None else self._features.to(features.dtype)
             self.features = self._features.flatten(1, 3)
-        if self._with_outputs and (self._outputs is None or self._outputs.dtype != outputs.dtype):
-            shape = self._branches, *places, *outputs.shape[1:]
-            self._outputs = outputs.new_zeros(shape) if self._outputs is None else self._outputs.to(outputs.dtype)
-            self.outputs = self._outputs.flatten(0, 3)
+        keep_rows(KeepArguments(*played, self._at, self._turn, self._states, self._features), self.backend)
+
+
+class CleanRows(RefusedRows):
+    """State and clean sample of each row and of the one that it replaced, which draft without a network.
+
+    There are ``2 S (M + 1)`` rows: with C = 4, learned variance and M = 12, 1.2 MiB for each slot at 256 x 256 pixels
+    of DiT-XL/2 and 4.9 MiB at 512 x 512, with guidance or without.
+
+    Args:
+        slots, rows, device, backend: as for :class:`RefusedRows`.
+        job: what is sampled.
+
+    Attributes:
+        clean: ``[2 S (M + 1), C or 2C, H, W]``, of all rows, with the output's variance channels where they are
+            learned; there from the first round on.
+        response: ``[S, 2]``, how far the clean sample moves with the state; see
+            :func:`~free_kernels.ops.drafting.keep_clean_rows`.
+    """
+
+    generations = 2
+    clean: Tensor
+
+    def __init__(self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, job: Job) -> None:
+        super().__init__(slots, rows, device, backend)
+        self._job = job
+        self.response = torch.zeros(slots, 2, dtype=torch.float32, device=device)
+        channels, *latent = job.state_shape
+        self._allocate(torch.empty(slots, 1, channels, *latent, dtype=torch.float32, device=device))
+        outputs = 2 * channels if job.learned else channels
+        self._clean = self._states.new_zeros(*self._at.shape, outputs, *latent)
+        self.clean = self._clean.flatten(0, 2)
+
+    @property
+    def nbytes(self) -> int:
+        """As :attr:`RefusedRows.nbytes`."""
+        return super().nbytes + self._clean.nbytes + self.response.nbytes
+
+    def keep(self, played: KeptRound) -> None:
+        """As :meth:`RefusedRows.keep`; also measures the response."""
+        job = self._job
+        states, _, output, *decided = played
+        held = self._at, self._turn, self._states, self._clean, self.response
+        settings = job.guidance_scale, job.guidance_channels, job.clip
+        keep_clean_rows(
+            KeepCleanArguments(states, output, *decided, job.table, self.before, *held, *settings), self.backend
+        )

@@ -13,10 +13,10 @@ from free_kernels.ops.packing import pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
-from free_kernels.sampling.draft_sources import draft_source
+from free_kernels.sampling.draft_sources import draft_source, refused_rows
 from free_kernels.sampling.drafting import DraftingPass, Drafts
 from free_kernels.sampling.job import Job, Network
-from free_kernels.sampling.refused_rows import RefusedRows
+from free_kernels.sampling.refused_rows import KeptRound
 from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.slots import Slots
 from free_kernels.steering.length_policy import LONGEST
@@ -122,16 +122,8 @@ class Rounds:
         self.kernel_noise = self.philox if in_kernel else None
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, len(slots), device)
         self.memory = new_memory(drafter, len(slots), job.branches, length - 1) if length > 1 else None
-        self.refused: RefusedRows | None = None
+        self.refused = refused_rows(job, drafter, len(slots), length, memory=self.memory, backend=self.backend)
         self._no_rows = torch.zeros_like(slots.steps)
-        # A memory holds one call of the drafter a step, so there is none for a refused row.
-        if job.options.reuse_refused and length > 1 and self.memory is None:
-            # Blocks have new noise every round, so only the refused draft's own row is near the next round's states.
-            rows = 2 if job.options.block else length
-            # A drafter that repeats its feature needs the outputs, and of both rows where a step was asked about twice.
-            repeats = DrafterDefaults.read(drafter, "repeats_feature")
-            sizes = len(slots), job.branches, rows, 2 if repeats else 1
-            self.refused = RefusedRows(*sizes, device, self.backend, with_outputs=repeats)
         self.dense = dense or job.options.cuda_graphs or self.memory is not None
         self.graphs = self._captured() if job.options.cuda_graphs else None
 
@@ -201,7 +193,7 @@ class Rounds:
             self._learn(coupling, weights)
         features = wait()
         if self.refused is not None:
-            self.refused.keep(drafts.states, features, output, row_offsets, *decided)
+            self.refused.keep(KeptRound(drafts.states, features, output, row_offsets, *decided))
         fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
         self._forget_past(fresh, coupling.committed, longest - 1)
         ahead = self._no_rows if self.refused is None else self.refused.ahead
@@ -242,15 +234,29 @@ class Rounds:
         self.relaxation.update(coupling, tested)
         self.stats.gather_bias(self.slots.indices, coupling.gap_sq, tested, weights[:, :drafts])
 
-    def commit_steps(self, after: Tensor, features: Tensor) -> None:
-        """Commit an ordinary step of every slot, after ``after [S, C, H, W]`` and ``features [B S, T, D]``."""
+    def commit_steps(self, after: Tensor, output: Tensor, features: Tensor) -> None:
+        """Commit an ordinary step of every slot, after ``after [S, C, H, W]``, with what the network gave for it."""
         slots = self.slots
+        self._keep_only(slots.state, output, features, slots.steps)
         rows = torch.arange(len(slots) + 1, device=after.device)
         committed = torch.ones_like(slots.steps)
         fresh = slots.commit(committed, after, slots.state.unsqueeze(1), features, rows)
         self._forget_past(fresh, committed, 0)
+
+    def begin_behind(self, output: Tensor, features: Tensor) -> None:
+        """Rounds go on from the slots as they were put, with what the network gave for the states before."""
+        slots = self.slots
+        self._keep_only(slots.previous, output, features, slots.steps - 1)
         if self.refused is not None:
-            self.refused.forget()
+            self.refused.begin(slots.steps)
+
+    def _keep_only(self, states: Tensor, output: Tensor, features: Tensor, steps: Tensor) -> None:
+        """Keep one row of every slot, of ``states [S, C, H, W]`` at ``steps [S]``, and no other."""
+        if self.refused is None:
+            return
+        self.refused.forget()
+        rows, one = torch.arange(len(steps) + 1, device=steps.device), torch.ones_like(steps)
+        self.refused.keep(KeptRound(states.unsqueeze(1), features, output, rows, one, one, steps))
 
     def _forget_past(self, fresh: Tensor, committed: Tensor, drafts: int) -> None:
         """After a commit, forget what belongs to finished images, and the drafter's calls at refused drafts."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from free_kernels.conditioning import hoisted
 from free_kernels.constants import Purpose
 from free_kernels.drafters import as_drafter
-from free_kernels.protocols import NoiseDefaults, first_drafted_step
+from free_kernels.protocols import DrafterDefaults, NoiseDefaults, first_drafted_in_rounds
 from free_kernels.results import RoundInfo, SampleStats
 from free_kernels.sampling.cuda_graphs import check_capturable, check_cuda_graphs
 from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Job
@@ -59,7 +59,8 @@ class Speculation:
                 where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without"
             )
         self.job, self.length = job.hoisted(), length
-        self._first_drafted, self._drafter_is_hoisted = first_drafted_step(drafter), False
+        self._first_drafted, self._drafter_is_hoisted = first_drafted_in_rounds(drafter), False
+        self._repeats = DrafterDefaults.read(drafter, "repeats_feature")
         self.slots = Slots(self.job, slots, 3 * slots if bounded else None, options.packing_backend)
         self.run_stats = RunStats(count, num_steps, job.labels.device)
         self.rounds = Rounds(
@@ -173,7 +174,7 @@ class Speculation:
             began = time.perf_counter()
             rounds.drafter = hoisted(rounds.drafter, job.timesteps, job.used_labels)
             self._drafter_is_hoisted, seconds = True, time.perf_counter() - began
-        if self._first_drafted == 0 and 0 in now.steps:
+        if self._first_drafted == 0 and 0 in now.steps and not self._repeats:
             guess = rounds.drafter.initial_feature(job.shaped(self.slots.state))
             shape = len(self.slots), *job.target.feature_shape
             if not isinstance(guess, Tensor) or guess.shape != shape:
@@ -208,5 +209,5 @@ class Speculation:
                 slots.previous, slots.state = slots.state, step.state
         slots.steps += count - 1
         slots.rounds += count - 1
-        self.rounds.commit_steps(step.state, step.features)
+        self.rounds.commit_steps(step.state, step.output, step.features)
         return RoundReport([count] * len(slots), slots.images.tolist(), slots.steps.tolist(), [0] * len(slots))

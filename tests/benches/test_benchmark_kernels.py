@@ -80,7 +80,7 @@ def ops_of_a_round(callers: tuple[Any, ...]) -> set[str]:
     kinds = FunctionType, KernelOp
     calls = {name: value for name, value in members.items() if isinstance(value, kinds)}
     ops = {name for name, value in calls.items() if value.__module__.startswith("free_kernels.ops.")}
-    return ops - {"use_triton", "share_of_way"}
+    return ops - {"use_triton"}
 
 
 def test_the_profile_times_every_op_of_a_round(monkeypatch):

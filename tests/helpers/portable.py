@@ -63,6 +63,7 @@ LONG = {
     "test_training_shards",
     "test_triton_block",
     "test_triton_coupling",
+    "test_triton_drafting",
     "test_triton_random",
     "test_triton_sampler",
 }

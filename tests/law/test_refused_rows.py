@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import scipy.stats
 import torch
@@ -10,8 +12,8 @@ from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, Perfe
 from free_kernels import DDPMSchedule, PhiloxNoise, sample
 from free_kernels.ops.drafting import FindArguments, correct_features, find_rows
 from free_kernels.sampling import draft_sources
-from free_kernels.sampling.draft_sources import Repeated, serving_rows
-from free_kernels.sampling.refused_rows import RefusedRows
+from free_kernels.sampling.draft_sources import serving_rows
+from free_kernels.sampling.refused_rows import CleanRows, FeatureRows, KeptRound, RefusedRows
 from free_kernels.sampling.speculative import Speculation
 
 IMAGES, LABEL = 3000, 1
@@ -29,19 +31,19 @@ def a_round(branches: int = 1, shift: float = 0.0) -> tuple[torch.Tensor, ...]:
 STEPS = torch.tensor([5, 0, 9, 7])
 
 
-def kept(branches: int = 1, spoil: float | None = None) -> RefusedRows:
+def kept(branches: int = 1, spoil: float | None = None) -> FeatureRows:
     """After a round from ``STEPS`` with room for four rows; ``spoil`` is what row 2 of slot 0 holds."""
-    refused = RefusedRows(4, branches, 4, 2, torch.device("cpu"))
+    refused = FeatureRows(4, 4, torch.device("cpu"), branches=branches)
     drafts, features, outputs = a_round(branches)
     if spoil is not None:
         features[2, 0, 0] = spoil
-    refused.keep(drafts, features, outputs, OFFSETS, COMMITTED, LENGTHS, STEPS)
+    refused.keep(KeptRound(drafts, features, outputs, OFFSETS, COMMITTED, LENGTHS, STEPS))
     refused.begin(STEPS + COMMITTED)
     return refused
 
 
-def held(refused: RefusedRows, slot: int, step: int) -> list[float]:
-    """The first values of the state, and of each branch's feature and output, of a slot's row at a step."""
+def held(refused: FeatureRows, slot: int, step: int) -> list[float]:
+    """The first values of the state, and of each branch's feature, of a slot's row at a step."""
     steps, places = torch.full((4,), step), torch.empty_like(refused._places[: len(refused._at)])
     before, ahead = torch.empty_like(steps), torch.empty_like(steps)
     find_rows(FindArguments(refused._at, refused._turn, steps, places, before, ahead))
@@ -50,8 +52,7 @@ def held(refused: RefusedRows, slot: int, step: int) -> list[float]:
     # Seen from the step after, it is the row before.
     find_rows(FindArguments(refused._at, refused._turn, steps + 1, places, before, ahead))
     assert before[slot] == place
-    features, outputs = refused.features, refused.outputs.unflatten(0, (refused.features.shape[0], -1))
-    return torch.cat([refused.states[place, 0, 0, :1], features[:, place, 0, 0], outputs[:, place, 0, 0, 0]]).tolist()
+    return torch.cat([refused.states[place, 0, 0, :1], refused.features[:, place, 0, 0]]).tolist()
 
 
 @pytest.mark.parametrize("branches", [1, 2])
@@ -62,7 +63,7 @@ def test_rows_behind_the_last_committed_one_are_kept_with_it(branches):
     for slot, first_step, first_draft, first_row, rows in ((0, 5, 0, 0, 4), (1, 1, 11, 5, 1), (3, 8, 31, 7, 2)):
         for j in range(rows):
             said = [100.0 * branch + first_row + j for branch in range(branches)]
-            assert held(refused, slot, first_step + j) == [first_draft + j, *said, *said]
+            assert held(refused, slot, first_step + j) == [first_draft + j, *said]
 
 
 def test_rows_of_rounds_before_serve_behind_those_of_the_last():
@@ -70,7 +71,7 @@ def test_rows_of_rounds_before_serve_behind_those_of_the_last():
     refused = kept()
     drafts, features, outputs = a_round(shift=0.5)
     lengths, offsets, steps = torch.tensor([1, 0, 0, 0]), torch.tensor([0, 1, 1, 1, 1]), STEPS + COMMITTED
-    refused.keep(drafts[:, :1].contiguous(), features[:1], outputs[:1], offsets, lengths, lengths, steps)
+    refused.keep(KeptRound(drafts[:, :1].contiguous(), features[:1], outputs[:1], offsets, lengths, lengths, steps))
     refused.begin(steps + lengths)
     assert refused.ahead.tolist() == [2, 0, 0, 1]
     assert [held(refused, 0, step)[0] for step in (6, 7, 8)] == [0.5, 2, 3]
@@ -90,8 +91,8 @@ def test_rows_of_a_finished_image_are_dropped():
 
 def test_fewer_places_than_rows_keep_the_nearest():
     """Two places: the last committed row and the refused one."""
-    refused = RefusedRows(4, 1, 2, 1, torch.device("cpu"))
-    refused.keep(*a_round(), OFFSETS, COMMITTED, LENGTHS, STEPS)
+    refused = FeatureRows(4, 2, torch.device("cpu"), branches=1)
+    refused.keep(KeptRound(*a_round(), OFFSETS, COMMITTED, LENGTHS, STEPS))
     refused.begin(STEPS + COMMITTED)
     assert refused.ahead.tolist() == [1, 0, 0, 1]
     assert [held(refused, 0, step)[0] for step in (5, 6)] == [0, 1]
@@ -103,18 +104,21 @@ def test_a_row_that_is_not_finite_and_those_behind_it_are_not_used(value):
 
 
 def test_bytes_are_those_of_slots_times_rows():
-    """The figure of the docstring: DiT-XL/2 at 256 x 256 in bfloat16, 12 rows and the place of what is not kept."""
-    for branches, mebibytes in ((1, 7.71875), (2, 15.234375)):
-        refused = RefusedRows(1, branches, 12, 1, torch.device("cpu"))
+    """The figures of the docstrings: DiT-XL/2 in bfloat16, 12 rows and the place of what is not kept."""
+    for branches, mebibytes in ((1, 7.515625), (2, 14.828125)):
+        refused = FeatureRows(1, 12, torch.device("cpu"), branches=branches)
         features = torch.zeros(branches, 256, 1152, dtype=torch.bfloat16)
         outputs = torch.zeros(branches, 8, 32, 32, dtype=torch.bfloat16)
         one, offsets = torch.ones(1, dtype=torch.int64), torch.tensor([0, 1])
-        refused.keep(torch.zeros(1, 1, 4, 32, 32), features, outputs, offsets, one, one, one)
+        refused.keep(KeptRound(torch.zeros(1, 1, 4, 32, 32), features, outputs, offsets, one, one, one))
         assert refused.nbytes == mebibytes * 2**20
+    for side, mebibytes in ((32, 1.21875), (64, 4.875)):
+        job = SimpleNamespace(state_shape=(4, side, side), learned=True)
+        assert CleanRows(1, 12, torch.device("cpu"), job=job).nbytes == mebibytes * 2**20 + 8
 
 
 def test_serving_rows():
-    refused = RefusedRows(5, 1, 8, 1, torch.device("cpu"))
+    refused = FeatureRows(5, 8, torch.device("cpu"), branches=1)
     refused.counts = [3, 0, 5, 1, 2]
     assert serving_rows(refused, [6, 6, 4, 1, 0], 5) == [3, 0, 3, 0, 0]
     assert serving_rows(refused, None, 5) == [5] * 5
@@ -154,22 +158,25 @@ def test_law_for_every_length_and_ragged_slots(length, dense, monkeypatch):
 
 def looking_ahead(refused: RefusedRows) -> None:
     """The row at step k + 1 stands at the place of step k: what drafts step k was made with its noise."""
-    for buffer, places in ((refused._states, 2), (refused._features, 3)):
+    held = ((refused._clean, 2),) if isinstance(refused, CleanRows) else ((refused._features, 3),)
+    for buffer, places in ((refused._states, 2), *held):
         buffer.narrow(places, 0, refused.rows).copy_(buffer.narrow(places, 0, refused.rows).roll(-1, places))
 
 
+@pytest.mark.parametrize("kind", [FeatureRows, CleanRows])
 @pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
-def test_the_row_behind_a_step_must_not_draft_it(variance, monkeypatch):
+def test_the_row_behind_a_step_must_not_draft_it(variance, kind, monkeypatch):
     target, schedule = GaussianTarget(learns_variance=variance == "learned_range"), DDPMSchedule(16, variance=variance)
-    keep = RefusedRows.keep
+    keep = kind.keep
 
-    def keep_one_too_far(self, *arguments):
-        keep(self, *arguments)
+    def keep_one_too_far(self, played):
+        keep(self, played)
         looking_ahead(self)
 
-    monkeypatch.setattr(RefusedRows, "keep", keep_one_too_far)
+    monkeypatch.setattr(kind, "keep", keep_one_too_far)
     drafter = SwingingDrafter(target)
-    assert law(target, schedule, drawn(target, schedule, drafter), drafter) < DETECTED
+    used = drafter if kind is FeatureRows else "frozen"
+    assert law(target, schedule, drawn(target, schedule, used), drafter) < DETECTED
 
 
 @pytest.mark.parametrize("looks", [False, True])
@@ -208,13 +215,13 @@ def test_old_rows_and_blocks(keyed, monkeypatch):
     With new noise every row is of the past, so even all rows of a round may be kept; it does not pay.
     """
     target, schedule = GaussianTarget(), DDPMSchedule(12, variance="fixed_large")
-    begin, draw, uniform = RefusedRows.__init__, PhiloxNoise.normal, PhiloxNoise.uniform
+    begin, draw, uniform = FeatureRows.__init__, PhiloxNoise.normal, PhiloxNoise.uniform
     of_round = PhiloxNoise.of_round
 
-    def all_rows(self, slots, branches, rows, *rest, **settings):
-        begin(self, slots, branches, 4, *rest, **settings)
+    def all_rows(self, slots, rows, *rest, **settings):
+        begin(self, slots, 4, *rest, **settings)
 
-    monkeypatch.setattr(RefusedRows, "__init__", all_rows)
+    monkeypatch.setattr(FeatureRows, "__init__", all_rows)
     if not keyed:
         monkeypatch.setattr(PhiloxNoise, "normal", lambda self, i, s, p, shape, rounds=None: draw(self, i, s, p, shape))
         monkeypatch.setattr(PhiloxNoise, "uniform", lambda self, i, s, p, rounds=None: uniform(self, i, s, p))
@@ -230,8 +237,9 @@ def wherever_they_are(given, backend):
     return correct_features(given._replace(previous=torch.full_like(given.previous, torch.inf)), backend)
 
 
+@pytest.mark.parametrize("drafter", ["frozen", "swinging"])
 @pytest.mark.parametrize("leaves", [True, False])
-def test_rows_leave_with_their_image(leaves, monkeypatch):
+def test_rows_leave_with_their_image(leaves, drafter, monkeypatch):
     """Images do not depend on the slots; with another image's rows in a slot they do (in law they would not)."""
     target, schedule, begin = GaussianTarget(), DDPMSchedule(20), RefusedRows.begin
 
@@ -249,11 +257,8 @@ def test_rows_leave_with_their_image(leaves, monkeypatch):
         monkeypatch.setattr(RefusedRows, "begin", with_all)
         # They are far away, and would not be taken for that.
         monkeypatch.setattr(draft_sources, "correct_features", wherever_they_are)
-    labels = torch.arange(9) % 3
-    runs = [
-        sample(target, labels, schedule=schedule, drafter=SwingingDrafter(target), max_slots=slots).samples
-        for slots in (9, 2)
-    ]
+    labels, used = torch.arange(9) % 3, drafter if drafter == "frozen" else SwingingDrafter(target)
+    runs = [sample(target, labels, schedule=schedule, drafter=used, max_slots=slots).samples for slots in (9, 2)]
     difference = float((runs[0] - runs[1]).abs().max())
     assert difference < 1e-4 if leaves else difference > 1e-2
 
@@ -269,40 +274,6 @@ def test_a_constant_error_cancels(guidance):
     )
     gain = plain - corrected
     assert gain.mean() / gain.std() * len(gain) ** 0.5 > scipy.stats.norm.isf(DETECTED)
-
-
-def test_replay_is_correction_by_a_drafter_that_repeats_the_feature(monkeypatch):
-    """Wherever a row is from its state, the two are the same drafts up to rounding, where a step is asked once."""
-    target, schedule = GaussianTarget(), DDPMSchedule(40)
-    begin = RefusedRows.__init__
-
-    def one_generation(self, slots, branches, rows, generations, *rest, **settings):
-        begin(self, slots, branches, rows, 1, *rest, **settings)
-
-    monkeypatch.setattr(RefusedRows, "__init__", one_generation)
-    monkeypatch.setattr(draft_sources, "correct_features", wherever_they_are)
-    settings = {"schedule": schedule, "seed": 4, "draft_length": 8}
-    replayed, corrected = (
-        sample(target, torch.arange(20) % 3, drafter=drafter, **settings)
-        for drafter in ("frozen", lambda feature, *_: feature)
-    )
-    torch.testing.assert_close(replayed.samples, corrected.samples, rtol=1e-3, atol=1e-3)
-    assert (replayed.stats.rounds_per_image == corrected.stats.rounds_per_image).all()
-
-
-@pytest.mark.parametrize("branches", [1, 2])
-def test_drafts_behind_the_rows_repeat_the_secant_of_the_last(branches):
-    """Slot 0 has two rows ahead, the second asked about twice; slot 1 one, once; slot 2 none."""
-    refused = RefusedRows(3, branches, 3, 2, torch.device("cpu"))
-    features = torch.randn(branches, 2 * 3 * 4, 4, 2, generator=torch.Generator().manual_seed(0))
-    refused.features = features
-    refused._places[:] = torch.tensor([[[3, 5], [7, -1], [-1, -1]], [[1, 9], [-1, -1], [2, 2]]])
-    refused.ahead[:] = torch.tensor([2, 1, 0])
-    parent, share = torch.randn(branches, 3, 4, 2), torch.tensor([[0.5, -0.25], [0.0, 0.0], [0.0, 0.0]])
-    found = Repeated(None, refused)._last_features(share, parent)
-    torch.testing.assert_close(found[:, 0], features[:, 5] - 0.25 * (features[:, 5] - features[:, 9]))
-    assert torch.equal(found[:, 1], features[:, 7])
-    assert torch.equal(found[:, 2], parent[:, 2])
 
 
 def test_a_perfect_drafter_stays_perfect():

@@ -15,7 +15,6 @@ from free_kernels.ops.drafting import (
     CorrectArguments,
     ErrorArguments,
     FindArguments,
-    FollowArguments,
     JoinArguments,
     KeepArguments,
     OpenArguments,
@@ -27,7 +26,6 @@ from free_kernels.ops.drafting import (
     correct_features,
     draft_rows,
     find_rows,
-    follow_features,
     join_rows,
     keep_rows,
     open_round,
@@ -74,7 +72,6 @@ def drafting(
     guided: int = CHANNELS,
     clip: float = math.inf,
     dtype: torch.dtype = torch.float32,
-    secant: bool = False,
     side: int = SIDE,
 ) -> AdvanceArguments:
     """Drafts 1 to 3 of slots that have all, some and none of their rows."""
@@ -84,7 +81,6 @@ def drafting(
     # Deviations of about a half.
     columns[..., 2] = -1.0
     rows = torch.tensor([[7, 0, 1, 2], [8, 5, NOTHING, 6], [9, NOTHING, NOTHING, NOTHING]])
-    replaced = torch.tensor([[7, 3, NOTHING, 10], [8, 4, 4, NOTHING], [9, 1, 1, 1]])
     return AdvanceArguments(
         normals(SLOTS, LENGTH, *latent, seed=2),
         normals(SLOTS, LENGTH - 1, *latent, seed=3),
@@ -95,8 +91,6 @@ def drafting(
         rows,
         1,
         4,
-        normals(HELD, *latent, seed=7) if secant else None,
-        replaced if secant else None,
         guidance,
         guided,
         clip,
@@ -123,11 +117,6 @@ def exact(a: AdvanceArguments) -> AdvanceArguments:
             if row < 0:
                 continue
             said, state = exact_row(a, row), states[slot, j]
-            older = NOTHING if a.replaced is None else int(a.replaced[slot, j])
-            if older >= 0:
-                way = a.asked[row].double() - a.asked[older].double()
-                share = float(((state - a.asked[row].double()) * way).sum() / way.square().sum())
-                said = said + min(1.0, max(-1.0, share)) * (said - exact_row(a, older))
             from_state, from_output, log_std, slope, x0_state, x0_output, from_x0, given_x0 = a.columns[
                 slot, j
             ].double()
@@ -150,10 +139,8 @@ CASES = {
     "guided below one half": {"guidance": 0.3, "learned": True},
     "guided in part": {"guidance": 2.5, "guided": 1, "learned": True, "clip": 0.4},
     "bfloat16": {"dtype": torch.bfloat16},
-    "float16, secant": {"dtype": torch.float16, "secant": True},
-    "secant": {"secant": True},
-    "secant, large": {"secant": True, "side": 40},
-    "secant, all": {"secant": True, "learned": True, "guidance": 2.5, "guided": 1, "clip": 0.4},
+    "float16": {"dtype": torch.float16},
+    "large": {"side": 40},
 }
 
 
@@ -164,37 +151,32 @@ def test_drafts_are_those_of_the_formulas(case, backend):
     want = exact(a)
     name, device = backend
     given = on(a._replace(states=a.states.clone(), mean=a.mean.clone(), std=a.std.clone()), device)
-    share = advance_drafts(
+    advance_drafts(
         *given[:9],
-        asked=given.asked,
-        replaced=given.replaced,
         guidance_scale=a.guidance_scale,
         guidance_channels=a.guidance_channels,
         clip=a.clip,
         backend=name,
     )
     # A state is a sum of four products and an exponential of numbers of size 10 at most, and so is each state that it
-    # is made from; a share is a quotient of two sums, whose relative error is a few units too.
+    # is made from.
     bound = 1e3 * torch.finfo(torch.float32).eps
     for name in ("states", "mean", "std"):
         torch.testing.assert_close(getattr(given, name).cpu().double(), getattr(want, name), rtol=bound, atol=bound)
-    assert share.shape == (SLOTS, 0 if a.replaced is None else 3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_has_no_row_is_left_alone(backend):
     name, device = backend
-    a = on(drafting(secant=True), device)
+    a = on(drafting(), device)
     before = a.states.cpu().clone()
-    share = api.ADVANCE(a, a.states, name)
+    api.ADVANCE(a, a.states, name)
     a = back(a)
     assert torch.equal(a.states[2], before[2])
     assert torch.equal(a.states[:, :2], before[:, :2])
     assert not torch.equal(a.states[1, 2], before[1, 2])
     assert torch.equal(a.states[1, 3], before[1, 3])
     assert not torch.equal(a.states[1, 4], before[1, 4])
-    assert share[2].tolist() == [0, 0, 0]
-    assert (share != 0).tolist() == [[True, False, True], [True, False, False], [False, False, False]]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -248,7 +230,6 @@ def keeping(generations: int = 2, branches: int = 2, dtype: torch.dtype = torch.
         torch.zeros(slots, places, dtype=torch.int64),
         torch.zeros(generations, slots, places, 2, 3, 3),
         torch.zeros(branches, generations, slots, places, 4, 3, dtype=dtype),
-        torch.zeros(branches, generations, slots, places, 4, 3, 3, dtype=dtype),
     )
 
 
@@ -274,7 +255,7 @@ def test_memory_is_that_of_the_reference(generations, branches, dtype, backend):
             find_rows(found, name)
             results.append((back(a), back(found)))
         (want, want_found), (got, got_found) = results
-        for name in ("at", "turn", "held_states", "held_features", "held_output"):
+        for name in ("at", "turn", "held_states", "held_features"):
             # Rows that are not kept share a place, which holds anything.
             rows = {"turn": 1, "at": 2, "held_states": 2}.get(name, 3)
             want_rows, got_rows = (getattr(a, name).narrow(rows, 0, 4) for a in (want, got))
@@ -286,8 +267,8 @@ def test_memory_is_that_of_the_reference(generations, branches, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_without_outputs(backend):
-    a = on(keeping()._replace(held_output=None), backend[1])
+def test_rows_are_kept_at_their_steps(backend):
+    a = on(keeping(), backend[1])
     keep_rows(a, backend[0])
     a = back(a)
     assert a.at[1, 0, :4].tolist() == [8, 9, 6, 7]
@@ -334,26 +315,6 @@ def test_a_round_begins_with_its_steps(length, backend):
     assert torch.equal(columns, table[steps])
     assert states.shape == (3, length, 2, 5, 7)
     assert torch.equal(states[:, 0], state)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("branches", [1, 2])
-def test_features_behind_the_rows_follow_the_secant_of_the_last(branches, dtype, backend):
-    """Slot 0 has more rows than drafts, slot 1 two, slot 2 one that was asked once, slot 3 none, next to NaN."""
-    features, parent = normals(branches, 9, 37, 41, seed=0).to(dtype), normals(branches, 4, 37, 41, seed=1).to(dtype)
-    features[:, 8] = math.nan
-    latest = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1], [6, -1, -1, -1], [8, 8, -1, -1]])
-    replaced = torch.tensor([[7, 7, 7, 8], [8, 0, -1, -1], [-1, 0, -1, -1], [8, 8, -1, -1]])
-    share = torch.tensor([[9.0, 9.0, 0.5], [9.0, -1.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
-    a = FollowArguments(features, parent, latest, replaced, torch.tensor([4, 2, 1, 0]), share)
-    found = follow_features(on(a, backend[1]), backend[0]).cpu()
-    exact = features.double()
-    want = torch.stack([1.5 * exact[:, 2] - 0.5 * exact[:, 7], exact[:, 0], exact[:, 6], parent.double()[:, 3]], dim=1)
-    # Three roundings in float32 of numbers of size 10 at most, and one to the dtype.
-    tolerance = {"rtol": torch.finfo(dtype).eps, "atol": 100 * torch.finfo(torch.float32).eps}
-    torch.testing.assert_close(found.double(), want, **tolerance)
-    assert torch.equal(found[:, 2:], torch.stack([features[:, 6], parent[:, 3]], dim=1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -496,7 +457,6 @@ def test_slots_are_renewed(backend):
         ({"columns": torch.zeros(3, 5, 7)}, r"advance_drafts: columns must be float32 \[S, L, 8\] = \[3, 5, 8\]"),
         ({"output": torch.zeros(11, 3, 3, 3)}, r"advance_drafts: output must be \[B R, C or 2 C, H, W\]"),
         ({"end": 5}, r"advance_drafts: first and end must be in order in \[0, 4\], got \(1, 5\)"),
-        ({"replaced": torch.zeros(3, 4, dtype=torch.int64)}, r"advance_drafts: asked and replaced must be both given"),
     ],
 )
 def test_wrong_arguments(change, message, backend):

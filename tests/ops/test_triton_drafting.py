@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = "test_drafting.py", "test_norms.py", "test_tables.py", "test_tokens.py"
+FILES = "test_clean_rows.py", "test_drafting.py", "test_norms.py", "test_tables.py", "test_tokens.py"
 TESTS = [str(Path(__file__).with_name(name)) for name in FILES]
 
 

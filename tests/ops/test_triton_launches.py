@@ -16,13 +16,14 @@ WORKER = Path(__file__).parents[1].joinpath("workers", "triton_worker_launches.p
 COUPLING = {"coupling_rows_kernel", "coupling_commit_kernel"}
 ROUND = COUPLING | {"philox_kernel", "advance_kernel", "tally_kernel", "open_kernel", "renew_kernel"}
 KEPT = ROUND | {"keep_kernel", "find_kernel"}
+CLEAN = ROUND - {"advance_kernel"} | {"keep_clean_kernel", "find_kernel", "replay_kernel"}
 # Kernels that a run launches, and the most compilations that it adds to those of the runs before it. A round's longest
 # draft goes into the commit kernel as the next power of two: L = 4, 2 and 1 are three compilations.
 RUNS = {
     "learned": (KEPT | {"feature_attention_kernel", "tokens_kernel", "norm_kernel", "table_kernel", "join_kernel"}, 25),
     "other sizes": (KEPT | {"feature_attention_kernel"}, 0),
-    "frozen": (KEPT | {"replay_kernel", "follow_kernel"}, 4),
-    "frozen, other sizes": (KEPT | {"replay_kernel"}, 0),
+    "frozen": (CLEAN, 4),
+    "frozen, other sizes": (CLEAN, 0),
     "automatic lengths": (KEPT, 2),
     "guided": (KEPT, 10),
     "block": (KEPT, 6),

@@ -29,6 +29,7 @@ SHARED = {
     ("coupling", "triton_kernels"): {("random", "triton_philox")},
     ("coupling", "triton_math"): {("random", "triton_philox")},
     ("drafting", "reference"): {("coupling", "reference")},
+    ("drafting", "triton_clean"): {("coupling", "triton_math")},
     ("drafting", "triton_kernels"): {("coupling", "triton_math")},
     ("network", "reference"): {
         ("attention", "arguments"),

@@ -100,7 +100,8 @@ def test_lossless_actions_have_the_ordinary_law(pair, monkeypatch):
     assert energy_distance(ordinary, drawn(LOSSLESS, pair[1], 200), permutations=999)[1] > 2e-3
     assert energy_distance(ordinary, drawn(LOSSLESS, "frozen", 300), permutations=999)[1] > 2e-3
     monkeypatch.setattr(free_kernels.sampling.round, "couple", mutations.always_accept)
-    assert energy_distance(ordinary, drawn(LOSSLESS, "frozen", 300), permutations=999)[1] <= 2e-3
+    # Of a drafter whose drafts are seldom right.
+    assert energy_distance(ordinary, drawn(LOSSLESS, lambda feature, *_: feature, 300), permutations=999)[1] <= 2e-3
 
 
 @pytest.mark.slow
@@ -112,7 +113,7 @@ def test_call_reduction(pair):
     reduction = {
         name: chunks(one, observations, 11, torch.arange(24))[1].stats.call_reduction for name, one in decide.items()
     }
-    assert reduction["learned"] > 1.3 * reduction["frozen"]
+    assert reduction["learned"] > reduction["frozen"] > 8
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="needs the source checkout")

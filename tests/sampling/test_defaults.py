@@ -172,7 +172,7 @@ def test_a_float64_network(backend, case):
     settings = {"drafter": drafter, "draft_length": 3, "backend": backend} | CASES[case]
     result = fk.sample(double, LABELS, **options, **settings)
     assert result.samples.dtype == torch.float32
-    assert (result.stats.call_reduction > 1) == (case != "no reuse")
+    assert result.stats.call_reduction > 1
     one = fk.sample(double, LABELS, **options, **settings | {"draft_length": 1, "verification": "token"}).samples
     scale = settings.get("guidance_scale", 1.0)
     expected = fk.ancestral_sample(double, LABELS, **options, guidance_scale=scale).samples

@@ -20,10 +20,10 @@ STEPS = ["ordinary 1", "ordinary 2"]
 # neither views nor allocations, where couple and commit_drafts count for their two kernels and pack_drafts for its one.
 MOST_OWN = {
     "learned": 27,
-    "frozen": 23,
+    "frozen": 14,
     "guided": 35,
     "scales of steps": 54,
-    "frozen, scales of steps": 39,
+    "frozen, scales of steps": 23,
     "windowed": 33,
     "block": 29,
     "relaxed by deviation": 76,

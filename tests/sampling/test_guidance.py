@@ -360,18 +360,15 @@ def test_coupling_of_rows_with_scales_of_their_own(op, backend, learned):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("replay", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_drafts_from_rows_with_scales_of_their_own(backend, replay, learned):
-    """Of outputs of this round, and of rows of earlier ones with the secants through two of them."""
+def test_drafts_from_rows_with_scales_of_their_own(backend, learned):
     (states, mean), (noise, _), _, output, _, columns, scales, guided = a_round(4, learned)
     held = len(scales)
     rows = torch.arange(15).view(5, 3) % held
-    asked, replaced = (torch.randn(held, 2, 3, 3), (rows + 3) % held) if replay else (None, None)
 
     def drafted(output: torch.Tensor, backend: str, *settings: float) -> tuple[torch.Tensor, ...]:
         made = states.clone(), torch.zeros_like(mean), torch.zeros_like(mean)
-        arguments = AdvanceArguments(*made, noise, columns, output, rows, 0, 3, asked, replaced, *settings)
+        arguments = AdvanceArguments(*made, noise, columns, output, rows, 0, 3, *settings)
         ADVANCE(arguments, output, backend)
         return made
 

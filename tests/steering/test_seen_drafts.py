@@ -230,18 +230,14 @@ def test_law_of_automatic_lengths_with_refused_rows(variance, looks, paying, mon
         at = torch.tensor(now.steps).clamp(max=schedule.num_steps - 1)
         # The noise of this step made the discarded row of the next one.
         row, after = (refused.latest_places[:, place].clamp(min=0) for place in (0, 1))
-        mean, _ = job.transition(refused.states[row], refused.outputs[row], job.table[at])
+        output = job.head(refused.features[0, row], job.timesteps[at], self.slots.labels)
+        mean, _ = job.transition(refused.states[row], output, job.table[at])
         noise = (refused.states[after] - mean).flatten(1) @ axis
         direct = noise > 0 if looks else torch.rand(len(noise), generator=coin) < 0.5
         direct &= refused.ahead >= 2
         return [min(length, 1 if stop else 6) for length, stop in zip(lengths, direct.tolist(), strict=True)]
 
     monkeypatch.setattr(Speculation, "_lengths", chosen)
-    # The control needs what the target answered.
-    begin = RefusedRows.__init__
-    monkeypatch.setattr(
-        RefusedRows, "__init__", lambda self, *given, **named: begin(self, *given, **{**named, "with_outputs": True})
-    )
     # Long windows from the first on.
     monkeypatch.setattr(RoundCost, "has_begun", lambda self, longest: True)
     labels = torch.full((12_000,), 1)

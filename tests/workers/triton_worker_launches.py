@@ -31,6 +31,7 @@ from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling import triton_launch as coupling_kernels
 from free_kernels.ops.declaration import Op
 from free_kernels.ops.drafting import api as drafting
+from free_kernels.ops.drafting import triton_clean as drafting_clean
 from free_kernels.ops.drafting import triton_kernels as drafting_kernels
 from free_kernels.ops.drafting import triton_rows as drafting_rows
 from free_kernels.ops.norms import api as norms
@@ -52,14 +53,14 @@ KERNELS = (
     table_kernels.table_kernel,
     token_kernels.tokens_kernel,
     drafting_kernels.advance_kernel,
-    drafting_kernels.replay_kernel,
+    drafting_clean.keep_clean_kernel,
+    drafting_clean.replay_kernel,
     drafting_kernels.tally_kernel,
     drafting_kernels.open_kernel,
     drafting_kernels.renew_kernel,
     drafting_kernels.rows_kernel,
     drafting_rows.keep_kernel,
     drafting_rows.find_kernel,
-    drafting_rows.follow_kernel,
     drafting_rows.correct_kernel,
     drafting_rows.join_kernel,
     drafting_rows.errors_kernel,

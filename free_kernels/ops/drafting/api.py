@@ -18,11 +18,12 @@ from free_kernels.ops.drafting.arguments import (
     CorrectArguments,
     ErrorArguments,
     FindArguments,
-    FollowArguments,
     JoinArguments,
     KeepArguments,
+    KeepCleanArguments,
     OpenArguments,
     RenewArguments,
+    ReplayArguments,
     RowArguments,
     TallyArguments,
 )
@@ -50,12 +51,6 @@ def _check_advance(a: AdvanceArguments) -> None:
     layouts.check("rows", a.rows, INT64, "[S, width]")
     if not 0 <= a.first <= a.end <= min(length - 1, a.rows.shape[1]):
         fail(op, "first and end", f"in order in [0, {min(length - 1, a.rows.shape[1])}]", (a.first, a.end))
-    if (a.asked is None) != (a.replaced is None):
-        fail(op, "asked and replaced", "both given or neither", "one of them")
-    if a.asked is not None:
-        layouts.check("asked", a.asked, FLOAT32, "[R, C, H, W]")
-        sizes["width"] = a.rows.shape[1]
-        layouts.check("replaced", a.replaced, INT64, "[S, width]")
 
 
 def _check_open(a: OpenArguments) -> None:
@@ -84,20 +79,29 @@ def _check_rows(a: RowArguments) -> None:
         layouts.check("active", a.active, INT64, "[A]")
 
 
-def _check_follow(a: FollowArguments) -> None:
-    op = "follow_features"
-    Layouts(op, None, {}).check("features", a.features, FLOATS, "[B, N, T, D]")
-    sizes = dict(zip(("B", "N", "T", "D"), a.features.shape, strict=True))
-    layouts = Layouts(op, a.features.device, sizes)
-    layouts.check("parent", a.parent, (a.features.dtype,), "[B, S, T, D]")
-    sizes["S"] = a.parent.shape[1]
-    layouts.check("latest", a.latest, INT64, "[S, W]")
-    sizes["W"] = a.latest.shape[1]
-    layouts.check("replaced", a.replaced, INT64, "[S, W]")
-    layouts.check("ahead", a.ahead, INT64, "[S]")
-    layouts.check("share", a.share, FLOAT32, "[S, drafts]")
-    if not 1 <= a.share.shape[1] <= sizes["W"]:
-        fail(op, "share", f"[S, drafts] with drafts in [1, {sizes['W']}]", a.share)
+def _check_replay(a: ReplayArguments) -> None:
+    op = "replay_drafts"
+    Layouts(op, None, {}).check("states", a.states, FLOAT32, "[S, L, C, H, W]")
+    slots, length, channels, height, width = a.states.shape
+    sizes = {"S": slots, "L": length, "L - 1": length - 1, "C": channels, "H": height, "W": width, "2": 2}
+    layouts = Layouts(op, a.states.device, sizes | {"8": len(TransitionColumn)})
+    for name in ("mean", "std"):
+        layouts.check(name, getattr(a, name), FLOAT32, "[S, L - 1, C, H, W]")
+    layouts.check("noise", a.noise, FLOAT32, "[S, L, C, H, W]")
+    layouts.check("table", a.table, FLOAT32, "[K, 8]")
+    for name in ("steps", "before"):
+        layouts.check(name, getattr(a, name), INT64, "[S]")
+    layouts.check("held_states", a.held_states, FLOAT32, "[N, C, H, W]")
+    layouts.sizes["N"] = a.held_states.shape[0]
+    layouts.check("held_clean", a.held_clean, FLOAT32, "[N, C or 2 C, H, W]")
+    if a.held_clean.shape[1] not in (channels, 2 * channels):
+        fail(op, "held_clean", f"[N, C or 2 C, H, W] with C = {channels}", a.held_clean)
+    layouts.check("latest", a.latest, INT64, "[S, width]")
+    layouts.sizes["width"] = a.latest.shape[1]
+    layouts.check("replaced", a.replaced, INT64, "[S, width]")
+    layouts.check("response", a.response, FLOAT32, "[S, 2]")
+    if length < 1 or not a.table.shape[0]:
+        fail(op, "L and K", "at least 1", (length, a.table.shape[0]))
 
 
 def _check_join(a: JoinArguments) -> None:
@@ -195,8 +199,30 @@ def _check_keep(a: KeepArguments) -> None:
     layouts.check("held_states", a.held_states, FLOAT32, "[G, S, M + 1, C, H, W]")
     layouts.check("held_features", a.held_features, (a.features.dtype,), "[B, G, S, M + 1, T, D]")
     sizes["B"] = a.held_features.shape[0]
-    if a.held_output is not None:
-        layouts.check("held_output", a.held_output, (a.output.dtype,), "[B, G, S, M + 1, outputs, H, W]")
+
+
+def _check_keep_clean(a: KeepCleanArguments) -> None:
+    op = "keep_clean_rows"
+    Layouts(op, None, {}).check("states", a.states, FLOAT32, "[S, L, C, H, W]")
+    slots, _, channels, height, width = a.states.shape
+    sizes = {"S": slots, "S + 1": slots + 1, "C": channels, "H": height, "W": width, "2": 2}
+    layouts = Layouts(op, a.states.device, sizes | {"8": len(TransitionColumn)})
+    layouts.check("output", a.output, FLOATS, "[B R, C or 2 C, H, W]")
+    branches, outputs = 1 if a.guidance_scale == 1.0 else 2, a.output.shape[1]
+    if a.output.shape[0] % branches or outputs not in (channels, 2 * channels):
+        fail(op, "output", f"[B R, C or 2 C, H, W] with B = {branches} and C = {channels}", a.output)
+    layouts.check("row_offsets", a.row_offsets, INT64, "[S + 1]")
+    layouts.check("table", a.table, FLOAT32, "[K, 8]")
+    for name in ("committed", "lengths", "steps", "before"):
+        layouts.check(name, getattr(a, name), INT64, "[S]")
+    layouts.check("at", a.at, INT64, "[2, S, M + 1]")
+    layouts.sizes |= {"M + 1": a.at.shape[2], "outputs": outputs}
+    layouts.check("turn", a.turn, INT64, "[S, M + 1]")
+    layouts.check("held_states", a.held_states, FLOAT32, "[2, S, M + 1, C, H, W]")
+    layouts.check("held_clean", a.held_clean, FLOAT32, "[2, S, M + 1, outputs, H, W]")
+    layouts.check("response", a.response, FLOAT32, "[S, 2]")
+    if a.at.shape[2] < 2 or not a.table.shape[0]:
+        fail(op, "M and K", "at least 1", (a.at.shape[2] - 1, a.table.shape[0]))
 
 
 def _check_find(a: FindArguments) -> None:
@@ -230,18 +256,12 @@ def _check_tally(a: TallyArguments) -> None:
     layouts.check("deviation", a.deviation, FLOAT32, "[K]")
 
 
-def _advance(a: AdvanceArguments) -> Tensor:
+def _advance(a: AdvanceArguments) -> None:
     if a.states.is_cpu and not torch.compiler.is_compiling():
-        count = a.output.shape[0] // (1 if a.guidance_scale == 1.0 else 2)
-        for name, rows in (("rows", a.rows), ("replaced", a.replaced)):
-            within = None if rows is None else rows[:, a.first : a.end]
-            if within is not None and within.numel() and int(within.max()) >= count:
-                fail("advance_drafts", name, f"below {count}", int(within.max()))
-    return reference.advance_drafts(a)
-
-
-def _fake_advance(a: AdvanceArguments) -> Tensor:
-    return a.states.new_empty(a.states.shape[0], 0 if a.replaced is None else a.end - a.first)
+        count, within = a.output.shape[0] // (1 if a.guidance_scale == 1.0 else 2), a.rows[:, a.first : a.end]
+        if within.numel() and int(within.max()) >= count:
+            fail("advance_drafts", "rows", f"below {count}", int(within.max()))
+    reference.advance_drafts(a)
 
 
 def _fake_open(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -261,22 +281,18 @@ def _declare(
     return KernelOp(name, arguments, run, fake, check, folder="drafting", outputs=outputs)
 
 
-ADVANCE = _declare("advance_drafts", AdvanceArguments, _advance, _fake_advance, _check_advance, "Tensor")
+ADVANCE = _declare("advance_drafts", AdvanceArguments, _advance, lambda a: None, _check_advance)
+REPLAY = _declare("replay_drafts", ReplayArguments, reference.replay_drafts, lambda a: None, _check_replay)
 KEEP = _declare("keep_rows", KeepArguments, reference.keep_rows, lambda a: None, _check_keep)
+KEEP_CLEAN = _declare(
+    "keep_clean_rows", KeepCleanArguments, reference.keep_clean_rows, lambda a: None, _check_keep_clean
+)
 FIND = _declare("find_rows", FindArguments, reference.find_rows, lambda a: None, _check_find)
 TALLY = _declare(
     "tally_round", TallyArguments, reference.tally_round, lambda a: a.steps.new_empty(1), _check_tally, "Tensor"
 )
 OPEN = _declare(
     "open_round", OpenArguments, reference.open_round, _fake_open, _check_open, "(Tensor, Tensor, Tensor, Tensor)"
-)
-FOLLOW = _declare(
-    "follow_features",
-    FollowArguments,
-    reference.follow_features,
-    lambda a: torch.empty_like(a.parent),
-    _check_follow,
-    "Tensor",
 )
 CORRECT = _declare(
     "correct_features",
@@ -304,7 +320,7 @@ JOIN = _declare(
 )
 ERRORS = _declare("row_errors", ErrorArguments, reference.row_errors, _fake_errors, _check_errors, "Tensor")
 ROWS = _declare("draft_rows", RowArguments, reference.draft_rows, _fake_rows, _check_rows, "(Tensor, Tensor)")
-OPS = OPEN, ROWS, ADVANCE, FOLLOW, JOIN, ERRORS, CORRECT, KEEP, FIND, TALLY, RENEW
+OPS = OPEN, ROWS, ADVANCE, REPLAY, JOIN, ERRORS, CORRECT, KEEP, KEEP_CLEAN, FIND, TALLY, RENEW
 
 
 def open_round(arguments: OpenArguments, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -335,18 +351,33 @@ def draft_rows(arguments: RowArguments, backend: str = "auto") -> tuple[Tensor, 
     return ROWS(arguments, arguments.states, backend)
 
 
-def follow_features(arguments: FollowArguments, backend: str = "auto") -> Tensor:
-    """The features that drafts behind the refused rows of each slot repeat, ``[B, S, T, D]``.
+def replay_drafts(arguments: ReplayArguments, backend: str = "auto") -> None:
+    """Make all drafts of every slot from rows that the target was asked about, in place, without a network.
 
-    With ``j = min(ahead[s], drafts) - 1`` the last draft that a row serves: the feature of its row ``latest[s, j]``,
-    followed along the secant from ``replaced[s, j]``, where there is one, by ``share[s, j]`` as
-    :func:`advance_drafts` returns it. The parent's where no row serves.
+    Each draft has a clean sample, which its mean and state come from as in the schedule: ``mean[s, j] = c clean + d
+    states[s, j]`` and ``states[s, j + 1] = mean + std noise[s, j]``, with the coefficients of step ``steps[s] + j`` in
+    ``table``. The clean sample follows the state linearly, as it does exactly where the data are Gaussian with one
+    variance for all directions: ``clean_j = known + response unit (states[s, j] - there)``, clipped, with the unit of
+    its step: X0_FROM_STATE, by which a clean sample moves if the network's output stays, or 1 where that is not
+    positive.
+
+    * Where step j has a row ``latest[s, j]``: known is its clean sample and there its state. Where it replaced another
+      one of the step, ``replaced[s, j]``, both are taken on the line through the two rows, at the point nearest to the
+      draft's state (a secant), no further from the latest row than the two are apart.
+    * Elsewhere known is the clean sample of the draft before and there that draft's mean: the noise of its step is what
+      has been learned since. Before the first draft is the row ``before[s]``; where there is none, known is 0, which is
+      the mean of normalised data, and the variance channels are 0.
+
+    The response is ``response[s, 0] / response[s, 1]``, at least 0. It is 0 where there is nothing to divide by, and
+    where there is no row before the first draft: the sums are then those of another image.
+
+    Source: the update of a Kalman filter, with the gain measured along the chain (:func:`keep_clean_rows`).
 
     Raises:
         ValueError, TypeError: a wrong argument.
         RuntimeError: the backend cannot be used; the message says why.
     """
-    return FOLLOW(arguments, arguments.features, backend)
+    REPLAY(arguments, arguments.states, backend)
 
 
 def join_rows(arguments: JoinArguments, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -415,23 +446,16 @@ def advance_drafts(
     first: int,
     end: int,
     *,
-    asked: Tensor | None = None,
-    replaced: Tensor | None = None,
     guidance_scale: float = 1.0,
     guidance_channels: int | None = None,
     clip: float = math.inf,
     backend: str = "auto",
-) -> Tensor:
+) -> None:
     """Make drafts ``first`` to ``end - 1`` of every slot, each from the state before it, in place.
 
     Draft j of slot s takes the network's output at ``rows[s, j]``: ``mean[s, j]`` and ``std[s, j]`` are those of
     :func:`~free_kernels.ops.gaussian_transition` at ``states[s, j]``, and ``states[s, j + 1] = mean + std *
     noise[s, j]``. Where ``rows[s, j]`` is negative nothing is written.
-
-    Where the outputs are of other states, ``asked``, and a step was asked about twice, the output follows the line
-    through both rows to the point nearest to the draft's state (a secant), no further from the latest row than the two
-    are apart: with ``share = clamp(<x - latest, latest - replaced> / |latest - replaced|^2, -1, 1)`` it is
-    ``output[latest] + share (output[latest] - output[replaced])``.
 
     Args:
         states: float32 ``[S, L, C, H, W]``; entries ``first + 1`` to ``end`` are written.
@@ -441,22 +465,17 @@ def advance_drafts(
         output: ``[B R, C or 2C, H, W]``, float32, float16 or bfloat16; B = 2 with guidance, conditional rows first.
         rows: int64 ``[S, W]`` with W at least ``end``, in ``[0, R)`` or negative.
         first, end: in ``[0, L - 1]``.
-        asked: float32 ``[R, C, H, W]``, states at which the rows of ``output`` were asked.
-        replaced: int64 ``[S, W]``, the older row of the step of each draft; negative where there is none.
         guidance_scale, guidance_channels, clip: as in :func:`~free_kernels.ops.gaussian_transition`.
         backend: ``"auto"`` (Triton on a GPU, else the extension if it is there), ``"reference"``, ``"extension"`` or
             ``"triton"``.
-
-    Returns:
-        ``share``, float32 ``[S, end - first]``, 0 where it has no meaning; ``[S, 0]`` without ``replaced``.
 
     Raises:
         ValueError, TypeError: a wrong argument; values are checked on the CPU only.
         RuntimeError: the backend cannot be used; the message says why.
     """
     channels = states.shape[2] if guidance_channels is None else guidance_channels
-    given = (states, mean, std, noise, columns, output, rows, first, end, asked, replaced)
-    return ADVANCE(AdvanceArguments(*given, guidance_scale, channels, clip), states, backend)
+    given = (states, mean, std, noise, columns, output, rows, first, end)
+    ADVANCE(AdvanceArguments(*given, guidance_scale, channels, clip), states, backend)
 
 
 def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
@@ -473,13 +492,34 @@ def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
     KEEP(arguments, arguments.states, backend)
 
 
+def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> None:
+    """Keep a round's last committed row of each slot and those behind it, and measure the response, in place.
+
+    Rows and their places are those of :func:`keep_rows` with two generations. ``held_clean`` takes the clean sample
+    that the row's mean is made of, guided and clipped, and behind it the output's variance channels, if there are any.
+    ``at`` is -1 where a row is not finite.
+
+    The response is how far the clean sample moves with the state. With k the last committed step, and x' and mean the
+    state and the mean of the step before it, by the row before or, where it is of an earlier round, by the row
+    ``before[s]``: ``ratio = <x_k - mean, clean_k - clean'> / |x_k - mean|^2 / unit``, the unit being that of
+    :func:`replay_drafts` at step k. Then ``response[s]`` becomes ``0.7
+    response[s] + (ratio, 1)``, whose quotient is a weighted average. It is set to 0 first where ``steps[s]`` is 0,
+    which is a new image's, and is left alone where there is no row before, or the ratio is not finite.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    KEEP_CLEAN(arguments, arguments.states, backend)
+
+
 def find_rows(arguments: FindArguments, backend: str = "auto") -> None:
     """Where the rows of the next steps are: ``places`` and ``ahead``, in place.
 
     A slot at step 0 has a new image and loses the rows of the one before. Entry j of a slot is of step ``steps[s] +
     j``, draft j's. ``places[0]`` are its latest rows and ``places[1]`` those that they replaced, as numbers among all
     G S (M + 1); -1 from the first entry on that has no latest row, and where there is none. ``ahead`` counts the latest
-    rows. ``before`` is the place of the row of the step before, which is there where ``ahead`` is not 0.
+    rows. ``before`` is the number of the last row of the step before; -1 where there is none, and at step 0.
 
     Raises:
         ValueError, TypeError: a wrong argument.

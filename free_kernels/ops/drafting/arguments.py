@@ -22,8 +22,6 @@ class AdvanceArguments(NamedTuple):
     rows: Tensor  # int64 [S, W], W >= end
     first: int
     end: int
-    asked: Tensor | None  # float32 [R, C, H, W]
-    replaced: Tensor | None  # int64 [S, W]
     guidance_scale: float  # 1: output has no unconditional branch
     guidance_channels: int  # in [0, C]
     clip: float  # inf: no clipping
@@ -49,15 +47,22 @@ class RowArguments(NamedTuple):
     active: Tensor | None  # int64 [A]; None: A = S
 
 
-class FollowArguments(NamedTuple):
-    """Arguments of ``follow_features``: N rows that are held."""
+class ReplayArguments(NamedTuple):
+    """Arguments of ``replay_drafts``: N rows that are held, K steps."""
 
-    features: Tensor  # float32, float16 or bfloat16 [B, N, T, D]
-    parent: Tensor  # of features' dtype [B, S, T, D]
+    states: Written  # float32 [S, L, C, H, W], written behind the first row
+    mean: Written  # float32 [S, L - 1, C, H, W], written
+    std: Written  # float32 [S, L - 1, C, H, W], written
+    noise: Tensor  # float32 [S, L, C, H, W]
+    table: Tensor  # float32 [K, 8]
+    steps: Tensor  # int64 [S]
+    held_states: Tensor  # float32 [N, C, H, W]
+    held_clean: Tensor  # float32 [N, C or 2 C, H, W]
     latest: Tensor  # int64 [S, W]
     replaced: Tensor  # int64 [S, W]
-    ahead: Tensor  # int64 [S]
-    share: Tensor  # float32 [S, drafts], W >= drafts >= 1
+    before: Tensor  # int64 [S]
+    response: Tensor  # float32 [S, 2]
+    clip: float  # inf: no clipping
 
 
 class JoinArguments(NamedTuple):
@@ -117,7 +122,27 @@ class KeepArguments(NamedTuple):
     turn: Written  # int64 [S, M + 1], written
     held_states: Written  # float32 [G, S, M + 1, C, H, W], written
     held_features: Written  # of features' dtype [B, G, S, M + 1, T, D], written
-    held_output: Written | None  # of output's dtype [B, G, S, M + 1, C or 2 C, H, W], written
+
+
+class KeepCleanArguments(NamedTuple):
+    """Arguments of ``keep_clean_rows``: M places of each slot and one for what is not kept, K steps."""
+
+    states: Tensor  # float32 [S, L, C, H, W]
+    output: Tensor  # float32, float16 or bfloat16 [B R, C or 2 C, H, W]
+    row_offsets: Tensor  # int64 [S + 1]
+    committed: Tensor  # int64 [S]
+    lengths: Tensor  # int64 [S]
+    steps: Tensor  # int64 [S]
+    table: Tensor  # float32 [K, 8]
+    before: Tensor  # int64 [S]
+    at: Written  # int64 [2, S, M + 1], written
+    turn: Written  # int64 [S, M + 1], written
+    held_states: Written  # float32 [2, S, M + 1, C, H, W], written
+    held_clean: Written  # float32 [2, S, M + 1, C or 2 C, H, W], written
+    response: Written  # float32 [S, 2], written
+    guidance_scale: float  # 1: output has no unconditional branch
+    guidance_channels: int  # in [0, C]
+    clip: float  # inf: no clipping
 
 
 class FindArguments(NamedTuple):

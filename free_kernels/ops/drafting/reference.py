@@ -5,23 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from free_kernels.ops.coupling.reference import gaussian_transition
+from free_kernels.ops.coupling.reference import (
+    LOG_STD,
+    LOG_STD_SLOPE,
+    MEAN_FROM_STATE_GIVEN_X0,
+    MEAN_FROM_X0,
+    X0_FROM_OUTPUT,
+    X0_FROM_STATE,
+    gaussian_transition,
+    guide,
+    unpack_rows,
+)
 from free_kernels.ops.drafting.arguments import (
     AdvanceArguments,
     CorrectArguments,
     ErrorArguments,
     FindArguments,
-    FollowArguments,
     JoinArguments,
     KeepArguments,
+    KeepCleanArguments,
     OpenArguments,
     RenewArguments,
+    ReplayArguments,
     RowArguments,
     TallyArguments,
 )
 
 # What a squared gap that is not finite counts as in the sums of a run.
 LARGEST_GAP_SQ = 1e30
+# What a round's response weighs in the next round's average: about three rounds count.
+RESPONSE_DECAY = 0.7
 
 
 def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,12 +61,10 @@ def share_of_way(state: Tensor, latest: Tensor, replaced: Tensor) -> Tensor:
     return (along / way.square().sum(1).clamp(min=torch.finfo(way.dtype).tiny)).clamp(-1.0, 1.0)
 
 
-def advance_drafts(a: AdvanceArguments) -> Tensor:
+def advance_drafts(a: AdvanceArguments) -> None:
     """See ``free_kernels.ops.drafting.api.advance_drafts``."""
-    slots = a.states.shape[0]
     branches = 1 if a.guidance_scale == 1.0 else 2
     output = a.output.unflatten(0, (branches, -1))
-    shares = a.states.new_zeros(slots, a.end - a.first if a.replaced is not None else 0)
     settings = {
         "guidance_scale": a.guidance_scale,
         "guidance_channels": a.guidance_channels,
@@ -61,37 +72,73 @@ def advance_drafts(a: AdvanceArguments) -> Tensor:
     }
     for j in range(a.first, a.end):
         row = a.rows[:, j]
-        drafted = row >= 0
-        row, state = row.clamp(min=0), a.states[:, j]
-        said = output[:, row].float()
-        if a.replaced is not None:
-            before = a.replaced[:, j].clamp(min=0)
-            share = share_of_way(state.flatten(1), a.asked[row].flatten(1), a.asked[before].flatten(1))
-            share = torch.where(drafted & (a.replaced[:, j] >= 0), share, 0.0)
-            known = (a.replaced[:, j] >= 0).view(-1, 1, 1, 1)
-            ahead = said + share.view(-1, 1, 1, 1) * (said - output[:, before].float())
-            said = torch.where(known, ahead, said)
-            shares[:, j - a.first] = share
-        mean, std = gaussian_transition(state, said.flatten(0, 1), a.columns[:, j], **settings)
+        said = output[:, row.clamp(min=0)].flatten(0, 1)
+        mean, std = gaussian_transition(a.states[:, j], said, a.columns[:, j], **settings)
         after = torch.addcmul(mean, std, a.noise[:, j])
-        drafted = drafted.view(-1, 1, 1, 1)
+        drafted = (row >= 0).view(-1, 1, 1, 1)
         for buffer, place, rows in ((a.mean, j, mean), (a.std, j, std), (a.states, j + 1, after)):
             buffer[:, place] = torch.where(drafted, rows, buffer[:, place])
-    return shares
 
 
-def follow_features(a: FollowArguments) -> Tensor:
-    """See ``free_kernels.ops.drafting.api.follow_features``."""
-    known = a.ahead.clamp(max=a.share.shape[1])
-    last = (known - 1).clamp_(min=0).unsqueeze(1)
-    latest, replaced = (places.gather(1, last).squeeze(1) for places in (a.latest, a.replaced))
-    shape = (1, -1, 1, 1)
-    feature = a.features.index_select(1, latest.clamp(min=0)).float()
-    way = feature - a.features.index_select(1, replaced.clamp(min=0)).float()
-    ahead = feature + a.share.gather(1, last).view(shape) * way
+def response_unit(from_state: Tensor) -> Tensor:
+    """What responses are measured in: how far a clean sample moves with the state if the network's output stays.
+
+    A network that predicts the clean sample itself does not move it then; there it is 1.
+    """
+    return torch.where(from_state > 0, from_state, 1.0)
+
+
+def response_of(response: Tensor) -> Tensor:
+    """The response ``[S, 1, 1, 1]`` of the clean sample to the state: the average that sums ``[S, 2]`` hold."""
+    total, weight = response.view(-1, 2, 1, 1, 1).unbind(1)
+    return torch.where(weight > 0, total / weight, 0.0).clamp(min=0.0)
+
+
+def replay_drafts(a: ReplayArguments) -> None:
+    """See ``free_kernels.ops.drafting.api.replay_drafts``."""
+    length, channels = a.states.shape[1:3]
+    response, last = response_of(a.response), len(a.table) - 1
+
+    def column(step: Tensor, which: int) -> Tensor:
+        return a.table[step.clamp(0, last), which].view(-1, 1, 1, 1)
+
+    def held(place: Tensor) -> tuple[Tensor, Tensor]:
+        return a.held_states[place.clamp(min=0)], a.held_clean[place.clamp(min=0)]
+
+    state, said = held(a.before)
+    known = (a.before >= 0).view(-1, 1, 1, 1)
+    # Without a row before the sums are those of the slot's last image.
+    response = torch.where(known, response, 0.0)
     # A row that is not there may hold anything.
-    feature = torch.where((replaced >= 0).view(shape), ahead, feature)
-    return torch.where((known > 0).view(shape), feature.to(a.parent.dtype), a.parent)
+    said = torch.where(known, said, 0.0)
+    mean = (
+        column(a.steps - 1, MEAN_FROM_X0) * said[:, :channels] + column(a.steps - 1, MEAN_FROM_STATE_GIVEN_X0) * state
+    )
+    mean = torch.where(known, mean, a.states[:, 0])
+    for j in range(length - 1):
+        state, at = a.states[:, j], mean
+        if j < a.latest.shape[1]:
+            latest, replaced = a.latest[:, j], a.replaced[:, j]
+            there, known = held(latest)
+            older, before = held(replaced)
+            share = share_of_way(state.flatten(1), there.flatten(1), older.flatten(1)).view(-1, 1, 1, 1)
+            twice = ((latest >= 0) & (replaced >= 0)).view(-1, 1, 1, 1)
+            there, known = (
+                torch.where(twice, now + share * (now - then), now) for now, then in ((there, older), (known, before))
+            )
+            served = (latest >= 0).view(-1, 1, 1, 1)
+            at, said = torch.where(served, there, at), torch.where(served, known, said)
+        step = a.steps + j
+        here = response * response_unit(column(step, X0_FROM_STATE))
+        clean = torch.addcmul(said[:, :channels], here, state - at).clamp(-a.clip, a.clip)
+        said = torch.cat([clean, said[:, channels:]], 1)
+        mean = column(step, MEAN_FROM_X0) * clean + column(step, MEAN_FROM_STATE_GIVEN_X0) * state
+        log_std = column(step, LOG_STD)
+        if said.shape[1] > channels:
+            log_std = torch.addcmul(log_std, column(step, LOG_STD_SLOPE), said[:, channels:])
+        std = log_std.exp().expand_as(mean)
+        a.mean[:, j], a.std[:, j] = mean, std
+        a.states[:, j + 1] = torch.addcmul(mean, std, a.noise[:, j])
 
 
 def join_rows(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -165,8 +212,58 @@ def keep_rows(a: KeepArguments) -> None:
     a.at.view(-1).index_copy_(0, index, torch.where(taken & finite.view(slots, -1), step, -1).flatten())
     a.held_states.flatten(0, 2).index_copy_(0, index, a.states.flatten(0, 1))
     a.held_features.flatten(1, 3).index_copy_(1, index, features)
-    if a.held_output is not None:
-        a.held_output.flatten(1, 3).index_copy_(1, index, output)
+
+
+def keep_clean_rows(a: KeepCleanArguments) -> None:
+    """See ``free_kernels.ops.drafting.api.keep_clean_rows``."""
+    (slots, length, channels), places = a.states.shape[:3], a.turn.shape[1]
+    rows, branches = places - 1, 1 if a.guidance_scale == 1.0 else 2
+    output = unpack_rows(a.output, a.row_offsets, branches, slots, length)
+    if branches == 2:
+        output = guide(output, a.guidance_scale, a.guidance_channels)
+    output = output.float().unflatten(0, (slots, length))
+    j = torch.arange(length, device=a.steps.device)
+    step = a.steps.unsqueeze(1) + j
+    column = a.table[step.clamp(max=len(a.table) - 1)].view(slots, length, -1, 1, 1, 1).unbind(2)
+    unclipped = torch.addcmul(column[X0_FROM_STATE] * a.states, column[X0_FROM_OUTPUT], output[:, :, :channels])
+    clean = unclipped.clamp(-a.clip, a.clip)
+    _add_response(a, clean, column)
+    said = torch.cat([clean, output[:, :, channels:]], 2)
+    finite = unclipped.isfinite().flatten(2).all(2) & said.isfinite().flatten(2).all(2)
+    behind = j - a.committed.unsqueeze(1)
+    taken = (behind >= -1) & (behind < rows - 1) & (j < a.lengths.unsqueeze(1))
+    first = torch.arange(slots, device=j.device).unsqueeze(1) * places
+    place = (torch.where(taken, step % rows, rows) + first).flatten()
+    turn = (a.turn.view(-1).index_select(0, place) + 1) % 2
+    a.turn.view(-1).index_copy_(0, place, turn)
+    index = place + turn * a.turn.numel()
+    a.at.view(-1).index_copy_(0, index, torch.where(taken & finite, step, -1).flatten())
+    a.held_states.flatten(0, 2).index_copy_(0, index, a.states.flatten(0, 1))
+    a.held_clean.flatten(0, 2).index_copy_(0, index, said.flatten(0, 1))
+
+
+def _add_response(a: KeepCleanArguments, clean: Tensor, column: tuple[Tensor, ...]) -> None:
+    """Take what the last committed step of each slot says of the response into its sums."""
+    every = torch.arange(len(a.steps), device=a.steps.device)
+    last = (a.committed - 1).clamp_(min=0)
+    previous, within = (last - 1).clamp_(min=0), a.committed >= 2
+    # The step before the last committed one: of this round, or the row that is held of it.
+    old, held = a.before.clamp(min=0), within.view(-1, 1, 1, 1)
+    state = torch.where(held, a.states[every, previous], a.held_states.flatten(0, 2)[old])
+    there = torch.where(held, clean[every, previous], a.held_clean.flatten(0, 2)[old, : clean.shape[2]])
+    outside = a.table[(a.steps - 1).clamp(0, len(a.table) - 1)]
+    from_clean, from_state = (
+        torch.where(held, column[which][every, previous], outside[:, which].view(-1, 1, 1, 1))
+        for which in (MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0)
+    )
+    moved = (a.states[every, last] - torch.addcmul(from_clean * there, from_state, state)).flatten(1)
+    changed = (clean[every, last] - there).flatten(1)
+    unit = response_unit(column[X0_FROM_STATE][every, last].flatten())
+    ratio = (moved * changed).sum(1) / moved.square().sum(1) / unit
+    known = (a.committed >= 1) & (within | (a.before >= 0)) & ratio.isfinite()
+    sums = torch.where((a.steps == 0).unsqueeze(1) & (a.lengths > 0).unsqueeze(1), 0.0, a.response)
+    added = RESPONSE_DECAY * sums + torch.stack([ratio, torch.ones_like(ratio)], 1)
+    a.response.copy_(torch.where(known.unsqueeze(1), added, sums))
 
 
 def find_rows(a: FindArguments) -> None:
@@ -185,7 +282,8 @@ def find_rows(a: FindArguments) -> None:
         a.places[generation] = torch.where(unbroken > 0, held, -1)
     a.ahead.copy_(unbroken.sum(1))
     place = (a.steps - 1) % rows + torch.arange(slots, device=step.device) * places
-    a.before.copy_(place + a.turn.view(-1)[place] * a.turn.numel())
+    index = place + a.turn.view(-1)[place] * a.turn.numel()
+    a.before.copy_(torch.where((a.steps > 0) & (a.at.view(-1)[index] == a.steps - 1), index, -1))
 
 
 def tally_round(a: TallyArguments) -> Tensor:

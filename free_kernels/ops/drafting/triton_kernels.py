@@ -1,8 +1,7 @@
-"""The kernels of a round: what it begins with, drafts from outputs and from refused rows, its tally, renewed slots.
+"""The kernels of a round: what it begins with, drafts from outputs, its tally, renewed slots.
 
 Drafts of given outputs are independent from element to element, so programs share a state's elements and go through
-the drafts with theirs. A secant needs the inner products of whole states before each draft, so one program makes all
-drafts of a slot.
+the drafts with theirs.
 """
 
 from __future__ import annotations
@@ -10,18 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from free_kernels.ops.coupling.triton_math import (
-    LOG_STD,
-    LOG_STD_SLOPE,
-    NUM_COLUMNS,
-    exp,
-    guided_output,
-    target_std,
-    transition_mean,
-)
+from free_kernels.ops.coupling.triton_math import NUM_COLUMNS, guided_output, target_std, transition_mean
 
-# As in free_kernels.ops.drafting.reference; and the least positive normal number of float32.
-_LARGEST_GAP_SQ, _TINY = tl.constexpr(1e30), tl.constexpr(1.1754943508222875e-38)
+# As in free_kernels.ops.drafting.reference.
+_LARGEST_GAP_SQ = tl.constexpr(1e30)
 
 
 @triton.jit(do_not_specialize=["first", "end", "length", "width", "output_rows"])
@@ -54,64 +45,6 @@ def advance_kernel(
         # A draft that is not made here is there already, or is of no interest.
         b_there = tl.load(p_states + (place + 1) * numel + o, mask=mask & (row < 0), other=0.0)
         b_state = tl.where(drafted, b_next, b_there)
-
-
-# Places of rows may begin anywhere in a buffer.
-@triton.jit(
-    do_not_specialize=["first", "end", "length", "width", "output_rows"],
-    do_not_specialize_on_alignment=["p_rows", "p_replaced"],
-)
-def replay_kernel(
-    p_states, p_mean, p_std, p_noise, p_columns, p_output, p_rows, p_asked, p_replaced, p_share, first, end, length,
-    width, numel, guided_numel, output_rows, output_stride, guidance_scale, clip,
-    LEARNED: tl.constexpr, GUIDED: tl.constexpr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Drafts ``first`` to ``end - 1`` of one slot, from rows of earlier rounds and the secants through two of them."""
-    i_slot = tl.program_id(0).to(tl.int64)
-    unconditional = output_rows.to(tl.int64) * output_stride
-    for j in range(first, end):
-        row, older = tl.load(p_rows + i_slot * width + j), tl.load(p_replaced + i_slot * width + j)
-        drafted = row >= 0
-        follows = drafted & (older >= 0)
-        row, older = tl.maximum(row, 0), tl.maximum(older, 0)
-        place, draft = i_slot * length + j, i_slot * (length - 1) + j
-        p_state = p_states + place * numel
-        b_along, b_length = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-        for i in range(0, numel, BLOCK):
-            o = i + tl.arange(0, BLOCK)
-            used = (o < numel) & follows
-            b_latest = tl.load(p_asked + row * numel + o, mask=used, other=0.0)
-            b_way = b_latest - tl.load(p_asked + older * numel + o, mask=used, other=0.0)
-            b_along += (tl.load(p_state + o, mask=used, other=0.0) - b_latest) * b_way
-            b_length += b_way * b_way
-        share = tl.sum(b_along, 0) / tl.maximum(tl.sum(b_length, 0), _TINY)
-        share = tl.where(share > 1.0, 1.0, tl.where(share < -1.0, -1.0, share))
-        share = tl.where(follows, share, 0.0)
-        tl.store(p_share + i_slot * (end - first) + j - first, share)
-        p_row, p_older = p_output + row * output_stride, p_output + older * output_stride
-        p_columns_row = p_columns + place * NUM_COLUMNS
-        for i in range(0, numel, BLOCK):
-            o = i + tl.arange(0, BLOCK)
-            used = (o < numel) & drafted
-            twice = used & follows
-            b_said = guided_output(p_row, unconditional, o, used, guided_numel, guidance_scale, GUIDED)
-            b_before = guided_output(p_older, unconditional, o, twice, guided_numel, guidance_scale, GUIDED)
-            b_said = tl.where(twice, b_said + share * (b_said - b_before), b_said)
-            b_state = tl.load(p_state + o, mask=used, other=0.0)
-            b_mean = transition_mean(b_state, b_said, p_columns_row, clip, CLIPPED)
-            log_std = tl.load(p_columns_row + LOG_STD)
-            if LEARNED:
-                b_variance = tl.load(p_row + numel + o, mask=used, other=0.0).to(tl.float32)
-                b_older = tl.load(p_older + numel + o, mask=twice, other=0.0).to(tl.float32)
-                b_variance = tl.where(twice, b_variance + share * (b_variance - b_older), b_variance)
-                log_std = log_std + tl.load(p_columns_row + LOG_STD_SLOPE) * b_variance
-            b_std = exp(log_std) + tl.zeros([BLOCK], tl.float32)
-            tl.store(p_mean + draft * numel + o, b_mean, mask=used)
-            tl.store(p_std + draft * numel + o, b_std, mask=used)
-            b_next = b_mean + b_std * tl.load(p_noise + place * numel + o, mask=used, other=0.0)
-            tl.store(p_state + numel + o, b_next, mask=used)
-        # The next draft's sums read what other threads have stored.
-        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["slots", "drafts", "num_steps", "output_numel", "numel"])

@@ -15,19 +15,20 @@ from free_kernels.ops.drafting.arguments import (
     CorrectArguments,
     ErrorArguments,
     FindArguments,
-    FollowArguments,
     JoinArguments,
     KeepArguments,
+    KeepCleanArguments,
     OpenArguments,
     RenewArguments,
+    ReplayArguments,
     RowArguments,
     TallyArguments,
 )
+from free_kernels.ops.drafting.triton_clean import keep_clean_kernel, replay_kernel
 from free_kernels.ops.drafting.triton_kernels import (
     advance_kernel,
     open_kernel,
     renew_kernel,
-    replay_kernel,
     rows_kernel,
     tally_kernel,
 )
@@ -35,7 +36,6 @@ from free_kernels.ops.drafting.triton_rows import (
     correct_kernel,
     errors_kernel,
     find_kernel,
-    follow_kernel,
     join_kernel,
     keep_kernel,
 )
@@ -72,34 +72,64 @@ def many_warps(block: int, warp: int) -> int:
     return 2 * warps_for(block, warp)
 
 
-def advance_drafts(a: AdvanceArguments) -> Tensor:
+def advance_drafts(a: AdvanceArguments) -> None:
     """Contract of :func:`free_kernels.ops.drafting.advance_drafts`; arguments have been checked."""
     slots, length, channels, *latent = a.states.shape
     numel = channels * math.prod(latent)
     branches = 1 if a.guidance_scale == 1.0 else 2
-    share = a.states.new_empty(slots, 0 if a.replaced is None else a.end - a.first)
     if not slots or a.first == a.end:
-        return share
+        return
     drafts = a.states, a.mean, a.std, a.noise, a.columns, a.output, a.rows
     sizes = a.first, a.end, length, a.rows.shape[1], numel, a.guidance_channels * numel // channels
     sizes += a.output.shape[0] // branches, a.output.stride(0), float(a.guidance_scale), float(a.clip)
-    flags = {
-        "LEARNED": a.output.shape[1] == 2 * channels,
-        "GUIDED": branches == 2,
-        "CLIPPED": not math.isinf(a.clip),
-    }
-    warp = warp_size(a.states.device)
     with current(a.states):
-        if a.replaced is None:
-            grid = (slots * triton.cdiv(numel, _SHARED_BLOCK),)
-            warps = warps_for(_SHARED_BLOCK, warp)
-            advance_kernel[grid](*drafts, *sizes, **flags, BLOCK=_SHARED_BLOCK, num_warps=warps)
-        else:
-            block = block_for(numel, _REPLAY_BLOCK)
-            warps = many_warps(block, warp)
-            held = a.asked, a.replaced, share
-            replay_kernel[(slots,)](*drafts, *held, *sizes, **flags, BLOCK=block, num_warps=warps)
-    return share
+        advance_kernel[(slots * triton.cdiv(numel, _SHARED_BLOCK),)](
+            *drafts,
+            *sizes,
+            LEARNED=a.output.shape[1] == 2 * channels,
+            GUIDED=branches == 2,
+            CLIPPED=not math.isinf(a.clip),
+            BLOCK=_SHARED_BLOCK,
+            num_warps=warps_for(_SHARED_BLOCK, warp_size(a.states.device)),
+        )
+
+
+def replay_drafts(a: ReplayArguments) -> None:
+    """Contract of :func:`free_kernels.ops.drafting.replay_drafts`; arguments have been checked."""
+    slots, length, *latent = a.states.shape
+    numel, output_numel = math.prod(latent), math.prod(a.held_clean.shape[1:])
+    if not slots or length == 1:
+        return
+    block = block_for(numel, _REPLAY_BLOCK)
+    scratch = a.states.new_empty(slots, output_numel), a.states.new_empty(slots, numel)
+    with current(a.states):
+        replay_kernel[(slots,)](
+            *(*a[:-1], *scratch, float(a.clip), length, a.latest.shape[1], len(a.table), numel, output_numel),
+            LEARNED=output_numel > numel,
+            CLIPPED=not math.isinf(a.clip),
+            BLOCK=block,
+            num_warps=many_warps(block, warp_size(a.states.device)),
+        )
+
+
+def keep_clean_rows(a: KeepCleanArguments) -> None:
+    """Contract of :func:`free_kernels.ops.drafting.keep_clean_rows`; arguments have been checked."""
+    slots, length, channels, *latent = a.states.shape
+    pixels, branches = math.prod(latent), 1 if a.guidance_scale == 1.0 else 2
+    sizes = length, slots, a.turn.shape[1], a.output.shape[0] // branches, len(a.table)
+    numels = channels * pixels, a.guidance_channels * pixels, a.output.shape[1] * pixels
+    if not slots:
+        return
+    block = block_for(numels[0], _REPLAY_BLOCK)
+    with current(a.states):
+        keep_clean_kernel[(slots * length,)](
+            *(*a[:13], float(a.guidance_scale), float(a.clip), *sizes, *numels),
+            LEARNED=a.output.shape[1] == 2 * channels,
+            GUIDED=branches == 2,
+            CLIPPED=not math.isinf(a.clip),
+            BLOCK=block,
+            num_warps=many_warps(block, warp_size(a.states.device)),
+        )
 
 
 def keep_rows(a: KeepArguments) -> None:
@@ -116,7 +146,6 @@ def keep_rows(a: KeepArguments) -> None:
             *(length, slots, places, a.features.shape[0] // branches, *numels),
             BRANCHES=branches,
             GENERATIONS=generations,
-            WITH_OUTPUT=a.held_output is not None,
             BLOCK=_TALLY_BLOCK,
             num_warps=many_warps(_TALLY_BLOCK, warp_size(a.states.device)),
         )
@@ -179,21 +208,6 @@ def renew_slots(a: RenewArguments) -> Tensor:
             grid = (triton.cdiv(len(a.steps), _SLOTS),)
             renew_kernel[grid](*a, fresh, len(a.steps), BLOCK=_SLOTS, num_warps=1)
     return fresh
-
-
-def follow_features(a: FollowArguments) -> Tensor:
-    """Contract of :func:`free_kernels.ops.drafting.follow_features`; arguments have been checked."""
-    out = torch.empty_like(a.parent)
-    branches, slots, tokens, width = a.parent.shape
-    blocks = triton.cdiv(tokens * width, _TALLY_BLOCK)
-    if out.numel():
-        with current(out):
-            follow_kernel[(branches * slots * blocks,)](
-                *(*a, out, slots, a.features.shape[1], a.latest.shape[1], a.share.shape[1], tokens * width),
-                BLOCK=_TALLY_BLOCK,
-                num_warps=warps_for(_TALLY_BLOCK, warp_size(out.device)),
-            )
-    return out
 
 
 def join_rows(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -269,18 +283,32 @@ def tally_round(a: TallyArguments) -> Tensor:
     return finite
 
 
-_FLOATS = ("states", "mean", "std", "noise", "columns", "asked", "share", "held_states", "next_states", "gap_sq")
+_FLOATS = (
+    "states",
+    "mean",
+    "std",
+    "noise",
+    "columns",
+    "asked",
+    "held_states",
+    "held_clean",
+    "response",
+    "said",
+    "last",
+    "next_states",
+    "gap_sq",
+)
 _FLOATS += ("state", "previous", "table", "out_previous", "out_state")
 _INTEGERS = ("rows", "replaced", "row_offsets", "committed", "lengths", "steps", "at", "turn", "places", "ahead")
 _INTEGERS += ("current", "timesteps", "network_steps", "images", "numbers", "indices", "rounds", "latest", "active")
 _INTEGERS += ("before", "labels", "chosen", "t", "y", "out_t", "out_y")
 # Of the output's dtype.
-_GIVEN = ("output", "features", "held_features", "held_output", "parent", "out")
+_GIVEN = ("output", "features", "held_features", "parent", "out")
 _GIVEN += ("drafted", "errors", "feature", "out_feature")
 
 
 def aot_configurations(device: Device) -> list[AotConfiguration]:
-    """All output dtypes and flags of drafts, both sizes of blocks; memories with and without guidance and outputs."""
+    """All output dtypes and flags of drafts, both sizes of blocks; memories with and without guidance."""
     types = {f"p_{name}": "*fp32" for name in (*_FLOATS, "deviation")} | {"guidance_scale": "fp32", "clip": "fp32"}
     types |= {f"p_{name}": "*i64" for name in (*_INTEGERS, "finite")} | {"p_fresh": "*i1"}
     found = []
@@ -289,7 +317,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         name = kernel.__name__
         floats = {f"p_{given}": POINTERS[dtype] for given in _GIVEN}
         said = " ".join(f"{key.lower()}={value}" for key, value in values.items() if value is not None)
-        warps = many_warps if kernel in (replay_kernel, keep_kernel) else warps_for
+        warps = many_warps if kernel in (replay_kernel, keep_kernel, keep_clean_kernel) else warps_for
         sizes = ("numel", "guided_numel", "output_stride", "feature_numel", "output_numel", "state_numel")
         fixed = [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize]
         found.append(
@@ -310,13 +338,14 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         values = dict(zip(flags, switches, strict=True))
         add(advance_kernel, dtype, _SHARED_BLOCK, values, aligned=dtype != torch.float16)
         for block in (64, _REPLAY_BLOCK):
-            add(replay_kernel, dtype, block, values, aligned=block > 64)
-    for dtype, branches, generations, output in product(dtypes, (1, 2), (1, 2), (False, True)):
-        values = {"BRANCHES": branches, "GENERATIONS": generations, "WITH_OUTPUT": output}
-        add(keep_kernel, dtype, _TALLY_BLOCK, values | ({} if output else {"p_held_output": None}))
+            add(keep_clean_kernel, dtype, block, values, aligned=block > 64)
+            if dtype == torch.float32 and not values["GUIDED"]:
+                replayed = {flag: values[flag] for flag in ("LEARNED", "CLIPPED")}
+                add(replay_kernel, dtype, block, replayed, aligned=block > 64)
+    for dtype, branches in product(dtypes, (1, 2)):
+        add(keep_kernel, dtype, _TALLY_BLOCK, {"BRANCHES": branches, "GENERATIONS": 1})
     for dtype, drafts in product(dtypes, (32, 256)):
         add(tally_kernel, dtype, _TALLY_BLOCK, {"PADDED_DRAFTS": drafts})
-        add(follow_kernel, dtype, _TALLY_BLOCK, {})
         for kernel, chosen in product((join_kernel, errors_kernel), (False, True)):
             add(kernel, dtype, _TALLY_BLOCK, {} if chosen else {"p_chosen": None})
     for dtype, branches, block, active in product(dtypes, (1, 2), (64, _ALONE_BLOCK), (False, True)):

@@ -1,4 +1,4 @@
-"""The kernels of refused rows: keeping and finding them, and what drafts take from them."""
+"""The kernels of refused rows: keeping and finding them, and what a drafter's corrections take from them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _count_wrong(p_from, size, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["length", "slots", "places", "packed"])
 def keep_kernel(
     p_states, p_features, p_output, p_row_offsets, p_committed, p_lengths, p_steps, p_at, p_turn, p_held_states,
-    p_held_features, p_held_output, length, slots, places, packed, numel, feature_numel, output_numel,
-    BRANCHES: tl.constexpr, GENERATIONS: tl.constexpr, WITH_OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+    p_held_features, length, slots, places, packed, numel, feature_numel, output_numel,
+    BRANCHES: tl.constexpr, GENERATIONS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keep one row of one slot."""
     i_slot, j = tl.program_id(0) // length, tl.program_id(0) % length
@@ -55,11 +55,7 @@ def keep_kernel(
             wrong += _copy(
                 p_features + from_row * feature_numel, p_held_features + to_row * feature_numel, feature_numel, BLOCK
             )
-            p_said = p_output + from_row * output_numel
-            if WITH_OUTPUT:
-                wrong += _copy(p_said, p_held_output + to_row * output_numel, output_numel, BLOCK)
-            else:
-                wrong += _count_wrong(p_said, output_numel, BLOCK)
+            wrong += _count_wrong(p_output + from_row * output_numel, output_numel, BLOCK)
         tl.store(p_turn + place, turn)
         tl.store(p_at + index, tl.where(wrong == 0, step, -1))
 
@@ -94,43 +90,14 @@ def find_kernel(
     ahead = tl.min(tl.where(mask & (b_latest >= 0), rows - 1, tl.minimum(o, rows - 1)), 0)
     tl.store(p_ahead + i_slot, ahead.to(tl.int64))
     last = i_slot * places + (first - 1 + rows) % rows
-    tl.store(p_before + i_slot, last + tl.load(p_turn + last) * all_places)
+    before = last + tl.load(p_turn + last) * all_places
+    tl.store(p_before + i_slot, tl.where((first > 0) & (tl.load(p_at + before) == first - 1), before, -1))
     served = o < ahead
     p_own = p_places + i_slot * (rows - 1) + o
     tl.store(p_own, tl.where(served, b_latest, -1), mask=mask)
     if GENERATIONS > 1:
         b_replaced = _found(p_at, p_turn, step, place, mask, 1, all_places, GENERATIONS)
         tl.store(p_own + slots.to(tl.int64) * (rows - 1), tl.where(served, b_replaced, -1), mask=mask)
-
-
-# Places of rows may begin anywhere in a buffer.
-@triton.jit(
-    do_not_specialize=["slots", "held", "width", "drafts"], do_not_specialize_on_alignment=["p_latest", "p_replaced"]
-)
-def follow_kernel(
-    p_features, p_parent, p_latest, p_replaced, p_ahead, p_share, p_out, slots, held, width, drafts, numel,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A block of one slot's feature of one branch."""
-    blocks = tl.cdiv(numel, BLOCK)
-    i_row = (tl.program_id(0) // blocks).to(tl.int64)
-    i_slot, i_branch = i_row % slots, i_row // slots
-    o = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    known = tl.minimum(tl.load(p_ahead + i_slot), drafts)
-    last = tl.maximum(known - 1, 0)
-    latest, replaced = tl.load(p_latest + i_slot * width + last), tl.load(p_replaced + i_slot * width + last)
-    share = tl.load(p_share + i_slot * drafts + last)
-    has, follows = (known > 0) & (latest >= 0), (known > 0) & (replaced >= 0)
-    first = i_branch * held
-    p_row = p_features + (first + tl.maximum(latest, 0)) * numel + o
-    p_older = p_features + (first + tl.maximum(replaced, 0)) * numel + o
-    b_row = tl.load(p_row, mask=(o < numel) & has, other=0.0)
-    b_older = tl.load(p_older, mask=(o < numel) & follows, other=0.0)
-    b_parent = tl.load(p_parent + i_row * numel + o, mask=(o < numel) & (known <= 0), other=0.0)
-    b_here = b_row.to(tl.float32)
-    b_ahead = (b_here + share * (b_here - b_older.to(tl.float32))).to(b_row.dtype)
-    b_out = tl.where(has, tl.where(follows, b_ahead, b_row), b_parent)
-    tl.store(p_out + i_row * numel + o, b_out, mask=o < numel)
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "drafts", "draft", "width"])

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from free_dit.generation import ChainSettings, sampler_for
-from free_kernels import Schedule, ancestral_sample, sample
+from free_kernels import FrozenDrafter, Schedule, ancestral_sample, sample
 from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import couple
-from free_kernels.protocols import Drafter, Target, TargetDefaults, first_drafted_step
+from free_kernels.protocols import Drafter, Target, TargetDefaults, first_drafted_in_rounds
 from free_kernels.results import RoundInfo, SampleStats
 from free_kernels.validation import check_float, check_int, fail
 
@@ -372,7 +372,8 @@ def timeline(
     progress: bool = False,
 ) -> Timeline:
     """Follow a lossless run of :func:`free_kernels.sample`, unguided, round by round."""
-    recorder = RoundRecorder(schedule.num_steps, draft_length, first_drafted_step(drafter))
+    first = first_drafted_in_rounds(FrozenDrafter() if drafter == "frozen" else drafter)
+    recorder = RoundRecorder(schedule.num_steps, draft_length, first)
     settings = {"schedule": schedule, "drafter": drafter, "draft_length": draft_length, "seed": seed}
     stats = sample(target, labels, progress=progress, callback=recorder, **settings).stats
     return Timeline(schedule.num_steps, [recorder.images[image] for image in range(len(labels))], stats)

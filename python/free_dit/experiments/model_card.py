@@ -112,7 +112,8 @@ def render(card: dict[str, Any]) -> str:
         f"{facts['torch']}); {card['images']} images, {card['num_steps']} steps, "
         f"{card.get('transitions', 'learned variance')}, lossless.",
         "",
-        "Acceptance probability of a draft so many steps past the last exact feature:",
+        "Acceptance probability of a draft so many steps past the last exact feature (frozen: made of that feature; "
+        '`sample` with `drafter="frozen"` carries the clean sample along instead):',
         "",
         *table(["drafter", *"12345"], ([name, *decimals(entry["by_lookahead"], 3)] for name, entry in acceptance)),
         "The same by fifth of the chain (first is noisiest), one and five steps ahead:",

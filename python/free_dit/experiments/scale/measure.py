@@ -23,7 +23,7 @@ from free_dit.experiments.scale.prediction import Inputs
 from free_dit.experiments.wall_clock import machine
 from free_dit.networks.families import device_of
 from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
-from free_kernels.protocols import Drafter, Target, first_drafted_step
+from free_kernels.protocols import Drafter, Target, first_drafted_in_rounds
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
@@ -137,7 +137,7 @@ def measure_acceptance(
 ) -> np.ndarray:
     """Acceptance ``[bins, L - 1]`` by step and look-ahead in a run of its own."""
     length = min(length, num_steps)
-    counts = AcceptanceCounts(num_steps, length, first_drafted_step(drafter))
+    counts = AcceptanceCounts(num_steps, length, first_drafted_in_rounds(drafter))
     labels = torch.arange(images, device=device_of(target)) % target.num_classes
     settings = {"schedule": DDPMSchedule(num_steps), "guidance_scale": guidance, "seed": seed}
     sample(target, labels, drafter=drafter, draft_length=length, callback=counts, **settings)
@@ -214,6 +214,6 @@ def measure(
         link_bandwidth=link["link_bandwidth"],
         slowdown=link["slowdown"],
         acceptance=tuple(map(tuple, acceptance.round(5).tolist())),
-        first_step=first_drafted_step(drafter) == 0,
+        first_step=first_drafted_in_rounds(drafter) == 0,
     )
     return inputs, {"machine": facts, "turns": turns, "images": images, "draft_length": length, "link": link}

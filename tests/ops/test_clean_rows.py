@@ -1,0 +1,407 @@
+"""Clean samples of rows and drafts that are made of them: every backend against plain float64 formulas."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from free_kernels import DDPMSchedule
+from free_kernels.extension import has_extension
+from free_kernels.ops.drafting import (
+    FindArguments,
+    KeepCleanArguments,
+    ReplayArguments,
+    find_rows,
+    keep_clean_rows,
+    replay_drafts,
+)
+
+# Kernels in Triton's interpreter need it in the whole process: test_triton_drafting.py runs this file in another one.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+needs_extension = pytest.mark.skipif(not has_extension(), reason="no compiled extension")
+needs_triton = pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="needs a CUDA device or TRITON_INTERPRET=1")
+BACKENDS = [
+    pytest.param(("reference", torch.device("cpu")), id="reference"),
+    pytest.param(("extension", torch.device("cpu")), id="extension", marks=needs_extension),
+    pytest.param(("triton", DEVICE), id="triton", marks=[needs_triton, pytest.mark.gpu]),
+]
+SLOTS, LENGTH, CHANNELS, STEPS, PLACES = 4, 5, 2, 12, 6
+NONE = -1
+
+
+def normals(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def on(arguments, device: torch.device):
+    """A copy of the arguments on a device."""
+    return type(arguments)(*(part.to(device, copy=True) if isinstance(part, Tensor) else part for part in arguments))
+
+
+def coefficients() -> Tensor:
+    """A table whose deviations are about a half."""
+    table = 0.5 * normals(STEPS, 8, seed=1)
+    table[:, 2] = -1.0
+    return table
+
+
+def replaying(*, learned: bool = False, clip: float = math.inf, side: int = 3, width: int = 3) -> ReplayArguments:
+    """Slots whose steps ahead have rows, some of them twice; the last slot has none, not even the row before."""
+    latent, held = (CHANNELS, side, side), 11
+    outputs = CHANNELS * (2 if learned else 1)
+    latest = torch.tensor([[7, 0, 1], [8, NONE, NONE], [NONE] * 3, [NONE] * 3])[:, :width]
+    replaced = torch.tensor([[4, NONE, 3], [NONE, 4, 4], [1, NONE, 2], [NONE] * 3])[:, :width]
+    # A row that is not used may hold anything.
+    states, clean = normals(held, *latent, seed=2), normals(held, outputs, side, side, seed=3)
+    states[2] = clean[2] = math.nan
+    return ReplayArguments(
+        normals(SLOTS, LENGTH, *latent, seed=4),
+        normals(SLOTS, LENGTH - 1, *latent, seed=5),
+        normals(SLOTS, LENGTH - 1, *latent, seed=6),
+        normals(SLOTS, LENGTH, *latent, seed=7),
+        coefficients(),
+        # Rows behind the chain's end have the coefficients of the last step.
+        torch.tensor([3, 1, STEPS - 2, 0]),
+        states,
+        clean,
+        latest.contiguous(),
+        replaced.contiguous(),
+        torch.tensor([10, 9, 5, NONE]),
+        torch.tensor([[1.5, 2.0], [-1.0, 2.0], [0.6, 1.0], [0.8, 1.0]]),
+        clip,
+    )
+
+
+def exact_replay(a: ReplayArguments) -> ReplayArguments:
+    """The drafts in float64, one slot and one step after the other."""
+    states, mean, std = (buffer.double().clone() for buffer in (a.states, a.mean, a.std))
+    held_states, held_clean, table = a.held_states.double(), a.held_clean.double(), a.table.double()
+    for slot in range(SLOTS):
+        total, weight = a.response[slot].tolist()
+        step, before = int(a.steps[slot]), int(a.before[slot])
+        response = max(0.0, total / weight) if weight and before >= 0 else 0.0
+        if before >= 0:
+            known = held_clean[before].clone()
+            there = table[step - 1, 6] * known[:CHANNELS] + table[step - 1, 7] * held_states[before]
+        else:
+            known, there = torch.zeros_like(held_clean[0]), states[slot, 0].clone()
+        for j in range(LENGTH - 1):
+            state = states[slot, j]
+            row = int(a.latest[slot, j]) if j < a.latest.shape[1] else NONE
+            if row >= 0:
+                known, there = held_clean[row], held_states[row]
+                older = int(a.replaced[slot, j])
+                if older >= 0:
+                    way = there - held_states[older]
+                    share = float(((state - there) * way).sum() / way.square().sum())
+                    share = min(1.0, max(-1.0, share))
+                    known = known + share * (known - held_clean[older])
+                    there = there + share * way
+            _, _, log_std, slope, unit, _, from_clean, from_state = table[min(step + j, STEPS - 1)]
+            moves = response * (unit if unit > 0 else 1.0)
+            clean = (known[:CHANNELS] + moves * (state - there)).clamp(-a.clip, a.clip)
+            known = torch.cat([clean, known[CHANNELS:]])
+            there = from_clean * clean + from_state * state
+            variance = known[CHANNELS:] if len(known) > CHANNELS else torch.zeros_like(state)
+            mean[slot, j], std[slot, j] = there, (log_std + slope * variance).exp()
+            states[slot, j + 1] = there + std[slot, j] * a.noise[slot, j].double()
+    return a._replace(states=states, mean=mean, std=std)
+
+
+CASES = {
+    "fixed": {},
+    "learned": {"learned": True},
+    "clipped": {"clip": 0.4, "learned": True},
+    "large": {"side": 40},
+    "no rows ahead": {"width": 0},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_drafts_are_those_of_the_formulas(case, backend):
+    a = replaying(**CASES[case])
+    want, got = exact_replay(a), on(a, backend[1])
+    replay_drafts(got, backend[0])
+    # A state is a sum of a few products of numbers of size 10 at most, and so is each state that it is made from; a
+    # share is a quotient of two sums, whose relative error is a few units too.
+    bound = 1e3 * torch.finfo(torch.float32).eps
+    for name in ("states", "mean", "std"):
+        torch.testing.assert_close(getattr(got, name).cpu().double(), getattr(want, name), rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+def test_drafts_of_gaussian_data(spread, backend):
+    """Where the data are a Gaussian of one variance the first draft has no gap, and those behind it a small one."""
+    table = DDPMSchedule(40).table("fixed_small")
+    # The clean sample that an ideal target predicts from x = a x0 + s e.
+    alpha = 1 / table[:, 4].double().square()
+    gain = alpha.sqrt() * spread / (alpha * spread + 1 - alpha)
+    step, length = 20, 6
+    state = normals(1, 1, 4, 4, seed=0)
+    before = (state * gain[step - 1], state)
+    noise = normals(1, length, 1, 4, 4, seed=1)
+    mean = table[step - 1, 6] * before[0] + table[step - 1, 7] * state
+    first = (mean + table[step - 1, 2].exp() * normals(1, 1, 4, 4, seed=2)).float()
+    given = ReplayArguments(
+        torch.cat([first.unsqueeze(1), torch.zeros(1, length - 1, 1, 4, 4)], 1),
+        torch.zeros(1, length - 1, 1, 4, 4),
+        torch.zeros(1, length - 1, 1, 4, 4),
+        noise,
+        table,
+        torch.tensor([step]),
+        state,
+        before[0].float(),
+        torch.empty(1, 0, dtype=torch.int64),
+        torch.empty(1, 0, dtype=torch.int64),
+        torch.tensor([0]),
+        torch.tensor([[float(gain[step] / table[step, 4]), 1.0]]),
+        math.inf,
+    )
+    given = on(given, backend[1])
+    replay_drafts(given, backend[0])
+    given = on(given, torch.device("cpu"))
+    want = table[step, 6] * gain[step] * first + table[step, 7] * first
+    torch.testing.assert_close(given.mean[:, 0], want, rtol=1e-5, atol=1e-5)
+    # Behind it the drafts stay nearer to the target's means than those that repeat the first clean sample.
+    for j in range(1, length - 1):
+        x, k = given.states[:, j].double(), step + j
+        exact = table[k, 6] * gain[k] * x + table[k, 7] * x
+        repeated = table[k, 6] * gain[step] * first + table[k, 7] * x
+        assert (given.mean[:, j] - exact).norm() < (repeated - exact).norm()
+
+
+def keeping(*, learned: bool = False, guidance: float = 1.0, guided: int = CHANNELS, **more) -> KeepCleanArguments:
+    """Rounds of 5, 2, 0 and 3 rows, room for four; a slot at its first step, one without a row before."""
+    clip, dtype, side = more.get("clip", math.inf), more.get("dtype", torch.float32), more.get("side", 3)
+    lengths = torch.tensor([5, 2, 0, 3])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    packed, branches, outputs = int(offsets[-1]) + 1, 1 if guidance == 1.0 else 2, CHANNELS * (2 if learned else 1)
+    rows = 2, SLOTS, PLACES
+    turn = torch.randint(2, (SLOTS, PLACES), generator=torch.Generator().manual_seed(5))
+    steps = torch.tensor([6, 0, 9, 3])
+    # Where the row of the step before is, among all.
+    place = torch.arange(SLOTS) * PLACES + (steps - 1) % (PLACES - 1)
+    before = place + turn.view(-1)[place] * SLOTS * PLACES
+    before[1] = NONE
+    return KeepCleanArguments(
+        normals(SLOTS, LENGTH, CHANNELS, side, side, seed=1),
+        normals(branches * packed, outputs, side, side, seed=3).to(dtype),
+        offsets,
+        torch.tensor([1, 2, 0, 2]),
+        lengths,
+        steps,
+        coefficients(),
+        before,
+        torch.full(rows, -1),
+        turn,
+        normals(*rows, CHANNELS, side, side, seed=7),
+        normals(*rows, outputs, side, side, seed=8),
+        torch.tensor([[3.0, 2.0], [5.0, 1.0], [7.0, 1.0], [0.0, 0.0]]),
+        guidance,
+        guided,
+        clip,
+    )
+
+
+def exact_clean(a: KeepCleanArguments, slot: int, j: int) -> Tensor:
+    """Clean sample and variances of a row, float64."""
+    row, said = int(a.row_offsets[slot]) + j, a.output.double()
+    here = said[row].clone()
+    if a.guidance_scale != 1.0:
+        other, guided = said[len(said) // 2 + row], slice(0, a.guidance_channels)
+        here[guided] = other[guided] + a.guidance_scale * (here[guided] - other[guided])
+    column = a.table[min(int(a.steps[slot]) + j, STEPS - 1)].double()
+    clean = column[4] * a.states[slot, j].double() + column[5] * here[:CHANNELS]
+    return torch.cat([clean.clamp(-a.clip, a.clip), here[CHANNELS:]])
+
+
+def exact_response(a: KeepCleanArguments, slot: int) -> Tensor:
+    """A slot's sums after the round, float64."""
+    sums, last, step = a.response[slot].double(), int(a.committed[slot]) - 1, int(a.steps[slot])
+    if step == 0 and a.lengths[slot] > 0:
+        sums = torch.zeros(2, dtype=torch.float64)
+    if last < 0 or (last == 0 and a.before[slot] < 0):
+        return sums
+    if last:
+        state, clean = a.states[slot, last - 1].double(), exact_clean(a, slot, last - 1)[:CHANNELS]
+    else:
+        state, clean = (
+            held.double().flatten(0, 2)[int(a.before[slot]), :CHANNELS] for held in (a.held_states, a.held_clean)
+        )
+    column = a.table[step + last - 1].double()
+    moved = a.states[slot, last].double() - column[6] * clean - column[7] * state
+    ratio = (moved * (exact_clean(a, slot, last)[:CHANNELS] - clean)).sum() / moved.square().sum()
+    unit = float(a.table[min(step + last, STEPS - 1), 4])
+    ratio = ratio / (unit if unit > 0 else 1.0)
+    return 0.7 * sums + torch.stack([ratio, torch.ones_like(ratio)])
+
+
+KEPT = {
+    "fixed": {},
+    "learned": {"learned": True},
+    "clipped": {"clip": 0.4},
+    "guided": {"guidance": 2.5},
+    "guided below one half": {"guidance": 0.3, "learned": True},
+    "guided in part": {"guidance": 2.5, "guided": 1, "learned": True, "clip": 0.4},
+    "bfloat16": {"dtype": torch.bfloat16, "learned": True},
+    "float16": {"dtype": torch.float16},
+    "large": {"side": 40},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", KEPT)
+def test_rows_are_kept_with_their_clean_samples(case, backend):
+    a = keeping(**KEPT[case])
+    got = on(a, backend[1])
+    keep_clean_rows(got, backend[0])
+    got = on(got, torch.device("cpu"))
+    eps, rows = torch.finfo(torch.float32).eps, PLACES - 1
+    for slot, done in enumerate(a.committed.tolist()):
+        length = int(a.lengths[slot])
+        taken = range(max(done - 1, 0), min(length, done + rows - 1))
+        for place in range(rows):
+            j = next((j for j in taken if (int(a.steps[slot]) + j) % rows == place), None)
+            if j is None:
+                assert torch.equal(got.turn[slot, place], a.turn[slot, place])
+                assert torch.equal(got.held_states[:, slot, place], a.held_states[:, slot, place])
+                continue
+            turn = 1 - int(a.turn[slot, place])
+            assert got.turn[slot, place] == turn
+            assert got.at[turn, slot, place] == int(a.steps[slot]) + j
+            # The row that this one replaces stays.
+            assert torch.equal(got.held_clean[1 - turn, slot, place], a.held_clean[1 - turn, slot, place])
+            assert torch.equal(got.held_states[turn, slot, place], a.states[slot, j])
+            clean = got.held_clean[turn, slot, place].double()
+            torch.testing.assert_close(clean, exact_clean(a, slot, j), rtol=10 * eps, atol=50 * eps)
+        # A ratio of two sums of products whose factors are differences of numbers of size 10.
+        torch.testing.assert_close(got.response[slot].double(), exact_response(a, slot), rtol=1e4 * eps, atol=1e4 * eps)
+    assert (got.at.amax((0, 2)) >= 0).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("clip", [math.inf, 0.4])
+def test_a_row_that_is_not_finite_is_not_used(clip, backend):
+    """An infinity would be clipped away; neither it nor a NaN of the variances gets into the memory."""
+    a = keeping(learned=True, clip=clip)
+    a.output[2, 0, 1, 1] = math.inf
+    a.output[3, CHANNELS, 0, 0] = math.nan
+    got = on(a, backend[1])
+    keep_clean_rows(got, backend[0])
+    kept = sorted(got.at[:, 0].flatten().tolist())
+    assert kept == sorted([-1] * (2 * PLACES - 3) + [6, 7, 10])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_that_did_not_move_says_nothing(backend):
+    """Steps without noise put the state where the mean was."""
+    a = keeping()._replace(committed=torch.tensor([2, 2, 0, 2]), table=torch.zeros(STEPS, 8))
+    a.states[0, :2] = 0.0
+    got = on(a, backend[1])
+    keep_clean_rows(got, backend[0])
+    assert got.response[0].tolist() == [3.0, 2.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_row_before_is_found(backend):
+    """Not at an image's first step, and not where steps lie between."""
+    at = torch.full((2, 3, PLACES), -1)
+    rows = PLACES - 1
+    at[0, 0, 6 % rows], at[1, 1, 6 % rows], at[0, 2, 3] = 6, 5, 8
+    turn = torch.zeros(3, PLACES, dtype=torch.int64)
+    turn[1, 6 % rows] = 1
+    steps = torch.tensor([7, 7, 0])
+    a = FindArguments(at, turn, steps, torch.zeros(2, 3, rows - 1, dtype=torch.int64), steps.clone(), steps.clone())
+    a = on(a, backend[1])
+    find_rows(a, backend[0])
+    assert a.before.tolist() == [6 % rows, -1, -1]
+    assert a.at[:, 2].eq(-1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"states": torch.zeros(3, 5)}, r"replay_drafts: states must "),
+        ({"table": torch.zeros(12, 7)}, r"replay_drafts: table must be float32 \[K, 8\]"),
+        ({"held_clean": torch.zeros(11, 3, 3, 3)}, r"replay_drafts: held_clean must "),
+        ({"before": torch.zeros(3, dtype=torch.int64)}, r"replay_drafts: before must be int64 \[S\] = \[4\]"),
+        ({"response": torch.zeros(4, 3)}, r"replay_drafts: response must be float32 \[S, 2\] = \[4, 2\]"),
+    ],
+)
+def test_wrong_arguments_of_a_replay(change, message, backend):
+    a = on(replaying()._replace(**change), backend[1])
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        replay_drafts(a, backend[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": torch.zeros(11, 3, 3, 3)}, r"keep_clean_rows: output must "),
+        ({"at": torch.zeros(1, 4, 6, dtype=torch.int64)}, r"keep_clean_rows: at must be int64 \[2, S, M \+ 1\]"),
+        ({"held_clean": torch.zeros(2, 4, 6, 4, 3, 3)}, r"keep_clean_rows: held_clean must "),
+        ({"response": torch.zeros(4)}, r"keep_clean_rows: response must be float32 \[S, 2\]"),
+    ],
+)
+def test_wrong_arguments_of_keeping(change, message, backend):
+    a = on(keeping()._replace(**change), backend[1])
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        keep_clean_rows(a, backend[0])
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"committed": torch.tensor([6, 2, 0, 2])}, "committed and lengths must be in order"),
+        ({"row_offsets": torch.tensor([8, 5, 7, 7, 10])}, "row_offsets must give slot 0 at least 5 of the 11 rows"),
+        ({"before": torch.tensor([48, -1, 0, 0])}, "before must be below 48, got 48"),
+        ({"turn": torch.full((4, 6), 2)}, "turn must be 0 or 1, got 2"),
+    ],
+)
+def test_numbers_beyond_their_tensors(change, message):
+    with pytest.raises(ValueError, match=f"keep_clean_rows: {message}"):
+        keep_clean_rows(keeping()._replace(**change), "extension")
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["latest", "replaced", "before"])
+def test_rows_beyond_those_that_are_held(name):
+    a = replaying()
+    getattr(a, name).view(-1)[0] = 11
+    with pytest.raises(ValueError, match=f"replay_drafts: {name} must be below 11, got 11"):
+        replay_drafts(a, "extension")
+
+
+@needs_extension
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_share_slots(threads):
+    """Many slots, so that there is work for several threads; what they make does not depend on how it is shared."""
+    one = replaying(side=40)
+    many = one._replace(
+        **{
+            name: getattr(one, name).repeat(8, *[1] * (getattr(one, name).ndim - 1))
+            for name in ("states", "mean", "std", "noise", "steps", "latest", "replaced", "before", "response")
+        }
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        replay_drafts(many, "extension")
+    finally:
+        torch.set_num_threads(before)
+    replay_drafts(one, "extension")
+    for name in ("states", "mean", "std"):
+        assert torch.equal(
+            getattr(many, name).unflatten(0, (8, -1)), getattr(one, name).expand(8, *getattr(one, name).shape)
+        )
