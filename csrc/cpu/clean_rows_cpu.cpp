@@ -18,10 +18,12 @@ constexpr float kResponseDecay = 0.7f;
 // Rows of fewer elements are not worth a thread.
 constexpr int64_t kGrain = 1 << 15;
 
-float clipped(float clean, float clip) {
-  // In this order a NaN stays one.
-  return clean > clip ? clip : (clean < -clip ? -clip : clean);
-}
+// Coefficients by step; those past the ends are the ends'.
+struct Table {
+  const Columns* columns;
+  int64_t num_steps;
+  const Columns& at(int64_t step) const { return columns[std::clamp<int64_t>(step, 0, num_steps - 1)]; }
+};
 
 // What responses are measured in, as in the reference.
 float response_unit(const Columns& columns) {
@@ -43,14 +45,12 @@ float share_of_way(const float* state, const float* latest, const float* replace
 struct Replay {
   float *states, *mean, *std;
   const float* noise;
-  const Columns* table;
+  Table table;
   const int64_t* steps;
   const float *held_states, *held_clean, *response;
   const int64_t *latest, *replaced, *before;
-  int64_t length, size, outputs, width, num_steps;
+  int64_t length, size, outputs, width;
   float clip;
-
-  const Columns& columns(int64_t step) const { return table[std::clamp<int64_t>(step, 0, num_steps - 1)]; }
 };
 
 // A value on the line through two rows; the latest one's where there is one only.
@@ -68,7 +68,7 @@ void replay_slot(const Replay& a, int64_t slot, float* scratch) {
   // Without a row before the sums are those of the slot's last image.
   const float response = before >= 0 && weight > 0 ? std::max(total / weight, 0.0f) : 0.0f;
   if (before >= 0) {
-    const Columns& columns = a.columns(step - 1);
+    const Columns& columns = a.table.at(step - 1);
     const float* state = a.held_states + before * size;
     std::copy_n(a.held_clean + before * a.outputs, a.outputs, said);
     for (int64_t e = 0; e < size; ++e)
@@ -83,7 +83,7 @@ void replay_slot(const Replay& a, int64_t slot, float* scratch) {
     const int64_t draft = slot * (a.length - 1) + j;
     float *own = a.mean + draft * size, *std = a.std + draft * size, *next = state + size;
     const float* noise = a.noise + (slot * a.length + j) * size;
-    const Columns& columns = a.columns(step + j);
+    const Columns& columns = a.table.at(step + j);
     const int64_t latest = j < a.width ? a.latest[slot * a.width + j] : -1;
     const int64_t replaced = latest >= 0 ? a.replaced[slot * a.width + j] : -1;
     const float *known = said, *older = nullptr, *older_state = nullptr;
@@ -159,7 +159,7 @@ void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, 
   replay.mean = floats(mean);
   replay.std = floats(std);
   replay.noise = const_floats(noise);
-  replay.table = static_cast<const Columns*>(table.const_data_ptr());
+  replay.table = {static_cast<const Columns*>(table.const_data_ptr()), num_steps};
   replay.steps = ints(steps);
   replay.held_states = const_floats(held_states);
   replay.held_clean = const_floats(held_clean);
@@ -171,7 +171,6 @@ void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, 
   replay.size = s[2] * pixels;
   replay.outputs = channels * pixels;
   replay.width = width;
-  replay.num_steps = num_steps;
   replay.clip = static_cast<float>(clip);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, replay.size * s[1]));
   torch::stable::parallel_for(0, s[0], grain, [&](int64_t from, int64_t to) {
@@ -182,15 +181,14 @@ void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, 
 
 struct Keeping {
   Transition transition;
-  int64_t slots, length, packed, row_bytes, places, num_steps, outputs;
+  int64_t slots, length, packed, row_bytes, places, outputs;
   const float* states;
   const char* output;
   const int64_t *offsets, *committed, *lengths, *steps, *before;
-  const Columns* table;
+  Table table;
   int64_t *at, *turn;
   float *held_states, *held_clean, *response;
 
-  const Columns& columns(int64_t step) const { return table[std::clamp<int64_t>(step, 0, num_steps - 1)]; }
   const float* state(int64_t slot, int64_t j) const {
     return states + (slot * length + j) * transition.elements;
   }
@@ -201,7 +199,7 @@ bool clean_row(const Keeping& a, int64_t slot, int64_t j, float* clean) {
   const int64_t size = a.transition.elements, row = a.offsets[slot] + j;
   const char* conditional = a.output + row * a.row_bytes;
   const OutputRow output{conditional, a.transition.guided ? conditional + a.packed * a.row_bytes : nullptr};
-  const Columns& columns = a.columns(a.steps[slot] + j);
+  const Columns& columns = a.table.at(a.steps[slot] + j);
   const float* state = a.state(slot, j);
   bool finite = true;
   float buffer[kBlock];
@@ -237,14 +235,14 @@ void add_response(const Keeping& a, int64_t slot, float* scratch) {
     state = a.held_states + a.before[slot] * size;
     there = a.held_clean + a.before[slot] * a.outputs;
   }
-  const Columns& columns = a.columns(step + last - 1);
+  const Columns& columns = a.table.at(step + last - 1);
   const float* now = a.state(slot, last);
   const auto moved = [&](int64_t e) {
     return now[e] - (columns.mean_from_x0 * there[e] + columns.mean_from_state_given_x0 * state[e]);
   };
   const double along = sum(size, [&](int64_t e) { return moved(e) * (clean[e] - there[e]); });
   const double length = sum(size, [&](int64_t e) { return moved(e) * moved(e); });
-  const float ratio = static_cast<float>(along / length) / response_unit(a.columns(step + last));
+  const float ratio = static_cast<float>(along / length) / response_unit(a.table.at(step + last));
   if (!std::isfinite(ratio)) return;
   sums[0] = kResponseDecay * sums[0] + ratio;
   sums[1] = kResponseDecay * sums[1] + 1.0f;
@@ -324,7 +322,6 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   keeping.packed = packed;
   keeping.row_bytes = o[1] * pixels * element_bytes(kind);
   keeping.places = places;
-  keeping.num_steps = num_steps;
   keeping.outputs = o[1] * pixels;
   keeping.states = const_floats(states);
   keeping.output = static_cast<const char*>(output.const_data_ptr());
@@ -333,7 +330,7 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   keeping.lengths = ints(lengths);
   keeping.steps = ints(steps);
   keeping.before = ints(before);
-  keeping.table = static_cast<const Columns*>(table.const_data_ptr());
+  keeping.table = {static_cast<const Columns*>(table.const_data_ptr()), num_steps};
   keeping.at = mutable_ints(at);
   keeping.turn = mutable_ints(turn);
   keeping.held_states = floats(held_states);

@@ -52,10 +52,8 @@ void transition(const float* state, const float* output, const float* column, co
     for (int64_t e = 0; e < count; ++e) mean[e] = column[0] * state[e] + column[1] * output[e];
   } else {
     for (int64_t e = 0; e < count; ++e) {
-      const float clean = column[4] * state[e] + column[5] * output[e];
-      // In this order a NaN stays one.
-      const float clipped = clean > clip ? clip : (clean < -clip ? -clip : clean);
-      mean[e] = column[7] * state[e] + column[6] * clipped;
+      const float clean = clipped(column[4] * state[e] + column[5] * output[e], clip);
+      mean[e] = column[7] * state[e] + column[6] * clean;
     }
   }
   if (shape.outputs == shape.channels) {

@@ -69,6 +69,11 @@ inline bool is_finite(const BFloat16* values, int64_t count) {
   return has_no_full_exponent<uint16_t>(values, count, 0x7F80);
 }
 
+// A clean sample within its bound; in this order a NaN stays one.
+inline float clipped(float clean, float clip) {
+  return clean > clip ? clip : (clean < -clip ? -clip : clean);
+}
+
 // Sums in float32 of so many elements at most; those of the blocks are added in float64.
 constexpr int64_t kSumBlock = 1024, kSumLanes = 16;
 

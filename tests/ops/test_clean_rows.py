@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
+from test_drafting import BACKENDS, needs_extension, normals
 from torch import Tensor
 
 from free_kernels import DDPMSchedule
-from free_kernels.extension import has_extension
 from free_kernels.ops.drafting import (
     FindArguments,
     KeepCleanArguments,
@@ -20,23 +19,8 @@ from free_kernels.ops.drafting import (
     replay_drafts,
 )
 
-# Kernels in Triton's interpreter need it in the whole process: test_triton_drafting.py runs this file in another one.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-ON_GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-needs_extension = pytest.mark.skipif(not has_extension(), reason="no compiled extension")
-needs_triton = pytest.mark.skipif(not (INTERPRETED or ON_GPU), reason="needs a CUDA device or TRITON_INTERPRET=1")
-BACKENDS = [
-    pytest.param(("reference", torch.device("cpu")), id="reference"),
-    pytest.param(("extension", torch.device("cpu")), id="extension", marks=needs_extension),
-    pytest.param(("triton", DEVICE), id="triton", marks=[needs_triton, pytest.mark.gpu]),
-]
 SLOTS, LENGTH, CHANNELS, STEPS, PLACES = 4, 5, 2, 12, 6
 NONE = -1
-
-
-def normals(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def on(arguments, device: torch.device):

@@ -49,12 +49,20 @@ def guided_output(p_output, unconditional, o, mask, guided_numel, scale, GUIDED:
 
 
 @triton.jit
+def clipped(b_x0, clip, CLIPPED: tl.constexpr):
+    """Clean samples within their bound, where there is one."""
+    if CLIPPED:
+        # These comparisons leave a NaN as it is; the sampler looks for it in the result.
+        b_x0 = tl.where(b_x0 > clip, clip, tl.where(b_x0 < -clip, -clip, b_x0))
+    return b_x0
+
+
+@triton.jit
 def transition_mean(b_state, b_output, p_columns, clip, CLIPPED: tl.constexpr):
     """Mean of a transition from states and guided outputs."""
     if CLIPPED:
         b_x0 = tl.load(p_columns + X0_FROM_STATE) * b_state + tl.load(p_columns + X0_FROM_OUTPUT) * b_output
-        # These comparisons leave a NaN as it is; the sampler looks for it in the result.
-        b_x0 = tl.where(b_x0 > clip, clip, tl.where(b_x0 < -clip, -clip, b_x0))
+        b_x0 = clipped(b_x0, clip, CLIPPED)
         b_mean = tl.load(p_columns + MEAN_FROM_STATE_GIVEN_X0) * b_state + tl.load(p_columns + MEAN_FROM_X0) * b_x0
     else:
         b_mean = tl.load(p_columns + MEAN_FROM_STATE) * b_state + tl.load(p_columns + MEAN_FROM_OUTPUT) * b_output

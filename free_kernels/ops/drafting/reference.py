@@ -191,16 +191,18 @@ def correct_features(a: CorrectArguments) -> Tensor:
     return a.drafted + torch.where(serves, errors, 0.0).flatten(0, 1)
 
 
-def keep_rows(a: KeepArguments) -> None:
-    """See ``free_kernels.ops.drafting.api.keep_rows``."""
+def _take_places(a: KeepArguments | KeepCleanArguments, finite: Tensor) -> Tensor:
+    """Give the rows of a round that are kept their places, and keep their states.
+
+    Args:
+        a: the arguments.
+        finite: bool ``[S, L]``, rows that may be used.
+
+    Returns:
+        Where each row goes among all, int64 ``[S L]``; those that are not kept share a place.
+    """
     generations, slots, places = a.at.shape
-    branches, rows = a.held_features.shape[0], places - 1
-    features = a.features.unflatten(0, (branches, -1))
-    output = a.output.unflatten(0, (branches, -1))
-    j = torch.arange(a.states.shape[1], device=a.steps.device)
-    packed = (a.row_offsets[:-1].unsqueeze(1) + j).clamp_(max=features.shape[1] - 1).flatten()
-    features, output = features.index_select(1, packed), output.index_select(1, packed)
-    finite = features.isfinite().flatten(2).all(2).all(0) & output.isfinite().flatten(2).all(2).all(0)
+    rows, j = places - 1, torch.arange(a.states.shape[1], device=a.steps.device)
     behind = j - a.committed.unsqueeze(1)
     taken = (behind >= -1) & (behind < rows - 1) & (j < a.lengths.unsqueeze(1))
     step = a.steps.unsqueeze(1) + j
@@ -209,37 +211,40 @@ def keep_rows(a: KeepArguments) -> None:
     turn = (a.turn.view(-1).index_select(0, place) + 1) % generations
     a.turn.view(-1).index_copy_(0, place, turn)
     index = place + turn * a.turn.numel()
-    a.at.view(-1).index_copy_(0, index, torch.where(taken & finite.view(slots, -1), step, -1).flatten())
+    a.at.view(-1).index_copy_(0, index, torch.where(taken & finite, step, -1).flatten())
     a.held_states.flatten(0, 2).index_copy_(0, index, a.states.flatten(0, 1))
+    return index
+
+
+def keep_rows(a: KeepArguments) -> None:
+    """See ``free_kernels.ops.drafting.api.keep_rows``."""
+    slots, branches = a.at.shape[1], a.held_features.shape[0]
+    features = a.features.unflatten(0, (branches, -1))
+    output = a.output.unflatten(0, (branches, -1))
+    j = torch.arange(a.states.shape[1], device=a.steps.device)
+    packed = (a.row_offsets[:-1].unsqueeze(1) + j).clamp_(max=features.shape[1] - 1).flatten()
+    features, output = features.index_select(1, packed), output.index_select(1, packed)
+    finite = features.isfinite().flatten(2).all(2).all(0) & output.isfinite().flatten(2).all(2).all(0)
+    index = _take_places(a, finite.view(slots, -1))
     a.held_features.flatten(1, 3).index_copy_(1, index, features)
 
 
 def keep_clean_rows(a: KeepCleanArguments) -> None:
     """See ``free_kernels.ops.drafting.api.keep_clean_rows``."""
-    (slots, length, channels), places = a.states.shape[:3], a.turn.shape[1]
-    rows, branches = places - 1, 1 if a.guidance_scale == 1.0 else 2
+    slots, length, channels = a.states.shape[:3]
+    branches = 1 if a.guidance_scale == 1.0 else 2
     output = unpack_rows(a.output, a.row_offsets, branches, slots, length)
     if branches == 2:
         output = guide(output, a.guidance_scale, a.guidance_channels)
     output = output.float().unflatten(0, (slots, length))
-    j = torch.arange(length, device=a.steps.device)
-    step = a.steps.unsqueeze(1) + j
+    step = a.steps.unsqueeze(1) + torch.arange(length, device=a.steps.device)
     column = a.table[step.clamp(max=len(a.table) - 1)].view(slots, length, -1, 1, 1, 1).unbind(2)
     unclipped = torch.addcmul(column[X0_FROM_STATE] * a.states, column[X0_FROM_OUTPUT], output[:, :, :channels])
     clean = unclipped.clamp(-a.clip, a.clip)
     _add_response(a, clean, column)
     said = torch.cat([clean, output[:, :, channels:]], 2)
     finite = unclipped.isfinite().flatten(2).all(2) & said.isfinite().flatten(2).all(2)
-    behind = j - a.committed.unsqueeze(1)
-    taken = (behind >= -1) & (behind < rows - 1) & (j < a.lengths.unsqueeze(1))
-    first = torch.arange(slots, device=j.device).unsqueeze(1) * places
-    place = (torch.where(taken, step % rows, rows) + first).flatten()
-    turn = (a.turn.view(-1).index_select(0, place) + 1) % 2
-    a.turn.view(-1).index_copy_(0, place, turn)
-    index = place + turn * a.turn.numel()
-    a.at.view(-1).index_copy_(0, index, torch.where(taken & finite, step, -1).flatten())
-    a.held_states.flatten(0, 2).index_copy_(0, index, a.states.flatten(0, 1))
-    a.held_clean.flatten(0, 2).index_copy_(0, index, said.flatten(0, 1))
+    a.held_clean.flatten(0, 2).index_copy_(0, _take_places(a, finite), said.flatten(0, 1))
 
 
 def _add_response(a: KeepCleanArguments, clean: Tensor, column: tuple[Tensor, ...]) -> None:

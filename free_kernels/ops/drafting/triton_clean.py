@@ -16,20 +16,13 @@ from free_kernels.ops.coupling.triton_math import (
     NUM_COLUMNS,
     X0_FROM_OUTPUT,
     X0_FROM_STATE,
+    clipped,
     exp,
     guided_output,
 )
 
 # As in free_kernels.ops.drafting.reference; and the least positive normal number of float32.
 _RESPONSE_DECAY, _TINY = tl.constexpr(0.7), tl.constexpr(1.1754943508222875e-38)
-
-
-@triton.jit
-def _clip(b_clean, clip, CLIPPED: tl.constexpr):
-    """Clean samples within their bound; these comparisons leave a NaN as it is."""
-    if CLIPPED:
-        b_clean = tl.where(b_clean > clip, clip, tl.where(b_clean < -clip, -clip, b_clean))
-    return b_clean
 
 
 @triton.jit
@@ -88,7 +81,7 @@ def keep_clean_kernel(
             b_state = tl.load(p_state + o, mask=mask, other=0.0)
             b_clean = _clean(b_state, p_row, unconditional, p_column, o, mask, guided_numel, guidance_scale, GUIDED)
             b_wrong += tl.where(tl.abs(b_clean) < float("inf"), 0, 1)
-            b_clean = _clip(b_clean, clip, CLIPPED)
+            b_clean = clipped(b_clean, clip, CLIPPED)
             tl.store(p_held_states + index * numel + o, b_state, mask=mask)
             tl.store(p_held_clean + index * output_numel + o, b_clean, mask=mask)
             if LEARNED:
@@ -100,7 +93,7 @@ def keep_clean_kernel(
             b_then = _clean(
                 b_past, p_row - output_numel, unconditional, p_past, o, here, guided_numel, guidance_scale, GUIDED
             )
-            b_then = tl.where(within, _clip(b_then, clip, CLIPPED), tl.load(p_old_clean + o, mask=there, other=0.0))
+            b_then = tl.where(within, clipped(b_then, clip, CLIPPED), tl.load(p_old_clean + o, mask=there, other=0.0))
             b_past += tl.load(p_old_state + o, mask=there, other=0.0)
             b_mean = tl.load(p_past + MEAN_FROM_X0) * b_then + tl.load(p_past + MEAN_FROM_STATE_GIVEN_X0) * b_past
             b_moved = tl.where(mask, b_state - b_mean, 0.0)
@@ -188,7 +181,7 @@ def replay_kernel(
                 b_at += share * (b_at - tl.load(p_older + o, mask=mask, other=0.0))
                 b_said += share * (b_said - tl.load(p_before_known + o, mask=mask, other=0.0))
             b_state = tl.load(p_state + o, mask=mask, other=0.0)
-            b_clean = _clip(b_said + moves * (b_state - b_at), clip, CLIPPED)
+            b_clean = clipped(b_said + moves * (b_state - b_at), clip, CLIPPED)
             b_mean = tl.load(p_column + MEAN_FROM_X0) * b_clean + tl.load(p_column + MEAN_FROM_STATE_GIVEN_X0) * b_state
             tl.store(p_said + o, b_clean, mask=mask)
             tl.store(p_last + o, b_mean, mask=mask)

@@ -72,6 +72,15 @@ def many_warps(block: int, warp: int) -> int:
     return 2 * warps_for(block, warp)
 
 
+def switches(a: AdvanceArguments | KeepCleanArguments) -> dict[str, bool]:
+    """Flags of a kernel that reads outputs."""
+    return {
+        "LEARNED": a.output.shape[1] == 2 * a.states.shape[2],
+        "GUIDED": a.guidance_scale != 1.0,
+        "CLIPPED": not math.isinf(a.clip),
+    }
+
+
 def advance_drafts(a: AdvanceArguments) -> None:
     """Contract of :func:`free_kernels.ops.drafting.advance_drafts`; arguments have been checked."""
     slots, length, channels, *latent = a.states.shape
@@ -86,9 +95,7 @@ def advance_drafts(a: AdvanceArguments) -> None:
         advance_kernel[(slots * triton.cdiv(numel, _SHARED_BLOCK),)](
             *drafts,
             *sizes,
-            LEARNED=a.output.shape[1] == 2 * channels,
-            GUIDED=branches == 2,
-            CLIPPED=not math.isinf(a.clip),
+            **switches(a),
             BLOCK=_SHARED_BLOCK,
             num_warps=warps_for(_SHARED_BLOCK, warp_size(a.states.device)),
         )
@@ -124,9 +131,7 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
     with current(a.states):
         keep_clean_kernel[(slots * length,)](
             *(*a[:13], float(a.guidance_scale), float(a.clip), *sizes, *numels),
-            LEARNED=a.output.shape[1] == 2 * channels,
-            GUIDED=branches == 2,
-            CLIPPED=not math.isinf(a.clip),
+            **switches(a),
             BLOCK=block,
             num_warps=many_warps(block, warp_size(a.states.device)),
         )
