@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -80,15 +81,22 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, 
     if not path.is_file():
         raise FileNotFoundError(f"load_checkpoint: path must be an existing file, got {path}")
     try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        # safetensors 0.8.0 turns an interrupt within a read into a ValueError; signals reach the main thread only.
+        with ThreadPoolExecutor(1) as reader:
+            tensors, metadata = reader.submit(_read, path).result()
     except _UNREADABLE as error:
         raise CheckpointError(f"load_checkpoint: {path} must be a complete safetensors file, got {error}") from error
     if not isinstance(metadata, dict) or metadata.get("kind") != kind:
         found = metadata.get("kind") if isinstance(metadata, dict) else None
         raise CheckpointError(f"load_checkpoint: {path} must be a checkpoint of kind {kind!r}, got {found!r}")
     return tensors, metadata
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """All tensors of a safetensors file, and our entry of its metadata."""
+    with safe_open(path, framework="pt") as handle:
+        metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
+        return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
 
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:

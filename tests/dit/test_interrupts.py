@@ -15,6 +15,8 @@ import interrupt_worker
 import pytest
 import torch
 
+from free_kernels.checkpoint import load_checkpoint, save_checkpoint
+
 HERE = Path(__file__).parents[1]
 # A round lasts milliseconds; the rest is for machines that are busy with other things.
 PROMPT_S = 10.0
@@ -80,6 +82,26 @@ def test_training_goes_on_to_the_same_weights(tmp_path, fault_log):
     assert [path.name for path in (tmp_path / "parts").glob(".*.tmp")] == []
     fault_log("SIGINT or SIGTERM at a random moment of training", "resumed to the same weights, bit for bit", count)
     assert count >= 10
+
+
+def test_an_interrupt_while_a_checkpoint_is_read(tmp_path, monkeypatch, fault_log):
+    """safetensors reports one that comes within its own calls as a ValueError, as if the file were broken."""
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, {"weight": torch.ones(2, 3)}, {"kind": "dit"})
+    own, reads = torch.UntypedStorage.__getitem__, iter(range(1 << 20))
+
+    def interrupted(storage, *arguments):
+        if next(reads) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return own(storage, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "__getitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load_checkpoint(path, "dit")
+    assert next(reads) >= 2
+    assert torch.equal(load_checkpoint(path, "dit")[0]["weight"], torch.ones(2, 3))
+    fault_log("SIGINT while a checkpoint is read", "left with KeyboardInterrupt; the next call read it")
 
 
 @pytest.mark.slow
