@@ -30,19 +30,19 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "clip) -> ()");
   library.def(
       "replay_drafts_cpu(Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor table, "
-      "Tensor steps, Tensor held_states, Tensor held_clean, Tensor latest, Tensor replaced, Tensor before, "
+      "Tensor steps, Tensor held_states, Tensor held_clean, Tensor latest, Tensor before, "
       "Tensor response, float clip) -> ()");
   library.def(
       "keep_rows_cpu(Tensor states, Tensor features, Tensor output, Tensor row_offsets, Tensor committed, "
-      "Tensor lengths, Tensor steps, Tensor(a!) at, Tensor(b!) turn, Tensor(c!) held_states, Tensor(d!)"
-      " held_features) -> ()");
+      "Tensor lengths, Tensor steps, Tensor(a!) at, Tensor(b!) held_states, Tensor(c!) held_features) -> "
+      "()");
   library.def(
       "keep_clean_rows_cpu(Tensor states, Tensor output, Tensor row_offsets, Tensor committed, Tensor "
-      "lengths, Tensor steps, Tensor table, Tensor before, Tensor(a!) at, Tensor(b!) turn, Tensor(c!) "
-      "held_states, Tensor(d!) held_clean, Tensor(e!) response, float guidance_scale, int "
+      "lengths, Tensor steps, Tensor table, Tensor before, Tensor(a!) at, Tensor(b!) "
+      "held_states, Tensor(c!) held_clean, Tensor(d!) response, float guidance_scale, int "
       "guidance_channels, float clip) -> ()");
   library.def(
-      "find_rows_cpu(Tensor(a!) at, Tensor turn, Tensor steps, Tensor(b!) places, Tensor(c!) before, "
+      "find_rows_cpu(Tensor(a!) at, Tensor steps, Tensor(b!) places, Tensor(c!) before, "
       "Tensor(d!) ahead) -> ()");
   library.def(
       "tally_round_cpu(Tensor output, Tensor next_states, Tensor gap_sq, Tensor committed, Tensor lengths, "

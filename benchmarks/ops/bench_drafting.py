@@ -92,7 +92,7 @@ def test_advance_drafts(
 
 @pytest.mark.parametrize("rival", ["reference", "ours"])
 @pytest.mark.parametrize(("device", "slots", "length", "latent", "feature"), SIZES)
-@pytest.mark.parametrize("twice", [False, True], ids=["carried", "secant"])
+@pytest.mark.parametrize("seen", [False, True], ids=["carried", "old rows"])
 def test_replay_drafts(
     measure: Callable[..., None],
     device: str,
@@ -100,13 +100,13 @@ def test_replay_drafts(
     length: int,
     latent: tuple[int, ...],
     feature: tuple[int, ...],
-    twice: bool,
+    seen: bool,
     rival: str,
 ) -> None:
-    """All drafts carried along from the row before, or each from two rows of its step."""
+    """All drafts carried along from the row before, or each from a row of its step."""
     backend, drafts = choose(device, rival), slots * (length - 1)
     states, noise = torch.randn(2, slots, length, *latent, device=device).unbind()
-    held, clean = torch.randn(2, 2 * drafts, *latent, device=device).unbind()
+    held, clean = torch.randn(2, drafts, *latent, device=device).unbind()
     places = torch.arange(drafts, device=device).view(slots, length - 1)
     arguments = ReplayArguments(
         states.contiguous(),
@@ -116,10 +116,9 @@ def test_replay_drafts(
         torch.full((slots,), 20, device=device),
         held.contiguous(),
         clean.contiguous(),
-        places if twice else torch.full_like(places, -1),
-        places + drafts if twice else torch.full_like(places, -1),
+        places if seen else torch.full_like(places, -1),
         torch.arange(slots, device=device),
-        torch.ones(slots, 2, device=device),
+        torch.ones(slots, 2, 2, device=device),
         math.inf,
     )
     row = states[0, 0].nbytes
@@ -127,11 +126,11 @@ def test_replay_drafts(
         lambda: replay_drafts(arguments, backend),
         device=device,
         op="replay_drafts",
-        case=f"{slots} slots, {length - 1} drafts of {math.prod(latent)}, {'secant' if twice else 'carried'}",
+        case=f"{slots} slots, {length - 1} drafts of {math.prod(latent)}, {'old rows' if seen else 'carried'}",
         backend=backend,
         ours=rival == "ours",
-        # State and noise in, three results out; with a secant states and clean samples of two old rows more.
-        moved=drafts * row * (9 if twice else 5),
+        # State and noise in, three results out; states and clean samples of old rows.
+        moved=drafts * row * (7 if seen else 5),
         iterations=100,
         params={"slots": slots, "length": length, "latent": latent, "feature": feature},
     )
@@ -149,8 +148,8 @@ def test_keep_clean_rows(
     rival: str,
 ) -> None:
     """All rows of a round, as after a refusal of the first draft."""
-    backend, places = choose(device, rival), length + 1
-    ones, held = torch.ones(slots, dtype=torch.int64, device=device), (2, slots, places, *latent)
+    backend, places = choose(device, rival), length + 2
+    ones, held = torch.ones(slots, dtype=torch.int64, device=device), (slots, places, *latent)
     arguments = KeepCleanArguments(
         torch.randn(slots, length, *latent, device=device),
         torch.randn(slots * length, *latent, device=device),
@@ -160,11 +159,10 @@ def test_keep_clean_rows(
         ones * 20,
         0.1 * torch.randn(50, 8, device=device),
         torch.arange(slots, device=device),
-        torch.full((2, slots, places), -1, device=device),
-        torch.zeros(slots, places, dtype=torch.int64, device=device),
+        torch.full((slots, places), -1, device=device),
         torch.zeros(held, device=device),
         torch.zeros(held, device=device),
-        torch.zeros(slots, 2, device=device),
+        torch.zeros(slots, 2, 2, device=device),
         1.0,
         latent[0],
         math.inf,
@@ -204,10 +202,9 @@ def test_keep_rows(
         ones,
         ones * length,
         ones * 20,
-        torch.full((1, slots, places), -1, device=device),
-        torch.zeros(slots, places, dtype=torch.int64, device=device),
-        torch.empty(1, slots, places, *latent, device=device),
-        torch.empty(1, 1, slots, places, *feature, device=device),
+        torch.full((slots, places), -1, device=device),
+        torch.empty(slots, places, *latent, device=device),
+        torch.empty(1, slots, places, *feature, device=device),
     )
     measure(
         lambda: keep_rows(arguments, backend),

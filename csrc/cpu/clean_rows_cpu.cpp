@@ -13,7 +13,7 @@
 namespace free_kernels {
 namespace {
 
-// What a round's response weighs in the next round's average, as in the reference.
+// What a round's responses weigh in the next round's averages, as in the reference.
 constexpr float kResponseDecay = 0.7f;
 // Rows of fewer elements are not worth a thread.
 constexpr int64_t kGrain = 1 << 15;
@@ -30,96 +30,77 @@ float response_unit(const Columns& columns) {
   return columns.x0_from_state > 0.0f ? columns.x0_from_state : 1.0f;
 }
 
-// How far a state lies along the way from a replaced row to the latest one, in its lengths.
-float share_of_way(const float* state, const float* latest, const float* replaced, int64_t size) {
-  const double along =
-      sum(size, [&](int64_t e) { return (state[e] - latest[e]) * (latest[e] - replaced[e]); });
-  const double length = sum(size, [&](int64_t e) {
-    const float way = latest[e] - replaced[e];
-    return way * way;
-  });
-  const double share = along / std::max(length, double{std::numeric_limits<float>::min()});
-  return std::clamp(static_cast<float>(share), -1.0f, 1.0f);
-}
-
 struct Replay {
   float *states, *mean, *std;
   const float* noise;
   Table table;
   const int64_t* steps;
   const float *held_states, *held_clean, *response;
-  const int64_t *latest, *replaced, *before;
+  const int64_t *latest, *before;
   int64_t length, size, outputs, width;
   float clip;
 };
 
-// A value on the line through two rows; the latest one's where there is one only.
-float on_line(const float* latest, const float* replaced, float share, int64_t e) {
-  return replaced ? latest[e] + share * (latest[e] - replaced[e]) : latest[e];
+// The average that a pair of sums holds; `otherwise` where there is nothing to divide by.
+float average(const float* sums, float otherwise) {
+  return sums[1] > 0 ? std::max(sums[0] / sums[1], 0.0f) : otherwise;
 }
 
-// All drafts of a slot. `scratch` holds the clean sample and variances of the draft before, and its mean.
-void replay_slot(const Replay& a, int64_t slot, float* scratch) {
-  const int64_t size = a.size;
-  float *said = scratch, *mean = scratch + a.outputs;
-  const float* first = a.states + slot * a.length * size;
-  const int64_t before = a.before[slot], step = a.steps[slot];
-  const float total = a.response[2 * slot], weight = a.response[2 * slot + 1];
+// Elements of a slot that go through all drafts together; no element depends on another.
+void replay_block(const Replay& a, int64_t slot, int64_t first, int64_t count) {
+  const int64_t size = a.size, before = a.before[slot], step = a.steps[slot];
+  const bool learned = a.outputs > size;
+  // Clean sample and variances of the draft before, and its mean.
+  float said[kBlock], variance[kBlock], at[kBlock];
   // Without a row before the sums are those of the slot's last image.
-  const float response = before >= 0 && weight > 0 ? std::max(total / weight, 0.0f) : 0.0f;
+  const float* sums = a.response + 4 * slot;
+  const float to_new = before >= 0 ? average(sums, 0.0f) : 0.0f;
+  const float to_other = before >= 0 ? average(sums + 2, to_new) : 0.0f;
+  float* state = a.states + slot * a.length * size + first;
   if (before >= 0) {
     const Columns& columns = a.table.at(step - 1);
-    const float* state = a.held_states + before * size;
-    std::copy_n(a.held_clean + before * a.outputs, a.outputs, said);
-    for (int64_t e = 0; e < size; ++e)
-      mean[e] = columns.mean_from_x0 * said[e] + columns.mean_from_state_given_x0 * state[e];
+    const float *held = a.held_states + before * size + first,
+                *clean = a.held_clean + before * a.outputs + first;
+    for (int64_t e = 0; e < count; ++e)
+      at[e] = columns.mean_from_x0 * clean[e] + columns.mean_from_state_given_x0 * held[e];
+    std::copy_n(clean, count, said);
+    if (learned) std::copy_n(clean + size, count, variance);
   } else {
-    std::fill_n(said, a.outputs, 0.0f);
-    std::copy_n(first, size, mean);
+    std::copy_n(state, count, at);
+    std::fill_n(said, count, 0.0f);
+    std::fill_n(variance, count, 0.0f);
   }
-  const float* at = mean;
-  for (int64_t j = 0; j + 1 < a.length; ++j) {
-    float* state = a.states + (slot * a.length + j) * size;
-    const int64_t draft = slot * (a.length - 1) + j;
-    float *own = a.mean + draft * size, *std = a.std + draft * size, *next = state + size;
-    const float* noise = a.noise + (slot * a.length + j) * size;
-    const Columns& columns = a.table.at(step + j);
+  for (int64_t j = 0; j + 1 < a.length; ++j, state += size) {
+    const int64_t draft = (slot * (a.length - 1) + j) * size + first;
     const int64_t latest = j < a.width ? a.latest[slot * a.width + j] : -1;
-    const int64_t replaced = latest >= 0 ? a.replaced[slot * a.width + j] : -1;
-    const float *known = said, *older = nullptr, *older_state = nullptr;
-    float share = 0.0f;
+    const Columns& columns = a.table.at(step + j);
     if (latest >= 0) {
-      at = a.held_states + latest * size;
-      known = a.held_clean + latest * a.outputs;
+      const float* clean = a.held_clean + latest * a.outputs + first;
+      std::copy_n(a.held_states + latest * size + first, count, at);
+      std::copy_n(clean, count, said);
+      if (learned) std::copy_n(clean + size, count, variance);
     }
-    if (replaced >= 0) {
-      older_state = a.held_states + replaced * size;
-      older = a.held_clean + replaced * a.outputs;
-      share = share_of_way(state, at, older_state, size);
+    const float here = (latest >= 0 ? to_other : to_new) * response_unit(columns);
+    float *mean = a.mean + draft, *std = a.std + draft, *next = state + size;
+    const float* noise = a.noise + (slot * a.length + j) * size + first;
+    for (int64_t e = 0; e < count; ++e) {
+      said[e] = clipped(said[e] + here * (state[e] - at[e]), a.clip);
+      at[e] = columns.mean_from_x0 * said[e] + columns.mean_from_state_given_x0 * state[e];
+      mean[e] = at[e];
     }
-    const float here = response * response_unit(columns);
-    for (int64_t e = 0; e < size; ++e) {
-      const float moved = state[e] - on_line(at, older_state, share, e);
-      said[e] = clipped(on_line(known, older, share, e) + here * moved, a.clip);
-      own[e] = columns.mean_from_x0 * said[e] + columns.mean_from_state_given_x0 * state[e];
-    }
-    if (a.outputs == size) {
-      std::fill_n(std, size, std::exp(columns.log_std));
-    } else {
-      for (int64_t e = 0; e < size; ++e) {
-        said[size + e] = on_line(known, older, share, size + e);
-        std[e] = std::exp(columns.log_std + columns.log_std_slope * said[size + e]);
-      }
-    }
-    for (int64_t e = 0; e < size; ++e) next[e] = own[e] + std[e] * noise[e];
-    at = own;
+    if (learned)
+      for (int64_t e = 0; e < count; ++e)
+        std[e] = std::exp(columns.log_std + columns.log_std_slope * variance[e]);
+    else
+      std::fill_n(std, count, std::exp(columns.log_std));
+    for (int64_t e = 0; e < count; ++e) next[e] = at[e] + std[e] * noise[e];
   }
 }
 
 void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, const Tensor& noise,
                    const Tensor& table, const Tensor& steps, const Tensor& held_states,
-                   const Tensor& held_clean, const Tensor& latest, const Tensor& replaced,
-                   const Tensor& before, const Tensor& response, double clip) {
+                   const Tensor& held_clean, const Tensor& latest, const Tensor& before,
+                   const Tensor& response, double clip) {
   constexpr const char* op = "replay_drafts";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
@@ -142,16 +123,14 @@ void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, 
   STD_TORCH_CHECK(channels == s[2] || channels == 2 * s[2], op, ": held_clean must have ", s[2], " or ",
                   2 * s[2], " channels, got ", channels);
   check_tensor(op, "latest", latest, kLong, {s[0], width}, states);
-  check_tensor(op, "replaced", replaced, kLong, {s[0], width}, states);
   check_tensor(op, "before", before, kLong, {s[0]}, states);
-  check_tensor(op, "response", response, kFloat, {s[0], 2}, states);
+  check_tensor(op, "response", response, kFloat, {s[0], 2, 2}, states);
   const auto within = [&](const char* name, const Tensor& places) {
     for (int64_t i = 0; i < places.numel(); ++i)
       STD_TORCH_CHECK(ints(places)[i] < held, op, ": ", name, " must be below ", held, ", got ",
                       ints(places)[i]);
   };
   within("latest", latest);
-  within("replaced", replaced);
   within("before", before);
 
   Replay replay;
@@ -165,28 +144,30 @@ void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, 
   replay.held_clean = const_floats(held_clean);
   replay.response = const_floats(response);
   replay.latest = ints(latest);
-  replay.replaced = ints(replaced);
   replay.before = ints(before);
   replay.length = s[1];
   replay.size = s[2] * pixels;
   replay.outputs = channels * pixels;
   replay.width = width;
   replay.clip = static_cast<float>(clip);
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, replay.size * s[1]));
-  torch::stable::parallel_for(0, s[0], grain, [&](int64_t from, int64_t to) {
-    std::vector<float> scratch(replay.outputs + replay.size);
-    for (int64_t slot = from; slot < to; ++slot) replay_slot(replay, slot, scratch.data());
+  const int64_t blocks = (replay.size + kBlock - 1) / kBlock;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kBlock * s[1]));
+  torch::stable::parallel_for(0, s[0] * blocks, grain, [&](int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t first = task % blocks * kBlock;
+      replay_block(replay, task / blocks, first, std::min(kBlock, replay.size - first));
+    }
   });
 }
 
 struct Keeping {
   Transition transition;
-  int64_t slots, length, packed, row_bytes, places, outputs;
+  int64_t length, packed, row_bytes, places, outputs;
   const float* states;
   const char* output;
   const int64_t *offsets, *committed, *lengths, *steps, *before;
   Table table;
-  int64_t *at, *turn;
+  int64_t* at;
   float *held_states, *held_clean, *response;
 
   const float* state(int64_t slot, int64_t j) const {
@@ -218,44 +199,55 @@ bool clean_row(const Keeping& a, int64_t slot, int64_t j, float* clean) {
   return finite;
 }
 
-// What the last committed step of a slot says of the response, into its sums. `scratch` holds two rows.
-void add_response(const Keeping& a, int64_t slot, float* scratch) {
-  const int64_t size = a.transition.elements, last = a.committed[slot] - 1, step = a.steps[slot];
-  float* sums = a.response + 2 * slot;
-  if (step == 0 && a.lengths[slot] > 0) sums[0] = sums[1] = 0.0f;
-  if (last < 0 || (last == 0 && a.before[slot] < 0)) return;
-  float *clean = scratch, *computed = scratch + a.outputs;
-  clean_row(a, slot, last, clean);
-  const float *state, *there;
-  if (last > 0) {
-    clean_row(a, slot, last - 1, computed);
-    state = a.state(slot, last - 1);
-    there = computed;
-  } else {
-    state = a.held_states + a.before[slot] * size;
-    there = a.held_clean + a.before[slot] * a.outputs;
-  }
-  const Columns& columns = a.table.at(step + last - 1);
-  const float* now = a.state(slot, last);
-  const auto moved = [&](int64_t e) {
-    return now[e] - (columns.mean_from_x0 * there[e] + columns.mean_from_state_given_x0 * state[e]);
-  };
-  const double along = sum(size, [&](int64_t e) { return moved(e) * (clean[e] - there[e]); });
+// What a state and its clean sample say of a response, given another state and its clean sample, into its
+// sums.
+template <typename Start>
+void add_response(float* sums, const float* state, const float* clean, const Start& start, const float* known,
+                  float unit, int64_t size) {
+  const auto moved = [&](int64_t e) { return state[e] - start(e); };
+  const double along = sum(size, [&](int64_t e) { return moved(e) * (clean[e] - known[e]); });
   const double length = sum(size, [&](int64_t e) { return moved(e) * moved(e); });
-  const float ratio = static_cast<float>(along / length) / response_unit(a.table.at(step + last));
+  const float ratio = static_cast<float>(along / length) / unit;
   if (!std::isfinite(ratio)) return;
   sums[0] = kResponseDecay * sums[0] + ratio;
   sums[1] = kResponseDecay * sums[1] + 1.0f;
 }
 
+// What the last committed step of a slot says of the responses, into their sums. `scratch` holds two rows.
+void add_responses(const Keeping& a, int64_t slot, float* scratch) {
+  const int64_t size = a.transition.elements, last = a.committed[slot] - 1, step = a.steps[slot];
+  float* sums = a.response + 4 * slot;
+  if (step == 0 && a.lengths[slot] > 0) std::fill_n(sums, 4, 0.0f);
+  if (last < 0) return;
+  float *clean = scratch, *computed = scratch + a.outputs;
+  clean_row(a, slot, last, clean);
+  const float* now = a.state(slot, last);
+  const float unit = response_unit(a.table.at(step + last));
+  if (last > 0 || a.before[slot] >= 0) {
+    const float* state = last > 0 ? a.state(slot, last - 1) : a.held_states + a.before[slot] * size;
+    const float* there = last > 0 ? computed : a.held_clean + a.before[slot] * a.outputs;
+    if (last > 0) clean_row(a, slot, last - 1, computed);
+    const Columns& columns = a.table.at(step + last - 1);
+    const auto mean = [&](int64_t e) {
+      return columns.mean_from_x0 * there[e] + columns.mean_from_state_given_x0 * state[e];
+    };
+    add_response(sums, now, clean, mean, there, unit, size);
+  }
+  const int64_t index = slot * a.places + (step + last) % (a.places - 1);
+  if (a.at[index] == step + last) {
+    const float* state = a.held_states + index * size;
+    add_response(
+        sums + 2, now, clean, [&](int64_t e) { return state[e]; }, a.held_clean + index * a.outputs, unit,
+        size);
+  }
+}
+
 void keep_slot(const Keeping& a, int64_t slot, float* scratch) {
   const int64_t size = a.transition.elements, rows = a.places - 1, done = a.committed[slot];
-  add_response(a, slot, scratch);
+  add_responses(a, slot, scratch);
   const int64_t end = std::min(a.lengths[slot], done + rows - 1);
   for (int64_t j = std::max<int64_t>(done - 1, 0); j < end; ++j) {
-    const int64_t step = a.steps[slot] + j, place = slot * a.places + step % rows;
-    a.turn[place] = 1 - a.turn[place];
-    const int64_t index = a.turn[place] * a.slots * a.places + place;
+    const int64_t step = a.steps[slot] + j, index = slot * a.places + step % rows;
     std::copy_n(a.state(slot, j), size, a.held_states + index * size);
     a.at[index] = clean_row(a, slot, j, a.held_clean + index * a.outputs) ? step : -1;
   }
@@ -263,20 +255,20 @@ void keep_slot(const Keeping& a, int64_t slot, float* scratch) {
 
 void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& row_offsets,
                      const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& table,
-                     const Tensor& before, const Tensor& at, const Tensor& turn, const Tensor& held_states,
+                     const Tensor& before, const Tensor& at, const Tensor& held_states,
                      const Tensor& held_clean, const Tensor& response, double guidance_scale,
                      int64_t guidance_channels, double clip) {
   constexpr const char* op = "keep_clean_rows";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
   STD_TORCH_CHECK(output.dim() == 4, op, ": output must have 4 dimensions, got ", output.dim());
-  STD_TORCH_CHECK(at.dim() == 3, op, ": at must have 3 dimensions, got ", at.dim());
+  STD_TORCH_CHECK(at.dim() == 2, op, ": at must have 2 dimensions, got ", at.dim());
   STD_TORCH_CHECK(table.dim() == 2, op, ": table must have 2 dimensions, got ", table.dim());
   const auto s = states.sizes(), o = output.sizes();
-  const int64_t slots = s[0], places = at.size(2), num_steps = table.size(0), pixels = s[3] * s[4];
+  const int64_t slots = s[0], places = at.size(1), num_steps = table.size(0), pixels = s[3] * s[4];
   const int64_t branches = guidance_scale == 1.0 ? 1 : 2, packed = o[0] / branches;
-  STD_TORCH_CHECK(places >= 2 && num_steps >= 1, op, ": M and K must be at least 1, got ", places - 1,
-                  " and ", num_steps);
+  STD_TORCH_CHECK(places - 1 > s[1], op, ": M must be above L = ", s[1], ", got ", places - 1);
+  STD_TORCH_CHECK(num_steps >= 1, op, ": K must be at least 1, got ", num_steps);
   check_tensor(op, "states", states, kFloat, {slots, s[1], s[2], s[3], s[4]}, states);
   check_tensor(op, "output", output, output.scalar_type(), {branches * packed, o[1], s[3], s[4]}, states);
   STD_TORCH_CHECK(o[1] == s[2] || o[1] == 2 * s[2], op, ": output must have ", s[2], " or ", 2 * s[2],
@@ -287,11 +279,10 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   check_tensor(op, "steps", steps, kLong, {slots}, states);
   check_tensor(op, "table", table, kFloat, {num_steps, 8}, states);
   check_tensor(op, "before", before, kLong, {slots}, states);
-  check_tensor(op, "at", at, kLong, {2, slots, places}, states);
-  check_tensor(op, "turn", turn, kLong, {slots, places}, states);
-  check_tensor(op, "held_states", held_states, kFloat, {2, slots, places, s[2], s[3], s[4]}, states);
-  check_tensor(op, "held_clean", held_clean, kFloat, {2, slots, places, o[1], s[3], s[4]}, states);
-  check_tensor(op, "response", response, kFloat, {slots, 2}, states);
+  check_tensor(op, "at", at, kLong, {slots, places}, states);
+  check_tensor(op, "held_states", held_states, kFloat, {slots, places, s[2], s[3], s[4]}, states);
+  check_tensor(op, "held_clean", held_clean, kFloat, {slots, places, o[1], s[3], s[4]}, states);
+  check_tensor(op, "response", response, kFloat, {slots, 2, 2}, states);
   STD_TORCH_CHECK(0 <= guidance_channels && guidance_channels <= s[2], op,
                   ": guidance_channels must be in [0, ", s[2], "], got ", guidance_channels);
   for (int64_t slot = 0; slot < slots; ++slot) {
@@ -302,11 +293,8 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
     STD_TORCH_CHECK(length == 0 || (first >= 0 && first + length <= packed), op,
                     ": row_offsets must give slot ", slot, " at least ", length, " of the ", packed,
                     " rows, got row ", first);
-    STD_TORCH_CHECK(ints(before)[slot] < 2 * slots * places, op, ": before must be below ",
-                    2 * slots * places, ", got ", ints(before)[slot]);
-    for (int64_t place = slot * places; place < (slot + 1) * places; ++place)
-      STD_TORCH_CHECK(ints(turn)[place] == 0 || ints(turn)[place] == 1, op, ": turn must be 0 or 1, got ",
-                      ints(turn)[place]);
+    STD_TORCH_CHECK(ints(before)[slot] < slots * places, op, ": before must be below ", slots * places,
+                    ", got ", ints(before)[slot]);
   }
 
   Keeping keeping;
@@ -317,7 +305,6 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
                         branches == 1 ? 0 : guidance_channels * pixels,
                         static_cast<float>(guidance_scale),
                         static_cast<float>(clip)};
-  keeping.slots = slots;
   keeping.length = s[1];
   keeping.packed = packed;
   keeping.row_bytes = o[1] * pixels * element_bytes(kind);
@@ -332,7 +319,6 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   keeping.before = ints(before);
   keeping.table = {static_cast<const Columns*>(table.const_data_ptr()), num_steps};
   keeping.at = mutable_ints(at);
-  keeping.turn = mutable_ints(turn);
   keeping.held_states = floats(held_states);
   keeping.held_clean = floats(held_clean);
   keeping.response = floats(response);

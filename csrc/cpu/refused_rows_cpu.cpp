@@ -204,20 +204,20 @@ Tensor correct_features(const Tensor& drafted, const Tensor& errors, const Tenso
 
 void keep_rows(const Tensor& states, const Tensor& features, const Tensor& output, const Tensor& row_offsets,
                const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& at,
-               const Tensor& turn, const Tensor& held_states, const Tensor& held_features) {
+               const Tensor& held_states, const Tensor& held_features) {
   constexpr const char* op = "keep_rows";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
   STD_TORCH_CHECK(features.dim() == 3, op, ": features must have 3 dimensions, got ", features.dim());
   STD_TORCH_CHECK(output.dim() == 4, op, ": output must have 4 dimensions, got ", output.dim());
-  STD_TORCH_CHECK(at.dim() == 3, op, ": at must have 3 dimensions, got ", at.dim());
-  STD_TORCH_CHECK(held_features.dim() == 6, op, ": held_features must have 6 dimensions, got ",
+  STD_TORCH_CHECK(at.dim() == 2, op, ": at must have 2 dimensions, got ", at.dim());
+  STD_TORCH_CHECK(held_features.dim() == 5, op, ": held_features must have 5 dimensions, got ",
                   held_features.dim());
   const auto s = states.sizes(), f = features.sizes(), o = output.sizes();
-  const int64_t slots = s[0], generations = at.size(0), places = at.size(2), rows = places - 1;
+  const int64_t slots = s[0], places = at.size(1), rows = places - 1;
   const int64_t branches = held_features.size(0);
-  STD_TORCH_CHECK(generations >= 1 && rows >= 1 && branches >= 1 && f[0] % branches == 0, op,
-                  ": at must be [G, S, M + 1] with G and M at least 1, and features [B R, T, D]");
+  STD_TORCH_CHECK(rows >= 1 && branches >= 1 && f[0] % branches == 0, op,
+                  ": at must be [S, M + 1] with M at least 1, and features [B R, T, D]");
   const int64_t packed = f[0] / branches;
   check_tensor(op, "states", states, kFloat, {slots, s[1], s[2], s[3], s[4]}, states);
   check_tensor(op, "features", features, features.scalar_type(), {f[0], f[1], f[2]}, states);
@@ -226,15 +226,13 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
   check_tensor(op, "committed", committed, kLong, {slots}, states);
   check_tensor(op, "lengths", lengths, kLong, {slots}, states);
   check_tensor(op, "steps", steps, kLong, {slots}, states);
-  check_tensor(op, "at", at, kLong, {generations, slots, places}, states);
-  check_tensor(op, "turn", turn, kLong, {slots, places}, states);
-  check_tensor(op, "held_states", held_states, kFloat, {generations, slots, places, s[2], s[3], s[4]},
-               states);
+  check_tensor(op, "at", at, kLong, {slots, places}, states);
+  check_tensor(op, "held_states", held_states, kFloat, {slots, places, s[2], s[3], s[4]}, states);
   check_tensor(op, "held_features", held_features, features.scalar_type(),
-               {branches, generations, slots, places, f[1], f[2]}, states);
+               {branches, slots, places, f[1], f[2]}, states);
 
   const int64_t state_size = s[2] * s[3] * s[4], feature_size = f[1] * f[2], output_size = o[1] * s[3] * s[4];
-  const int64_t all = generations * slots * places;
+  const int64_t all = slots * places;
   const auto bytes = [](const Tensor& tensor) { return static_cast<const char*>(tensor.const_data_ptr()); };
   const auto held = [](const Tensor& tensor) { return static_cast<char*>(tensor.mutable_data_ptr()); };
   const auto finite = [op](const char* name, const Tensor& tensor, int64_t row, int64_t size) {
@@ -244,7 +242,6 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
     return all_finite;
   };
   int64_t* steps_held = mutable_ints(at);
-  int64_t* turns = mutable_ints(turn);
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t done = ints(committed)[slot], length = ints(lengths)[slot], step0 = ints(steps)[slot];
     const int64_t end = std::min(length, done + rows - 1);
@@ -253,10 +250,7 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
                     " rows, got row ", ints(row_offsets)[slot]);
     for (int64_t j = std::max<int64_t>(done - 1, 0); j < end; ++j) {
       const int64_t row = ints(row_offsets)[slot] + j, step = step0 + j;
-      const int64_t place = slot * places + step % rows;
-      const int64_t generation = (turns[place] + 1) % generations;
-      const int64_t index = generation * slots * places + place;
-      turns[place] = generation;
+      const int64_t index = slot * places + step % rows;
       bool usable = true;
       std::memcpy(held(held_states) + index * state_size * 4,
                   bytes(states) + (slot * s[1] + j) * state_size * 4, state_size * 4);
@@ -273,43 +267,34 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
   }
 }
 
-void find_rows(const Tensor& at, const Tensor& turn, const Tensor& steps, const Tensor& places,
-               const Tensor& before, const Tensor& ahead) {
+void find_rows(const Tensor& at, const Tensor& steps, const Tensor& places, const Tensor& before,
+               const Tensor& ahead) {
   constexpr const char* op = "find_rows";
   constexpr ScalarType kLong = ScalarType::Long;
-  STD_TORCH_CHECK(at.dim() == 3 && at.size(0) >= 1 && at.size(2) >= 2, op,
-                  ": at must be [G, S, M + 1] with G and M at least 1");
-  const int64_t generations = at.size(0), slots = at.size(1), width = at.size(2), rows = width - 1;
-  check_tensor(op, "at", at, kLong, {generations, slots, width}, at);
-  check_tensor(op, "turn", turn, kLong, {slots, width}, at);
+  STD_TORCH_CHECK(at.dim() == 2 && at.size(1) >= 2, op, ": at must be [S, M + 1] with M at least 1");
+  STD_TORCH_CHECK(places.dim() == 2, op, ": places must have 2 dimensions, got ", places.dim());
+  const int64_t slots = at.size(0), all = at.size(1), rows = all - 1, width = places.size(1);
+  STD_TORCH_CHECK(width < rows, op, ": places must be [S, W] with W below M = ", rows, ", got W = ", width);
+  check_tensor(op, "at", at, kLong, {slots, all}, at);
   check_tensor(op, "steps", steps, kLong, {slots}, at);
   for (int64_t slot = 0; slot < slots; ++slot)
     STD_TORCH_CHECK(ints(steps)[slot] >= 0, op, ": steps[", slot, "] must be at least 0, got ",
                     ints(steps)[slot]);
-  check_tensor(op, "places", places, kLong, {generations, slots, rows - 1}, at);
+  check_tensor(op, "places", places, kLong, {slots, width}, at);
   check_tensor(op, "before", before, kLong, {slots}, at);
   check_tensor(op, "ahead", ahead, kLong, {slots}, at);
   for (int64_t slot = 0; slot < slots; ++slot) {
+    const int64_t first = ints(steps)[slot];
+    int64_t *own = mutable_ints(at) + slot * all, *found = mutable_ints(places) + slot * width;
     // The rows of the image before.
-    if (ints(steps)[slot] == 0)
-      for (int64_t generation = 0; generation < generations; ++generation)
-        std::fill_n(mutable_ints(at) + (generation * slots + slot) * width, width, -1);
-    const auto find = [&](int64_t draft, int64_t turns_on) -> int64_t {
-      const int64_t step = ints(steps)[slot] + draft, place = slot * width + step % rows;
-      const int64_t generation = (ints(turn)[place] + turns_on) % generations;
-      const int64_t index = generation * slots * width + place;
-      return ints(at)[index] == step ? index : -1;
-    };
+    if (first == 0) std::fill_n(own, all, -1);
     int64_t count = 0;
-    while (count < rows - 1 && find(count, 0) >= 0) ++count;
+    for (; count < width && own[(first + count) % rows] == first + count; ++count)
+      found[count] = slot * all + (first + count) % rows;
+    std::fill(found + count, found + width, -1);
     mutable_ints(ahead)[slot] = count;
-    const int64_t last = slot * width + (ints(steps)[slot] - 1 + rows) % rows;
-    const int64_t previous = last + ints(turn)[last] * slots * width, step = ints(steps)[slot];
-    mutable_ints(before)[slot] = step > 0 && ints(at)[previous] == step - 1 ? previous : -1;
-    for (int64_t generation = 0; generation < generations; ++generation)
-      for (int64_t draft = 0; draft < rows - 1; ++draft)
-        mutable_ints(places)[(generation * slots + slot) * (rows - 1) + draft] =
-            draft < count ? find(draft, generation) : -1;
+    const int64_t last = (first - 1 + rows) % rows;
+    mutable_ints(before)[slot] = first > 0 && own[last] == first - 1 ? slot * all + last : -1;
   }
 }
 

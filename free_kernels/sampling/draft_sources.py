@@ -119,7 +119,7 @@ class Replayed:
         """Make all drafts of the pass, of every slot."""
         job, rows, slots = self._job, self._rows, ahead.slots
         made = *ahead.drafts, ahead.noise, job.table, slots.steps
-        held = rows.states, rows.clean, rows.latest_places, rows.replaced_places, rows.before, rows.response
+        held = rows.states, rows.clean, rows.places, rows.before, rows.response
         replay_drafts(ReplayArguments(*made, *held, job.clip), rows.backend)
 
 
@@ -158,10 +158,10 @@ class Corrected(Fresh):
         """The drafter's feature at ``inputs``; sets its errors at the rows that serve, zero at the others."""
         ahead, refused, rows = self._ahead, self._refused, (self._count, self._job.null, self._chosen)
         given = *(part.contiguous() for part in inputs), refused.states, refused.features
-        places = refused.before, refused.latest_places, ahead.timesteps, ahead.slots.labels
+        places = refused.before, refused.places, ahead.timesteps, ahead.slots.labels
         both = self._call(DraftInputs(*join_rows(JoinArguments(*given, *places, *rows), refused.backend)))
         drafted = inputs.t.shape[0]
-        errors = both.contiguous(), refused.features, refused.latest_places, self._count, drafted, self._chosen
+        errors = both.contiguous(), refused.features, refused.places, self._count, drafted, self._chosen
         self._errors = row_errors(ErrorArguments(*errors), refused.backend)
         return both[:drafted]
 
@@ -170,7 +170,7 @@ class Corrected(Fresh):
         drafted = self._with_errors(inputs) if j == 0 and self._count else self._call(inputs)
         if j >= self._count:
             return drafted
-        asked, latest = self._refused.states, self._refused.latest_places
+        asked, latest = self._refused.states, self._refused.places
         states = inputs.state, inputs.previous
         if self._job.branches > 1:
             states = tuple(rows[: rows.shape[0] // self._job.branches] for rows in states)
@@ -222,7 +222,7 @@ def refused_rows(
     # Blocks have new noise every round, so only the refused draft's own row is near the next round's states.
     rows = 1 if not job.options.reuse_refused else 2 if job.options.block else length
     sizes = slots, rows, job.labels.device, backend
-    return CleanRows(*sizes, job=job) if repeats else FeatureRows(*sizes, branches=job.branches)
+    return CleanRows(*sizes, length=length, job=job) if repeats else FeatureRows(*sizes, branches=job.branches)
 
 
 def draft_source(

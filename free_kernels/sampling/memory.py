@@ -118,17 +118,13 @@ def estimate_memory(
     held = kept = 0
     if drafts and memory is None and (repeats or options.reuse_refused):
         kept = 1 if not options.reuse_refused else 2 if options.block else rows
-        # States with clean samples of two rows of a step, or with features of one.
-        held = 2 * (kept + 1) * (state + output) if repeats else (kept + 1) * (state + features)
+        # States with clean samples, of a round, the row before and one that is not kept; or with features.
+        held = (rows + 2) * (state + output) if repeats else (kept + 1) * (state + features)
     # Kernels draw the coupling's numbers themselves; then only those of the drafts are there.
     in_kernel = use_triton("couple_block" if options.block else "couple", "coupling", device, options.backend)
     slack = job.learned and drafts > 0 and not in_kernel
-    # Without a network there are the clean sample, variances and mean of the draft before.
-    if not drafts:
-        drafting = 0
-    elif repeats:
-        drafting = state + output
-    else:
+    drafting = 0
+    if drafts and not repeats:
         # What the drafter takes and gives. Its first call has a row for each refused one beside its own, which is
         # copied from the call's own rows: the state, and with guidance the state before.
         asked, copied = max(1, kept), (branches if kept else 0)

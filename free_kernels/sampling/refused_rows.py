@@ -53,45 +53,38 @@ class RefusedRows:
     stopping, which decide how noise is tested that has not been looked at.
 
     The row of step k stands at place ``k % M`` of its slot, so that nothing moves when steps are committed. One more
-    place takes what is not kept. Where two generations are kept, which take turns, a step that was asked about twice
-    has its row of the time before too. Nothing waits for the device, shapes are fixed and every tensor is written in
-    place, so rounds may be captured in a CUDA graph.
+    place takes what is not kept. Nothing waits for the device, shapes are fixed and every tensor is written in place,
+    so rounds may be captured in a CUDA graph.
 
     Args:
         slots: S.
-        rows: M, how many are kept, the last committed one among them; those of a whole round are its L.
+        rows: how many may be used, the last committed one among them; those of a whole round are its L.
         device: where the slots are.
         backend: of the drafting ops.
+        held: M, how many are kept; ``rows`` if None.
 
     Attributes:
         counts: how many of the steps ahead of each slot have a row, without a gap; for the host, which is told by the
             round's report.
         ahead: the same on the device, int64 ``[S]``.
         before: int64 ``[S]``, where the last committed row is, among all; -1: there is none.
-        latest_places: int64 ``[S, M - 1]``, which of ``states`` is the last row of each draft's step; -1: none is.
-        replaced_places: the same of the rows that those replaced; -1 everywhere with one generation.
-        states: ``[G S (M + 1), C, H, W]``, of all rows; there from the first round on.
+        places: int64 ``[S, rows - 1]``, which of ``states`` is the last row of each draft's step; -1: none is.
+        states: ``[S (M + 1), C, H, W]``, of all rows; there from the first round on.
     """
 
-    generations = 1
     states: Tensor
 
-    def __init__(self, slots: int, rows: int, device: torch.device, backend: str = "auto") -> None:
-        self.rows, self.backend = rows, backend
+    def __init__(
+        self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, held: int | None = None
+    ) -> None:
+        self.rows, self.held, self.backend = rows, rows if held is None else held, backend
         self.counts = [0] * slots
         self.ahead = torch.zeros(slots, dtype=torch.int64, device=device)
-        places = slots, rows + 1
-        # By generation, slot and place: the step of the row, -1 where there is none.
-        self._at = torch.full((self.generations, *places), -1, dtype=torch.int64, device=device)
-        # The generation of each place's latest row.
-        self._turn = torch.zeros(places, dtype=torch.int64, device=device)
-        # Latest and replaced rows by slot and step ahead: where the row is among all; -1: there is none.
-        self._places = torch.full((2, slots, rows - 1), -1, dtype=torch.int64, device=device)
-        # Views are made once: each would cost as much as a small op.
-        self.latest_places, self.replaced_places = self._places.unbind(0)
-        self._places_found = self._places[: self.generations]
+        # By slot and place: the step of the row, -1 where there is none.
+        self._at = torch.full((slots, self.held + 1), -1, dtype=torch.int64, device=device)
+        self.places = torch.full((slots, rows - 1), -1, dtype=torch.int64, device=device)
         self.before = torch.full_like(self.ahead, -1)
-        # By generation, slot and place; made with the first round.
+        # By slot and place; made with the first round.
         self._states: Tensor | None = None
 
     @property
@@ -114,10 +107,7 @@ class RefusedRows:
         Args:
             steps: int64 ``[S]``, the step of each slot now; at step 0 the rows are of the image before and are dropped.
         """
-        find_rows(
-            FindArguments(self._at, self._turn, steps, self._places_found, self.before, self.ahead),
-            self.backend,
-        )
+        find_rows(FindArguments(self._at, steps, self.places, self.before, self.ahead), self.backend)
 
     def forget(self) -> None:
         """Steps were taken without drafts: what was kept is of earlier ones."""
@@ -125,13 +115,13 @@ class RefusedRows:
         self.ahead.zero_()
         self.before.fill_(-1)
         self._at.fill_(-1)
-        self._places.fill_(-1)
+        self.places.fill_(-1)
 
     def _allocate(self, states: Tensor) -> None:
         """A buffer for states ``[S, L, C, H, W]`` like these, where there is none."""
         if self._states is None:
             self._states = states.new_zeros(*self._at.shape, *states.shape[2:])
-            self.states = self._states.flatten(0, 2)
+            self.states = self._states.flatten(0, 1)
 
 
 class FeatureRows(RefusedRows):
@@ -141,7 +131,7 @@ class FeatureRows(RefusedRows):
     M = 12 that is 7.5 MiB for each slot, 14.8 MiB with guidance.
 
     Args:
-        slots, rows, device, backend: as for :class:`RefusedRows`.
+        slots, rows, device, backend: as for :class:`RefusedRows`; M is ``rows``.
         branches: B, of guidance.
 
     Attributes:
@@ -167,39 +157,42 @@ class FeatureRows(RefusedRows):
         if self._features is None or self._features.dtype != features.dtype:
             shape = self._branches, *self._at.shape, *features.shape[1:]
             self._features = features.new_zeros(shape) if self._features is None else self._features.to(features.dtype)
-            self.features = self._features.flatten(1, 3)
-        keep_rows(KeepArguments(*played, self._at, self._turn, self._states, self._features), self.backend)
+            self.features = self._features.flatten(1, 2)
+        keep_rows(KeepArguments(*played, self._at, self._states, self._features), self.backend)
 
 
 class CleanRows(RefusedRows):
-    """State and clean sample of each row and of the one that it replaced, which draft without a network.
+    """State and clean sample of each row, which draft without a network.
 
-    There are ``2 S (M + 1)`` rows: with C = 4, learned variance and M = 12, 1.2 MiB for each slot at 256 x 256 pixels
-    of DiT-XL/2 and 4.9 MiB at 512 x 512, with guidance or without.
+    There are ``S (M + 1)`` rows, M one more than a round has, so that the row of the step before stays while a round is
+    kept: with C = 4, learned variance and L = 12, 0.7 MiB for each slot at 256 x 256 pixels of DiT-XL/2 and 2.6 MiB at
+    512 x 512, with guidance or without.
 
     Args:
         slots, rows, device, backend: as for :class:`RefusedRows`.
+        length: L, the most rows of a round.
         job: what is sampled.
 
     Attributes:
-        clean: ``[2 S (M + 1), C or 2C, H, W]``, of all rows, with the output's variance channels where they are
+        clean: ``[S (M + 1), C or 2C, H, W]``, of all rows, with the output's variance channels where they are
             learned; there from the first round on.
-        response: ``[S, 2]``, how far the clean sample moves with the state; see
+        response: ``[S, 2, 2]``, how far the clean sample moves with the state; see
             :func:`~free_kernels.ops.drafting.keep_clean_rows`.
     """
 
-    generations = 2
     clean: Tensor
 
-    def __init__(self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, job: Job) -> None:
-        super().__init__(slots, rows, device, backend)
+    def __init__(
+        self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, length: int, job: Job
+    ) -> None:
+        super().__init__(slots, rows, device, backend, held=length + 1)
         self._job = job
-        self.response = torch.zeros(slots, 2, dtype=torch.float32, device=device)
+        self.response = torch.zeros(slots, 2, 2, dtype=torch.float32, device=device)
         channels, *latent = job.state_shape
         self._allocate(torch.empty(slots, 1, channels, *latent, dtype=torch.float32, device=device))
         outputs = 2 * channels if job.learned else channels
         self._clean = self._states.new_zeros(*self._at.shape, outputs, *latent)
-        self.clean = self._clean.flatten(0, 2)
+        self.clean = self._clean.flatten(0, 1)
 
     @property
     def nbytes(self) -> int:
@@ -207,10 +200,10 @@ class CleanRows(RefusedRows):
         return super().nbytes + self._clean.nbytes + self.response.nbytes
 
     def keep(self, played: KeptRound) -> None:
-        """As :meth:`RefusedRows.keep`; also measures the response."""
+        """As :meth:`RefusedRows.keep`; also measures the responses."""
         job = self._job
         states, _, output, *decided = played
-        held = self._at, self._turn, self._states, self._clean, self.response
+        held = self._at, self._states, self._clean, self.response
         settings = job.guidance_scale, job.guidance_channels, job.clip
         keep_clean_rows(
             KeepCleanArguments(states, output, *decided, job.table, self.before, *held, *settings), self.backend

@@ -44,13 +44,13 @@ def kept(branches: int = 1, spoil: float | None = None) -> FeatureRows:
 
 def held(refused: FeatureRows, slot: int, step: int) -> list[float]:
     """The first values of the state, and of each branch's feature, of a slot's row at a step."""
-    steps, places = torch.full((4,), step), torch.empty_like(refused._places[: len(refused._at)])
+    steps, places = torch.full((4,), step), torch.empty_like(refused.places)
     before, ahead = torch.empty_like(steps), torch.empty_like(steps)
-    find_rows(FindArguments(refused._at, refused._turn, steps, places, before, ahead))
-    place = int(places[0, slot, 0])
+    find_rows(FindArguments(refused._at, steps, places, before, ahead))
+    place = int(places[slot, 0])
     assert place >= 0
     # Seen from the step after, it is the row before.
-    find_rows(FindArguments(refused._at, refused._turn, steps + 1, places, before, ahead))
+    find_rows(FindArguments(refused._at, steps + 1, places, before, ahead))
     assert before[slot] == place
     return torch.cat([refused.states[place, 0, 0, :1], refused.features[:, place, 0, 0]]).tolist()
 
@@ -112,9 +112,9 @@ def test_bytes_are_those_of_slots_times_rows():
         one, offsets = torch.ones(1, dtype=torch.int64), torch.tensor([0, 1])
         refused.keep(KeptRound(torch.zeros(1, 1, 4, 32, 32), features, outputs, offsets, one, one, one))
         assert refused.nbytes == mebibytes * 2**20
-    for side, mebibytes in ((32, 1.21875), (64, 4.875)):
+    for side, mebibytes in ((32, 0.65625), (64, 2.625)):
         job = SimpleNamespace(state_shape=(4, side, side), learned=True)
-        assert CleanRows(1, 12, torch.device("cpu"), job=job).nbytes == mebibytes * 2**20 + 8
+        assert CleanRows(1, 12, torch.device("cpu"), length=12, job=job).nbytes == mebibytes * 2**20 + 16
 
 
 def test_serving_rows():
@@ -158,9 +158,9 @@ def test_law_for_every_length_and_ragged_slots(length, dense, monkeypatch):
 
 def looking_ahead(refused: RefusedRows) -> None:
     """The row at step k + 1 stands at the place of step k: what drafts step k was made with its noise."""
-    held = ((refused._clean, 2),) if isinstance(refused, CleanRows) else ((refused._features, 3),)
-    for buffer, places in ((refused._states, 2), *held):
-        buffer.narrow(places, 0, refused.rows).copy_(buffer.narrow(places, 0, refused.rows).roll(-1, places))
+    other = (refused._clean, 1) if isinstance(refused, CleanRows) else (refused._features, 2)
+    for buffer, places in ((refused._states, 1), other):
+        buffer.narrow(places, 0, refused.held).copy_(buffer.narrow(places, 0, refused.held).roll(-1, places))
 
 
 @pytest.mark.parametrize("kind", [FeatureRows, CleanRows])
@@ -195,7 +195,7 @@ def test_a_length_must_not_look_at_discarded_rows(looks, monkeypatch):
         if refused.is_empty:
             return lengths
         at = torch.tensor(now.steps).clamp(max=schedule.num_steps - 1)
-        first, second = refused.latest_places[:, 0].clamp(min=0), refused.latest_places[:, 1].clamp(min=0)
+        first, second = refused.places[:, 0].clamp(min=0), refused.places[:, 1].clamp(min=0)
         output = job.head(refused.features[0, first], job.timesteps[at], self.slots.labels)
         mean, _ = job.transition(refused.states[first], output, job.table[at])
         noise = (refused.states[second] - mean).flatten(1) @ axis
@@ -247,11 +247,10 @@ def test_rows_leave_with_their_image(leaves, drafter, monkeypatch):
         # At an image's first steps, what the image before left at each place passes for the row of a step ahead.
         def with_all(self, steps):
             begin(self, steps.clamp(min=1))
-            place = (steps.unsqueeze(1) + torch.arange(self.rows - 1)) % self.rows
-            place += torch.arange(len(steps)).unsqueeze(1) * (self.rows + 1)
-            index = place + self._turn.view(-1)[place] * self._turn.numel()
+            place = (steps.unsqueeze(1) + torch.arange(self.rows - 1)) % self.held
+            place += torch.arange(len(steps)).unsqueeze(1) * (self.held + 1)
             young = steps <= 1
-            self._places[0] = torch.where(young.unsqueeze(1), index, self._places[0])
+            self.places.copy_(torch.where(young.unsqueeze(1), place, self.places))
             self.ahead.copy_(torch.where(young, self.rows - 1, self.ahead))
 
         monkeypatch.setattr(RefusedRows, "begin", with_all)

@@ -19,7 +19,7 @@ from free_kernels.ops.drafting import (
     replay_drafts,
 )
 
-SLOTS, LENGTH, CHANNELS, STEPS, PLACES = 4, 5, 2, 12, 6
+SLOTS, LENGTH, CHANNELS, STEPS, PLACES = 4, 5, 2, 12, 7
 NONE = -1
 
 
@@ -36,11 +36,10 @@ def coefficients() -> Tensor:
 
 
 def replaying(*, learned: bool = False, clip: float = math.inf, side: int = 3, width: int = 3) -> ReplayArguments:
-    """Slots whose steps ahead have rows, some of them twice; the last slot has none, not even the row before."""
+    """Slots whose steps ahead have rows, or not all; the last slot has none, not even the row before."""
     latent, held = (CHANNELS, side, side), 11
     outputs = CHANNELS * (2 if learned else 1)
     latest = torch.tensor([[7, 0, 1], [8, NONE, NONE], [NONE] * 3, [NONE] * 3])[:, :width]
-    replaced = torch.tensor([[4, NONE, 3], [NONE, 4, 4], [1, NONE, 2], [NONE] * 3])[:, :width]
     # A row that is not used may hold anything.
     states, clean = normals(held, *latent, seed=2), normals(held, outputs, side, side, seed=3)
     states[2] = clean[2] = math.nan
@@ -55,9 +54,10 @@ def replaying(*, learned: bool = False, clip: float = math.inf, side: int = 3, w
         states,
         clean,
         latest.contiguous(),
-        replaced.contiguous(),
         torch.tensor([10, 9, 5, NONE]),
-        torch.tensor([[1.5, 2.0], [-1.0, 2.0], [0.6, 1.0], [0.8, 1.0]]),
+        torch.tensor(
+            [[[1.5, 2.0], [3.0, 1.5]], [[-1.0, 2.0], [0.0, 0.0]], [[0.6, 1.0], [-2.0, 1.0]], [[0.8, 1.0], [0.9, 1.0]]]
+        ),
         clip,
     )
 
@@ -67,26 +67,22 @@ def exact_replay(a: ReplayArguments) -> ReplayArguments:
     states, mean, std = (buffer.double().clone() for buffer in (a.states, a.mean, a.std))
     held_states, held_clean, table = a.held_states.double(), a.held_clean.double(), a.table.double()
     for slot in range(SLOTS):
-        total, weight = a.response[slot].tolist()
         step, before = int(a.steps[slot]), int(a.before[slot])
-        response = max(0.0, total / weight) if weight and before >= 0 else 0.0
+        to_new, to_other = (
+            max(0.0, total / weight) if weight and before >= 0 else None for total, weight in a.response[slot].tolist()
+        )
+        to_new = to_new or 0.0
+        to_other = to_new if to_other is None else to_other
         if before >= 0:
             known = held_clean[before].clone()
             there = table[step - 1, 6] * known[:CHANNELS] + table[step - 1, 7] * held_states[before]
         else:
             known, there = torch.zeros_like(held_clean[0]), states[slot, 0].clone()
         for j in range(LENGTH - 1):
-            state = states[slot, j]
+            state, response = states[slot, j], to_new
             row = int(a.latest[slot, j]) if j < a.latest.shape[1] else NONE
             if row >= 0:
-                known, there = held_clean[row], held_states[row]
-                older = int(a.replaced[slot, j])
-                if older >= 0:
-                    way = there - held_states[older]
-                    share = float(((state - there) * way).sum() / way.square().sum())
-                    share = min(1.0, max(-1.0, share))
-                    known = known + share * (known - held_clean[older])
-                    there = there + share * way
+                known, there, response = held_clean[row], held_states[row], to_other
             _, _, log_std, slope, unit, _, from_clean, from_state = table[min(step + j, STEPS - 1)]
             moves = response * (unit if unit > 0 else 1.0)
             clean = (known[:CHANNELS] + moves * (state - there)).clamp(-a.clip, a.clip)
@@ -144,9 +140,8 @@ def test_drafts_of_gaussian_data(spread, backend):
         state,
         before[0].float(),
         torch.empty(1, 0, dtype=torch.int64),
-        torch.empty(1, 0, dtype=torch.int64),
         torch.tensor([0]),
-        torch.tensor([[float(gain[step] / table[step, 4]), 1.0]]),
+        torch.tensor([[[float(gain[step] / table[step, 4]), 1.0], [0.0, 0.0]]]),
         math.inf,
     )
     given = on(given, backend[1])
@@ -163,18 +158,17 @@ def test_drafts_of_gaussian_data(spread, backend):
 
 
 def keeping(*, learned: bool = False, guidance: float = 1.0, guided: int = CHANNELS, **more) -> KeepCleanArguments:
-    """Rounds of 5, 2, 0 and 3 rows, room for four; a slot at its first step, one without a row before."""
+    """Rounds of 5, 2, 0 and 3 rows; a slot at its first step, without a row before, one with an old row of its step."""
     clip, dtype, side = more.get("clip", math.inf), more.get("dtype", torch.float32), more.get("side", 3)
     lengths = torch.tensor([5, 2, 0, 3])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     packed, branches, outputs = int(offsets[-1]) + 1, 1 if guidance == 1.0 else 2, CHANNELS * (2 if learned else 1)
-    rows = 2, SLOTS, PLACES
-    turn = torch.randint(2, (SLOTS, PLACES), generator=torch.Generator().manual_seed(5))
-    steps = torch.tensor([6, 0, 9, 3])
+    rows, steps, at = (SLOTS, PLACES), torch.tensor([6, 0, 9, 3]), torch.full((SLOTS, PLACES), NONE)
     # Where the row of the step before is, among all.
-    place = torch.arange(SLOTS) * PLACES + (steps - 1) % (PLACES - 1)
-    before = place + turn.view(-1)[place] * SLOTS * PLACES
+    before = torch.arange(SLOTS) * PLACES + (steps - 1) % (PLACES - 1)
     before[1] = NONE
+    # Slots 0 and 3 commit steps 6 and 3 to 4. Slot 1's are of its last image's end.
+    at[0, 6 % (PLACES - 1)], at[3, 4 % (PLACES - 1)], at[1, 1 % (PLACES - 1)] = 6, 4, 7
     return KeepCleanArguments(
         normals(SLOTS, LENGTH, CHANNELS, side, side, seed=1),
         normals(branches * packed, outputs, side, side, seed=3).to(dtype),
@@ -184,11 +178,12 @@ def keeping(*, learned: bool = False, guidance: float = 1.0, guided: int = CHANN
         steps,
         coefficients(),
         before,
-        torch.full(rows, -1),
-        turn,
+        at,
         normals(*rows, CHANNELS, side, side, seed=7),
         normals(*rows, outputs, side, side, seed=8),
-        torch.tensor([[3.0, 2.0], [5.0, 1.0], [7.0, 1.0], [0.0, 0.0]]),
+        torch.tensor(
+            [[[3.0, 2.0], [1.0, 2.0]], [[5.0, 1.0], [4.0, 1.0]], [[7.0, 1.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
+        ),
         guidance,
         guided,
         clip,
@@ -211,21 +206,31 @@ def exact_response(a: KeepCleanArguments, slot: int) -> Tensor:
     """A slot's sums after the round, float64."""
     sums, last, step = a.response[slot].double(), int(a.committed[slot]) - 1, int(a.steps[slot])
     if step == 0 and a.lengths[slot] > 0:
-        sums = torch.zeros(2, dtype=torch.float64)
-    if last < 0 or (last == 0 and a.before[slot] < 0):
+        sums = torch.zeros(2, 2, dtype=torch.float64)
+    if last < 0:
         return sums
-    if last:
-        state, clean = a.states[slot, last - 1].double(), exact_clean(a, slot, last - 1)[:CHANNELS]
-    else:
-        state, clean = (
-            held.double().flatten(0, 2)[int(a.before[slot]), :CHANNELS] for held in (a.held_states, a.held_clean)
-        )
-    column = a.table[step + last - 1].double()
-    moved = a.states[slot, last].double() - column[6] * clean - column[7] * state
-    ratio = (moved * (exact_clean(a, slot, last)[:CHANNELS] - clean)).sum() / moved.square().sum()
+    state, clean = a.states[slot, last].double(), exact_clean(a, slot, last)[:CHANNELS]
     unit = float(a.table[min(step + last, STEPS - 1), 4])
-    ratio = ratio / (unit if unit > 0 else 1.0)
-    return 0.7 * sums + torch.stack([ratio, torch.ones_like(ratio)])
+    unit = unit if unit > 0 else 1.0
+
+    def held(row: int) -> tuple[Tensor, Tensor]:
+        return tuple(part.double().flatten(0, 1)[row, :CHANNELS] for part in (a.held_states, a.held_clean))
+
+    def added(which: int, there: Tensor, known: Tensor) -> None:
+        moved = state - there
+        ratio = (moved * (clean - known)).sum() / moved.square().sum() / unit
+        sums[which] = 0.7 * sums[which] + torch.stack([ratio, torch.ones_like(ratio)])
+
+    if last or a.before[slot] >= 0:
+        old, known = held(int(a.before[slot]))
+        if last:
+            old, known = a.states[slot, last - 1].double(), exact_clean(a, slot, last - 1)[:CHANNELS]
+        column = a.table[step + last - 1].double()
+        added(0, column[6] * known + column[7] * old, known)
+    place = (step + last) % (PLACES - 1)
+    if a.at[slot, place] == step + last:
+        added(1, *held(slot * PLACES + place))
+    return sums
 
 
 KEPT = {
@@ -255,20 +260,18 @@ def test_rows_are_kept_with_their_clean_samples(case, backend):
         for place in range(rows):
             j = next((j for j in taken if (int(a.steps[slot]) + j) % rows == place), None)
             if j is None:
-                assert torch.equal(got.turn[slot, place], a.turn[slot, place])
-                assert torch.equal(got.held_states[:, slot, place], a.held_states[:, slot, place])
+                assert got.at[slot, place] == a.at[slot, place]
+                assert torch.equal(got.held_states[slot, place], a.held_states[slot, place])
                 continue
-            turn = 1 - int(a.turn[slot, place])
-            assert got.turn[slot, place] == turn
-            assert got.at[turn, slot, place] == int(a.steps[slot]) + j
-            # The row that this one replaces stays.
-            assert torch.equal(got.held_clean[1 - turn, slot, place], a.held_clean[1 - turn, slot, place])
-            assert torch.equal(got.held_states[turn, slot, place], a.states[slot, j])
-            clean = got.held_clean[turn, slot, place].double()
+            assert got.at[slot, place] == int(a.steps[slot]) + j
+            assert torch.equal(got.held_states[slot, place], a.states[slot, j])
+            clean = got.held_clean[slot, place].double()
             torch.testing.assert_close(clean, exact_clean(a, slot, j), rtol=10 * eps, atol=50 * eps)
         # A ratio of two sums of products whose factors are differences of numbers of size 10.
         torch.testing.assert_close(got.response[slot].double(), exact_response(a, slot), rtol=1e4 * eps, atol=1e4 * eps)
-    assert (got.at.amax((0, 2)) >= 0).tolist() == [True, True, False, True]
+    # Slots 0 and 3 measure both, slot 1 has no row of its last step, slot 2 commits nothing.
+    weights = torch.tensor([[2.4, 2.4], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    torch.testing.assert_close(got.response[:, :, 1], weights, rtol=4 * eps, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -280,8 +283,7 @@ def test_a_row_that_is_not_finite_is_not_used(clip, backend):
     a.output[3, CHANNELS, 0, 0] = math.nan
     got = on(a, backend[1])
     keep_clean_rows(got, backend[0])
-    kept = sorted(got.at[:, 0].flatten().tolist())
-    assert kept == sorted([-1] * (2 * PLACES - 3) + [6, 7, 10])
+    assert sorted(got.at[0].tolist()) == sorted([-1] * (PLACES - 3) + [6, 7, 10])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -291,23 +293,20 @@ def test_a_state_that_did_not_move_says_nothing(backend):
     a.states[0, :2] = 0.0
     got = on(a, backend[1])
     keep_clean_rows(got, backend[0])
-    assert got.response[0].tolist() == [3.0, 2.0]
+    assert got.response[0, 0].tolist() == [3.0, 2.0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_row_before_is_found(backend):
     """Not at an image's first step, and not where steps lie between."""
-    at = torch.full((2, 3, PLACES), -1)
-    rows = PLACES - 1
-    at[0, 0, 6 % rows], at[1, 1, 6 % rows], at[0, 2, 3] = 6, 5, 8
-    turn = torch.zeros(3, PLACES, dtype=torch.int64)
-    turn[1, 6 % rows] = 1
+    at, rows = torch.full((3, PLACES), -1), PLACES - 1
+    at[0, 6 % rows], at[1, 6 % rows], at[2, 3] = 6, 5, 8
     steps = torch.tensor([7, 7, 0])
-    a = FindArguments(at, turn, steps, torch.zeros(2, 3, rows - 1, dtype=torch.int64), steps.clone(), steps.clone())
+    a = FindArguments(at, steps, torch.zeros(3, rows - 1, dtype=torch.int64), steps.clone(), steps.clone())
     a = on(a, backend[1])
     find_rows(a, backend[0])
     assert a.before.tolist() == [6 % rows, -1, -1]
-    assert a.at[:, 2].eq(-1).all()
+    assert a.at[2].eq(-1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -318,7 +317,7 @@ def test_the_row_before_is_found(backend):
         ({"table": torch.zeros(12, 7)}, r"replay_drafts: table must be float32 \[K, 8\]"),
         ({"held_clean": torch.zeros(11, 3, 3, 3)}, r"replay_drafts: held_clean must "),
         ({"before": torch.zeros(3, dtype=torch.int64)}, r"replay_drafts: before must be int64 \[S\] = \[4\]"),
-        ({"response": torch.zeros(4, 3)}, r"replay_drafts: response must be float32 \[S, 2\] = \[4, 2\]"),
+        ({"response": torch.zeros(4, 3)}, r"replay_drafts: response must be float32 \[S, 2, 2\] = \[4, 2, 2\]"),
     ],
 )
 def test_wrong_arguments_of_a_replay(change, message, backend):
@@ -332,9 +331,9 @@ def test_wrong_arguments_of_a_replay(change, message, backend):
     ("change", "message"),
     [
         ({"output": torch.zeros(11, 3, 3, 3)}, r"keep_clean_rows: output must "),
-        ({"at": torch.zeros(1, 4, 6, dtype=torch.int64)}, r"keep_clean_rows: at must be int64 \[2, S, M \+ 1\]"),
-        ({"held_clean": torch.zeros(2, 4, 6, 4, 3, 3)}, r"keep_clean_rows: held_clean must "),
-        ({"response": torch.zeros(4)}, r"keep_clean_rows: response must be float32 \[S, 2\]"),
+        ({"at": torch.zeros(3, 7, dtype=torch.int64)}, r"keep_clean_rows: at must be int64 \[S, M \+ 1\]"),
+        ({"held_clean": torch.zeros(4, 7, 4, 3, 3)}, r"keep_clean_rows: held_clean must "),
+        ({"response": torch.zeros(4)}, r"keep_clean_rows: response must be float32 \[S, 2, 2\]"),
     ],
 )
 def test_wrong_arguments_of_keeping(change, message, backend):
@@ -349,8 +348,7 @@ def test_wrong_arguments_of_keeping(change, message, backend):
     [
         ({"committed": torch.tensor([6, 2, 0, 2])}, "committed and lengths must be in order"),
         ({"row_offsets": torch.tensor([8, 5, 7, 7, 10])}, "row_offsets must give slot 0 at least 5 of the 11 rows"),
-        ({"before": torch.tensor([48, -1, 0, 0])}, "before must be below 48, got 48"),
-        ({"turn": torch.full((4, 6), 2)}, "turn must be 0 or 1, got 2"),
+        ({"before": torch.tensor([28, -1, 0, 0])}, "before must be below 28, got 28"),
     ],
 )
 def test_numbers_beyond_their_tensors(change, message):
@@ -359,7 +357,7 @@ def test_numbers_beyond_their_tensors(change, message):
 
 
 @needs_extension
-@pytest.mark.parametrize("name", ["latest", "replaced", "before"])
+@pytest.mark.parametrize("name", ["latest", "before"])
 def test_rows_beyond_those_that_are_held(name):
     a = replaying()
     getattr(a, name).view(-1)[0] = 11
@@ -375,7 +373,7 @@ def test_threads_share_slots(threads):
     many = one._replace(
         **{
             name: getattr(one, name).repeat(8, *[1] * (getattr(one, name).ndim - 1))
-            for name in ("states", "mean", "std", "noise", "steps", "latest", "replaced", "before", "response")
+            for name in ("states", "mean", "std", "noise", "steps", "latest", "before", "response")
         }
     )
     before = torch.get_num_threads()

@@ -229,7 +229,7 @@ def test_law_of_automatic_lengths_with_refused_rows(variance, looks, paying, mon
             return lengths
         at = torch.tensor(now.steps).clamp(max=schedule.num_steps - 1)
         # The noise of this step made the discarded row of the next one.
-        row, after = (refused.latest_places[:, place].clamp(min=0) for place in (0, 1))
+        row, after = (refused.places[:, place].clamp(min=0) for place in (0, 1))
         output = job.head(refused.features[0, row], job.timesteps[at], self.slots.labels)
         mean, _ = job.transition(refused.states[row], output, job.table[at])
         noise = (refused.states[after] - mean).flatten(1) @ axis

@@ -97,9 +97,7 @@ def _check_replay(a: ReplayArguments) -> None:
     if a.held_clean.shape[1] not in (channels, 2 * channels):
         fail(op, "held_clean", f"[N, C or 2 C, H, W] with C = {channels}", a.held_clean)
     layouts.check("latest", a.latest, INT64, "[S, width]")
-    layouts.sizes["width"] = a.latest.shape[1]
-    layouts.check("replaced", a.replaced, INT64, "[S, width]")
-    layouts.check("response", a.response, FLOAT32, "[S, 2]")
+    layouts.check("response", a.response, FLOAT32, "[S, 2, 2]")
     if length < 1 or not a.table.shape[0]:
         fail(op, "L and K", "at least 1", (length, a.table.shape[0]))
 
@@ -193,11 +191,10 @@ def _check_keep(a: KeepArguments) -> None:
     layouts.check("row_offsets", a.row_offsets, INT64, "[S + 1]")
     for name in ("committed", "lengths", "steps"):
         layouts.check(name, getattr(a, name), INT64, "[S]")
-    layouts.check("at", a.at, INT64, "[G, S, M + 1]")
-    sizes["G"], _, sizes["M + 1"] = a.at.shape
-    layouts.check("turn", a.turn, INT64, "[S, M + 1]")
-    layouts.check("held_states", a.held_states, FLOAT32, "[G, S, M + 1, C, H, W]")
-    layouts.check("held_features", a.held_features, (a.features.dtype,), "[B, G, S, M + 1, T, D]")
+    layouts.check("at", a.at, INT64, "[S, M + 1]")
+    sizes["M + 1"] = a.at.shape[1]
+    layouts.check("held_states", a.held_states, FLOAT32, "[S, M + 1, C, H, W]")
+    layouts.check("held_features", a.held_features, (a.features.dtype,), "[B, S, M + 1, T, D]")
     sizes["B"] = a.held_features.shape[0]
 
 
@@ -215,23 +212,26 @@ def _check_keep_clean(a: KeepCleanArguments) -> None:
     layouts.check("table", a.table, FLOAT32, "[K, 8]")
     for name in ("committed", "lengths", "steps", "before"):
         layouts.check(name, getattr(a, name), INT64, "[S]")
-    layouts.check("at", a.at, INT64, "[2, S, M + 1]")
-    layouts.sizes |= {"M + 1": a.at.shape[2], "outputs": outputs}
-    layouts.check("turn", a.turn, INT64, "[S, M + 1]")
-    layouts.check("held_states", a.held_states, FLOAT32, "[2, S, M + 1, C, H, W]")
-    layouts.check("held_clean", a.held_clean, FLOAT32, "[2, S, M + 1, outputs, H, W]")
-    layouts.check("response", a.response, FLOAT32, "[S, 2]")
-    if a.at.shape[2] < 2 or not a.table.shape[0]:
-        fail(op, "M and K", "at least 1", (a.at.shape[2] - 1, a.table.shape[0]))
+    layouts.check("at", a.at, INT64, "[S, M + 1]")
+    layouts.sizes |= {"M + 1": a.at.shape[1], "outputs": outputs}
+    layouts.check("held_states", a.held_states, FLOAT32, "[S, M + 1, C, H, W]")
+    layouts.check("held_clean", a.held_clean, FLOAT32, "[S, M + 1, outputs, H, W]")
+    layouts.check("response", a.response, FLOAT32, "[S, 2, 2]")
+    if a.at.shape[1] - 1 <= a.states.shape[1]:
+        # The row of the step before stays where it is while the rows of the round are kept.
+        fail(op, "M", f"above L = {a.states.shape[1]}", a.at.shape[1] - 1)
+    if not a.table.shape[0]:
+        fail(op, "K", "at least 1", a.table.shape[0])
 
 
 def _check_find(a: FindArguments) -> None:
     op = "find_rows"
-    Layouts(op, None, {}).check("at", a.at, INT64, "[G, S, M + 1]")
-    generations, slots, places = a.at.shape
-    layouts = Layouts(op, a.at.device, {"G": generations, "S": slots, "M + 1": places, "M - 1": places - 2})
-    layouts.check("turn", a.turn, INT64, "[S, M + 1]")
-    layouts.check("places", a.places, INT64, "[G, S, M - 1]")
+    Layouts(op, None, {}).check("at", a.at, INT64, "[S, M + 1]")
+    slots, places = a.at.shape
+    layouts = Layouts(op, a.at.device, {"S": slots})
+    layouts.check("places", a.places, INT64, "[S, width]")
+    if a.places.shape[1] >= places - 1:
+        fail(op, "places", f"[S, W] with W below M = {places - 1}", a.places)
     for name in ("steps", "before", "ahead"):
         layouts.check(name, getattr(a, name), INT64, "[S]")
 
@@ -361,17 +361,16 @@ def replay_drafts(arguments: ReplayArguments, backend: str = "auto") -> None:
     its step: X0_FROM_STATE, by which a clean sample moves if the network's output stays, or 1 where that is not
     positive.
 
-    * Where step j has a row ``latest[s, j]``: known is its clean sample and there its state. Where it replaced another
-      one of the step, ``replaced[s, j]``, both are taken on the line through the two rows, at the point nearest to the
-      draft's state (a secant), no further from the latest row than the two are apart.
+    * Where step j has a row ``latest[s, j]``: known is its clean sample and there its state.
     * Elsewhere known is the clean sample of the draft before and there that draft's mean: the noise of its step is what
       has been learned since. Before the first draft is the row ``before[s]``; where there is none, known is 0, which is
       the mean of normalised data, and the variance channels are 0.
 
-    The response is ``response[s, 0] / response[s, 1]``, at least 0. It is 0 where there is nothing to divide by, and
-    where there is no row before the first draft: the sums are then those of another image.
+    A response is ``response[s, i, 0] / response[s, i, 1]``, at least 0, with i = 1 at rows and i = 0 elsewhere. It is 0
+    where there is nothing to divide by (that of rows is then the other one), and where there is no row before the first
+    draft: the sums are then those of another image.
 
-    Source: the update of a Kalman filter, with the gain measured along the chain (:func:`keep_clean_rows`).
+    Source: the update of a Kalman filter, with the gains measured along the chain (:func:`keep_clean_rows`).
 
     Raises:
         ValueError, TypeError: a wrong argument.
@@ -482,8 +481,7 @@ def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
     """Keep a round's last committed row of each slot and those behind it, in place.
 
     Row j of slot s is kept where ``-1 <= j - committed[s] < M - 1`` and ``j < lengths[s]``. It is of step ``steps[s] +
-    j`` and goes to place ``step % M``, into the generation after the one of the place's latest row, ``turn``. There
-    ``at`` is its step, or -1 if its feature or output is not finite.
+    j`` and goes to place ``step % M``. There ``at`` is its step, or -1 if its feature or output is not finite.
 
     Raises:
         ValueError, TypeError: a wrong argument.
@@ -493,18 +491,23 @@ def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
 
 
 def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> None:
-    """Keep a round's last committed row of each slot and those behind it, and measure the response, in place.
+    """Keep a round's last committed row of each slot and those behind it, and measure the responses, in place.
 
-    Rows and their places are those of :func:`keep_rows` with two generations. ``held_clean`` takes the clean sample
+    Rows and their places are those of :func:`keep_rows`. ``held_clean`` takes the clean sample
     that the row's mean is made of, guided and clipped, and behind it the output's variance channels, if there are any.
     ``at`` is -1 where a row is not finite.
 
-    The response is how far the clean sample moves with the state. With k the last committed step, and x' and mean the
-    state and the mean of the step before it, by the row before or, where it is of an earlier round, by the row
-    ``before[s]``: ``ratio = <x_k - mean, clean_k - clean'> / |x_k - mean|^2 / unit``, the unit being that of
-    :func:`replay_drafts` at step k. Then ``response[s]`` becomes ``0.7
-    response[s] + (ratio, 1)``, whose quotient is a weighted average. It is set to 0 first where ``steps[s]`` is 0,
-    which is a new image's, and is left alone where there is no row before, or the ratio is not finite.
+    A response is how far the clean sample moves with the state. Both are measured at the last committed step k, with
+    the unit of :func:`replay_drafts` there: ``ratio = <x_k - there, clean_k - known> / |x_k - there|^2 / unit``.
+
+    * ``response[s, 0]``, to noise that the draft before has not seen: there and known are mean and clean sample of the
+      step before, by the row before or, where that is of an earlier round, by the row ``before[s]``.
+    * ``response[s, 1]``, to what else moves a state between rounds: there and known are state and clean sample of the
+      row that is held of step k from an earlier round.
+
+    Then ``response[s, i]`` becomes ``0.7 response[s, i] + (ratio, 1)``, whose quotient is a weighted average. Both are
+    set to 0 first where ``steps[s]`` is 0, which is a new image's. One is left alone where there is no such row, or the
+    ratio is not finite.
 
     Raises:
         ValueError, TypeError: a wrong argument.
@@ -517,9 +520,8 @@ def find_rows(arguments: FindArguments, backend: str = "auto") -> None:
     """Where the rows of the next steps are: ``places`` and ``ahead``, in place.
 
     A slot at step 0 has a new image and loses the rows of the one before. Entry j of a slot is of step ``steps[s] +
-    j``, draft j's. ``places[0]`` are its latest rows and ``places[1]`` those that they replaced, as numbers among all
-    G S (M + 1); -1 from the first entry on that has no latest row, and where there is none. ``ahead`` counts the latest
-    rows. ``before`` is the number of the last row of the step before; -1 where there is none, and at step 0.
+    j``, draft j's: the number of its row among all S (M + 1), -1 from the first entry on that has none. ``ahead``
+    counts the rows. ``before`` is the number of the row of the step before; -1 where there is none, and at step 0.
 
     Raises:
         ValueError, TypeError: a wrong argument.

@@ -59,9 +59,8 @@ class ReplayArguments(NamedTuple):
     held_states: Tensor  # float32 [N, C, H, W]
     held_clean: Tensor  # float32 [N, C or 2 C, H, W]
     latest: Tensor  # int64 [S, W]
-    replaced: Tensor  # int64 [S, W]
     before: Tensor  # int64 [S]
-    response: Tensor  # float32 [S, 2]
+    response: Tensor  # float32 [S, 2, 2]
     clip: float  # inf: no clipping
 
 
@@ -109,7 +108,7 @@ class CorrectArguments(NamedTuple):
 
 
 class KeepArguments(NamedTuple):
-    """Arguments of ``keep_rows``: M places of each slot and one for what is not kept, G generations."""
+    """Arguments of ``keep_rows``: M places of each slot and one for what is not kept."""
 
     states: Tensor  # float32 [S, L, C, H, W]
     features: Tensor  # float32, float16 or bfloat16 [B R, T, D]
@@ -118,14 +117,13 @@ class KeepArguments(NamedTuple):
     committed: Tensor  # int64 [S]
     lengths: Tensor  # int64 [S]
     steps: Tensor  # int64 [S]
-    at: Written  # int64 [G, S, M + 1], written
-    turn: Written  # int64 [S, M + 1], written
-    held_states: Written  # float32 [G, S, M + 1, C, H, W], written
-    held_features: Written  # of features' dtype [B, G, S, M + 1, T, D], written
+    at: Written  # int64 [S, M + 1], written
+    held_states: Written  # float32 [S, M + 1, C, H, W], written
+    held_features: Written  # of features' dtype [B, S, M + 1, T, D], written
 
 
 class KeepCleanArguments(NamedTuple):
-    """Arguments of ``keep_clean_rows``: M places of each slot and one for what is not kept, K steps."""
+    """Arguments of ``keep_clean_rows``: M > L places of each slot and one for what is not kept, K steps."""
 
     states: Tensor  # float32 [S, L, C, H, W]
     output: Tensor  # float32, float16 or bfloat16 [B R, C or 2 C, H, W]
@@ -135,11 +133,10 @@ class KeepCleanArguments(NamedTuple):
     steps: Tensor  # int64 [S]
     table: Tensor  # float32 [K, 8]
     before: Tensor  # int64 [S]
-    at: Written  # int64 [2, S, M + 1], written
-    turn: Written  # int64 [S, M + 1], written
-    held_states: Written  # float32 [2, S, M + 1, C, H, W], written
-    held_clean: Written  # float32 [2, S, M + 1, C or 2 C, H, W], written
-    response: Written  # float32 [S, 2], written
+    at: Written  # int64 [S, M + 1], written
+    held_states: Written  # float32 [S, M + 1, C, H, W], written
+    held_clean: Written  # float32 [S, M + 1, C or 2 C, H, W], written
+    response: Written  # float32 [S, 2, 2], written
     guidance_scale: float  # 1: output has no unconditional branch
     guidance_channels: int  # in [0, C]
     clip: float  # inf: no clipping
@@ -148,10 +145,9 @@ class KeepCleanArguments(NamedTuple):
 class FindArguments(NamedTuple):
     """Arguments of ``find_rows``."""
 
-    at: Written  # int64 [G, S, M + 1], written
-    turn: Tensor  # int64 [S, M + 1]
+    at: Written  # int64 [S, M + 1], written
     steps: Tensor  # int64 [S]
-    places: Written  # int64 [G, S, M - 1], written
+    places: Written  # int64 [S, W], W < M, written
     before: Written  # int64 [S], written
     ahead: Written  # int64 [S], written
 

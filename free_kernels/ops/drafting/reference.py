@@ -33,7 +33,7 @@ from free_kernels.ops.drafting.arguments import (
 
 # What a squared gap that is not finite counts as in the sums of a run.
 LARGEST_GAP_SQ = 1e30
-# What a round's response weighs in the next round's average: about three rounds count.
+# What a round's responses weigh in the next round's averages: about three rounds count.
 RESPONSE_DECAY = 0.7
 
 
@@ -52,13 +52,6 @@ def draft_rows(a: RowArguments) -> tuple[Tensor, Tensor]:
     if a.active is not None:
         state, t = state[a.active], t[a.active]
     return state.repeat(a.branches, 1, 1, 1), t.repeat(a.branches)
-
-
-def share_of_way(state: Tensor, latest: Tensor, replaced: Tensor) -> Tensor:
-    """How far states ``[S, D]`` lie along the way from replaced to latest rows, in its lengths, held in [-1, 1]."""
-    way = latest - replaced
-    along = ((state - latest) * way).sum(1)
-    return (along / way.square().sum(1).clamp(min=torch.finfo(way.dtype).tiny)).clamp(-1.0, 1.0)
 
 
 def advance_drafts(a: AdvanceArguments) -> None:
@@ -88,16 +81,21 @@ def response_unit(from_state: Tensor) -> Tensor:
     return torch.where(from_state > 0, from_state, 1.0)
 
 
-def response_of(response: Tensor) -> Tensor:
-    """The response ``[S, 1, 1, 1]`` of the clean sample to the state: the average that sums ``[S, 2]`` hold."""
-    total, weight = response.view(-1, 2, 1, 1, 1).unbind(1)
-    return torch.where(weight > 0, total / weight, 0.0).clamp(min=0.0)
+def responses_of(response: Tensor) -> tuple[Tensor, Tensor]:
+    """The responses ``[S, 1, 1, 1]`` to new noise and to other noise: the averages that sums ``[S, 2, 2]`` hold.
+
+    Where nothing is known of the second it is taken for the first.
+    """
+    total, weight = response.view(-1, 2, 2, 1, 1, 1).unbind(2)
+    average = torch.where(weight > 0, total / weight, 0.0).clamp(min=0.0)
+    to_new, to_other = average.unbind(1)
+    return to_new, torch.where(weight[:, 1] > 0, to_other, to_new)
 
 
 def replay_drafts(a: ReplayArguments) -> None:
     """See ``free_kernels.ops.drafting.api.replay_drafts``."""
     length, channels = a.states.shape[1:3]
-    response, last = response_of(a.response), len(a.table) - 1
+    last = len(a.table) - 1
 
     def column(step: Tensor, which: int) -> Tensor:
         return a.table[step.clamp(0, last), which].view(-1, 1, 1, 1)
@@ -108,7 +106,7 @@ def replay_drafts(a: ReplayArguments) -> None:
     state, said = held(a.before)
     known = (a.before >= 0).view(-1, 1, 1, 1)
     # Without a row before the sums are those of the slot's last image.
-    response = torch.where(known, response, 0.0)
+    to_new, to_other = (torch.where(known, response, 0.0) for response in responses_of(a.response))
     # A row that is not there may hold anything.
     said = torch.where(known, said, 0.0)
     mean = (
@@ -116,18 +114,12 @@ def replay_drafts(a: ReplayArguments) -> None:
     )
     mean = torch.where(known, mean, a.states[:, 0])
     for j in range(length - 1):
-        state, at = a.states[:, j], mean
+        state, at, response = a.states[:, j], mean, to_new
         if j < a.latest.shape[1]:
-            latest, replaced = a.latest[:, j], a.replaced[:, j]
-            there, known = held(latest)
-            older, before = held(replaced)
-            share = share_of_way(state.flatten(1), there.flatten(1), older.flatten(1)).view(-1, 1, 1, 1)
-            twice = ((latest >= 0) & (replaced >= 0)).view(-1, 1, 1, 1)
-            there, known = (
-                torch.where(twice, now + share * (now - then), now) for now, then in ((there, older), (known, before))
-            )
-            served = (latest >= 0).view(-1, 1, 1, 1)
+            there, known = held(a.latest[:, j])
+            served = (a.latest[:, j] >= 0).view(-1, 1, 1, 1)
             at, said = torch.where(served, there, at), torch.where(served, known, said)
+            response = torch.where(served, to_other, to_new)
         step = a.steps + j
         here = response * response_unit(column(step, X0_FROM_STATE))
         clean = torch.addcmul(said[:, :channels], here, state - at).clamp(-a.clip, a.clip)
@@ -201,32 +193,29 @@ def _take_places(a: KeepArguments | KeepCleanArguments, finite: Tensor) -> Tenso
     Returns:
         Where each row goes among all, int64 ``[S L]``; those that are not kept share a place.
     """
-    generations, slots, places = a.at.shape
+    slots, places = a.at.shape
     rows, j = places - 1, torch.arange(a.states.shape[1], device=a.steps.device)
     behind = j - a.committed.unsqueeze(1)
     taken = (behind >= -1) & (behind < rows - 1) & (j < a.lengths.unsqueeze(1))
     step = a.steps.unsqueeze(1) + j
     first = torch.arange(slots, device=j.device).unsqueeze(1) * places
     place = (torch.where(taken, step % rows, rows) + first).flatten()
-    turn = (a.turn.view(-1).index_select(0, place) + 1) % generations
-    a.turn.view(-1).index_copy_(0, place, turn)
-    index = place + turn * a.turn.numel()
-    a.at.view(-1).index_copy_(0, index, torch.where(taken & finite, step, -1).flatten())
-    a.held_states.flatten(0, 2).index_copy_(0, index, a.states.flatten(0, 1))
-    return index
+    a.at.view(-1).index_copy_(0, place, torch.where(taken & finite, step, -1).flatten())
+    a.held_states.flatten(0, 1).index_copy_(0, place, a.states.flatten(0, 1))
+    return place
 
 
 def keep_rows(a: KeepArguments) -> None:
     """See ``free_kernels.ops.drafting.api.keep_rows``."""
-    slots, branches = a.at.shape[1], a.held_features.shape[0]
+    slots, branches = a.at.shape[0], a.held_features.shape[0]
     features = a.features.unflatten(0, (branches, -1))
     output = a.output.unflatten(0, (branches, -1))
     j = torch.arange(a.states.shape[1], device=a.steps.device)
     packed = (a.row_offsets[:-1].unsqueeze(1) + j).clamp_(max=features.shape[1] - 1).flatten()
     features, output = features.index_select(1, packed), output.index_select(1, packed)
     finite = features.isfinite().flatten(2).all(2).all(0) & output.isfinite().flatten(2).all(2).all(0)
-    index = _take_places(a, finite.view(slots, -1))
-    a.held_features.flatten(1, 3).index_copy_(1, index, features)
+    place = _take_places(a, finite.view(slots, -1))
+    a.held_features.flatten(1, 2).index_copy_(1, place, features)
 
 
 def keep_clean_rows(a: KeepCleanArguments) -> None:
@@ -241,54 +230,59 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
     column = a.table[step.clamp(max=len(a.table) - 1)].view(slots, length, -1, 1, 1, 1).unbind(2)
     unclipped = torch.addcmul(column[X0_FROM_STATE] * a.states, column[X0_FROM_OUTPUT], output[:, :, :channels])
     clean = unclipped.clamp(-a.clip, a.clip)
-    _add_response(a, clean, column)
+    _add_responses(a, clean, column)
     said = torch.cat([clean, output[:, :, channels:]], 2)
     finite = unclipped.isfinite().flatten(2).all(2) & said.isfinite().flatten(2).all(2)
-    a.held_clean.flatten(0, 2).index_copy_(0, _take_places(a, finite), said.flatten(0, 1))
+    a.held_clean.flatten(0, 1).index_copy_(0, _take_places(a, finite), said.flatten(0, 1))
 
 
-def _add_response(a: KeepCleanArguments, clean: Tensor, column: tuple[Tensor, ...]) -> None:
-    """Take what the last committed step of each slot says of the response into its sums."""
-    every = torch.arange(len(a.steps), device=a.steps.device)
+def _add_responses(a: KeepCleanArguments, clean: Tensor, column: tuple[Tensor, ...]) -> None:
+    """Take what the last committed step of each slot says of the responses into their sums."""
+    every, places = torch.arange(len(a.steps), device=a.steps.device), a.at.shape[1]
     last = (a.committed - 1).clamp_(min=0)
+    state, said, step = a.states[every, last], clean[every, last], a.steps + last
+    unit = response_unit(column[X0_FROM_STATE][every, last].flatten())
+
+    def held(place: Tensor) -> tuple[Tensor, Tensor]:
+        return a.held_states.flatten(0, 1)[place], a.held_clean.flatten(0, 1)[place, : clean.shape[2]]
+
+    # To new noise: the step before is one of this round, or its row is held.
     previous, within = (last - 1).clamp_(min=0), a.committed >= 2
-    # The step before the last committed one: of this round, or the row that is held of it.
-    old, held = a.before.clamp(min=0), within.view(-1, 1, 1, 1)
-    state = torch.where(held, a.states[every, previous], a.held_states.flatten(0, 2)[old])
-    there = torch.where(held, clean[every, previous], a.held_clean.flatten(0, 2)[old, : clean.shape[2]])
+    choice = within.view(-1, 1, 1, 1)
+    old_state, old_clean = held(a.before.clamp(min=0))
+    old_state = torch.where(choice, a.states[every, previous], old_state)
+    old_clean = torch.where(choice, clean[every, previous], old_clean)
     outside = a.table[(a.steps - 1).clamp(0, len(a.table) - 1)]
     from_clean, from_state = (
-        torch.where(held, column[which][every, previous], outside[:, which].view(-1, 1, 1, 1))
+        torch.where(choice, column[which][every, previous], outside[:, which].view(-1, 1, 1, 1))
         for which in (MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0)
     )
-    moved = (a.states[every, last] - torch.addcmul(from_clean * there, from_state, state)).flatten(1)
-    changed = (clean[every, last] - there).flatten(1)
-    unit = response_unit(column[X0_FROM_STATE][every, last].flatten())
-    ratio = (moved * changed).sum(1) / moved.square().sum(1) / unit
-    known = (a.committed >= 1) & (within | (a.before >= 0)) & ratio.isfinite()
-    sums = torch.where((a.steps == 0).unsqueeze(1) & (a.lengths > 0).unsqueeze(1), 0.0, a.response)
-    added = RESPONSE_DECAY * sums + torch.stack([ratio, torch.ones_like(ratio)], 1)
-    a.response.copy_(torch.where(known.unsqueeze(1), added, sums))
+    pairs = [(torch.addcmul(from_clean * old_clean, from_state, old_state), old_clean, within | (a.before >= 0))]
+    # To other noise: the row that an earlier round asked about at the same step.
+    place = step % (places - 1) + every * places
+    pairs.append((*held(place), a.at.view(-1)[place] == step))
+    new_image = ((a.steps == 0) & (a.lengths > 0)).unsqueeze(1)
+    for number, (start, known, there) in enumerate(pairs):
+        moved, changed = (state - start).flatten(1), (said - known).flatten(1)
+        ratio = (moved * changed).sum(1) / moved.square().sum(1) / unit
+        known = (a.committed >= 1) & there & ratio.isfinite()
+        sums = torch.where(new_image, 0.0, a.response[:, number])
+        added = RESPONSE_DECAY * sums + torch.stack([ratio, torch.ones_like(ratio)], 1)
+        a.response[:, number] = torch.where(known.unsqueeze(1), added, sums)
 
 
 def find_rows(a: FindArguments) -> None:
     """See ``free_kernels.ops.drafting.api.find_rows``."""
-    generations, slots, places = a.at.shape
-    rows = places - 1
+    (slots, places), width = a.at.shape, a.places.shape[1]
+    rows, first = places - 1, torch.arange(slots, device=a.steps.device) * places
     a.at.masked_fill_((a.steps == 0).unsqueeze(1), -1)
-    step = a.steps.unsqueeze(1) + torch.arange(rows - 1, device=a.steps.device)
-    place = step % rows + torch.arange(slots, device=step.device).unsqueeze(1) * places
-    turn = a.turn.view(-1)[place]
-    for generation in range(generations):
-        index = place + ((turn + generation) % generations) * a.turn.numel()
-        held = torch.where(a.at.view(-1)[index] == step, index, -1)
-        if generation == 0:
-            unbroken = (held >= 0).to(torch.int64).cumprod(1)
-        a.places[generation] = torch.where(unbroken > 0, held, -1)
+    step = a.steps.unsqueeze(1) + torch.arange(width, device=a.steps.device)
+    place = step % rows + first.unsqueeze(1)
+    unbroken = (a.at.view(-1)[place] == step).to(torch.int64).cumprod(1)
+    a.places.copy_(torch.where(unbroken > 0, place, -1))
     a.ahead.copy_(unbroken.sum(1))
-    place = (a.steps - 1) % rows + torch.arange(slots, device=step.device) * places
-    index = place + a.turn.view(-1)[place] * a.turn.numel()
-    a.before.copy_(torch.where((a.steps > 0) & (a.at.view(-1)[index] == a.steps - 1), index, -1))
+    place = (a.steps - 1) % rows + first
+    a.before.copy_(torch.where((a.steps > 0) & (a.at.view(-1)[place] == a.steps - 1), place, -1))
 
 
 def tally_round(a: TallyArguments) -> Tensor:

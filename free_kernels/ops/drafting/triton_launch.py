@@ -46,8 +46,8 @@ INTERPRETED = not isinstance(advance_kernel, triton.runtime.JITFunction)
 # Elements of a program that shares a state with others, and of one that has it alone or copies a row, which should
 # have many loads on their way at once.
 _SHARED_BLOCK, _ALONE_BLOCK, _TALLY_BLOCK = 256, 2048, 1024
-# The most elements at a time of a program that makes all drafts of a slot.
-_REPLAY_BLOCK = 1024
+# The most elements at a time of a program that keeps a row and its clean sample.
+_KEEP_BLOCK = 1024
 # Slots of a program that has nothing else to do.
 _SLOTS = 32
 
@@ -107,15 +107,13 @@ def replay_drafts(a: ReplayArguments) -> None:
     numel, output_numel = math.prod(latent), math.prod(a.held_clean.shape[1:])
     if not slots or length == 1:
         return
-    block = block_for(numel, _REPLAY_BLOCK)
-    scratch = a.states.new_empty(slots, output_numel), a.states.new_empty(slots, numel)
     with current(a.states):
-        replay_kernel[(slots,)](
-            *(*a[:-1], *scratch, float(a.clip), length, a.latest.shape[1], len(a.table), numel, output_numel),
+        replay_kernel[(slots * triton.cdiv(numel, _SHARED_BLOCK),)](
+            *(*a[:-1], float(a.clip), length, a.latest.shape[1], len(a.table), numel, output_numel),
             LEARNED=output_numel > numel,
             CLIPPED=not math.isinf(a.clip),
-            BLOCK=block,
-            num_warps=many_warps(block, warp_size(a.states.device)),
+            BLOCK=_SHARED_BLOCK,
+            num_warps=warps_for(_SHARED_BLOCK, warp_size(a.states.device)),
         )
 
 
@@ -123,14 +121,14 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
     """Contract of :func:`free_kernels.ops.drafting.keep_clean_rows`; arguments have been checked."""
     slots, length, channels, *latent = a.states.shape
     pixels, branches = math.prod(latent), 1 if a.guidance_scale == 1.0 else 2
-    sizes = length, slots, a.turn.shape[1], a.output.shape[0] // branches, len(a.table)
+    sizes = length, a.at.shape[1], a.output.shape[0] // branches, len(a.table)
     numels = channels * pixels, a.guidance_channels * pixels, a.output.shape[1] * pixels
     if not slots:
         return
-    block = block_for(numels[0], _REPLAY_BLOCK)
+    block = block_for(numels[0], _KEEP_BLOCK)
     with current(a.states):
         keep_clean_kernel[(slots * length,)](
-            *(*a[:13], float(a.guidance_scale), float(a.clip), *sizes, *numels),
+            *(*a[:12], float(a.guidance_scale), float(a.clip), *sizes, *numels),
             **switches(a),
             BLOCK=block,
             num_warps=many_warps(block, warp_size(a.states.device)),
@@ -140,7 +138,7 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
 def keep_rows(a: KeepArguments) -> None:
     """Contract of :func:`free_kernels.ops.drafting.keep_rows`; arguments have been checked."""
     slots, length = a.states.shape[:2]
-    generations, _, places = a.at.shape
+    places = a.at.shape[1]
     branches = a.held_features.shape[0]
     numels = (math.prod(part.shape[axis:]) for part, axis in ((a.states, 2), (a.features, 1), (a.output, 1)))
     if not slots:
@@ -150,7 +148,6 @@ def keep_rows(a: KeepArguments) -> None:
             *a,
             *(length, slots, places, a.features.shape[0] // branches, *numels),
             BRANCHES=branches,
-            GENERATIONS=generations,
             BLOCK=_TALLY_BLOCK,
             num_warps=many_warps(_TALLY_BLOCK, warp_size(a.states.device)),
         )
@@ -158,14 +155,13 @@ def keep_rows(a: KeepArguments) -> None:
 
 def find_rows(a: FindArguments) -> None:
     """Contract of :func:`free_kernels.ops.drafting.find_rows`; arguments have been checked."""
-    generations, slots, places = a.at.shape
+    slots, places = a.at.shape
     if not slots:
         return
     with current(a.at):
         find_kernel[(slots,)](
             *a,
-            *(slots, places),
-            GENERATIONS=generations,
+            *(places, a.places.shape[1]),
             ENTRIES=triton.next_power_of_2(places),
             num_warps=1,
         )
@@ -298,13 +294,11 @@ _FLOATS = (
     "held_states",
     "held_clean",
     "response",
-    "said",
-    "last",
     "next_states",
     "gap_sq",
 )
 _FLOATS += ("state", "previous", "table", "out_previous", "out_state")
-_INTEGERS = ("rows", "replaced", "row_offsets", "committed", "lengths", "steps", "at", "turn", "places", "ahead")
+_INTEGERS = ("rows", "row_offsets", "committed", "lengths", "steps", "at", "places", "ahead")
 _INTEGERS += ("current", "timesteps", "network_steps", "images", "numbers", "indices", "rounds", "latest", "active")
 _INTEGERS += ("before", "labels", "chosen", "t", "y", "out_t", "out_y")
 # Of the output's dtype.
@@ -322,7 +316,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         name = kernel.__name__
         floats = {f"p_{given}": POINTERS[dtype] for given in _GIVEN}
         said = " ".join(f"{key.lower()}={value}" for key, value in values.items() if value is not None)
-        warps = many_warps if kernel in (replay_kernel, keep_kernel, keep_clean_kernel) else warps_for
+        warps = many_warps if kernel in (keep_kernel, keep_clean_kernel) else warps_for
         sizes = ("numel", "guided_numel", "output_stride", "feature_numel", "output_numel", "state_numel")
         fixed = [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize]
         found.append(
@@ -342,13 +336,13 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     for dtype, switches in product(dtypes, product((False, True), repeat=3)):
         values = dict(zip(flags, switches, strict=True))
         add(advance_kernel, dtype, _SHARED_BLOCK, values, aligned=dtype != torch.float16)
-        for block in (64, _REPLAY_BLOCK):
+        for block in (64, _KEEP_BLOCK):
             add(keep_clean_kernel, dtype, block, values, aligned=block > 64)
-            if dtype == torch.float32 and not values["GUIDED"]:
-                replayed = {flag: values[flag] for flag in ("LEARNED", "CLIPPED")}
-                add(replay_kernel, dtype, block, replayed, aligned=block > 64)
+    for learned, clipped, aligned in product((False, True), repeat=3):
+        values = {"LEARNED": learned, "CLIPPED": clipped}
+        add(replay_kernel, torch.float32, _SHARED_BLOCK, values, aligned=aligned)
     for dtype, branches in product(dtypes, (1, 2)):
-        add(keep_kernel, dtype, _TALLY_BLOCK, {"BRANCHES": branches, "GENERATIONS": 1})
+        add(keep_kernel, dtype, _TALLY_BLOCK, {"BRANCHES": branches})
     for dtype, drafts in product(dtypes, (32, 256)):
         add(tally_kernel, dtype, _TALLY_BLOCK, {"PADDED_DRAFTS": drafts})
         for kernel, chosen in product((join_kernel, errors_kernel), (False, True)):
@@ -356,8 +350,8 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     for dtype, branches, block, active in product(dtypes, (1, 2), (64, _ALONE_BLOCK), (False, True)):
         values = {"BRANCHES": branches, "STATE_BLOCK": block} | ({} if active else {"p_active": None})
         add(correct_kernel, dtype, _ALONE_BLOCK, values)
-    for generations, entries in product((1, 2), (2, 32)):
-        add(find_kernel, torch.float32, 0, {"GENERATIONS": generations, "ENTRIES": entries})
+    for entries in (2, 32):
+        add(find_kernel, torch.float32, 0, {"ENTRIES": entries})
     for length in (32, 256):
         add(open_kernel, torch.float32, _TALLY_BLOCK, {"PADDED_LENGTH": length})
     add(renew_kernel, torch.float32, _SLOTS, {})

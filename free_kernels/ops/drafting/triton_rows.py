@@ -33,9 +33,9 @@ def _count_wrong(p_from, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "slots", "places", "packed"])
 def keep_kernel(
-    p_states, p_features, p_output, p_row_offsets, p_committed, p_lengths, p_steps, p_at, p_turn, p_held_states,
+    p_states, p_features, p_output, p_row_offsets, p_committed, p_lengths, p_steps, p_at, p_held_states,
     p_held_features, length, slots, places, packed, numel, feature_numel, output_numel,
-    BRANCHES: tl.constexpr, GENERATIONS: tl.constexpr, BLOCK: tl.constexpr,
+    BRANCHES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Keep one row of one slot."""
     i_slot, j = tl.program_id(0) // length, tl.program_id(0) % length
@@ -44,60 +44,39 @@ def keep_kernel(
     if (behind >= -1) & (behind < rows - 1) & (j < tl.load(p_lengths + i_slot)):
         packed_row = tl.load(p_row_offsets + i_slot) + j
         step = tl.load(p_steps + i_slot) + j
-        place = i_slot.to(tl.int64) * places + step % rows
-        turn = (tl.load(p_turn + place) + 1) % GENERATIONS
-        index = turn * slots * places + place
+        index = i_slot.to(tl.int64) * places + step % rows
         _copy(p_states + (i_slot.to(tl.int64) * length + j) * numel, p_held_states + index * numel, numel, BLOCK)
         wrong = 0
         for branch in tl.static_range(BRANCHES):
             from_row = packed_row + branch * packed
-            to_row = index + branch * GENERATIONS * slots * places
+            to_row = index + branch * slots * places
             wrong += _copy(
                 p_features + from_row * feature_numel, p_held_features + to_row * feature_numel, feature_numel, BLOCK
             )
             wrong += _count_wrong(p_output + from_row * output_numel, output_numel, BLOCK)
-        tl.store(p_turn + place, turn)
         tl.store(p_at + index, tl.where(wrong == 0, step, -1))
 
 
-@triton.jit
-def _found(p_at, p_turn, step, place, mask, turns_on, all_places, GENERATIONS: tl.constexpr):
-    """Number of the row of each step, -1 where there is none."""
-    b_turn = (tl.load(p_turn + place, mask=mask, other=0) + turns_on) % GENERATIONS
-    b_index = b_turn * all_places + place
-    return tl.where(tl.load(p_at + b_index, mask=mask, other=-2) == step, b_index, -1)
-
-
-@triton.jit(do_not_specialize=["slots", "places"])
-def find_kernel(
-    p_at, p_turn, p_steps, p_places, p_before, p_ahead, slots, places, GENERATIONS: tl.constexpr, ENTRIES: tl.constexpr
-):
+@triton.jit(do_not_specialize=["places", "width"])
+def find_kernel(p_at, p_steps, p_places, p_before, p_ahead, places, width, ENTRIES: tl.constexpr):
     """Rows of the steps ahead of one slot."""
     i_slot = tl.program_id(0).to(tl.int64)
-    rows, all_places = places - 1, slots.to(tl.int64) * places
+    rows, p_own = places - 1, p_at + i_slot * places
     o = tl.arange(0, ENTRIES)
-    mask = o < rows - 1
+    mask = o < width
     first = tl.load(p_steps + i_slot)
-    step = first + o
-    place = i_slot * places + step % rows
-    b_latest = _found(p_at, p_turn, step, place, mask, 0, all_places, GENERATIONS)
+    place = (first + o) % rows
+    b_there = tl.load(p_own + place, mask=mask, other=-2) == first + o
+    last = (first - 1 + rows) % rows
+    is_before = (first > 0) & (tl.load(p_own + last) == first - 1)
     if first == 0:
         # The rows of the image before.
-        for generation in tl.static_range(GENERATIONS):
-            p_old = p_at + generation * all_places + i_slot * places
-            tl.store(p_old + o, tl.full([ENTRIES], -1, tl.int64), mask=o < places)
-        b_latest = tl.full([ENTRIES], -1, tl.int64)
-    ahead = tl.min(tl.where(mask & (b_latest >= 0), rows - 1, tl.minimum(o, rows - 1)), 0)
+        tl.store(p_own + o, tl.full([ENTRIES], -1, tl.int64), mask=o < places)
+        b_there = o < 0
+    ahead = tl.min(tl.where(mask & b_there, width, tl.minimum(o, width)), 0)
     tl.store(p_ahead + i_slot, ahead.to(tl.int64))
-    last = i_slot * places + (first - 1 + rows) % rows
-    before = last + tl.load(p_turn + last) * all_places
-    tl.store(p_before + i_slot, tl.where((first > 0) & (tl.load(p_at + before) == first - 1), before, -1))
-    served = o < ahead
-    p_own = p_places + i_slot * (rows - 1) + o
-    tl.store(p_own, tl.where(served, b_latest, -1), mask=mask)
-    if GENERATIONS > 1:
-        b_replaced = _found(p_at, p_turn, step, place, mask, 1, all_places, GENERATIONS)
-        tl.store(p_own + slots.to(tl.int64) * (rows - 1), tl.where(served, b_replaced, -1), mask=mask)
+    tl.store(p_before + i_slot, tl.where(is_before, i_slot * places + last, -1))
+    tl.store(p_places + i_slot * width + o, tl.where(o < ahead, i_slot * places + place, -1), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "drafts", "draft", "width"])
