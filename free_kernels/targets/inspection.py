@@ -30,31 +30,47 @@ def _label(name: str, module: nn.Module) -> str:
     return f"{name or 'the module'} ({type(module).__name__})"
 
 
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The modules of ``module.modules()``, in its order; every run asks, and the generator takes four times as long."""
+    found, ahead = {}, [module]
+    while ahead:
+        part = ahead.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            ahead += [child for child in reversed(part._modules.values()) if child is not None]
+    return list(found.values())
+
+
+def _named(module: nn.Module, part: nn.Module) -> str:
+    """How a message calls one of a module's parts."""
+    return next(_label(name, each) for name, each in module.named_modules() if each is part)
+
+
 def refuse_unsafe(where: str, module: nn.Module) -> None:
     """Raise ValueError where calls of a module, or of its parts, are not one fixed function of their inputs.
 
     That is: a sub-module in training mode, weights that hooks move or that are spread over processes, caches of steps.
     The message names the sub-module.
     """
-    for name, part in module.named_modules():
+    for part in parts_of(module):
         held = vars(part)
         # Lists of modules compute nothing: a new one around blocks in evaluation mode is in training mode.
         if part.training and type(part).forward is not nn.Module.forward:
-            fail(where, "module", "in evaluation mode (call .eval())", f"{_label(name, part)} in training mode")
+            fail(where, "module", "in evaluation mode (call .eval())", f"{_named(module, part)} in training mode")
         if is_sharded(part):
-            fail(where, "module", "whole in each process", f"the sharded {_label(name, part)}")
+            fail(where, "module", "whole in each process", f"the sharded {_named(module, part)}")
         if "_hf_hook" in held:
             # They move weights when a sub-module's own forward begins, which is not what is called here.
-            found = f"accelerate's {type(held['_hf_hook']).__name__} on {_label(name, part)}"
+            found = f"accelerate's {type(held['_hf_hook']).__name__} on {_named(module, part)}"
             fail(where, "module", "without offload hooks (remove_hook_from_module takes them off)", found)
         hooks = getattr(held.get("_diffusers_hook", _NO_HOOKS), "hooks", {"unknown": None})
         if hooks:
-            found = f"{', '.join(map(str, hooks))} on {_label(name, part)}"
+            found = f"{', '.join(map(str, hooks))} on {_named(module, part)}"
             fail(where, "module", "without hooks of diffusers, which carry state from call to call", found)
         library = type(part).__module__.partition(".")[0]
         cache = f"a cache of {library}" if library in _CACHE_LIBRARIES else _step_cache(part)
         if cache:
-            found = f"{cache} on {_label(name, part)}"
+            found = f"{cache} on {_named(module, part)}"
             fail(where, "module", "without a cache of earlier steps, which sampling would bypass", found)
 
 
@@ -149,14 +165,17 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             tuple(map(id, part._forward_pre_hooks.values())),
             tuple((key, value) for key, value in vars(part).items() if type(value) in _PLAIN_VALUES),
         )
-        for part in module.modules()
+        for part in parts_of(module)
     )
     return parts, tuple(_stamp(weight) for weight in _tensors(module))
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    parts = parts_of(module)
+    for kind in ("_parameters", "_buffers"):
+        # One that modules share comes once.
+        held = (tensor for part in parts for tensor in getattr(part, kind).values() if tensor is not None)
+        yield from {id(tensor): tensor for tensor in held}.values()
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:
