@@ -41,14 +41,15 @@ def wall_clock(report: dict[str, Any]) -> list[str]:
     """Ratios with their spread, and where the time goes."""
     facts = report["machine"]
     lines = [
-        f"Wall-clock of `ancestral_sample` over `sample`, learned drafter, interleaved pairs, on {facts['cpu']} with "
+        f"Wall-clock of `ancestral_sample` over `sample`, interleaved pairs, on {facts['cpu']} with "
         f"{facts['threads']} threads, torch {facts['torch']}, float32; compiled: "
         f"`torch.compile` of target and drafter on both sides (`{report['command']}`):",
         "",
         *table(
-            ["batch", "draft length", "compiled", "ratio", "range", "pairs"],
+            ["drafter", "batch", "draft length", "compiled", "ratio", "range", "pairs"],
             (
                 [
+                    row["drafter"],
                     str(row["batch"]),
                     str(row["draft_length"]),
                     "yes" if row.get("compiled") else "no",
@@ -63,8 +64,9 @@ def wall_clock(report: dict[str, Any]) -> list[str]:
     first = report["profiles"][0]
     parts = ", ".join(f"{name} {part['share']:.0%}" for name, part in first["parts"].items() if part["share"] >= 0.01)
     lines += [
-        f"Where a round's time goes at batch {first['batch']}, L = {first['draft_length']}: {parts}. A round takes "
-        f"{first['ms_per_round']:.2f} ms, a step of the ordinary sampler {first['ms_per_ordinary_step']:.2f} ms.",
+        f"Where a round's time goes with the learned drafter at batch {first['batch']}, L = {first['draft_length']}: "
+        f"{parts}. A round takes {first['ms_per_round']:.2f} ms, a step of the ordinary sampler "
+        f"{first['ms_per_ordinary_step']:.2f} ms.",
     ]
     return lines
 

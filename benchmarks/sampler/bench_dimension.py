@@ -94,7 +94,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True, constrained_layout=True)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, constrained_layout=True)
     lengths = sorted({row["length"] for row in rows})
     styles = {True: "-", False: ":", None: "--"}
     for panel, share, title in zip(panels, (0.0, 0.8), ("frozen drafter", "a drafter five times better"), strict=True):
@@ -110,7 +110,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 panel.plot(*zip(*sorted(line), strict=True), styles[reuse], color=f"C{number}", marker=".", label=label)
         panel.set(xscale="log", title=title, xlabel="dimension of a state")
     panels[0].set_ylabel("steps per target call")
-    panels[1].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=150)
 
 

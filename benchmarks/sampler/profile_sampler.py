@@ -156,23 +156,25 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
 
 
 def ratios(
-    device: str, batch: int, lengths: tuple[int | str, ...], pairs: int, *, compiled: bool = False
+    device: str, batch: int, lengths: tuple[int | str, ...], pairs: int, *, frozen: bool = False, compiled: bool = False
 ) -> list[dict[str, Any]]:
     """Wall-clock ratios by draft length, interleaved with the ordinary sampler; ``compiled`` holds for both."""
     target, drafter = digits(device)
     if compiled:
         target = DiTTarget(target.module, compile=True)
         drafter.compile()
+    used = "frozen" if frozen else drafter
     labels = torch.arange(batch, device=device) % 10
 
     def ordinary(seed: int) -> SampleResult:
         return ancestral_sample(target, labels, seed=seed)
 
     def speculative(length: int | str) -> Callable[[int], SampleResult]:
-        return lambda seed: sample(target, labels, drafter=drafter, draft_length=length, seed=seed)
+        return lambda seed: sample(target, labels, drafter=used, draft_length=length, seed=seed)
 
     found = [(length, wall_clock_ratio(ordinary, speculative(length), batch, pairs)) for length in lengths]
-    return [{"draft_length": length, "compiled": compiled, **vars(ratio)} for length, ratio in found]
+    how = {"drafter": "frozen" if frozen else "learned", "compiled": compiled}
+    return [{"draft_length": length, **how, **vars(ratio)} for length, ratio in found]
 
 
 def main() -> None:
@@ -197,6 +199,10 @@ def main() -> None:
         "ratios": []
         if arguments.only_parts
         else [
+            *ratios(device, 1, (4, 6, 8, 12, 16, "auto"), pairs, frozen=True),
+            *ratios(device, 8, (6, 12), min(5, pairs), frozen=True),
+            *ratios(device, 64, (4, 6, "auto"), min(3, pairs), frozen=True),
+            *ratios(device, 1, (6, 12), pairs, frozen=True, compiled=True),
             *ratios(device, 1, (2, 4, 6, 8, 12), pairs),
             *ratios(device, 8, (6, 12), min(5, pairs)),
             *ratios(device, 64, (4, 6, "auto"), min(3, pairs)),
@@ -211,11 +217,13 @@ def main() -> None:
         )
         for name, part in entry["parts"].items():
             print(f"  {name:18s} {part['ms']:7.2f} ms {part['share']:6.1%}")
-    print("\nbatch  L  ratio (range)")
+    print("\nbatch  L  drafter  ratio (range)")
     for entry in report["ratios"]:
         span = f"({entry['low']:.2f} to {entry['high']:.2f})"
         how = ", compiled" if entry["compiled"] else ""
-        print(f"{entry['batch']:5d} {entry['draft_length']:>4}  {entry['median']:.2f} {span}{how}")
+        print(
+            f"{entry['batch']:5d} {entry['draft_length']:>4}  {entry['drafter']:7s}  {entry['median']:.2f} {span}{how}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {out}")
