@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -82,8 +83,12 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, 
         raise FileNotFoundError(f"load_checkpoint: path must be an existing file, got {path}")
     try:
         # safetensors 0.8.0 turns an interrupt within a read into a ValueError; signals reach the main thread only.
+        stopped = threading.Event()
         with ThreadPoolExecutor(1) as reader:
-            tensors, metadata = reader.submit(_read, path).result()
+            try:
+                tensors, metadata = reader.submit(_read, path, stopped).result()
+            finally:
+                stopped.set()
     except _UNREADABLE as error:
         raise CheckpointError(f"load_checkpoint: {path} must be a complete safetensors file, got {error}") from error
     if not isinstance(metadata, dict) or metadata.get("kind") != kind:
@@ -92,11 +97,12 @@ def load_checkpoint(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, 
     return tensors, metadata
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Any]:
-    """All tensors of a safetensors file, and our entry of its metadata."""
+def _read(path: Path, stopped: threading.Event) -> tuple[dict[str, Tensor], Any]:
+    """All tensors of a safetensors file, and our entry of its metadata; fewer once nobody waits for them."""
     with safe_open(path, framework="pt") as handle:
         metadata = json.loads((handle.metadata() or {}).get(METADATA_KEY, "null"))
-        return {name: handle.get_tensor(name) for name in handle.keys()}, metadata  # noqa: SIM118
+        names = (name for name in handle.keys() if not stopped.is_set())  # noqa: SIM118
+        return {name: handle.get_tensor(name) for name in names}, metadata
 
 
 def load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], source: object) -> None:

@@ -158,8 +158,9 @@ def test_keep_clean_rows(
         ones * length,
         ones * 20,
         0.1 * torch.randn(50, 8, device=device),
-        torch.arange(slots, device=device),
-        torch.full((slots, places), -1, device=device),
+        torch.arange(slots, device=device) * places + 19 % (places - 1),
+        # The last committed step, 20, was asked about before.
+        torch.full((slots, places), 20, device=device),
         torch.zeros(held, device=device),
         torch.zeros(held, device=device),
         torch.zeros(slots, 2, 2, device=device),

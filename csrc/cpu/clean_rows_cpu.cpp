@@ -2,8 +2,6 @@
 // those rows. The formulas are those of free_kernels/ops/drafting/reference.py.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <vector>
 
 #include "../checks.h"
@@ -217,8 +215,8 @@ void add_response(float* sums, const float* state, const float* clean, const Sta
 void add_responses(const Keeping& a, int64_t slot, float* scratch) {
   const int64_t size = a.transition.elements, last = a.committed[slot] - 1, step = a.steps[slot];
   float* sums = a.response + 4 * slot;
-  if (step == 0 && a.lengths[slot] > 0) std::fill_n(sums, 4, 0.0f);
   if (last < 0) return;
+  if (step == 0) std::fill_n(sums, 4, 0.0f);
   float *clean = scratch, *computed = scratch + a.outputs;
   clean_row(a, slot, last, clean);
   const float* now = a.state(slot, last);
@@ -245,7 +243,8 @@ void add_responses(const Keeping& a, int64_t slot, float* scratch) {
 void keep_slot(const Keeping& a, int64_t slot, float* scratch) {
   const int64_t size = a.transition.elements, rows = a.places - 1, done = a.committed[slot];
   add_responses(a, slot, scratch);
-  const int64_t end = std::min(a.lengths[slot], done + rows - 1);
+  // One place is left to the row of the step before.
+  const int64_t end = std::min(a.lengths[slot], done + rows - 2);
   for (int64_t j = std::max<int64_t>(done - 1, 0); j < end; ++j) {
     const int64_t step = a.steps[slot] + j, index = slot * a.places + step % rows;
     std::copy_n(a.state(slot, j), size, a.held_states + index * size);
@@ -267,7 +266,7 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   const auto s = states.sizes(), o = output.sizes();
   const int64_t slots = s[0], places = at.size(1), num_steps = table.size(0), pixels = s[3] * s[4];
   const int64_t branches = guidance_scale == 1.0 ? 1 : 2, packed = o[0] / branches;
-  STD_TORCH_CHECK(places - 1 > s[1], op, ": M must be above L = ", s[1], ", got ", places - 1);
+  STD_TORCH_CHECK(places >= 3, op, ": M must be at least 2, got ", places - 1);
   STD_TORCH_CHECK(num_steps >= 1, op, ": K must be at least 1, got ", num_steps);
   check_tensor(op, "states", states, kFloat, {slots, s[1], s[2], s[3], s[4]}, states);
   check_tensor(op, "output", output, output.scalar_type(), {branches * packed, o[1], s[3], s[4]}, states);

@@ -222,7 +222,7 @@ def refused_rows(
     # Blocks have new noise every round, so only the refused draft's own row is near the next round's states.
     rows = 1 if not job.options.reuse_refused else 2 if job.options.block else length
     sizes = slots, rows, job.labels.device, backend
-    return CleanRows(*sizes, length=length, job=job) if repeats else FeatureRows(*sizes, branches=job.branches)
+    return CleanRows(*sizes, job=job) if repeats else FeatureRows(*sizes, branches=job.branches)
 
 
 def draft_source(

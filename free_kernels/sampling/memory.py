@@ -118,8 +118,8 @@ def estimate_memory(
     held = kept = 0
     if drafts and memory is None and (repeats or options.reuse_refused):
         kept = 1 if not options.reuse_refused else 2 if options.block else rows
-        # States with clean samples, of a round, the row before and one that is not kept; or with features.
-        held = (rows + 2) * (state + output) if repeats else (kept + 1) * (state + features)
+        # States with clean samples, with the row before and one that is not kept; or with features.
+        held = (kept + 2) * (state + output) if repeats else (kept + 1) * (state + features)
     # Kernels draw the coupling's numbers themselves; then only those of the drafts are there.
     in_kernel = use_triton("couple_block" if options.block else "couple", "coupling", device, options.backend)
     slack = job.learned and drafts > 0 and not in_kernel

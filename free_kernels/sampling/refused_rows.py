@@ -164,13 +164,12 @@ class FeatureRows(RefusedRows):
 class CleanRows(RefusedRows):
     """State and clean sample of each row, which draft without a network.
 
-    There are ``S (M + 1)`` rows, M one more than a round has, so that the row of the step before stays while a round is
+    There are ``S (M + 1)`` rows, M one more than may be used, so that the row of the step before stays while a round is
     kept: with C = 4, learned variance and L = 12, 0.7 MiB for each slot at 256 x 256 pixels of DiT-XL/2 and 2.6 MiB at
     512 x 512, with guidance or without.
 
     Args:
         slots, rows, device, backend: as for :class:`RefusedRows`.
-        length: L, the most rows of a round.
         job: what is sampled.
 
     Attributes:
@@ -182,10 +181,8 @@ class CleanRows(RefusedRows):
 
     clean: Tensor
 
-    def __init__(
-        self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, length: int, job: Job
-    ) -> None:
-        super().__init__(slots, rows, device, backend, held=length + 1)
+    def __init__(self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, job: Job) -> None:
+        super().__init__(slots, rows, device, backend, held=rows + 1)
         self._job = job
         self.response = torch.zeros(slots, 2, 2, dtype=torch.float32, device=device)
         channels, *latent = job.state_shape

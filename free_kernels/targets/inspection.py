@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -156,6 +156,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     Weights are told by identity, storage and version counter, so that reading them is not needed. Writing through
     ``.data`` leaves the counter as it is: structure that was compared stays compared.
     """
+    walked = parts_of(module)
     parts = tuple(
         (
             id(part),
@@ -165,13 +166,13 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             tuple(map(id, part._forward_pre_hooks.values())),
             tuple((key, value) for key, value in vars(part).items() if type(value) in _PLAIN_VALUES),
         )
-        for part in parts_of(module)
+        for part in walked
     )
-    return parts, tuple(_stamp(weight) for weight in _tensors(module))
+    return parts, tuple(_stamp(weight) for weight in _tensors(walked))
 
 
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    parts = parts_of(module)
+def _tensors(parts: Sequence[nn.Module]) -> Iterator[Tensor]:
+    """Parameters of modules, then their buffers."""
     for kind in ("_parameters", "_buffers"):
         # One that modules share comes once.
         held = (tensor for part in parts for tensor in getattr(part, kind).values() if tensor is not None)
@@ -211,4 +212,4 @@ def is_abstract(module: nn.Module) -> bool:
 
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
-    return any(weight.is_meta or isinstance(weight, FakeTensor) for weight in _tensors(module))
+    return any(weight.is_meta or isinstance(weight, FakeTensor) for weight in _tensors(parts_of(module)))

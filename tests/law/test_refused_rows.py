@@ -114,7 +114,7 @@ def test_bytes_are_those_of_slots_times_rows():
         assert refused.nbytes == mebibytes * 2**20
     for side, mebibytes in ((32, 0.65625), (64, 2.625)):
         job = SimpleNamespace(state_shape=(4, side, side), learned=True)
-        assert CleanRows(1, 12, torch.device("cpu"), length=12, job=job).nbytes == mebibytes * 2**20 + 16
+        assert CleanRows(1, 12, torch.device("cpu"), job=job).nbytes == mebibytes * 2**20 + 16
 
 
 def test_serving_rows():

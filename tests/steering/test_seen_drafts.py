@@ -41,8 +41,9 @@ def test_the_furthest_row_counts():
 
 
 @pytest.mark.parametrize("slots", [None, 2])
+@pytest.mark.parametrize("drafter", ["frozen", "swinging"])
 @pytest.mark.parametrize(("verification", "reuse"), [("token", True), ("block", True), ("token", False)])
-def test_what_the_policy_is_told_is_what_is_kept(verification, reuse, slots, monkeypatch):
+def test_what_the_policy_is_told_is_what_is_kept(verification, reuse, drafter, slots, monkeypatch):
     """Where all rows are finite; ordinary steps in between, images that move in and lengths that differ included."""
     choose, compared = DraftLengthPolicy.choose, []
     random = np.random.default_rng(0)
@@ -75,7 +76,7 @@ def test_what_the_policy_is_told_is_what_is_kept(verification, reuse, slots, mon
         target,
         torch.arange(7) % 3,
         schedule=DDPMSchedule(60),
-        drafter=SwingingDrafter(target, eps_bias=0.9),
+        drafter="frozen" if drafter == "frozen" else SwingingDrafter(target, eps_bias=0.9),
         draft_length="auto",
         max_slots=slots,
         verification=verification,

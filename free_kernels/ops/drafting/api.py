@@ -217,9 +217,9 @@ def _check_keep_clean(a: KeepCleanArguments) -> None:
     layouts.check("held_states", a.held_states, FLOAT32, "[S, M + 1, C, H, W]")
     layouts.check("held_clean", a.held_clean, FLOAT32, "[S, M + 1, outputs, H, W]")
     layouts.check("response", a.response, FLOAT32, "[S, 2, 2]")
-    if a.at.shape[1] - 1 <= a.states.shape[1]:
+    if a.at.shape[1] < 3:
         # The row of the step before stays where it is while the rows of the round are kept.
-        fail(op, "M", f"above L = {a.states.shape[1]}", a.at.shape[1] - 1)
+        fail(op, "M", "at least 2", a.at.shape[1] - 1)
     if not a.table.shape[0]:
         fail(op, "K", "at least 1", a.table.shape[0])
 
@@ -493,7 +493,8 @@ def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
 def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> None:
     """Keep a round's last committed row of each slot and those behind it, and measure the responses, in place.
 
-    Rows and their places are those of :func:`keep_rows`. ``held_clean`` takes the clean sample
+    Rows and their places are those of :func:`keep_rows`, but for the last: one place of M is left to the row of the step
+    before, so that ``j - committed[s] < M - 2``. ``held_clean`` takes the clean sample
     that the row's mean is made of, guided and clipped, and behind it the output's variance channels, if there are any.
     ``at`` is -1 where a row is not finite.
 
@@ -507,7 +508,7 @@ def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> Non
 
     Then ``response[s, i]`` becomes ``0.7 response[s, i] + (ratio, 1)``, whose quotient is a weighted average. Both are
     set to 0 first where ``steps[s]`` is 0, which is a new image's. One is left alone where there is no such row, or the
-    ratio is not finite.
+    ratio is not finite, and both where nothing is committed.
 
     Raises:
         ValueError, TypeError: a wrong argument.

@@ -123,7 +123,8 @@ class KeepArguments(NamedTuple):
 
 
 class KeepCleanArguments(NamedTuple):
-    """Arguments of ``keep_clean_rows``: M > L places of each slot and one for what is not kept, K steps."""
+    """Arguments of ``keep_clean_rows``: M places of each slot, of which M - 1 rows take all but
+    one, and one for what is not kept; K steps."""
 
     states: Tensor  # float32 [S, L, C, H, W]
     output: Tensor  # float32, float16 or bfloat16 [B R, C or 2 C, H, W]

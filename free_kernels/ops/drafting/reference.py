@@ -183,12 +183,13 @@ def correct_features(a: CorrectArguments) -> Tensor:
     return a.drafted + torch.where(serves, errors, 0.0).flatten(0, 1)
 
 
-def _take_places(a: KeepArguments | KeepCleanArguments, finite: Tensor) -> Tensor:
+def _take_places(a: KeepArguments | KeepCleanArguments, finite: Tensor, ahead: int) -> Tensor:
     """Give the rows of a round that are kept their places, and keep their states.
 
     Args:
         a: the arguments.
         finite: bool ``[S, L]``, rows that may be used.
+        ahead: how many rows behind the last committed one are kept.
 
     Returns:
         Where each row goes among all, int64 ``[S L]``; those that are not kept share a place.
@@ -196,7 +197,7 @@ def _take_places(a: KeepArguments | KeepCleanArguments, finite: Tensor) -> Tenso
     slots, places = a.at.shape
     rows, j = places - 1, torch.arange(a.states.shape[1], device=a.steps.device)
     behind = j - a.committed.unsqueeze(1)
-    taken = (behind >= -1) & (behind < rows - 1) & (j < a.lengths.unsqueeze(1))
+    taken = (behind >= -1) & (behind < ahead) & (j < a.lengths.unsqueeze(1))
     step = a.steps.unsqueeze(1) + j
     first = torch.arange(slots, device=j.device).unsqueeze(1) * places
     place = (torch.where(taken, step % rows, rows) + first).flatten()
@@ -214,7 +215,7 @@ def keep_rows(a: KeepArguments) -> None:
     packed = (a.row_offsets[:-1].unsqueeze(1) + j).clamp_(max=features.shape[1] - 1).flatten()
     features, output = features.index_select(1, packed), output.index_select(1, packed)
     finite = features.isfinite().flatten(2).all(2).all(0) & output.isfinite().flatten(2).all(2).all(0)
-    place = _take_places(a, finite.view(slots, -1))
+    place = _take_places(a, finite.view(slots, -1), a.at.shape[1] - 2)
     a.held_features.flatten(1, 2).index_copy_(1, place, features)
 
 
@@ -233,7 +234,8 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
     _add_responses(a, clean, column)
     said = torch.cat([clean, output[:, :, channels:]], 2)
     finite = unclipped.isfinite().flatten(2).all(2) & said.isfinite().flatten(2).all(2)
-    a.held_clean.flatten(0, 1).index_copy_(0, _take_places(a, finite), said.flatten(0, 1))
+    place = _take_places(a, finite, a.at.shape[1] - 3)
+    a.held_clean.flatten(0, 1).index_copy_(0, place, said.flatten(0, 1))
 
 
 def _add_responses(a: KeepCleanArguments, clean: Tensor, column: tuple[Tensor, ...]) -> None:
@@ -261,7 +263,7 @@ def _add_responses(a: KeepCleanArguments, clean: Tensor, column: tuple[Tensor, .
     # To other noise: the row that an earlier round asked about at the same step.
     place = step % (places - 1) + every * places
     pairs.append((*held(place), a.at.view(-1)[place] == step))
-    new_image = ((a.steps == 0) & (a.lengths > 0)).unsqueeze(1)
+    new_image = ((a.steps == 0) & (a.committed >= 1)).unsqueeze(1)
     for number, (start, known, there) in enumerate(pairs):
         moved, changed = (state - start).flatten(1), (said - known).flatten(1)
         ratio = (moved * changed).sum(1) / moved.square().sum(1) / unit

@@ -68,7 +68,7 @@ def keep_clean_kernel(
     i_slot, j = tl.program_id(0) // length, tl.program_id(0) % length
     committed, rows = tl.load(p_committed + i_slot), places - 1
     behind = j - committed
-    if (behind >= -1) & (behind < rows - 1) & (j < tl.load(p_lengths + i_slot)):
+    if (behind >= -1) & (behind < rows - 2) & (j < tl.load(p_lengths + i_slot)):
         first = tl.load(p_steps + i_slot)
         step = first + j
         index = i_slot.to(tl.int64) * places + step % rows
