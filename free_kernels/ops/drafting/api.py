@@ -493,8 +493,8 @@ def keep_rows(arguments: KeepArguments, backend: str = "auto") -> None:
 def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> None:
     """Keep a round's last committed row of each slot and those behind it, and measure the responses, in place.
 
-    Rows and their places are those of :func:`keep_rows`, but for the last: one place of M is left to the row of the step
-    before, so that ``j - committed[s] < M - 2``. ``held_clean`` takes the clean sample
+    Rows and their places are those of :func:`keep_rows`, but for the last: one place of M is left to the row of the
+    step before, so that ``j - committed[s] < M - 2``. ``held_clean`` takes the clean sample
     that the row's mean is made of, guided and clipped, and behind it the output's variance channels, if there are any.
     ``at`` is -1 where a row is not finite.
 
