@@ -194,7 +194,9 @@ def main() -> None:
     cases = ((1, 6, 1.0, 1),) if arguments.quick else ((1, 6, 1.0, 5), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
     report = {
         "machine": facts,
-        "command": "python -m benchmarks.sampler.profile_sampler" + (" --device cuda" if device == "cuda" else ""),
+        "command": "python -m benchmarks.sampler.profile_sampler"
+        + (" --device cuda" if device == "cuda" else "")
+        + ("" if pairs == parser.get_default("pairs") else f" --pairs {pairs}"),
         "profiles": [profile(device, *case) for case in cases],
         "ratios": []
         if arguments.only_parts
