@@ -84,6 +84,31 @@ def test_training_goes_on_to_the_same_weights(tmp_path, fault_log):
     assert count >= 10
 
 
+def test_gradients_left_off_by_an_interrupt(tmp_path, fault_log):
+    """An interrupt within torch's own ``no_grad`` leaves them off in the process; a run begins and ends with them."""
+    whole, cut = (interrupt_worker.make_loop(tmp_path / name) for name in ("whole", "parts"))
+    whole.run()
+    own = cut.optimizer.step
+
+    def interrupted():
+        own()
+        if cut.step == 15:
+            torch.set_grad_enabled(False)
+            raise KeyboardInterrupt
+
+    cut.optimizer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    assert torch.is_grad_enabled()
+    resumed = interrupt_worker.make_loop(tmp_path / "parts")
+    assert resumed.step == 10
+    with torch.no_grad():
+        resumed.run()
+    want, got = whole.averaged_weights(), resumed.averaged_weights()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    fault_log("an interrupt that left gradients off", "resumed to the same weights, bit for bit")
+
+
 def test_an_interrupt_while_a_checkpoint_is_read(tmp_path, monkeypatch, fault_log):
     """safetensors reports one that comes within its own calls as a ValueError, as if the file were broken."""
     path = tmp_path / "model.safetensors"

@@ -143,6 +143,8 @@ class TrainingLoop:
         """State dict of the EMA weights, under the module's own names."""
         return {name: tensor.detach().clone() for name, tensor in self.ema.module.state_dict().items()}
 
+    # Whatever the mode of the caller: an interrupt within `torch.no_grad` may have left gradients off in this process.
+    @torch.enable_grad()
     def run(self) -> None:
         """Train to the end.
 
