@@ -92,6 +92,9 @@ def extension_arguments() -> dict[str, Any]:
     # Error messages carry the source's name, which should not be a path of the machine that built it. PyTorch's
     # stable-ABI types are hidden, so whatever holds them must be hidden too.
     cxx = ["-O3", "-fvisibility=hidden", f"-fmacro-prefix-map={ROOT}/="]
+    # Python's own flags ask for debugging information, which makes the module ten times as large.
+    if "-g" not in shlex.split(os.environ.get("CFLAGS", "")):
+        cxx.append("-g0")
     # Roots and selections become vector instructions; NaN and infinities keep their meaning, unlike with -ffast-math.
     vectors = ["-fno-math-errno", "-fno-trapping-math"]
     cpu_module = cpp_extension.CppExtension(

@@ -1,8 +1,8 @@
-"""Checks the CUDA sources without a GPU or a CUDA build of torch: build both modules, forbid spills, look for the ops.
+"""Checks the CUDA sources without a GPU or a CUDA build of torch: build their module, forbid spills, look for the ops.
 
 ``setup.py`` itself compiles and links, with its own flags and ninja files; nvcc is asked for the compiler's report on
-top. Under a CPU build of torch the modules are linked to that: the sources use its stable ABI only, so they load and
-register there too. Nothing is launched.
+top. Under a CPU build of torch the module is linked to that: the sources use its stable ABI only, so it loads and
+registers there too, beside the CPU module that is installed. Nothing is launched.
 """
 
 from __future__ import annotations
@@ -27,16 +27,27 @@ torch.version.cuda = sys.argv.pop(1)
 sys.path.insert(0, ".")
 runpy.run_path("setup.py", run_name="__main__")
 """
+# Before it: the CPU module is there already.
+ONLY_CUDA = """
+import setuptools
+own = setuptools.setup
+def setup(**settings):
+    own(**settings | {"ext_modules": [m for m in settings["ext_modules"] if m.name.endswith("._C_cuda")]})
+setuptools.setup = setup
+"""
 # Symbols of libtorch_cuda are absent from a CPU build of torch; lazily bound, they are missed only when called.
 LOAD = """
 import importlib.util, os, sys, torch
+try:
+    import free_kernels._C
+except ImportError as error:
+    sys.exit(f"the CPU module must be built first (make setup): {error}")
 sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
-for path in sys.argv[1:3]:
-    spec = importlib.util.spec_from_file_location(os.path.basename(path).partition(".")[0], path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+spec = importlib.util.spec_from_file_location("_C_cuda", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-missing = [f"{op}/{key}" for op in sys.argv[3:] for key in ("CPU", "CUDA") if not has(f"free_kernels::{op}", key)]
+missing = [f"{op}/{key}" for op in sys.argv[2:] for key in ("CPU", "CUDA") if not has(f"free_kernels::{op}", key)]
 print("compiled for", ", ".join(module.cuda_arch_list()))
 sys.exit(f"no implementation registered: {', '.join(missing)}" if missing else 0)
 """
@@ -54,16 +65,16 @@ def run(command: list[str | Path], **environment: str) -> str:
 
 
 def build(folder: Path, cuda: str, **environment: str) -> str:
-    """Build both modules into ``folder/lib`` as for a torch of CUDA version ``cuda``; return the build's output.
+    """Build the module into ``folder/lib`` as for a torch of CUDA version ``cuda``; return the build's output.
 
-    Their ninja files and objects are in ``folder/temp``. ``environment`` is added to the process's own.
+    Its ninja file and objects are in ``folder/temp``. ``environment`` is added to the process's own.
     """
     libraries = folder / "stub"
     libraries.mkdir(parents=True)
     # The linker wants the library by name. It is needed for no symbol, so that nothing in the result refers to it.
     run([os.environ.get("CXX") or "c++", "-shared", "-x", "c", os.devnull, "-o", libraries / "libtorch_cuda.so"])
     search = os.pathsep.join(filter(None, (os.environ.get("LIBRARY_PATH"), str(libraries))))
-    command = [sys.executable, "-c", BUILD, cuda, "build_ext"]
+    command = [sys.executable, "-c", ONLY_CUDA + BUILD, cuda, "build_ext"]
     command += ["--build-temp", folder / "temp", "--build-lib", folder / "lib"]
     return run(command, LIBRARY_PATH=search, **environment)
 
@@ -107,13 +118,10 @@ def check(toolkit: Toolkit, folder: Path) -> None:
     spills = report(build(folder, toolkit.version, CUDA_HOME=str(toolkit.home), NVCC_APPEND_FLAGS=flags))
     if spills:
         sys.exit(f"nvcc-check: {len(spills)} kernels spill registers")
-    modules = []
-    for name in ("_C", "_C_cuda"):
-        found = list(folder.glob(f"lib/free_kernels/{name}.*"))
-        if len(found) != 1:
-            sys.exit(f"nvcc-check: {name} was not built")
-        modules += found
-    print(run([sys.executable, "-c", LOAD, *modules, *OPS]).strip())
+    found = list(folder.glob("lib/free_kernels/_C_cuda.*"))
+    if len(found) != 1:
+        sys.exit("nvcc-check: _C_cuda was not built")
+    print(run([sys.executable, "-c", LOAD, *found, *OPS]).strip())
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def worker(*arguments: object) -> subprocess.Popen:
 @pytest.mark.parametrize("mode", ["token", "block", "auto", "iterator", "ordinary"])
 def test_sampling_leaves_at_once(mode, fault_log):
     """No callback, no progress bar: KeyboardInterrupt comes out of the call, and later calls are sound."""
-    dice, trials, waits = random.Random(mode), 12, []
+    dice, trials, waits = random.Random(mode), 8, []
     process = worker("sampling", mode, trials)
     try:
         for trial in range(trials):
