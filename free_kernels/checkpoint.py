@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 METADATA_KEY = "free_kernels"
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -116,6 +117,16 @@ def load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], source: ob
         raise CheckpointError(f"load_weights: {source} does not fit {type(module).__name__}: {error}") from error
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Parameters as they are allocated: to draw values on the meta device would start PyTorch's compiler (2.13)."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def load_module(build: Callable[[], Module], tensors: dict[str, Tensor], source: object) -> Module:
     """The module that ``build`` makes, with these weights.
 
@@ -126,7 +137,7 @@ def load_module(build: Callable[[], Module], tensors: dict[str, Tensor], source:
         CheckpointError: ``build`` fails, or makes a module of other weights.
     """
     with reading("load_module", source, "a config of its own weights"):
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             wanted = {name: tuple(value.shape) for name, value in build().state_dict().items()}
         found = {name: tuple(value.shape) for name, value in tensors.items()}
         differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))

@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from free_kernels.tracing import assume_constant_result
+
 NAMESPACE = "free_kernels"
 OPS = (
     "pack_drafts",
@@ -109,7 +111,7 @@ def _has_kernel(op: str, key: str) -> bool:
     return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def why_no_extension() -> str | None:
     """Why the compiled ops cannot be used in this process, or None if they can."""
     if not _loaded:
@@ -137,7 +139,7 @@ def build_config() -> dict[str, Any]:
     return {**_module.build_config(), "cuda": _cuda_module is not None, "cuda_arch_list": arch_list}
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def why_no_kernel(op: str, device_type: str) -> str | None:
     """Why a compiled op cannot run on a type of device (``"cpu"``, ``"cuda"`` ...), or None if it can."""
     try:

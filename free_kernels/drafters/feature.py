@@ -229,7 +229,7 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         if "scaled_change" in self.inputs:
             self.register_buffer("change_rms", torch.ones(config.num_timesteps))
         self.from_patches = nn.Linear(len(self.inputs) * channels * patch_numel, inner, bias=False)
-        self.positions = nn.Parameter(torch.randn(1, tokens, inner) * 0.02)
+        self.positions = nn.Parameter(nn.init.normal_(torch.empty(1, tokens, inner), std=0.02))
         self.timestep_mlp = nn.Sequential(nn.Linear(128, inner), nn.SiLU(), nn.Linear(inner, inner))
         if condition_width is None:
             self.label_table = nn.Embedding(num_classes + 1, inner)

@@ -6,8 +6,10 @@ import importlib
 
 import torch
 
+from free_kernels.tracing import assume_constant_result
 
-@torch.compiler.assume_constant_result
+
+@assume_constant_result
 def why_no_runtime(stem: str, device_type: str, index: int | None) -> str | None:
     """Why the kernels of ``ops.<stem>.triton_launch`` cannot take tensors of a device, or None if they can."""
     try:

@@ -21,6 +21,7 @@ from free_dit.commands.sweep import sweep
 from free_dit.commands.train import train
 from free_dit.commands.train_drafter import train_drafter
 
+# Matplotlib, SciPy and scikit-learn are imported within the functions that use them, for their start takes seconds.
 COMMANDS = (
     generate,
     scale_model,

@@ -53,11 +53,15 @@ LONG = {
     "test_checkpoints",
     "test_diffusers_pipeline",
     "test_distributed",
+    "test_facts",
     "test_generate",
     "test_non_finite",
+    "test_policy_cli",
+    "test_policy_evaluation",
     "test_report",
     "test_study",
     "test_sweep",
+    "test_text_memory",
     "test_training",
     "test_training_processes",
     "test_training_shards",
@@ -66,6 +70,7 @@ LONG = {
     "test_triton_drafting",
     "test_triton_random",
     "test_triton_sampler",
+    "test_what_people_do",
 }
 
 

@@ -6,14 +6,16 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import in_fresh_process
 
 import free_kernels
+from free_kernels.tracing import assume_constant_result
 
 PACKAGE = Path(free_kernels.__file__).parent
 # From the bottom up: a part, which is a module or folder of free_kernels, imports parts of lower layers only.
 LAYERS = (
-    {"constants", "validation", "version"},
+    {"constants", "tracing", "validation", "version"},
     {"checkpoint", "extension", "protocols", "results", "wrappers"},
     {"schedules"},
     {"ops"},
@@ -171,6 +173,26 @@ def test_import_needs_no_triton_no_compiler_no_extension():
         "r = free_kernels.ancestral_sample; print('free_kernels._C' in sys.modules)"
     )
     assert in_fresh_process(code) == "False"
+
+
+def test_nothing_is_imported_before_it_is_used():
+    """The compiler, plots and statistics take longer to start than torch itself: nobody waits for them in vain."""
+    late = "[name for name in ('torch._dynamo', 'triton', 'diffusers', 'matplotlib', 'scipy', 'sklearn') "
+    late += "if name in sys.modules]"
+    schedule = "free_kernels.DDPMSchedule(8)"
+    code = (
+        "import sys, torch, free_dit, free_kernels; target, drafter = free_dit.load_bundled('digits'); "
+        f"free_kernels.sample(target, torch.arange(2), schedule={schedule}, drafter=drafter); print({late}); "
+        f"import free_dit.cli; print({late})"
+    )
+    assert in_fresh_process(code).splitlines() == ["[]", "[]"]
+
+
+def test_a_constant_result_is_pytorchs():
+    def first() -> None: ...
+    def second() -> None: ...
+
+    assert vars(assume_constant_result(first)) == vars(torch.compiler.assume_constant_result(second)) != {}
 
 
 def test_public_paths_are_importable():

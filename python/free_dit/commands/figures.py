@@ -11,7 +11,6 @@ from free_dit.bundled import bundled_names
 from free_dit.commands.shared import console, title_of
 from free_dit.devices import resolve_device
 from free_dit.experiments.analysis import Settings, Subject
-from free_dit.experiments.analysis_plots import write_figures
 from free_dit.experiments.model_card import EVALUATION_SEED
 from free_dit.generation.settings import fitting_length
 from free_dit.loading import TargetFacts, is_original, load_pair
@@ -45,6 +44,8 @@ def figures(
         facts: what files of the original's format may not say of themselves, the same for all of them.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
     """
+    from free_dit.experiments.analysis_plots import write_figures
+
     if drafter and len(drafter) != len(model):
         raise ValueError(f"figures: drafter must be one for each of {len(model)} models, got {len(drafter)}")
     place = resolve_device("figures", device)

@@ -10,7 +10,6 @@ from tyro.conf import OmitArgPrefixes
 
 from free_dit.commands.shared import VAEChoice, console, decoder_of, labels_of, title_of
 from free_dit.devices import resolve_device
-from free_dit.experiments.plots import sample_grids
 from free_dit.generation import UNDRAFTED, ChainSettings, sampler_for, to_pixels
 from free_dit.loading import TargetFacts, load_pair
 from free_kernels.validation import check_writable
@@ -45,6 +44,8 @@ def sample(
         facts: what the model's file may not say of itself.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
     """
+    from free_dit.experiments.plots import sample_grids
+
     endings = (".npy",) if latents else (".png", ".npz")
     if out.suffix not in endings:
         raise ValueError(f"sample: out must end in {' or '.join(endings)}{' with --latents' * latents}, got {out}")

@@ -10,7 +10,6 @@ from tyro.conf import OmitArgPrefixes
 from free_dit.commands.shared import console
 from free_dit.devices import resolve_device
 from free_dit.experiments.scale.measure import measure, measure_link
-from free_dit.experiments.scale.page import build_report, write_report
 from free_dit.experiments.scale.prediction import read_inputs, write_inputs
 from free_dit.loading import TargetFacts, facts_of, is_original, load_pair
 from free_kernels.drafters import as_drafter
@@ -42,6 +41,8 @@ def scale_model(
         facts: what the model's file may not say of itself.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
     """
+    from free_dit.experiments.scale.page import build_report, write_report
+
     name = "scale" if measurements is None else measurements.stem
     check_writable("scale-model", "out", out / f"{name}.md")
     if measurements is None:

@@ -9,7 +9,6 @@ from free_dit.commands.shared import console
 from free_dit.devices import resolve_device
 from free_dit.experiments.sweep import preset as sweep_preset
 from free_dit.experiments.sweep import read_sweep, run_sweep
-from free_dit.experiments.sweep_page import write_report
 
 
 def sweep(
@@ -32,6 +31,8 @@ def sweep(
         render_only: renew sweep.md and sweep.png from sweep.json, and measure nothing.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
     """
+    from free_dit.experiments.sweep_page import write_report
+
     place = resolve_device("sweep", device)
     report = read_sweep(out) if render_only else run_sweep(out, *sweep_preset(preset, num, seed), place)
     table, picture = write_report(report, out)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from free_kernels.validation import check_float, fail
 
@@ -36,6 +35,8 @@ def check_level(where: str, level: float) -> float:
 
 def share_interval(indicator: np.ndarray, level: float) -> Estimate:
     """Share of True in bool ``[N]`` with Wilson's score interval (JASA 22, 1927)."""
+    from scipy.stats import binomtest
+
     right, count = int(indicator.sum()), len(indicator)
     interval = binomtest(right, count).proportion_ci(level, method="wilson")
     return Estimate(right / count, float(interval.low), float(interval.high), level)

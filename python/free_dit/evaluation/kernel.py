@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
 from torch import Tensor
 
 # Rows of the kernel matrix in memory at a time; the results do not depend on it.
@@ -76,6 +75,8 @@ def variance_of_mean(values: np.ndarray, strata: np.ndarray) -> float:
 
 
 def _estimate(value: float, variance: float, level: float) -> dict[str, float]:
+    from scipy.stats import norm
+
     margin = norm.ppf((1 + level) / 2) * variance**0.5
     return {"value": value, "low": value - margin, "high": value + margin, "level": level, "se": variance**0.5}
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import log_softmax
 from torch import Tensor
 
 from free_dit.evaluation.bootstrap import Resampled, Sample, bootstrap, score
@@ -129,6 +128,8 @@ class _Subject:
     """
 
     def __init__(self, found: Features, settings: EvaluationSettings, device: torch.device | str) -> None:
+        from scipy.special import log_softmax
+
         self.found = found
         self.rows = _drawn_rows(len(found.features), settings.rows, settings.resampling_seed, 5)
         self._tested = _drawn_rows(len(self.rows), settings.test_rows, settings.resampling_seed, 6)

@@ -13,7 +13,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from free_dit.experiments.plots import acceptance_plot, sample_grids
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
 from free_dit.files import write_json
 from free_dit.generation import ChainSettings, sampler_for
@@ -45,6 +44,8 @@ def compare(
     Returns:
         What ``compare.json`` holds.
     """
+    from free_dit.experiments.plots import acceptance_plot, sample_grids
+
     samplers = {name: sampler_for(target, one, settings) for name, one in {"ordinary": None, **drafters}.items()}
     runs = {name: draw(labels, seed=settings.seed, progress=True) for name, draw in samplers.items()}
     best = list(drafters)[-1]

@@ -6,10 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
@@ -104,6 +100,11 @@ def gap_table(found: Feasibility) -> Table:
 
 def forecast_plot(found: Feasibility, path: Path, title: str, runs: list[dict[str, Any]]) -> None:
     """Steps per call and speed-up against draft length, and acceptance against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, (steps, speed, accepted) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for number, (name, forecast) in enumerate(found.drafters.items()):
         color, lengths = f"C{number}", [one.draft_length for one in forecast.lengths]

@@ -284,6 +284,9 @@ def sincos_positions(width: int, side: int, wide: int | None = None) -> Tensor:
         side: rows of tokens.
         wide: columns of tokens; as many as rows if None.
     """
+    if torch.get_default_device().type == "meta":
+        # Shapes only, as a file's are compared; arithmetic on this device starts PyTorch's compiler.
+        return torch.empty(side * (side if wide is None else wide), width)
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     grid = torch.arange(side), torch.arange(side if wide is None else wide)
     rows, columns = torch.meshgrid(*grid, indexing="ij")

@@ -110,7 +110,7 @@ class PolicyDiT(nn.Module):
             nn.SiLU(),
             nn.Linear(2 * condition, condition),
         )
-        self.pos_embed = nn.Parameter(torch.randn(1, config.tokens, width) * 0.02)
+        self.pos_embed = nn.Parameter(nn.init.normal_(torch.empty(1, config.tokens, width), std=0.02))
         self.blocks = nn.ModuleList(
             [DiTBlock(width, config.num_heads, config.mlp_ratio, condition) for _ in range(config.depth)]
         )

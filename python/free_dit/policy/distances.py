@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from free_dit.evaluation.intervals import Estimate, check_level
 from free_kernels.validation import check_int, fail
@@ -11,6 +10,8 @@ from free_kernels.validation import check_int, fail
 
 def _pooled_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Euclidean distances of all draws of an observation, ``[M, 2 n, 2 n]``."""
+    from scipy.spatial.distance import cdist
+
     pooled = np.concatenate([first, second], axis=1).reshape(len(first), 2 * first.shape[1], -1).astype(np.float64)
     return np.stack([cdist(one, one) for one in pooled])
 
