@@ -64,11 +64,14 @@ format: $(SETUP)
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 # The installation as the README gives it, under a CUDA build of torch; needs the CUDA toolkit, no GPU.
-cuda-build:
-	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_BIN)/python -m pip install --quiet --requirement requirements-cuda.txt
+cuda-build: $(CUDA_VENV)/.setup-done
 	$(CUDA_BIN)/python -m pip install --no-build-isolation .
 	$(CUDA_BIN)/python csrc/cuda_build_check.py
+
+$(CUDA_VENV)/.setup-done: requirements-cuda.txt
+	test -x $(CUDA_BIN)/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_BIN)/python -m pip install --quiet --requirement $<
+	touch $@
 
 # The wheel built under this torch, its CPU ops compared under others: .venv-torch-* and, where it exists, .venv-cuda.
 wheel-check: $(SETUP) $(OTHER_TORCH:%=.venv-torch-%/.setup-done)
