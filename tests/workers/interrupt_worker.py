@@ -18,8 +18,21 @@ from free_kernels import DDPMSchedule, ancestral_sample, sample, sample_iter
 torch.set_num_threads(1)
 
 
-def stop(*_: object) -> None:
-    raise KeyboardInterrupt
+class Stop:
+    """The handler of both signals: raises KeyboardInterrupt, once for each time that it is armed.
+
+    A second signal may come while the first is being answered, outside of all that could catch an exception.
+    """
+
+    armed = True
+
+    def __call__(self, *_: object) -> None:
+        if self.armed:
+            self.armed = False
+            raise KeyboardInterrupt
+
+
+stop = Stop()
 
 
 def sampling(mode: str, trials: int) -> None:
@@ -45,6 +58,7 @@ def sampling(mode: str, trials: int) -> None:
     want = check()
     for _ in range(trials):
         try:
+            stop.armed = True
             print("go", flush=True)
             draw(torch.arange(6000) % 3, 1000)
             print("finished", flush=True)
@@ -72,8 +86,13 @@ def make_loop(folder: Path):
 
 def training(folder: Path) -> None:
     """The same run, gone on with after every interrupt, until it ends."""
+    # An optimizer imports PyTorch's compiler, and Python does not mend an import that was interrupted.
+    make_loop(folder.with_name("imports"))
     while True:
         try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, stop)
+            stop.armed = True
             print("go", flush=True)
             loop = make_loop(folder)
             loop.run()
@@ -88,6 +107,7 @@ def training(folder: Path) -> None:
 
 if __name__ == "__main__":
     # As the command line's own users: without a loop that defers them, both signals mean the same.
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     if sys.argv[1] == "sampling":
         sampling(sys.argv[2], int(sys.argv[3]))
