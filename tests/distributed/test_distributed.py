@@ -28,7 +28,7 @@ def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
-@pytest.mark.parametrize(("processes", "verify"), [(2, 1), (4, 2), (3, 3)])
+@pytest.mark.parametrize(("processes", "verify"), [(2, 1), (2, 2), (4, 2), (3, 3)])
 def test_images_are_those_of_one_process(tmp_path, processes, verify):
     done = torchrun(processes, tmp_path, verify, "works")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -265,18 +265,21 @@ def test_kernel_in_the_interpreter() -> None:
     assert error > 2 * eager + allowed, "queries that are off by 2^-16 are found"
 
 
+# Shared memory that a block may have: consumer sm_86/89 run sm_80 code with 99 KiB; H100 has 227 KiB.
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024}
+
+
 @pytest.mark.slow
 def test_kernel_compiles_without_spills() -> None:
-    """For the head dimensions of DiT on sm_90; every other device is compiled for with every other kernel."""
+    """For the head dimensions of DiT; the other configurations are compiled with every other kernel's."""
     pytest.importorskip("triton")
     reports = run_worker("aot")
-    assert len(reports) >= 5
+    assert len(reports) >= 10
     for report in reports:
         print(report)
     for report in reports:
         assert report["spilled"] == report["stack"] == 0, report
-        # Shared memory that a block of an H100 may have.
-        assert report["shared"] <= 227 * 1024, report
+        assert report["shared"] <= SHARED_LIMIT[report["device"]], report
 
 
 def on_gpu(a: dict[str, Any]) -> dict[str, Any]:

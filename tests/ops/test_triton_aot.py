@@ -51,6 +51,9 @@ def most_barriers() -> int:
 
 def assert_fits(reports: list[dict[str, Any]], devices: Sequence[str]) -> None:
     assert {report["device"] for report in reports} == set(devices)
+    # Every module has kernels of its own on each of them.
+    for device in devices:
+        assert len({report["group"] for report in reports if report["device"] == device}) >= len(MODULES), device
     # Figures that nothing was read into would fit everywhere.
     assert all(report["registers"] > 0 for report in reports)
     assert not [report for report in reports if report["unfit"]]

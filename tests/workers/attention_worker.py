@@ -74,10 +74,10 @@ def interpret() -> dict[str, Any]:
 
 
 def aot() -> list[dict[str, Any]]:
-    """The configurations of the head dimensions of DiT, compiled for the device with matrix products of its own."""
-    device = DEVICES["sm_90"]
+    """The configurations of the head dimensions of DiT, compiled for two devices."""
     return [
         compile_configuration(c, device)._asdict()
+        for device in (DEVICES["sm_80"], DEVICES["sm_90"])
         for c in kernels.aot_configurations(device)
         if "bf16 dim 64 T 256" in c.label or "bf16 dim 72 T 2" in c.label
     ]
