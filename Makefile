@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 # Test files run side by side, a thread each; more than one for each core only costs memory.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 BENCHES := coupling attention packing drafting sampler
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') csrc/toolkit.py setup.py pyproject.toml
 
@@ -75,7 +75,7 @@ $(CUDA_VENV)/.setup-done: requirements-cuda.txt
 
 # The wheel built under this torch, its CPU ops compared under others: .venv-torch-* and, where it exists, .venv-cuda.
 wheel-check: $(SETUP) $(OTHER_TORCH:%=.venv-torch-%/.setup-done)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/packaging/test_wheel.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/packaging/test_distribution.py
 
 .venv-torch-%/.setup-done:
 	$(PYTHON) -m venv $(@D)

@@ -6,12 +6,15 @@ beside it, each with the value that stands where it is left out: a class may inh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import FunctionType, MethodType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from free_kernels.validation import check_float, fail
 
 
 class _Defaults:
@@ -164,6 +167,9 @@ class DrafterDefaults(_Defaults):
         repeats_feature: its output is ``feature``, whatever the state. It is not called: the target's own outputs at
             earlier rows draft, carried along with the state, an image's first step among them; see
             :func:`free_kernels.ops.drafting.replay_drafts`.
+        frozen_share: share of the chain, from its first step on, whose rounds the clean samples draft, as with
+            ``repeats_feature``: where they are refused no more often than this drafter's drafts, which cost calls. 0
+            for a drafter with a memory.
         drafts_first_step: an image's first step, which has no parent feature, is drafted too, from
             ``initial_feature(state) -> [R, T, D]`` and with ``previous`` the state itself.
         calibration: acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead, where
@@ -172,6 +178,7 @@ class DrafterDefaults(_Defaults):
 
     is_free: bool = False
     repeats_feature: bool = False
+    frozen_share: float = 0.0
     drafts_first_step: bool = False
     calibration: Any = None
 
@@ -281,7 +288,24 @@ def first_drafted_step(drafter: object) -> int:
 
 def first_drafted_in_rounds(drafter: object) -> int:
     """The same of the sampler's rounds, where clean samples draft for a drafter that repeats its feature."""
-    return 0 if DrafterDefaults.read(drafter, "repeats_feature") else first_drafted_step(drafter)
+    clean = any(DrafterDefaults.read(drafter, name) for name in ("repeats_feature", "frozen_share"))
+    return 0 if clean else first_drafted_step(drafter)
+
+
+def frozen_steps(where: str, drafter: object, num_steps: int, has_memory: bool) -> int:
+    """How many steps of the chain, from the first one on, begin rounds that clean samples draft.
+
+    Raises:
+        TypeError: ``frozen_share`` is not a number.
+        ValueError: it is not in [0, 1], or not 0 for a drafter with a memory.
+    """
+    share = check_float(where, "drafter.frozen_share", DrafterDefaults.read(drafter, "frozen_share"), 0.0, 1.0)
+    if share and has_memory:
+        fail(where, "drafter.frozen_share", "0 for a drafter with a memory, which is called at every step", share)
+    if DrafterDefaults.read(drafter, "repeats_feature"):
+        return num_steps
+    # Rounded up, so that a share above 0 has the image's first step, but not for the rounding of the product.
+    return math.ceil(round(share * num_steps, 6))
 
 
 def null_label(target: Target) -> int:

@@ -19,6 +19,30 @@ from render_reliability import write_log
 from free_kernels.sampling.speculative import Speculation
 
 HELPERS = str(Path(__file__).parent / "helpers")
+# Files that take a minute or more, longest first. They are begun first, so that processes which share the files end
+# together; a file that is not named here is run after them.
+LONGEST = (
+    "test_triton_coupling",
+    "test_triton_aot",
+    "test_bundled",
+    "test_distribution",
+    "test_distributed",
+    "test_training_processes",
+    "test_build",
+    "test_interrupts",
+    "test_triton_sampler",
+    "test_policy_bundled",
+    "test_report",
+    "test_generate",
+    "test_triton_drafting",
+    "test_training",
+    "test_attention",
+    "test_defaults",
+    "test_triton_block",
+    "test_cuda_emulator",
+    "test_cli",
+    "test_run_gpu",
+)
 LOGS = pytest.StashKey[dict[str, dict]]()
 PASSED = pytest.StashKey[bool]()
 
@@ -50,6 +74,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # A script's background jobs ignore it, and so would the processes that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture

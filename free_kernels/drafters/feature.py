@@ -128,6 +128,13 @@ def _checked_calibration(table: object) -> list[list[float]] | None:
     return rows
 
 
+def _checked_share(share: object) -> float:
+    """A number in [0, 1], as JSON has it; else TypeError."""
+    if type(share) not in (int, float) or not 0.0 <= share <= 1.0:
+        raise TypeError(f"a share {share!r}")
+    return float(share)
+
+
 def _checked_facts(facts: object) -> dict[str, str | int | bool]:
     """Names with strings, ints or truths, as a file has them, or {} for None; else TypeError."""
     facts = {} if facts is None else facts
@@ -254,6 +261,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         nn.init.zeros_(self.to_feature.bias)
         # Acceptance probabilities [parts of the chain, look-ahead] that training measured; see draft_length="auto".
         self.calibration: list[list[float]] | None = None
+        # Share of the chain that is left to clean samples, for which it was trained; 0 for one with a memory.
+        self.frozen_share = 0.0
         # What is known of the target that it was trained for and a file of that may not say, such as "num_heads".
         self.target_facts: dict[str, str | int | bool] = {}
         # Condition vectors [M, P] that labels are rows of.
@@ -440,6 +449,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             metadata["patch"] = self.patch
         if self.condition_width is not None:
             metadata["condition_width"] = self.condition_width
+        if self.frozen_share:
+            metadata["frozen_share"] = self.frozen_share
         if self.target_facts:
             metadata["target"] = self.target_facts
         weights = {name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()}
@@ -467,10 +478,11 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             check_depth(config.depth, weights)
             calibration = _checked_calibration(metadata.get("calibration"))
             facts = _checked_facts(metadata.get("target"))
+            share = _checked_share(metadata.get("frozen_share", 0.0))
             drafter = load_module(
                 lambda: cls(*shapes, metadata["num_classes"], config, metadata.get("condition_width")), weights, path
             )
-        drafter.calibration, drafter.target_facts = calibration, facts
+        drafter.calibration, drafter.target_facts, drafter.frozen_share = calibration, facts, share
         if target is not None:
             drafter.check_target(target, "FeatureDrafter.load")
             drafter.to(TargetDefaults.read(target, "device") or "cpu")

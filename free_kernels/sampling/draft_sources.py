@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,16 @@ from free_kernels.ops.drafting import (
 from free_kernels.protocols import Drafter, DrafterDefaults, DraftMemory
 from free_kernels.sampling.drafting import DraftingPass
 from free_kernels.sampling.job import Job
+from free_kernels.sampling.options import Options
 from free_kernels.sampling.refused_rows import CleanRows, FeatureRows, RefusedRows
 from free_kernels.validation import fail
+
+
+class Source(enum.Flag):
+    """What drafts a round's slots: clean samples those of the chain's first steps, the drafter those behind."""
+
+    CLEAN = enum.auto()
+    DRAFTER = enum.auto()
 
 
 class DraftInputs(NamedTuple):
@@ -58,6 +67,8 @@ class Fresh:
         # None: every slot makes every draft.
         drafting = None if lengths is None or min(lengths) > ahead.count else _are_drafting(lengths, ahead.count)
         places = _in_order(drafting, now, ahead.count, labels.device)
+        if ahead.chosen is not None:
+            places = places.masked_fill(~ahead.chosen.unsqueeze(1), -1)
         counts = [now] * ahead.count if drafting is None else drafting.sum(0).tolist()
         previous, y = job.doubled(slots.previous), job.branched(labels)
         # Rows of the only slot are contiguous as they are.
@@ -68,6 +79,8 @@ class Fresh:
         )
         active: Tensor | None = None
         for j in range(ahead.count):
+            if not counts[j]:
+                break
             if counts[j] < now:
                 now = counts[j]
                 kept = torch.from_numpy(drafting[:, j].nonzero()[0]).to(labels.device)
@@ -208,6 +221,8 @@ def refused_rows(
 ) -> RefusedRows | None:
     """What rounds of a drafter keep of their rows; None if nothing drafts again.
 
+    Of a drafter with a ``frozen_share`` these are the rows of the rounds that call it; see :func:`clean_rows`.
+
     Args:
         job: the job.
         drafter: drafts features.
@@ -219,10 +234,20 @@ def refused_rows(
     repeats = DrafterDefaults.read(drafter, "repeats_feature")
     if length == 1 or memory is not None or not (repeats or job.options.reuse_refused):
         return None
+    if repeats:
+        return clean_rows(job, slots, length, backend)
+    return FeatureRows(slots, rows_used(job.options, length), job.labels.device, backend, branches=job.branches)
+
+
+def clean_rows(job: Job, slots: int, length: int, backend: str) -> CleanRows:
+    """What rounds that clean samples draft keep of their rows; arguments as of :func:`refused_rows`."""
+    return CleanRows(slots, rows_used(job.options, length), job.labels.device, backend, job=job)
+
+
+def rows_used(options: Options, length: int) -> int:
+    """How many rows of a round may draft in the next ones, the last committed one among them."""
     # Blocks have new noise every round, so only the refused draft's own row is near the next round's states.
-    rows = 1 if not job.options.reuse_refused else 2 if job.options.block else length
-    sizes = slots, rows, job.labels.device, backend
-    return CleanRows(*sizes, job=job) if repeats else FeatureRows(*sizes, branches=job.branches)
+    return 1 if not options.reuse_refused else 2 if options.block else length
 
 
 def draft_source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 from torch import Tensor
@@ -38,9 +39,11 @@ class DraftingPass:
         noise: ``[S, L, C, H, W]``, to be set before drafts are made.
         drafts: the states so far; those of slots that draft no further are undefined.
         count: L - 1.
+        chosen: bool ``[S]``, slots whose drafts are made, where shapes are fixed; None: all.
     """
 
     noise: Tensor
+    chosen: Tensor | None = None
 
     def __init__(self, job: Job, slots: Slots, length: int, lengths: list[int] | None) -> None:
         self.job, self.slots, self.lengths, self.count = job, slots, lengths, length - 1
@@ -50,6 +53,19 @@ class DraftingPass:
         shape = len(slots), length - 1, *slots.state.shape[1:]
         self.drafts = Drafts(states, states.new_empty(shape), states.new_empty(shape))
         self._settings = job.guidance_scale, job.guidance_channels, job.clip
+
+    def behind(self, step: int, lengths: list[int] | None) -> DraftingPass:
+        """The same pass for slots at ``step`` or later only: drafts of others stay as they are.
+
+        Args:
+            step: the first.
+            lengths: rows that each slot wants, at most 1 of others; None with fixed shapes.
+        """
+        part = copy.copy(self)
+        part.lengths = lengths
+        if lengths is None:
+            part.chosen = self.slots.steps >= step
+        return part
 
     @property
     def parent(self) -> Tensor:

@@ -167,7 +167,7 @@ def probe(
         ]
         if not any(lengths):
             break
-        played = rounds.start(lengths)
+        played = rounds.start(lengths, now.steps)
         after = rounds.read(played, lengths, now)
         gaps = played.coupling.gap_sq.double().sqrt().nan_to_num(torch.inf, torch.inf).cpu().numpy()
         for slot, (step, rows) in enumerate(zip(now.steps, lengths, strict=True)):

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from free_kernels.conditions import Condition
 from free_kernels.drafters import as_drafter
 from free_kernels.ops.triton_runtime import use_triton
-from free_kernels.protocols import DrafterDefaults, NoiseDefaults, new_memory
+from free_kernels.protocols import DrafterDefaults, NoiseDefaults, frozen_steps, new_memory
+from free_kernels.sampling.draft_sources import rows_used
 from free_kernels.sampling.job import make_job
 from free_kernels.sampling.options import Options
 from free_kernels.steering.length_policy import LONGEST
@@ -35,7 +36,7 @@ class MemoryEstimate:
         states: the committed state and the one before.
         parent: features one step before the first row.
         refused_rows: states and features, or with ``drafter="frozen"`` clean samples, of rows that may draft their
-            steps again; 0 for another drafter with ``reuse_refused=False``.
+            steps again; both for a drafter with a ``frozen_share``. No features with ``reuse_refused=False``.
         drafter_memory: what the drafter keeps from round to round.
         drafts: states, means and deviations of a round's drafts.
         noise: a round's numbers, those of the slack of learned variances among them; never those of the whole run.
@@ -115,11 +116,16 @@ def estimate_memory(
     mixed = branches * output if job.scales is not None else 0
     memory = new_memory(drafter, 1, branches, drafts) if drafts else None
     repeats = DrafterDefaults.read(drafter, "repeats_feature")
-    held = kept = 0
-    if drafts and memory is None and (repeats or options.reuse_refused):
-        kept = 1 if not options.reuse_refused else 2 if options.block else rows
-        # States with clean samples, with the row before and one that is not kept; or with features.
-        held = (kept + 2) * (state + output) if repeats else (kept + 1) * (state + features)
+    frozen = frozen_steps(where, drafter, steps, memory is not None)
+    used, kept = rows_used(options, rows), 0
+    held = 0
+    if drafts and frozen:
+        # States with clean samples, with the row before and one that is not kept.
+        held += (used + 2) * (state + output)
+    if drafts and memory is None and not repeats and options.reuse_refused:
+        # States with features.
+        kept = used
+        held += (kept + 1) * (state + features)
     # Kernels draw the coupling's numbers themselves; then only those of the drafts are there.
     in_kernel = use_triton("couple_block" if options.block else "couple", "coupling", device, options.backend)
     slack = job.learned and drafts > 0 and not in_kernel

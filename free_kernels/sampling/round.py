@@ -11,12 +11,12 @@ from free_kernels.constants import Purpose
 from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
 from free_kernels.ops.packing import pack_drafts
 from free_kernels.ops.triton_runtime import use_triton
-from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, new_memory
+from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, frozen_steps, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
-from free_kernels.sampling.draft_sources import draft_source, refused_rows
+from free_kernels.sampling.draft_sources import Replayed, Source, clean_rows, draft_source, refused_rows
 from free_kernels.sampling.drafting import DraftingPass, Drafts
 from free_kernels.sampling.job import Job, Network
-from free_kernels.sampling.refused_rows import KeptRound
+from free_kernels.sampling.refused_rows import CleanRows, KeptRound, RefusedRows
 from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.slots import Slots
 from free_kernels.steering.length_policy import LONGEST
@@ -123,6 +123,12 @@ class Rounds:
         self.relaxation = None if relaxation is None else RelaxationPolicy(relaxation, len(slots), device)
         self.memory = new_memory(drafter, len(slots), job.branches, length - 1) if length > 1 else None
         self.refused = refused_rows(job, drafter, len(slots), length, memory=self.memory, backend=self.backend)
+        self.frozen_steps = frozen_steps(job.where, drafter, len(job.timesteps), self.memory is not None)
+        # Of the rounds before that step; a drafter that repeats its feature has them in all.
+        self.clean: CleanRows | None = None
+        if length > 1 and self.frozen_steps and not isinstance(self.refused, CleanRows):
+            self.clean = clean_rows(job, len(slots), length, self.backend)
+        self._kept: list[RefusedRows] = [rows for rows in (self.refused, self.clean) if rows is not None]
         self._no_rows = torch.zeros_like(slots.steps)
         self.dense = dense or job.options.cuda_graphs or self.memory is not None
         self.graphs = self._captured() if job.options.cuda_graphs else None
@@ -137,7 +143,7 @@ class Rounds:
         Raises:
             FloatingPointError: a row that was decided holds a NaN or an infinity.
         """
-        return self.read(self.start(lengths), lengths, before)
+        return self.read(self.start(lengths, before.steps), lengths, before)
 
     def read(self, played: Played, lengths: list[int], before: RoundReport) -> RoundReport:
         """The host's part of a round that :meth:`start` has begun; waits for it, and raises as :meth:`play`."""
@@ -148,23 +154,50 @@ class Rounds:
             self.refused.counts = report.ahead
         return report
 
-    def start(self, lengths: list[int]) -> Played:
-        """The device's part of a round of so many rows of each slot; only the lengths are sent there."""
+    def start(self, lengths: list[int], steps: list[int]) -> Played:
+        """The device's part of a round of so many rows of each slot; only the lengths are sent there.
+
+        Args:
+            lengths: rows of each slot.
+            steps: step of each slot, which the device knows.
+        """
         longest, rows = max(lengths), sum(lengths)
         self.slots.lengths.copy_(torch.tensor(lengths, device="cpu"))
+        calls, sources = longest - 1, Source.DRAFTER
+        late: list[int] | None = None
+        if self.clean is not None:
+            # Rows of each slot in the drafter's pass.
+            late = [min(n, 1) if k < self.frozen_steps else n for n, k in zip(lengths, steps, strict=True)]
+            sources, calls = self._sources(lengths, late), max(late) - 1
         if not self.dense:
-            played = self.play_on_device(longest, rows, lengths)
+            played = self.play_on_device(longest, rows, sources, lengths, late)
         else:
             longest = self._bucket_length(longest)
-            rows = row_bucket(rows, longest * len(lengths))
-            played = self.play_on_device(longest, rows) if self.graphs is None else self.graphs((longest, rows))
-        self.stats.called(sum(lengths), 0 if self._drafter_is_free else longest - 1)
+            rows, calls = row_bucket(rows, longest * len(lengths)), longest - 1 if calls > 0 else 0
+            key = longest, rows, sources
+            played = self.play_on_device(*key) if self.graphs is None else self.graphs(key)
+        self.stats.called(sum(lengths), 0 if self._drafter_is_free else max(calls, 0))
         return played
 
-    def play_on_device(self, longest: int, rows: int, lengths: list[int] | None = None) -> Played:
+    @staticmethod
+    def _sources(lengths: list[int], late: list[int]) -> Source:
+        """What drafts a round of so many rows of each slot, of which ``late`` are in the drafter's pass."""
+        if max(late) <= 1:
+            return Source.CLEAN
+        return Source.DRAFTER if late == lengths else Source.CLEAN | Source.DRAFTER
+
+    def play_on_device(
+        self,
+        longest: int,
+        rows: int,
+        sources: Source = Source.DRAFTER,
+        lengths: list[int] | None = None,
+        late: list[int] | None = None,
+    ) -> Played:
         """A round of at most ``longest`` rows a slot and ``rows`` in all; without ``lengths`` shapes are fixed.
 
-        Nothing here waits for the device, and with fixed shapes nothing comes from the host.
+        Nothing here waits for the device, and with fixed shapes nothing comes from the host. With both sources,
+        ``late`` are the rows of each slot in the drafter's pass.
         """
         job, slots = self.job, self.slots
         drafting = DraftingPass(job, slots, longest, lengths)
@@ -175,7 +208,7 @@ class Rounds:
         elif longest > 1:
             drafting.noise = self._draw(Purpose.STEP, steps)
         if longest > 1:
-            draft_source(job, self.drafter, memory=self.memory, refused=self.refused).draft(drafting)
+            self._draft(drafting, sources, late)
         drafts = drafting.drafts
         x, t, y, row_offsets = pack_drafts(
             drafts.states, slots.lengths, slots.steps, slots.labels, job.timesteps, rows, job.null, slots.backend
@@ -192,12 +225,22 @@ class Rounds:
         if weights is not None:
             self._learn(coupling, weights)
         features = wait()
-        if self.refused is not None:
-            self.refused.keep(KeptRound(drafts.states, features, output, row_offsets, *decided))
+        kept = KeptRound(drafts.states, features, output, row_offsets, *decided)
+        for memory in self._kept:
+            memory.keep(kept)
         fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
         self._forget_past(fresh, coupling.committed, longest - 1)
         ahead = self._no_rows if self.refused is None else self.refused.ahead
         return Played(drafts, output, coupling, RoundReport.pack(coupling.committed, slots, ahead, finite))
+
+    def _draft(self, ahead: DraftingPass, sources: Source, late: list[int] | None) -> None:
+        """Make the round's drafts; see :meth:`play_on_device`."""
+        if Source.CLEAN in sources:
+            Replayed(self.job, self.clean).draft(ahead)
+        if Source.DRAFTER in sources:
+            if Source.CLEAN in sources:
+                ahead = ahead.behind(self.frozen_steps, None if ahead.lengths is None else late)
+            draft_source(self.job, self.drafter, memory=self.memory, refused=self.refused).draft(ahead)
 
     def _couple(
         self,
@@ -247,21 +290,23 @@ class Rounds:
         """Rounds go on from the slots as they were put, with what the network gave for the states before."""
         slots = self.slots
         self._keep_only(slots.previous, output, features, slots.steps - 1)
-        if self.refused is not None:
-            self.refused.begin(slots.steps)
+        for memory in self._kept:
+            memory.begin(slots.steps)
 
     def _keep_only(self, states: Tensor, output: Tensor, features: Tensor, steps: Tensor) -> None:
         """Keep one row of every slot, of ``states [S, C, H, W]`` at ``steps [S]``, and no other."""
-        if self.refused is None:
+        if not self._kept:
             return
-        self.refused.forget()
         rows, one = torch.arange(len(steps) + 1, device=steps.device), torch.ones_like(steps)
-        self.refused.keep(KeptRound(states.unsqueeze(1), features, output, rows, one, one, steps))
+        kept = KeptRound(states.unsqueeze(1), features, output, rows, one, one, steps)
+        for memory in self._kept:
+            memory.forget()
+            memory.keep(kept)
 
     def _forget_past(self, fresh: Tensor, committed: Tensor, drafts: int) -> None:
         """After a commit, forget what belongs to finished images, and the drafter's calls at refused drafts."""
-        if self.refused is not None:
-            self.refused.begin(self.slots.steps)
+        for memory in self._kept:
+            memory.begin(self.slots.steps)
         if self.relaxation is not None:
             self.relaxation.reset(fresh)
         if self.memory is not None:
@@ -299,7 +344,7 @@ class Rounds:
         return next((length for length in LONGEST if length >= longest), self.length)
 
     def _captured(self) -> CapturedCalls[Played]:
-        """Rounds as graphs, by (longest, rows); with no rows in use a round commits nothing."""
+        """Rounds as graphs, by (longest, rows, sources); with no rows in use a round commits nothing."""
         slots = self.slots
         preserved = [slots.lengths, slots.rounds]
         if self.relaxation is not None:

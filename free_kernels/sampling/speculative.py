@@ -60,7 +60,6 @@ class Speculation:
             )
         self.job, self.length = job.hoisted(), length
         self._first_drafted, self._drafter_is_hoisted = first_drafted_in_rounds(drafter), False
-        self._repeats = DrafterDefaults.read(drafter, "repeats_feature")
         self.slots = Slots(self.job, slots, 3 * slots if bounded else None, options.packing_backend)
         self.run_stats = RunStats(count, num_steps, job.labels.device)
         self.rounds = Rounds(
@@ -84,7 +83,10 @@ class Speculation:
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
             room = self._room if self._room[0] < num_steps else None
-            self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, reuses=reuses, room=room)
+            free = num_steps if DrafterDefaults.read(drafter, "is_free") else self.rounds.frozen_steps
+            self.policy = DraftLengthPolicy(
+                num_steps, length, known, self._first_drafted, reuses=reuses, room=room, free=free
+            )
 
     @property
     def stats(self) -> SampleStats:
@@ -174,7 +176,7 @@ class Speculation:
             began = time.perf_counter()
             rounds.drafter = hoisted(rounds.drafter, job.timesteps, job.used_labels)
             self._drafter_is_hoisted, seconds = True, time.perf_counter() - began
-        if self._first_drafted == 0 and 0 in now.steps and not self._repeats:
+        if self._first_drafted == 0 and 0 in now.steps and not rounds.frozen_steps:
             guess = rounds.drafter.initial_feature(job.shaped(self.slots.state))
             shape = len(self.slots), *job.target.feature_shape
             if not isinstance(guess, Tensor) or guess.shape != shape:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from free_kernels.protocols import DrafterDefaults
+from free_kernels.protocols import DrafterDefaults, frozen_steps
 from free_kernels.steering.acceptance_model import AcceptanceModel
 from free_kernels.steering.refusal_odds import UNKNOWN_ACCEPTANCE
 from free_kernels.steering.round_cost import RoundCost
@@ -69,7 +69,8 @@ _KNOWN: weakref.WeakKeyDictionary[object, dict[object, Knowledge]] = weakref.Wea
 def knowledge_of(owner: object, drafter: object, settings: tuple[object, ...], num_steps: int, slots: int) -> Knowledge:
     """The knowledge kept for ``owner`` (as long as it lives), a drafter and plain settings, or a new one.
 
-    A drafter may bring ``calibration``, acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead.
+    A drafter may bring ``calibration``, acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead;
+    nothing is known of the steps that clean samples draft.
     """
     try:
         kept = _KNOWN.setdefault(owner, {})
@@ -81,6 +82,7 @@ def knowledge_of(owner: object, drafter: object, settings: tuple[object, ...], n
         table = DrafterDefaults.read(drafter, "calibration")
         table = np.full((1, 1), UNKNOWN_ACCEPTANCE) if table is None else np.asarray(table, np.float64)
         table = table[np.arange(num_steps) * len(table) // num_steps]
+        table[: frozen_steps("sample", drafter, num_steps, has_memory=False)] = UNKNOWN_ACCEPTANCE
         ahead = np.minimum(np.arange(LONGEST[-1] - 1), table.shape[1] - 1)
         kept[key] = Knowledge(RoundCost(slots, LONGEST[-1]), AcceptanceModel(table[:, ahead]), drafter)
     return kept[key]
@@ -100,6 +102,7 @@ class DraftLengthPolicy:
         first: first step that the drafter drafts.
         reuses: whether rows behind a refusal draft their steps again, however far they reach.
         room: int ``[K]``, the most rows of a round from each step on; None: up to the end of the chain.
+        free: drafts of rounds that begin before this step cost no call of a drafter.
     """
 
     def __init__(
@@ -111,8 +114,9 @@ class DraftLengthPolicy:
         *,
         reuses: bool = False,
         room: np.ndarray | None = None,
+        free: int = 0,
     ) -> None:
-        self.num_steps, self._first, self._reuses, self._room = num_steps, first, reuses, room
+        self.num_steps, self._first, self._reuses, self._room, self._free = num_steps, first, reuses, room, free
         self.knowledge = knowledge
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
@@ -165,7 +169,8 @@ class DraftLengthPolicy:
             fits = np.arange(width) < left[drafting, None] - 1
             gains, values = gains * fits, values * fits
         gains, order = gains.ravel(), self._order(values)
-        plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s)
+        free = bool(steps[drafting].max() < self._free)
+        plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s, free)
         speed, longest, last = max(plans)
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
         pays = speed >= _WANTED_SPEED and allowed >= 0
@@ -223,7 +228,7 @@ class DraftLengthPolicy:
         return self._lengths[: begun + 1]
 
     def _plans(
-        self, longest: np.ndarray, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float
+        self, longest: np.ndarray, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float, free: bool
     ) -> list[tuple[float, int, int]]:
         """For each longest draft the best speed over ordinary steps, that length, and the last of the rows to take.
 
@@ -231,7 +236,7 @@ class DraftLengthPolicy:
         """
         taken = (ahead < longest - 1) & (gains > 0)
         committed = count + np.cumsum(taken * gains, axis=1)
-        seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1))
+        seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1), free)
         speeds = taken * committed / seconds * (step_s / count)
         best = speeds.argmax(1)
         columns = speeds[np.arange(len(best)), best], longest[:, 0], best
@@ -252,17 +257,18 @@ class DraftLengthPolicy:
         if longest == 1:
             self.cost.observe(longest, rows, seconds)
             return
-        known, predicted = self.knowledge, float(self.cost.round(longest, rows))
+        drafted = lengths > 1
+        free = bool(steps[drafted].max() < self._free)
+        known, predicted = self.knowledge, float(self.cost.round(longest, rows, free))
         if self.cost.has_begun(longest):
             # What rounds really take, so that wrong predictions hide no loss; but one hiccup must not forbid
             # speculation for long, and the first round of a length is slow only once.
             known.excess += _NEW_EXCESS * (min(seconds / predicted, _SLOWEST) - known.excess)
-        self.cost.observe(longest, rows, seconds)
+        self.cost.observe(longest, rows, seconds, free=free)
         taken = known.excess * predicted
         total = int(committed.sum())
         known.saved += total / count - taken / self.cost.ordinary(count, 0.5)
         known.committed += _NEW_COMMITTED * (total / count - known.committed)
-        drafted = lengths > 1
         if total < _DISAPPOINTING * self._promised:
             self._kept_for = 0
         if total > _SURPRISE * self._promised:

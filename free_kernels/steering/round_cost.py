@@ -35,6 +35,8 @@ def _quantile(values: list[float], share: float) -> float:
 class RoundCost:
     """Seconds of a round of S slots: ``base + row * rows + draft * (longest - 1)``; an ordinary step: ``longest`` 1.
 
+    Where drafts are free, that is made without a drafter, the last term is left out.
+
     A fit (relative errors) to the lower quartiles of the latest timings of each kind of round, drawn to a first guess
     where they say nothing; a kind that was timed lately is predicted by its own quartile, the more timings the more.
     Ordinary steps, which neither draft nor pack, are kept apart, and are the unit of whatever is not recent: the
@@ -48,11 +50,12 @@ class RoundCost:
     slots: int = 1
     longest: int = 32
     _ordinary: dict[int, Timings] = field(default_factory=dict)  # by images
-    _timings: dict[tuple[int, int], Timings] = field(default_factory=dict)  # by longest draft and rows / grain
+    # By whether drafts are free (1), longest draft and rows / grain.
+    _timings: dict[tuple[int, int, int], Timings] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)
     _round: int = 0
     _unfitted: int = 0  # timings since the last fit
-    # By longest draft and rows / grain, once they were needed: the fit, and what is predicted.
+    # Alike, once they were needed: the fit, and what is predicted.
     _fitted: np.ndarray | None = None
     _predicted: np.ndarray | None = None
 
@@ -81,8 +84,8 @@ class RoundCost:
         """Whether a round of this length was observed before."""
         return longest in self._begun
 
-    def observe(self, longest: int, rows: int, seconds: float, rounds: int = 1) -> None:
-        """Take in the time of a round, or the mean of several."""
+    def observe(self, longest: int, rows: int, seconds: float, rounds: int = 1, *, free: bool = False) -> None:
+        """Take in the time of a round, or the mean of several; ``free`` if no drafter made its drafts."""
         self._round += rounds
         self._unfitted += 1
         if longest not in self._begun:
@@ -90,7 +93,7 @@ class RoundCost:
         elif longest == 1:
             self._ordinary.setdefault(rows, deque(maxlen=_KEPT)).append((self._round, seconds, seconds))
         elif self._ordinary:
-            kind = longest, int(self._grains(rows))
+            kind = int(free), longest, int(self._grains(rows))
             times = self._timings.setdefault(kind, deque(maxlen=_KEPT))
             times.append((self._round, seconds, self._step()))
             if len(times) == 1:
@@ -109,11 +112,11 @@ class RoundCost:
         """Seconds of an ordinary step of ``rows`` images, at a quantile; needs one to have been timed."""
         return self._typical(self._ordinary[min(self._ordinary, key=lambda count: abs(count - rows))], share)
 
-    def round(self, longest: int | np.ndarray, rows: int | np.ndarray) -> float | np.ndarray:
+    def round(self, longest: int | np.ndarray, rows: int | np.ndarray, free: bool = False) -> float | np.ndarray:
         """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``; the two are broadcast."""
         if self._predicted is None or self._unfitted >= _REFIT_EVERY:
             self._predict()
-        return self._predicted[longest, self._grains(rows)]
+        return self._predicted[int(free)][longest, self._grains(rows)]
 
     def _predict(self) -> None:
         """Predict all rounds anew."""
@@ -121,7 +124,8 @@ class RoundCost:
         step = self._step()
         base, row, draft = step * self._fit(step)
         rows = self.grain * np.arange(self._grains(self.slots * self.longest) + 1)
-        fitted = base + row * rows + draft * np.arange(-1, self.longest)[:, None]
+        drafts = np.array([1.0, 0.0])[:, None, None] * np.arange(-1, self.longest)[:, None]
+        fitted = base + row * rows + draft * drafts
         # Drafts do not make a round cheaper than an ordinary step, nor than its rows' share of one where few are left.
         self._fitted = np.maximum(fitted, step * np.minimum(rows / max(self._ordinary), 1.0))
         self._predicted = self._fitted.copy()
@@ -129,7 +133,7 @@ class RoundCost:
             if self._is_recent(times):
                 self._predicted[kind] = self._blended(kind)
 
-    def _blended(self, kind: tuple[int, int]) -> float:
+    def _blended(self, kind: tuple[int, int, int]) -> float:
         """Seconds of a kind of round that was timed lately: the more often, the less the fit counts."""
         times = self._timings[kind]
         count = sum(when > self._round - _EXPIRY for when, *_ in times)
@@ -157,10 +161,11 @@ class RoundCost:
         # A round without drafts would be an ordinary step, more or less: it tells rows from drafts.
         known = [([1.0, count, 0.0], self._typical(times) / step, 1.0) for count, times in self._ordinary.items()]
         recent = sum(map(self._is_recent, self._timings.values()))
-        for (longest, grains), times in self._timings.items():
+        for (free, longest, grains), times in self._timings.items():
             expired = (self._round - times[-1][0]) // _EXPIRY
             if not expired or recent < _ENOUGH_KINDS:
-                known.append(([1.0, grains * self.grain, longest - 1.0], self._in_steps(times, step), 0.5**expired))
+                drafts = 0.0 if free else longest - 1.0
+                known.append(([1.0, grains * self.grain, drafts], self._in_steps(times, step), 0.5**expired))
         features, typical, weights = map(np.array, zip(*known, strict=True))
         # In units of the guess, so that one weight fits all three.
         scaled = features * guess / np.maximum(typical, 1e-12)[:, None]

@@ -52,17 +52,17 @@ def test_call_reduction(digits):
     """
     target, drafter = digits
     rounds = {}
-    for verification, draft_length, guidance, reuse, floor in (
-        ("token", 6, 1.0, True, 5.45),
-        ("token", 6, 2.0, True, 5.35),
-        ("token", 12, 1.0, True, 9.7),
-        ("token", 12, 1.0, False, 9.2),
-        ("block", 6, 1.0, True, 5.55),
-        ("block", 12, 1.0, True, 9.9),
+    for verification, draft_length, guidance, reuse, images, floor in (
+        ("token", 6, 1.0, True, 16, 5.45),
+        ("token", 6, 2.0, True, 16, 5.35),
+        ("token", 12, 1.0, True, 32, 9.7),
+        ("token", 12, 1.0, False, 32, 9.2),
+        ("block", 6, 1.0, True, 16, 5.55),
+        ("block", 12, 1.0, True, 32, 9.9),
     ):
         stats = sample(
             target,
-            LABELS[:32],
+            LABELS[:images],
             drafter=drafter,
             draft_length=draft_length,
             guidance_scale=guidance,

@@ -44,7 +44,6 @@ NOT_NUMERICAL = {
     "test_toolkit",
     "test_triton_aot",
     "test_triton_launches",
-    "test_wheel",
 }
 # Minutes each, or few numbers for their time: Triton's interpreter, training, whole runs of the command line.
 LONG = {
@@ -130,7 +129,7 @@ def main() -> None:
     asked = parser.parse_args()
     left_out = NOT_NUMERICAL | (LONG if asked.fast else set())
     files = asked.files or [path for path in sorted(TESTS.glob("**/test_*.py")) if path.stem not in left_out]
-    command = [sys.executable, "-m", "pytest", "-q", "-n", asked.jobs, "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", asked.jobs, "--dist", "loadfile", "--no-loadscope-reorder"]
     command += ["-m", "not slow"] if asked.fast else []
 
     unset = {name for values in variables().values() for name in values}

@@ -290,7 +290,7 @@ def test_costs_follow_the_machine():
 @pytest.fixture
 def paying(monkeypatch):
     """Costs under which any draft pays, whatever the machine does."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: 1e-9 + 1e-12 * rows)
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-12 * rows)
 
 
 @pytest.mark.parametrize("verification", ["token", "block"])
@@ -360,7 +360,7 @@ def test_ordinary_steps_are_taken_at_once(monkeypatch):
 
 def test_ordinary_steps_alone_return_the_ordinary_images(monkeypatch):
     """Where speculation never pays, nothing but the ordinary chain is left."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: np.full(np.shape(rows), 1e9))
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: np.full(np.shape(rows), 1e9))
     target, labels = GaussianTarget(), torch.arange(9) % 3
     schedule = DDPMSchedule(30)
     want = ancestral_sample(target, labels, schedule=schedule, seed=4)
@@ -389,7 +389,7 @@ def test_a_drafter_is_hoisted_once_it_drafts(monkeypatch):
     drafter = Counted(target)
     sample(target, labels, schedule=schedule, drafter=drafter, draft_length=3, max_slots=2)
     assert drafter.times == 1
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: np.full(np.shape(rows), 1e9))
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: np.full(np.shape(rows), 1e9))
     result = sample(target, labels, schedule=schedule, drafter=drafter, draft_length="auto", max_slots=2)
     assert result.stats.call_reduction == 1.0
     assert drafter.times == 1

@@ -20,7 +20,7 @@ from free_kernels.steering.seen_steps import SeenSteps
 @pytest.fixture
 def paying(monkeypatch):
     """Costs under which any draft pays, whatever the machine does, and of however many slots."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: 1e-9 + 1e-15 * rows)
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-15 * rows)
 
 
 def test_the_furthest_row_counts():
@@ -70,7 +70,7 @@ def test_what_the_policy_is_told_is_what_is_kept(verification, reuse, drafter, s
     compared_to = None
     monkeypatch.setattr(Speculation, "__init__", begun)
     monkeypatch.setattr(DraftLengthPolicy, "choose", chosen)
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows: 1e-9 + 1e-12 * rows)
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-12 * rows)
     target = GaussianTarget()
     sample(
         target,

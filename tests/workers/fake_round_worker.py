@@ -25,6 +25,7 @@ from free_kernels.sampling import drafting as drafting_module
 from free_kernels.sampling import round as round_module
 from free_kernels.sampling import slots as slots_module
 from free_kernels.sampling.ancestral import _Batch
+from free_kernels.sampling.draft_sources import Source
 from free_kernels.sampling.job import Job, make_job
 from free_kernels.sampling.options import Options
 from free_kernels.sampling.round import Rounds
@@ -81,6 +82,8 @@ class Case:
         whole: the round as it is called, not only what is captured.
         rows: rows a slot of the round.
         blocks: of the target; few, as ours do not depend on them.
+        share: of the chain that clean samples draft.
+        sources: what drafts the round.
     """
 
     model: str = "digits"
@@ -92,6 +95,8 @@ class Case:
     whole: bool = False
     rows: int = LENGTH
     blocks: int = 2
+    share: float = 0.0
+    sources: Source = Source.DRAFTER
 
 
 CASES = {
@@ -113,6 +118,9 @@ CASES = {
     "flow without tables": Case(model="digits_sit", slots=4, guidance=2.0, tables=False),
     "without reuse": Case(settings={"reuse_refused": False}),
     "a row a slot": Case(rows=1, slots=4),
+    "frozen share, early": Case(share=0.5, sources=Source.CLEAN),
+    "frozen share, late": Case(share=0.5),
+    "frozen share, both": Case(slots=4, share=0.5, sources=Source.CLEAN | Source.DRAFTER),
     "whole": Case(whole=True, slots=4),
     "control: copies": Case(drafter="fixed", tables=False),
     "control: looks": Case(drafter="peeking"),
@@ -125,6 +133,7 @@ def drafter_of(case: Case, target: Any, bundled: FeatureDrafter) -> Any:
     if case.drafter in plain:
         return plain[case.drafter]()
     if case.drafter == "learned":
+        bundled.frozen_share = case.share
         return bundled
     kind = Fixed if case.drafter == "fixed" else FeatureDrafter
     config = DrafterConfig(width=96, window=3 if case.drafter == "windowed" else 1)
@@ -186,9 +195,9 @@ def counted_parts(run: Speculation, launches: Launches) -> Iterator[None]:
         patch(Job, "draw", "noise")
         patch(RunStats, "tally", "tally")
         patch(Rounds, "_learn", "relaxation")
-        if rounds.refused is not None:
+        for memory in rounds._kept:
             for name in ("keep", "begin"):
-                patch(rounds.refused, name, "refused rows")
+                patch(memory, name, "refused rows")
         yield
 
 
@@ -205,7 +214,9 @@ def play(case: Case) -> dict[str, Any]:
         return outcome(
             launches,
             lambda: (
-                run.rounds.start([case.rows] * case.slots) if case.whole else run.rounds.play_on_device(case.rows, rows)
+                run.rounds.start([case.rows] * case.slots, [0] * case.slots)
+                if case.whole
+                else run.rounds.play_on_device(case.rows, rows, case.sources)
             ),
         )
 

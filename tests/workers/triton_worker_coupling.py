@@ -77,8 +77,8 @@ CASES = [
     Case("learned-everything-f16", **_FULL, output=torch.float16, seed=12),
     Case("digits", lengths=(6, 2, 6, 0, 1), latent=(1, 8, 8), learned=True, gap=0.7, seed=13),
     Case("one-element", latent=(1, 1, 1), learned=True, seed=14),
-    Case("many-splits", latent=(3, 7, 9), division=(64, 1), **_FULL, seed=15),
-    Case("many-splits-in-chunks", latent=(3, 11, 11), division=(64, 2), **_FULL, gap=0.5, seed=16),
+    Case("many-splits", lengths=(3, 0, 2, 1), latent=(3, 7, 9), division=(64, 1), **_FULL, seed=15),
+    Case("many-splits-in-chunks", lengths=(3, 0, 2), latent=(3, 11, 11), division=(64, 2), **_FULL, gap=0.5, seed=16),
     Case("no-drafts", lengths=(1, 1, 0), learned=True, seed=17),
     Case("all-idle", lengths=(0, 0), latent=(1, 2, 2), special="longer", seed=18),
     Case("infeasible", learned=True, gap=0.1, special="infeasible", seed=19),
@@ -90,7 +90,7 @@ CASES = [
 OVERFLOW = Case("far-off-in-products", lengths=(3,) * 12, learned=True, special="overflow", seed=23)
 BY_NAME = {case.name: case for case in CASES}
 # Enough rows that errors against float64 have a stable size: single figures are exact or far off by luck.
-_ROWS = {"lengths": (6,) * 20 + (3, 1), "latent": (4, 8, 8), "gap": 0.5}
+_ROWS = {"lengths": (6,) * 12 + (3, 1), "latent": (4, 8, 8), "gap": 0.5}
 PRECISION = [
     Case(f"{name}-{str(dtype).removeprefix('torch.')}", **_ROWS, **settings, output=dtype, seed=100 + 10 * i + j)
     for i, (name, settings) in enumerate(
@@ -291,7 +291,7 @@ def precision(
 ) -> dict[str, tuple[float, float]]:
     """Errors against float64 over eager's, of every output: root mean square over the rows, and largest.
 
-    A row's error is relative to the row, since gaps differ in size. A root mean square over a hundred rows is known to
+    A row's error is relative to the row, since gaps differ in size. A root mean square over sixty rows is known to
     a tenth, but eager's largest error may be small by luck: it counts as no less than what the largest of as many
     normal errors of its size exceeds once in a million.
     ``planted`` is a relative error of the draft's deviations that the kernels are given.
@@ -344,13 +344,16 @@ RUNS = {"tensors": run_couple, "philox": run_philox, "block": run_block, "block-
 
 
 def check(case: Case, kernels: Any, device: str = "cpu") -> list[str]:
-    """Everything about one case: every variant against the oracle, and the same bits twice."""
+    """Everything about one case: every variant against the oracle.
+
+    Where programs share a row, or run side by side on a device, two runs give the same bits too.
+    """
     arguments, wrong = make(case).to(device), []
     with divided(case, kernels):
         for variant, run in RUNS.items():
             first = run(arguments)
             wrong += [f"{variant}: {text}" for text in compare(first, arguments, variant)]
-            if variant.endswith("philox"):
+            if variant.endswith("philox") or (device == "cpu" and case.division is None):
                 continue
             for a, b in zip(first, run(arguments), strict=True):
                 if a.numpy(force=True).tobytes() != b.numpy(force=True).tobytes():

@@ -45,6 +45,8 @@ class DrafterTrainConfig:
             multiplies; "log1p", ``log(1 + delta^2)``, less weight on large gaps; "none", to regress features alone.
         late: share of the windows that begin in the last fifth of the chain, beside those spread over all of it; the
             logarithm of the number of steps left is uniform there, as acceptance falls with every halving.
+        frozen_share: share of the chain, from its first step on, that clean samples draft, as for a frozen drafter, so
+            that the drafter learns the steps behind it only: where it would gain nothing, or not what its calls cost.
         first: share of the windows that begin at the first step, for a drafter that drafts it.
         refused: share of the windows before which a round was refused, so that its rows correct their drafts as they
             do in ``sample``: there the drafter's change from one state of a step to another one counts. They take
@@ -79,6 +81,7 @@ class DrafterTrainConfig:
     trajectories: int = 64
     refresh_every: int = 250
     late: float = 0.0
+    frozen_share: float = 0.0
     first: float = 0.02
     refused: float = 0.0
     other_steps: int = 0
@@ -107,6 +110,11 @@ class DrafterTrainConfig:
         check_int(where, "trajectories", self.trajectories, 2)
         check_int(where, "refresh_every", self.refresh_every, 1)
         check_float(where, "max_guidance", self.max_guidance, 1.0)
+        check_float(where, "frozen_share", self.frozen_share, 0.0, 1.0)
+        if self.frozen_share and self.drafter.window > 1:
+            fail(
+                where, "frozen_share", "0 for a drafter with a window, which is called at every step", self.frozen_share
+            )
         check_float(where, "refused", self.refused, 0.0, 1.0)
         if self.refused and self.drafter.window > 1:
             fail(where, "refused", "0 for a drafter with a window, whose drafts rows do not correct", str(self.refused))

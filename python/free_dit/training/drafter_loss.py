@@ -69,11 +69,13 @@ class DrafterLoss:
         config, rows, last = self.config, self.config.batch_size, chain.num_steps - 2
         data = chain.data(epoch)
         image = torch.randint(len(data.labels), (rows,))
-        start = torch.randint(1, last + 1, (rows,))
+        # Rounds that begin before are not the drafter's.
+        earliest = min(last, max(1, round(config.frozen_share * chain.num_steps)))
+        start = torch.randint(earliest, last + 1, (rows,))
         if config.late:
             left = torch.rand(rows).mul(math.log(max(2, chain.num_steps // 5))).exp().long()
-            start = torch.where(torch.rand(rows) < config.late, (last + 1 - left).clamp(min=1), start)
-        if config.first and self.first_step == 0:
+            start = torch.where(torch.rand(rows) < config.late, (last + 1 - left).clamp(min=earliest), start)
+        if config.first and self.first_step == 0 and not config.frozen_share:
             start = start.masked_fill(torch.rand(rows) < config.first, 0)
         guidance = data.guidance[image]
         network = NetworkRows(guidance, self.drafter.config.window > 1, self.device)

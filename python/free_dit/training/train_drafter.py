@@ -125,7 +125,7 @@ def train_drafter(
         return path
     drafter.load_state_dict(loop.averaged_weights())
     drafter.eval()
-    drafter.target_facts = facts_of(target)
+    drafter.target_facts, drafter.frozen_share = facts_of(target), config.frozen_share
     if config.calibration_images:
         drafter.calibration = calibrate(target, drafter, config)
     drafter.save(path)
