@@ -170,3 +170,37 @@ def test_training_begins_from_a_drafter(target, tmp_path):
 def test_wrong_settings_are_named(target, tmp_path, changed, message):
     with pytest.raises(ValueError, match=f"^train_drafter: {message}"):
         train_drafter(target, replace(CONFIG, **changed), tmp_path, "tiny")
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5])
+def test_windows_begin_behind_the_frozen_share(target, late):
+    """On chains of both lengths; windows over the whole chain are the control."""
+    first = []
+    for share in (0.0, 0.6):
+        config = replace(CONFIG, frozen_share=share, late=late, first=0.2, batch_size=256, other_steps=20)
+        loss = DrafterLoss(target, learner(target), config)
+        torch.manual_seed(5)
+        first.append([int(loss._windows(chain, 0)[1].min()) for chain in (loss.main, loss.others[0])])
+    # Of 14 and of 20 steps.
+    assert first[1] == [8, 12]
+    assert max(first[0]) < 8
+
+
+def test_the_file_says_what_it_was_trained_for(target, tmp_path):
+    path = train_drafter(target, replace(CONFIG, frozen_share=0.6), tmp_path, "random")
+    assert FeatureDrafter.load(path, target).frozen_share == 0.6
+
+
+@pytest.mark.parametrize(
+    ("settings", "expectation"),
+    [
+        ({"frozen_share": 1.5}, r"frozen_share must be a finite number in \[0, 1\]"),
+        (
+            {"frozen_share": 0.5, "refused": 0.0, "drafter": DrafterConfig(width=32, head_dim=16, window=3)},
+            "0 for a drafter",
+        ),
+    ],
+)
+def test_a_wrong_share_is_refused(settings, expectation):
+    with pytest.raises(ValueError, match=expectation):
+        replace(CONFIG, **settings).check()

@@ -34,6 +34,9 @@ MOST_OWN = {
     "flow without tables": 35,
     "without reuse": 18,
     "a row a slot": 11,
+    "frozen share, early": 16,
+    "frozen share, late": 29,
+    "frozen share, both": 38,
     "ordinary 1": 10,
     "ordinary 2": 13,
 }
