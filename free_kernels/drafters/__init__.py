@@ -63,4 +63,6 @@ def _unwrapped(where: str, drafter: nn.Module) -> nn.Module:
     if drafter not in _COMPILED:
         _COMPILED[drafter] = copy.copy(seen.module)
         _COMPILED[drafter].compile_with(seen.compiler)
+    # It may have been changed since.
+    _COMPILED[drafter].frozen_share = seen.module.frozen_share
     return _COMPILED[drafter]

@@ -57,3 +57,12 @@ def test_a_compiled_drafter_stays_compiled(wrapped):
 def test_an_averaged_drafter_is_seen_through():
     target, drafter = load_bundled("digits")
     assert torch.equal(draw(target, AveragedModel(drafter)), draw(target, drafter))
+
+
+def test_a_share_that_is_set_later_counts():
+    target, drafter = load_bundled("digits")
+    compiled = torch.compile(drafter, backend=Backend())
+    for share in (0.0, 1.0):
+        drafter.frozen_share = share
+        assert torch.equal(draw(target, compiled), draw(target, drafter))
+    assert torch.equal(draw(target, compiled), draw(target, "frozen"))
