@@ -304,8 +304,13 @@ def frozen_steps(where: str, drafter: object, num_steps: int, has_memory: bool) 
         fail(where, "drafter.frozen_share", "0 for a drafter with a memory, which is called at every step", share)
     if DrafterDefaults.read(drafter, "repeats_feature"):
         return num_steps
-    # Rounded up, so that a share above 0 has the image's first step, but not for the rounding of the product.
-    return math.ceil(round(share * num_steps, 6))
+    return steps_of_share(share, num_steps)
+
+
+def steps_of_share(share: float, num_steps: int) -> int:
+    """How many of a chain's steps a ``frozen_share`` is: rounded up, so that any above 0 has the first one."""
+    # But not up for the rounding of the product.
+    return max(1, math.ceil(round(share * num_steps, 6))) if share else 0
 
 
 def null_label(target: Target) -> int:

@@ -479,6 +479,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             calibration = _checked_calibration(metadata.get("calibration"))
             facts = _checked_facts(metadata.get("target"))
             share = _checked_share(metadata.get("frozen_share", 0.0))
+            if share and config.window > 1:
+                raise TypeError(f"a share {share:g} for a drafter with a window")
             drafter = load_module(
                 lambda: cls(*shapes, metadata["num_classes"], config, metadata.get("condition_width")), weights, path
             )

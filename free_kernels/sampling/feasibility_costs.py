@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from free_kernels.protocols import Drafter
+from free_kernels.protocols import Drafter, frozen_steps
 from free_kernels.sampling.feasibility_probes import Places, put, rounds_at
 from free_kernels.sampling.job import Job, Network
 from free_kernels.sampling.noise import Purpose
@@ -131,8 +131,14 @@ def measure(
 
     work: dict[str, Callable[[], None]] = {"step": ordinary, **{f"{rows}": call(rows) for rows in (1, *lengths)}}
     for name, drafter in drafters.items():
+        early = frozen_steps(job.where, drafter, len(job.timesteps), has_memory=False)
         for end in (0, -1):
             work[f"{name} {end}"] = _rounds_of(one, places, drafter, network, lengths[end])
+            if 0 < early < len(job.timesteps):
+                # Rounds at both sides of the step from which on the drafter is called.
+                before, behind = places.until(early), places.behind(early)
+                work[f"{name} {end}"] = _rounds_of(one, before, drafter, network, lengths[end], early)
+                work[f"{name} {end} behind"] = _rounds_of(one, behind, drafter, network, lengths[end])
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(-1, repeats):
         for name, run in work.items():
@@ -146,18 +152,36 @@ def measure(
         tuple(lengths),
         np.array(seconds["step"]),
         np.array([seconds[f"{rows}"] for rows in (1, *lengths)]).T,
-        {name: np.array([seconds[f"{name} {end}"] for end in (0, -1)]).T for name in drafters},
+        {
+            name: np.array([_of_chain(job, name, end, drafters[name], seconds) for end in (0, -1)]).T
+            for name in drafters
+        },
     )
 
 
-def _rounds_of(job: Job, places: Places, drafter: Drafter, network: Network, length: int) -> Callable[[], None]:
-    """A function that plays the image's next round, from its first place again where too few steps are left."""
+def _of_chain(job: Job, name: str, end: int, drafter: Drafter, seconds: Mapping[str, list[float]]) -> np.ndarray:
+    """Seconds of a drafter's rounds ``[R]``, those at both sides of its share weighted by their parts of the chain."""
+    here, behind = np.array(seconds[f"{name} {end}"]), seconds.get(f"{name} {end} behind")
+    if behind is None:
+        return here
+    share = frozen_steps(job.where, drafter, len(job.timesteps), has_memory=False) / len(job.timesteps)
+    return share * here + (1 - share) * np.array(behind)
+
+
+def _rounds_of(
+    job: Job, places: Places, drafter: Drafter, network: Network, length: int, until: int | None = None
+) -> Callable[[], None]:
+    """A function that plays the image's next round, from its first place again where too few steps are left.
+
+    Or from step ``until`` on, if given.
+    """
     rounds = rounds_at(job, places, 1, drafter, network, length)
     slots = rounds.slots
     now = [RoundReport([1], [0], slots.steps.tolist(), [0])]
 
     def run() -> None:
-        if now[0].images[0] < 0 or now[0].steps[0] + length > len(job.timesteps):
+        step = now[0].steps[0]
+        if now[0].images[0] < 0 or step + length > len(job.timesteps) or (until is not None and step >= until):
             put(rounds, places)
             now[0] = now[0]._replace(images=[0], steps=slots.steps.tolist())
         left = len(job.timesteps) - now[0].steps[0]

@@ -40,6 +40,18 @@ class Places(NamedTuple):
     outputs: Tensor
     calls: int
 
+    def until(self, step: int) -> Places:
+        """Positions before ``step``; the first one at least."""
+        return self._some(slice(0, max(1, int((self.steps < step).sum()))))
+
+    def behind(self, step: int) -> Places:
+        """Positions from ``step`` on; the last one at least."""
+        return self._some(slice(min(int((self.steps < step).sum()), len(self.steps) - 1), None))
+
+    def _some(self, chosen: slice) -> Places:
+        rows = self.states[:, chosen], self.previous[:, chosen], self.parents[:, :, chosen], self.outputs[:, :, chosen]
+        return Places(self.steps[chosen], *rows, self.calls)
+
 
 class Observations(NamedTuple):
     """Drafts of the probing rounds, n of them, whether their test was reached or not.

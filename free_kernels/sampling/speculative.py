@@ -13,7 +13,7 @@ from tqdm import tqdm
 from free_kernels.conditioning import hoisted
 from free_kernels.constants import Purpose
 from free_kernels.drafters import as_drafter
-from free_kernels.protocols import DrafterDefaults, NoiseDefaults, first_drafted_in_rounds
+from free_kernels.protocols import NoiseDefaults, first_drafted_in_rounds
 from free_kernels.results import RoundInfo, SampleStats
 from free_kernels.sampling.cuda_graphs import check_capturable, check_cuda_graphs
 from free_kernels.sampling.job import NOISE_CHUNK_ELEMENTS, Job
@@ -83,10 +83,8 @@ class Speculation:
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
             room = self._room if self._room[0] < num_steps else None
-            free = num_steps if DrafterDefaults.read(drafter, "is_free") else self.rounds.frozen_steps
-            self.policy = DraftLengthPolicy(
-                num_steps, length, known, self._first_drafted, reuses=reuses, room=room, free=free
-            )
+            settings = {"reuses": reuses, "room": room, "free": self.rounds.frozen_steps}
+            self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, **settings)
 
     @property
     def stats(self) -> SampleStats:

@@ -77,12 +77,15 @@ def knowledge_of(owner: object, drafter: object, settings: tuple[object, ...], n
     except TypeError:
         kept = {}
     free = DrafterDefaults.read(drafter, "is_free")
-    key = (type(drafter), None if free else id(drafter), num_steps, slots, *settings)
+    # The drafter's share of the chain may be changed between runs.
+    frozen = frozen_steps("sample", drafter, num_steps, has_memory=False)
+    key = (type(drafter), None if free else id(drafter), frozen, num_steps, slots, *settings)
     if key not in kept:
         table = DrafterDefaults.read(drafter, "calibration")
         table = np.full((1, 1), UNKNOWN_ACCEPTANCE) if table is None else np.asarray(table, np.float64)
         table = table[np.arange(num_steps) * len(table) // num_steps]
-        table[: frozen_steps("sample", drafter, num_steps, has_memory=False)] = UNKNOWN_ACCEPTANCE
+        if frozen < num_steps:
+            table[:frozen] = UNKNOWN_ACCEPTANCE
         ahead = np.minimum(np.arange(LONGEST[-1] - 1), table.shape[1] - 1)
         kept[key] = Knowledge(RoundCost(slots, LONGEST[-1]), AcceptanceModel(table[:, ahead]), drafter)
     return kept[key]
@@ -224,7 +227,7 @@ class DraftLengthPolicy:
 
     def _begun_lengths(self) -> np.ndarray:
         """Lengths ``[P, 1]`` that were tried and the next one: what short drafts teach pays for the first long ones."""
-        begun = sum(map(self.cost.has_begun, self._longest))
+        begun = sum(any(self.cost.has_begun(length, free) for free in (True, False)) for length in self._longest)
         return self._lengths[: begun + 1]
 
     def _plans(
@@ -260,7 +263,7 @@ class DraftLengthPolicy:
         drafted = lengths > 1
         free = bool(steps[drafted].max() < self._free)
         known, predicted = self.knowledge, float(self.cost.round(longest, rows, free))
-        if self.cost.has_begun(longest):
+        if self.cost.has_begun(longest, free):
             # What rounds really take, so that wrong predictions hide no loss; but one hiccup must not forbid
             # speculation for long, and the first round of a length is slow only once.
             known.excess += _NEW_EXCESS * (min(seconds / predicted, _SLOWEST) - known.excess)

@@ -142,7 +142,15 @@ def test_the_steps_of_a_share():
     class Drafter:
         frozen_share = 0.0
 
-    for share, steps, wanted in ((0, 50, 0), (0.6, 250, 150), (0.29, 100, 29), (0.07, 100, 7), (0.01, 4, 1), (1, 9, 9)):
+    for share, steps, wanted in (
+        (0, 50, 0),
+        (0.6, 250, 150),
+        (0.29, 100, 29),
+        (0.07, 100, 7),
+        (0.01, 4, 1),
+        (1e-9, 20, 1),
+        (1, 9, 9),
+    ):
         Drafter.frozen_share = share
         assert frozen_steps("sample", Drafter(), steps, False) == wanted
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -206,3 +207,21 @@ def test_columns_that_the_coarse_chain_needs_are_finite():
     for schedule in (DDPMSchedule(50), DDPMSchedule(50, prediction_type="v_prediction"), FlowSDESchedule(50)):
         table = schedule.table(schedule.resolve_variance(False))
         assert bool(table[:-1, TransitionColumn.MEAN_FROM_X0].abs().gt(0).all())
+
+
+def test_a_drafter_costs_nothing_in_its_frozen_share():
+    class Slow(PerfectDrafter):
+        def __call__(self, *given):
+            time.sleep(0.01)
+            return super().__call__(*given)
+
+    target, costs = GaussianTarget(), []
+    for share in (0.0, 0.5, 1.0):
+        drafter = Slow(target)
+        drafter.frozen_share = share
+        settings = {"draft_lengths": (3, 6), "positions": 4, "timing_repeats": 3}
+        costs.append(feasibility(target, DDPMSchedule(40), drafter=drafter, **settings).costs.draft["learned"])
+    # A call sleeps for a hundredth of a second at least.
+    assert costs[0] >= 0.01
+    assert 0.004 < costs[1] < costs[0]
+    assert costs[2] < 0.004

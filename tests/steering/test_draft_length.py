@@ -15,7 +15,7 @@ from simulated_rounds import STEPS, Runs, World
 from free_kernels import DDPMSchedule, ancestral_sample, sample
 from free_kernels.sampling.speculative import Speculation
 from free_kernels.steering import length_policy as draft_length
-from free_kernels.steering.length_policy import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
+from free_kernels.steering.length_policy import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge, knowledge_of
 from free_kernels.steering.round_cost import RoundCost, _quantile
 
 
@@ -159,6 +159,43 @@ def test_few_rows_of_many_slots_are_timed_too():
         cost.observe(1, 1, 0.1)
         cost.observe(2, 2, 0.15)
     assert cost.round(2, 2) == pytest.approx(0.15, rel=0.1)
+
+
+def test_free_drafts_say_nothing_of_a_drafters():
+    """Of rounds of the same sizes, with drafts that no drafter made; nor is its first call in a length counted."""
+    cost = RoundCost()
+    for _ in range(20):
+        cost.observe(1, 1, 1.0)
+        cost.observe(8, 8, 2.0, free=True)
+    assert cost.has_begun(8, True)
+    assert not cost.has_begun(8, False)
+    cost.observe(8, 8, 100.0)
+    for _ in range(20):
+        cost.observe(8, 8, 3.4)
+    assert cost.round(8, 8, True) == pytest.approx(2.0, rel=0.05)
+    assert cost.round(8, 8, False) == pytest.approx(3.4, rel=0.05)
+    # Their difference is what seven drafts cost.
+    assert cost.round(4, 4, False) - cost.round(4, 4, True) == pytest.approx(0.6, rel=0.1)
+
+
+def test_what_is_known_is_of_a_share_of_the_chain():
+    class Drafter:
+        frozen_share = 0.0
+        calibration = ((0.5, 0.4), (0.3, 0.2))
+
+    class Owner:
+        pass
+
+    owner, drafter = Owner(), Drafter()
+    whole = knowledge_of(owner, drafter, (), 10, 1)
+    drafter.frozen_share = 0.5
+    half = knowledge_of(owner, drafter, (), 10, 1)
+    assert half is not whole
+    assert knowledge_of(owner, drafter, (), 10, 1) is half
+    first, last = (one.acceptance.survival(np.array([1, 7]), width=1)[:, 0] for one in (whole, half))
+    assert first == pytest.approx([0.5, 0.3], abs=1e-6)
+    # Nothing is known of what clean samples draft.
+    assert last == pytest.approx([0.85, 0.3], abs=1e-6)
 
 
 def test_survival_follows_what_is_seen():

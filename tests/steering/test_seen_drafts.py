@@ -240,7 +240,7 @@ def test_law_of_automatic_lengths_with_refused_rows(variance, looks, paying, mon
 
     monkeypatch.setattr(Speculation, "_lengths", chosen)
     # Long windows from the first on.
-    monkeypatch.setattr(RoundCost, "has_begun", lambda self, longest: True)
+    monkeypatch.setattr(RoundCost, "has_begun", lambda self, longest, free=False: True)
     labels = torch.full((12_000,), 1)
     settings = {"drafter": drafter, "draft_length": "auto", "max_slots": 2000}
     result = sample(target, labels, schedule=schedule, seed=11, **settings)

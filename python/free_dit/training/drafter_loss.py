@@ -18,7 +18,7 @@ from free_dit.training.trajectories import guided_transition
 from free_dit.training.windows import NetworkRows, Windows
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.drafters.memory import FeatureMemory
-from free_kernels.protocols import Target, first_drafted_step, guided_channels, unconditional_labels
+from free_kernels.protocols import Target, first_drafted_step, guided_channels, steps_of_share, unconditional_labels
 
 
 class DrafterLoss:
@@ -70,7 +70,7 @@ class DrafterLoss:
         data = chain.data(epoch)
         image = torch.randint(len(data.labels), (rows,))
         # Rounds that begin before are not the drafter's.
-        earliest = min(last, max(1, round(config.frozen_share * chain.num_steps)))
+        earliest = min(last, max(1, steps_of_share(config.frozen_share, chain.num_steps)))
         start = torch.randint(earliest, last + 1, (rows,))
         if config.late:
             left = torch.rand(rows).mul(math.log(max(2, chain.num_steps // 5))).exp().long()

@@ -23,7 +23,7 @@ from free_dit.experiments.scale.prediction import Inputs
 from free_dit.experiments.wall_clock import machine
 from free_dit.networks.families import device_of
 from free_kernels import DDPMSchedule, FrozenDrafter, ancestral_sample, sample
-from free_kernels.protocols import Drafter, Target, first_drafted_in_rounds
+from free_kernels.protocols import Drafter, DrafterDefaults, Target, first_drafted_in_rounds
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
@@ -199,13 +199,14 @@ def measure(
     place = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{facts['cpu']}, {facts['threads']} thread"
     )
+    called = 1 - DrafterDefaults.read(drafter, "frozen_share")
     inputs = Inputs(
         origin=f"measured: {model}, {num_steps} steps, guidance {guidance:g}, on {place}, torch {facts['torch']}",
         measured=True,
         num_steps=num_steps,
         branches=1 if guidance == 1.0 else 2,
         target=tuple((rows, seconds["target", rows]) for rows in ROWS),
-        draft=tuple((rows, seconds["draft", rows]) for rows in DRAFT_ROWS),
+        draft=tuple((rows, called * seconds["draft", rows]) for rows in DRAFT_ROWS),
         **rest,
         state_bytes=4 * int(np.prod(target.latent_shape)),
         output_bytes=hollow.head(hollow._features, None, None).nbytes,  # type: ignore[arg-type]

@@ -34,7 +34,8 @@ class Inputs:
         branches: network rows of a row, 2 with guidance.
         target: ``[[rows, seconds], ...]`` of a target call with its head; linear between, and beyond with the last
             slope.
-        draft: the same for one pass of drafter and head.
+        draft: the same for one pass of drafter and head, on average over the chain: in the first part, which a drafter
+            may leave to clean samples, a pass takes nothing.
         round_base, round_row, round_draft: rest of a round (noise, packing, coupling, commit): for itself, for each
             row, for each drafting pass.
         step_base, step_row: rest of an ordinary step: for itself, for each image.
