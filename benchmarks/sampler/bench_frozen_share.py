@@ -19,7 +19,8 @@ from benchmarks.report.store import machine_facts
 from free_dit import load_bundled
 from free_dit.files import write_json
 from free_dit.markdown import fill_page, table
-from free_kernels import DDPMSchedule, FeatureDrafter, FlowSDESchedule, sample
+from free_dit.networks.families import schedule_for
+from free_kernels import FeatureDrafter, sample
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 
@@ -78,10 +79,9 @@ def main() -> None:
     target, drafter = load_bundled(arguments.model)
     if arguments.drafter is not None:
         drafter = FeatureDrafter.load(arguments.drafter, target)
-    flow, cases = arguments.model.endswith("sit"), []
+    cases = []
     for steps, length in tqdm([(250, 6), (250, 12), (50, 6), (50, 12)], desc="shares", unit="case"):
-        schedule = FlowSDESchedule(steps) if flow else DDPMSchedule(steps)
-        cases += measure(target, drafter, schedule, length, arguments.images)
+        cases += measure(target, drafter, schedule_for(target, steps), length, arguments.images)
     write_json(arguments.out, {"machine": machine_facts("cpu"), "model": arguments.model, "cases": cases})
     if arguments.page is not None:
         fill_page(arguments.page, "shares", page(cases))

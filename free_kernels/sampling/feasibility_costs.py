@@ -133,12 +133,13 @@ def measure(
     for name, drafter in drafters.items():
         early = frozen_steps(job.where, drafter, len(job.timesteps), has_memory=False)
         for end in (0, -1):
-            work[f"{name} {end}"] = _rounds_of(one, places, drafter, network, lengths[end])
-            if 0 < early < len(job.timesteps):
-                # Rounds at both sides of the step from which on the drafter is called.
-                before, behind = places.until(early), places.behind(early)
-                work[f"{name} {end}"] = _rounds_of(one, before, drafter, network, lengths[end], early)
-                work[f"{name} {end} behind"] = _rounds_of(one, behind, drafter, network, lengths[end])
+            if not 0 < early < len(job.timesteps):
+                work[f"{name} {end}"] = _rounds_of(one, places, drafter, network, lengths[end])
+                continue
+            # Rounds at both sides of the step from which on the drafter is called.
+            before, behind = places.until(early), places.behind(early)
+            work[f"{name} {end}"] = _rounds_of(one, before, drafter, network, lengths[end], early)
+            work[f"{name} {end} behind"] = _rounds_of(one, behind, drafter, network, lengths[end])
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(-1, repeats):
         for name, run in work.items():
