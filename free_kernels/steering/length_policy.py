@@ -20,8 +20,11 @@ from free_kernels.steering.round_cost import RoundCost
 # Longest drafts that are considered. Few, since each is a graph and a timing of its own.
 LONGEST = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FEWEST_TIMINGS = 3
-# Rounds after which an ordinary step is timed again: the machine may have become faster or slower.
-_OLDEST_TIMING = 100
+# Rounds after which an ordinary step is timed again: the machine may have become faster or slower. Sooner where drafts
+# promise less than this speed over ordinary steps.
+_OLDEST_TIMING, _OLDEST_IN_DOUBT, _CLEAR_SPEED = 100, 20, 1.2
+# Rounds that weigh as much as all before them in how far costs are trusted, and the least that they can say.
+_TRUST_ROUNDS, _LEAST_TRUST = 8, 0.5
 # Rounds that take the lengths of the one before, unless that committed less than this share of what it promised: what
 # they are chosen from changes slowly, and choosing takes time.
 _KEPT_ROUNDS, _DISAPPOINTING = 3, 0.7
@@ -30,7 +33,7 @@ _ROUNDS_SAVED = 0.7
 # Weight of a round against those before in what rounds commit.
 _NEW_COMMITTED = 0.1
 # Rounds are speculative where they promise this much more than ordinary steps.
-_WANTED_SPEED = 1.02
+_WANTED_SPEED = 1.05
 # Time that may be lost to the ordinary chain: shares of the whole run's time and of the time already spent.
 _LOSS_AT_START, _LOSS_ON_THE_WAY = 0.008, 0.006
 # Share of what the runs before have saved that may be lost too, at most so many ordinary steps and that share of a run.
@@ -38,6 +41,10 @@ _RISKED, _RISKED_STEPS, _RISKED_OF_RUN = 0.75, 5.0, 0.02
 # Ordinary steps to the next look at whether drafts promise to pay, which costs a little arithmetic: at least, where the
 # cheapest trial is too dear, and at most.
 _SHORTEST_WAIT, _LONGEST_WAIT = 32, 64
+# With this share of the images of the last look it is time for another one: rows cost less of a step.
+_FEWER = 0.75
+# What a row of the slot that lags most is worth more than one of the first: the last images are finished alone.
+_BEHIND = 0.05
 # Seconds of ordinary steps taken at once at most: what waits for them, a progress bar or an image, waits no longer.
 _LONGEST_RUN_S = 0.25
 # Ordinary steps between two trials of drafts that promise nothing, at first and at most.
@@ -57,10 +64,27 @@ class Knowledge:
     drafter: object = None  # kept alive, so that no other drafter gets its identity
     round: int = 0  # rounds of all runs
     excess: float = 1.0  # what rounds lately took over what was predicted
+    speed: float = 1.0  # what the best plan promised last, over ordinary steps, as far as promises are trusted
+    trust: float = 1.0  # what rounds with drafts were thought to take over what they took, at most 1
     saved: float = 0.0  # ordinary steps, against the ordinary chain; of runs before what may be risked
     committed: float = 2.0  # steps of an image that rounds with drafts lately committed
     hold: int = _SHORTEST_HOLD  # rounds between two trials of drafts that promise nothing
     next_trial: int = 0  # round of the next one
+
+
+@dataclass
+class _Pending:
+    """Rounds with drafts since an ordinary step was timed, of as many images."""
+
+    count: int
+    rounds: int = 0
+    seconds: float = 0.0
+    thought: float = 0.0  # what they were thought to take, in ordinary steps
+
+    def take(self, seconds: float, thought: float) -> None:
+        """Add a round."""
+        self.rounds += 1
+        self.seconds, self.thought = self.seconds + seconds, self.thought + thought
 
 
 _KNOWN: weakref.WeakKeyDictionary[object, dict[object, Knowledge]] = weakref.WeakKeyDictionary()
@@ -126,7 +150,9 @@ class DraftLengthPolicy:
         self._longest = [length for length in LONGEST if length <= longest]
         self._lengths = np.array(self._longest, np.int64)[:, None]
         self._elapsed = self._promised = 0.0
-        self._next_look = 0
+        # Round of the next look at drafts, and the images of the last one.
+        self._next_look, self._looked_with = 0, 0
+        self._pending: _Pending | None = None
         self._seen: np.ndarray | None = None
         # Lengths as they were chosen last, and how many more rounds take them.
         self._kept, self._kept_for = np.zeros(0, np.int64), 0
@@ -155,14 +181,16 @@ class DraftLengthPolicy:
             self._kept_for -= 1
             return np.minimum(np.maximum(self._kept, live), left * live)
         self._kept_for = 0
-        if known.round < self._next_look or not self._longest:
+        count = int(lengths.sum())
+        if (known.round < self._next_look and count > _FEWER * self._looked_with) or not self._longest:
             return lengths
-        if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= _OLDEST_TIMING:
+        oldest = _OLDEST_TIMING if known.speed >= _CLEAR_SPEED else _OLDEST_IN_DOUBT
+        if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= oldest:
             return lengths
         drafting = np.flatnonzero(may_draft)
         if not len(drafting):
             return lengths
-        count = int(lengths.sum())
+        self._looked_with = count
         # Whatever rounds lately took over what is predicted counts; so do an ordinary step's usual delays.
         step_s = self.cost.ordinary(count, 0.5) / known.excess
         lengths_tried = self._begun_lengths()
@@ -171,12 +199,14 @@ class DraftLengthPolicy:
         if self._room is not None:
             fits = np.arange(width) < left[drafting, None] - 1
             gains, values = gains * fits, values * fits
-        gains, order = gains.ravel(), self._order(values)
+        behind = steps[drafting].max() - steps[drafting, None]
+        gains, order = gains.ravel(), self._order(values * (1 + _BEHIND * np.minimum(behind / width, 1.0)))
         free = bool(steps[drafting].max() < self._free)
         plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s, free)
         speed, longest, last = max(plans)
+        known.speed = speed * known.trust
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
-        pays = speed >= _WANTED_SPEED and allowed >= 0
+        pays = known.speed >= _WANTED_SPEED and allowed >= 0
         if pays:
             known.hold = _SHORTEST_HOLD
         else:
@@ -245,10 +275,26 @@ class DraftLengthPolicy:
         columns = speeds[np.arange(len(best)), best], longest[:, 0], best
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
+    def _settle(self, count: int, step_s: float) -> None:
+        """Replace what rounds since the last ordinary step were thought to take by what they took, now one was timed.
+
+        Its time had no part in choosing them. Those of the steps before did: where they were timed too slow, drafts
+        seem to pay.
+        """
+        pending, known = self._pending, self.knowledge
+        self._pending = None
+        if pending is None or pending.count != count:
+            return
+        taken = pending.seconds / step_s
+        known.saved += pending.thought - taken
+        share = pending.rounds / (pending.rounds + _TRUST_ROUNDS)
+        known.trust = min(1.0, known.trust + share * (max(pending.thought / taken, _LEAST_TRUST) - known.trust))
+
     def observe_ordinary(self, count: int, rounds: int, seconds: float) -> None:
         """Learn from ordinary steps of ``count`` images, ``rounds`` of them in ``seconds``, chosen at once."""
         self._elapsed += seconds
         self.knowledge.round += rounds - 1
+        self._settle(count, seconds / rounds)
         self.cost.observe(1, count, seconds / rounds, rounds)
 
     def observe(
@@ -258,6 +304,7 @@ class DraftLengthPolicy:
         rows, longest, count = int(lengths.sum()), int(lengths.max()), int(live.sum())
         self._elapsed += seconds
         if longest == 1:
+            self._settle(count, seconds)
             self.cost.observe(longest, rows, seconds)
             return
         drafted = lengths > 1
@@ -270,7 +317,11 @@ class DraftLengthPolicy:
         self.cost.observe(longest, rows, seconds, free=free)
         taken = known.excess * predicted
         total = int(committed.sum())
-        known.saved += total / count - taken / self.cost.ordinary(count, 0.5)
+        thought = taken / self.cost.ordinary(count, 0.5)
+        known.saved += total / count - thought
+        if self._pending is None or self._pending.count != count:
+            self._pending = _Pending(count)
+        self._pending.take(seconds, thought)
         known.committed += _NEW_COMMITTED * (total / count - known.committed)
         if total < _DISAPPOINTING * self._promised:
             self._kept_for = 0

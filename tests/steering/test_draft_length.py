@@ -128,6 +128,58 @@ def test_slow_first_rounds_do_not_end_speculation(steps, monkeypatch):
     assert min(runs.run() for _ in range(8)) < 0.6 * steps
 
 
+class Drifting(World):
+    """A machine whose speed drifts by some per cent, as one that others use; what is done is counted apart from it.
+
+    Args:
+        base: seconds of a round of any size.
+    """
+
+    def __init__(self, slots: int, acceptance: float, base: float, draft: float, **settings: float) -> None:
+        super().__init__(slots, acceptance, 1 - base, draft, **settings)
+        self.base, self.drift, self.work = base, 0.0, 0.0
+
+    def seconds(self, longest: int, rows: int) -> float:
+        work = self.base + self.row * rows / self.slots + (self.draft * (longest - 1) if longest > 1 else 0.0)
+        self.work += work
+        self.drift = 0.9 * self.drift + 0.07 * np.sqrt(1 - 0.9**2) * self.random.standard_normal()
+        return work * np.exp(self.drift)
+
+
+@pytest.mark.parametrize(
+    ("slots", "acceptance", "base", "draft", "late"),
+    [(64, 0.985, 0.04, 0.1, 0.93), (8, 0.5, 0.3, 0.2, 0.3), (1, 0.5, 0.5, 0.2, 0.3)],
+    ids=["many images", "bad drafter", "bad drafter, one image"],
+)
+def test_a_drifting_machine_fools_nobody(slots, acceptance, base, draft, late):
+    """Where drafts do not pay, steps that were timed in slow moments make them seem to.
+
+    Before such times were checked against the next step's, the last case lost 3.9 % on the average here.
+    """
+    lost = []
+    for seed in range(4):
+        world = Drifting(slots, acceptance, base, draft, late=late, seen=0.97)
+        world.random, runs = np.random.default_rng(seed), Runs(world)
+        for _ in range(6):
+            world.work = 0.0
+            runs.run()
+            lost.append(world.work / STEPS - 1)
+    assert np.mean(lost) < 0.03
+
+
+def test_another_look_is_taken_when_few_images_are_left(monkeypatch):
+    """Drafts that cost too much for many images may pay for the last one, however long the wait that was set before."""
+    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: np.where(rows > 16, 100.0, 1.0))
+    knowledge = Knowledge(RoundCost(16), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.9)))
+    policy, steps = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge), np.full(16, 10)
+    for images, drafts in ((16, False), (13, False), (12, True)):
+        live = np.arange(16) < images
+        for _ in range(6):
+            lengths = policy.choose(live, steps)
+            policy.observe(live, steps, live.astype(np.int64), live.astype(np.int64), 1.0)
+        assert bool(lengths.max() > 1) is drafts, images
+
+
 def test_hiccups_of_drafting_rounds_alone_are_a_loss():
     """A third of them takes eight times as long, which their lower quartile does not show."""
     world = World(1, 0.9, 0.1, 0.1)
@@ -326,8 +378,9 @@ def test_costs_follow_the_machine():
 
 @pytest.fixture
 def paying(monkeypatch):
-    """Costs under which any draft pays, whatever the machine does."""
+    """Costs under which any draft pays, whatever the machine does and whatever rounds really take."""
     monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-12 * rows)
+    monkeypatch.setattr(DraftLengthPolicy, "_settle", lambda *given: None)
 
 
 @pytest.mark.parametrize("verification", ["token", "block"])

@@ -71,6 +71,7 @@ def test_what_the_policy_is_told_is_what_is_kept(verification, reuse, drafter, s
     monkeypatch.setattr(Speculation, "__init__", begun)
     monkeypatch.setattr(DraftLengthPolicy, "choose", chosen)
     monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-12 * rows)
+    monkeypatch.setattr(DraftLengthPolicy, "_settle", lambda *given: None)
     target = GaussianTarget()
     sample(
         target,
