@@ -208,7 +208,7 @@ class DraftLengthPolicy:
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
         pays = known.speed >= _WANTED_SPEED and allowed >= 0
         if pays:
-            known.hold = _SHORTEST_HOLD
+            known.hold, self._next_look = _SHORTEST_HOLD, 0
         else:
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
             speed, longest, last = plans[0]
