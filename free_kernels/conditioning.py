@@ -17,6 +17,11 @@ MAX_TABLE_BYTES = 1 << 30
 CHUNK_ROWS = 512
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Parts of a table one below the other; a single one is not copied."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
 class ConditioningTable:
     """Rows of ``compute(t, y)`` for every pair of the given timesteps and labels.
 
@@ -34,7 +39,7 @@ class ConditioningTable:
         self._label_row[labels] = torch.arange(len(labels), device=device)
         t, y = timesteps.repeat_interleave(len(labels)), labels.repeat(len(timesteps))
         parts = zip(t.split(CHUNK_ROWS), y.split(CHUNK_ROWS), strict=True)
-        self._rows = torch.cat([compute(*part) for part in parts])
+        self._rows = _joined([compute(*part) for part in parts])
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Rows ``[R, ...]`` for timesteps and labels ``[R]`` that the table holds."""
@@ -53,7 +58,7 @@ class TimestepTable:
     def __init__(self, compute: Callable[[Tensor], Tensor], timesteps: Tensor) -> None:
         self._row = torch.zeros(int(timesteps.max()) + 1, dtype=torch.int64, device=timesteps.device)
         self._row[timesteps] = torch.arange(len(timesteps), device=timesteps.device)
-        self._rows = torch.cat([compute(part) for part in timesteps.split(CHUNK_ROWS)])
+        self._rows = _joined([compute(part) for part in timesteps.split(CHUNK_ROWS)])
 
     def __call__(self, t: Tensor) -> Tensor:
         """Rows ``[R, ...]`` for timesteps ``[R]`` that the table holds."""

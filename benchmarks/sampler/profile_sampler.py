@@ -72,10 +72,11 @@ class Clock:
 
 
 class TimedTarget:
-    """A target whose features and head are timed; ``hoisted`` passes through."""
+    """A target whose features and head are timed, and ``hoisted``, which makes its network's modulations once a run."""
 
     def __init__(self, target: Any, clock: Clock) -> None:
         self._target, self._clock = target, clock
+        self._hoisted = clock.wrap("target tables", target.hoisted)
         self.features = clock.wrap("target features", target.features)
         self.head = clock.wrap("target head", target.head)
 
@@ -84,14 +85,15 @@ class TimedTarget:
 
     def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedTarget:
         """The hoisted target, timed."""
-        return TimedTarget(self._target.hoisted(timesteps, labels), self._clock)
+        return TimedTarget(self._hoisted(timesteps, labels), self._clock)
 
 
 class TimedDrafter:
-    """A drafter whose calls are timed."""
+    """A drafter whose calls are timed, and ``hoisted``."""
 
     def __init__(self, drafter: Any, clock: Clock) -> None:
         self._drafter, self._clock = drafter, clock
+        self._hoisted = clock.wrap("drafter tables", drafter.hoisted)
         self._call = clock.wrap("drafter", drafter)
 
     def __call__(self, *arguments: Any, **settings: Any) -> torch.Tensor:
@@ -103,7 +105,7 @@ class TimedDrafter:
 
     def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedDrafter:
         """The hoisted drafter, timed."""
-        return TimedDrafter(self._drafter.hoisted(timesteps, labels), self._clock)
+        return TimedDrafter(self._hoisted(timesteps, labels), self._clock)
 
 
 def digits(device: str) -> tuple[DiTTarget, FeatureDrafter]:
