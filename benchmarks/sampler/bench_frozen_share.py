@@ -84,7 +84,7 @@ def main() -> None:
         cases += measure(target, drafter, schedule_for(target, steps), length, arguments.images)
     write_json(arguments.out, {"machine": machine_facts("cpu"), "model": arguments.model, "cases": cases})
     if arguments.page is not None:
-        fill_page(arguments.page, "shares", page(cases))
+        fill_page(arguments.page, f"shares of {arguments.model}", page(cases))
     print(page(cases))
 
 

@@ -50,9 +50,9 @@ class RoundCost:
     slots: int = 1
     longest: int = 32
     _ordinary: dict[int, Timings] = field(default_factory=dict)  # by images
-    # By whether drafts are free (1), longest draft and rows / grain.
+    # By whether drafts are free (1 or 0, the first index of what is predicted), longest draft and rows / grain.
     _timings: dict[tuple[int, int, int], Timings] = field(default_factory=dict)
-    _begun: set[tuple[bool, int]] = field(default_factory=set)  # by whether drafts are free, and longest draft
+    _begun: set[tuple[int, int]] = field(default_factory=set)  # by whether drafts are free, and longest draft
     _round: int = 0
     _unfitted: int = 0  # timings since the last fit
     # Alike, once they were needed: the fit, and what is predicted.
@@ -82,14 +82,14 @@ class RoundCost:
 
     def has_begun(self, longest: int, free: bool = False) -> bool:
         """Whether a round of this length, with drafts of this kind, was observed before."""
-        return (free, longest) in self._begun
+        return (int(free), longest) in self._begun
 
     def observe(self, longest: int, rows: int, seconds: float, rounds: int = 1, *, free: bool = False) -> None:
         """Take in the time of a round, or the mean of several; ``free`` if no drafter made its drafts."""
         self._round += rounds
         self._unfitted += 1
-        if (free, longest) not in self._begun:
-            self._begun.add((free, longest))
+        if not self.has_begun(longest, free):
+            self._begun.add((int(free), longest))
         elif longest == 1:
             self._ordinary.setdefault(rows, deque(maxlen=_KEPT)).append((self._round, seconds, seconds))
         elif self._ordinary:
