@@ -106,8 +106,10 @@ def op_tables(entries: list[dict[str, Any]]) -> list[str]:
                 name = entry["backend"] + (" (ours)" if entry["ours"] and entry["backend"] != "ours" else "")
                 row = [case, name, duration(entry["median_s"]), duration(entry["iqr_s"])]
                 row += [figure(entry["gb_per_s"]), f"{figure(entry['percent_of_copy'])}%"]
-                if counted:
+                if entry["flops"]:
                     row += [figure(entry["gflop_per_s"]), f"{figure(entry['percent_of_matrix'])}%"]
+                elif counted:
+                    row += ["", ""]
                 against = "-" if entry["ours"] or ours is None else f"{figure(entry['median_s'] / ours)}x"
                 rows.append([*row, against])
                 case = ""

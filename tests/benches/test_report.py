@@ -202,3 +202,11 @@ def test_figures_of_several_gpu_calls_are_collected(tmp_path: Path, store: Any) 
     store.merge(tmp_path / "d/some-gpu/coupling.json", other, {"own": {"median_s": 1.0}})
     with pytest.raises(store.MixedMachinesError):
         gpu_collect.collect([tmp_path / "d"], results)
+
+
+def test_an_op_whose_operations_are_counted_in_some_cases_only():
+    from benchmarks.report.report_tables import op_tables
+
+    text = "\n".join(op_tables([op_entry("couple", "ours", 1e-3, 10**6), op_entry("couple", "eager", 2e-3, 0)]))
+    assert "GFLOP/s" in text
+    assert "| eager | 2.00 ms | 200 us | 0.500 | 2.50% |  |  | 2.00x |" in text
