@@ -130,6 +130,8 @@ class Rounds:
             self.clean = clean_rows(job, len(slots), length, self.backend)
         self._kept: list[RefusedRows] = [rows for rows in (self.refused, self.clean) if rows is not None]
         self._no_rows = torch.zeros_like(slots.steps)
+        # What `slots.lengths` holds, which most rounds have alike.
+        self._sent: list[int] = []
         self.dense = dense or job.options.cuda_graphs or self.memory is not None
         self.graphs = self._captured() if job.options.cuda_graphs else None
 
@@ -162,7 +164,9 @@ class Rounds:
             steps: step of each slot, which the device knows.
         """
         longest, rows = max(lengths), sum(lengths)
-        self.slots.lengths.copy_(torch.tensor(lengths, device="cpu"))
+        if lengths != self._sent:
+            self._sent = list(lengths)
+            self.slots.lengths.copy_(torch.tensor(lengths, device="cpu"))
         calls, sources = longest - 1, Source.DRAFTER
         late: list[int] | None = None
         if self.clean is not None:

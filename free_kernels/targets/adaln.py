@@ -89,6 +89,8 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         self._block_table: ConditioningTable | None = None
         self._final_table: ConditioningTable | None = None
         self._time_tables: list[TimestepTable] | None = None
+        # Of a hoisted copy: looking it up in the module takes as long as a small op.
+        self._tabled_dtype: torch.dtype | None = None
         # A copy made by `hoisted` shares these, and so what has been compiled.
         compiled = (seen.compiler or torch.compile) if self.compile else _as_it_is
         self._run_blocks = compiled(run_blocks)
@@ -183,7 +185,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Top-block features ``[R, T, D]``."""
-        h = self._embed(x.to(self.dtype))
+        h = self._embed(x.to(self._tabled_dtype or self.dtype))
         if not self._by_parts:
             return self._run_plain_blocks(h, *self._block_inputs(t, y))
         table = self._block_modulations if self._block_table is None else self._block_table
@@ -191,7 +193,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Network output ``[R, C or 2C, H, W]``."""
-        h = h.to(self.dtype)
+        h = h.to(self._tabled_dtype or self.dtype)
         if not self._by_parts:
             return self._plain_head(h, t, y)
         table = self._final_modulations if self._final_table is None else self._final_table
@@ -216,6 +218,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
     def tabled(self, timesteps: Tensor, labels: Tensor) -> AdaLNTarget:
         """As :meth:`hoisted`, of a target that has been compared with its module just now."""
         clone = copy.copy(self)
+        clone._tabled_dtype = self.dtype
         if self.blocks is not None:
             chunks = BLOCK_CHUNKS * len(self.blocks) + HEAD_CHUNKS
             if table_fits(timesteps, labels, chunks * self.feature_shape[1] * self.dtype.itemsize):

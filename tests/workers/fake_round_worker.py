@@ -80,6 +80,7 @@ class Case:
         settings: more of the run's.
         tables: whether what depends on (t, y) is hoisted.
         whole: the round as it is called, not only what is captured.
+        fewer: rows that the last slot has less than in the round before.
         rows: rows a slot of the round.
         blocks: of the target; few, as ours do not depend on them.
         share: of the chain that clean samples draft.
@@ -93,6 +94,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     tables: bool = True
     whole: bool = False
+    fewer: int = 0
     rows: int = LENGTH
     blocks: int = 2
     share: float = 0.0
@@ -122,6 +124,7 @@ CASES = {
     "frozen share, late": Case(share=0.5),
     "frozen share, both": Case(slots=4, share=0.5, sources=Source.CLEAN | Source.DRAFTER),
     "whole": Case(whole=True, slots=4),
+    "whole, other lengths": Case(whole=True, slots=4, fewer=1),
     "control: copies": Case(drafter="fixed", tables=False),
     "control: looks": Case(drafter="peeking"),
     "control: fetches": Case(drafter="fetching"),
@@ -209,12 +212,13 @@ def play(case: Case) -> dict[str, Any]:
     Mover(mode)(run)
     # As on a GPU, where the coupling draws its numbers itself.
     run.rounds.kernel_noise = None if case.settings.get("backend") == "reference" else run.job.noise
-    rows = case.rows * case.slots
+    rows, lengths = case.rows * case.slots, [case.rows] * case.slots
+    lengths[-1] -= case.fewer
     with on_fake_gpu(mode, launches), counted_parts(run, launches):
         return outcome(
             launches,
             lambda: (
-                run.rounds.start([case.rows] * case.slots, [0] * case.slots)
+                run.rounds.start(lengths, [0] * case.slots)
                 if case.whole
                 else run.rounds.play_on_device(case.rows, rows, case.sources)
             ),
