@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.report.store import machine_facts
-from free_dit import load_bundled
 from free_dit.files import write_json
+from free_dit.loading import load_target
 from free_dit.markdown import fill_page, table
 from free_dit.networks.families import schedule_for
 from free_kernels import FeatureDrafter, sample
@@ -71,20 +71,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     parser.add_argument("--page", type=Path, help="whose table is renewed")
-    parser.add_argument("--model", default="digits", help="a bundled target")
+    parser.add_argument("--model", default="digits", help="a bundled target, or the file of a trained one")
     parser.add_argument("--drafter", type=Path, help="of that target; the bundled one if left out")
     parser.add_argument("--images", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    target, drafter = load_bundled(arguments.model)
+    target, drafter = load_target(arguments.model)
     if arguments.drafter is not None:
         drafter = FeatureDrafter.load(arguments.drafter, target)
+    elif drafter is None:
+        parser.error(f"--drafter must be given, as {arguments.model} is no bundled target")
+    # A trained model is called as the folder of its file is.
+    path = Path(arguments.model)
+    model = path.resolve().parent.name if path.is_file() else arguments.model
     cases = []
     for steps, length in tqdm([(250, 6), (250, 12), (50, 6), (50, 12)], desc="shares", unit="case"):
         cases += measure(target, drafter, schedule_for(target, steps), length, arguments.images)
-    write_json(arguments.out, {"machine": machine_facts("cpu"), "model": arguments.model, "cases": cases})
+    write_json(arguments.out, {"machine": machine_facts("cpu"), "model": model, "cases": cases})
     if arguments.page is not None:
-        fill_page(arguments.page, f"shares of {arguments.model}", page(cases))
+        fill_page(arguments.page, f"shares of {model}", page(cases))
     print(page(cases))
 
 

@@ -2,7 +2,7 @@
 
 Deviations are those of the last state where the network is exact and the data N(0, 1/4): in closed form from our table,
 and of the scheduler's own loop. Steps per call are those of the bundled digits models: a mean over images with its
-standard error, for the drafter that repeats the last feature and for the learned one. Nothing is timed.
+standard error, for drafts of clean samples ("frozen") and for the learned drafter. Nothing is timed.
 
 Run ``OMP_NUM_THREADS=1 python -m benchmarks.sampler.bench_schedulers --results benchmarks/results`` and the same with
 ``--page docs/schedulers.md`` for the tables of that page.
