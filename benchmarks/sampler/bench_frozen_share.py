@@ -12,7 +12,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report.store import machine_facts
@@ -20,19 +22,35 @@ from free_dit.files import write_json
 from free_dit.loading import load_target
 from free_dit.markdown import fill_page, table
 from free_dit.networks.families import schedule_for
+from free_dit.networks.policy import policy_schedule
+from free_dit.policy.pair import load_bundled_policy
+from free_dit.policy.task import HISTORY, observe
+from free_dit.policy.world import random_scenes
 from free_kernels import FeatureDrafter, sample
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
+# Steps and draft lengths of image models and of the policy, and the seed of the scenes at whose start it decides.
+CASES, POLICY_CASES, SCENES = ((250, 6), (250, 12), (50, 6), (50, 12)), ((100, 16), (100, 32)), 1 << 23
 
 
-def measure(target: Any, drafter: FeatureDrafter, schedule: Any, length: int, images: int) -> list[dict[str, Any]]:
-    """Figures of each share."""
+def first_observations(count: int) -> Tensor:
+    """Conditions of the policy in so many scenes, before its first step."""
+    scenes = random_scenes(count, SCENES)
+    seen = observe(scenes, scenes.start, np.zeros_like(scenes.start))
+    return torch.from_numpy(np.stack([seen] * HISTORY, axis=1))
+
+
+def measure(
+    target: Any, drafter: FeatureDrafter, schedule: Any, length: int, conditions: Tensor
+) -> list[dict[str, Any]]:
+    """Figures of each share, over images of these labels or conditions."""
+    images = len(conditions)
     runs: dict[float, list[Any]] = {share: [] for share in SHARES}
     for image in range(-1, images):
         for share in SHARES:
             drafter.frozen_share = share
-            labels, settings = torch.tensor([image % target.num_classes]), {"draft_length": length, "seed": 700 + image}
-            stats = sample(target, labels, schedule=schedule, drafter=drafter, **settings).stats
+            given, settings = conditions[image][None], {"draft_length": length, "seed": 700 + image}
+            stats = sample(target, given, schedule=schedule, drafter=drafter, **settings).stats
             # The first image warms up.
             if image >= 0:
                 runs[share].append(stats)
@@ -71,12 +89,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     parser.add_argument("--page", type=Path, help="whose table is renewed")
-    parser.add_argument("--model", default="digits", help="a bundled target, or the file of a trained one")
+    parser.add_argument("--model", default="digits", help='a bundled target, "policy", or the file of a trained one')
     parser.add_argument("--drafter", type=Path, help="of that target; the bundled one if left out")
     parser.add_argument("--images", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    target, drafter = load_target(arguments.model)
+    is_policy = arguments.model == "policy"
+    target, drafter = load_bundled_policy() if is_policy else load_target(arguments.model)
     if arguments.drafter is not None:
         drafter = FeatureDrafter.load(arguments.drafter, target)
     elif drafter is None:
@@ -85,8 +104,12 @@ def main() -> None:
     path = Path(arguments.model)
     model = path.resolve().parent.name if path.is_file() else arguments.model
     cases = []
-    for steps, length in tqdm([(250, 6), (250, 12), (50, 6), (50, 12)], desc="shares", unit="case"):
-        cases += measure(target, drafter, schedule_for(target, steps), length, arguments.images)
+    for steps, length in tqdm(POLICY_CASES if is_policy else CASES, desc="shares", unit="case"):
+        if is_policy:
+            schedule, conditions = policy_schedule(steps), first_observations(arguments.images)
+        else:
+            schedule, conditions = schedule_for(target, steps), torch.arange(arguments.images) % target.num_classes
+        cases += measure(target, drafter, schedule, length, conditions)
     write_json(arguments.out, {"machine": machine_facts("cpu"), "model": model, "cases": cases})
     if arguments.page is not None:
         fill_page(arguments.page, f"shares of {model}", page(cases))

@@ -57,7 +57,7 @@ def train_drafter(out: Path, model: str = BUNDLED, config: Path = CONFIG, set_: 
 def run(
     out: Path,
     model: str = BUNDLED,
-    drafter: str = BUNDLED,
+    drafter: str = "frozen",
     method: Literal["ordinary", "lossless", "relaxed", "ddim"] = "lossless",
     scenes: int = 9,
     tries: int = 8,
@@ -71,7 +71,8 @@ def run(
     Args:
         out: folder of both.
         model: "reach", the bundled policy, or a model.safetensors written by policy train.
-        drafter: "reach", the bundled one; "frozen"; or a drafter.safetensors.
+        drafter: "frozen", which drafts from the policy's own clean samples; "reach", the bundled learned one; or a
+            drafter.safetensors.
         method: what it decides by: DDPM of 100 steps, the same speculated, with relaxation, or DDIM without noise.
         scenes: how many.
         tries: episodes in each, with noise of their own.
@@ -107,7 +108,7 @@ def run(
 def evaluate(
     out: Path,
     model: str = BUNDLED,
-    drafter: str = BUNDLED,
+    drafter: str = "frozen",
     settings: Annotated[EvaluationSettings, OmitArgPrefixes] = EvaluationSettings(),
 ) -> None:
     """Success, laws of actions and milliseconds per decision: ordinary, lossless, relaxed, DDIM with 10 and 16 steps.
@@ -118,7 +119,8 @@ def evaluate(
     Args:
         out: folder of evaluation.json, evaluation.md and the finished parts.
         model: "reach", the bundled policy, or a model.safetensors written by policy train.
-        drafter: "reach", the bundled one; "frozen"; or a drafter.safetensors.
+        drafter: "frozen", which drafts from the policy's own clean samples; "reach", the bundled learned one; or a
+            drafter.safetensors.
         settings: how to evaluate.
     """
     target, chosen, hashes = load_policy_pair(model, drafter)

@@ -37,9 +37,9 @@ def compare(
 ) -> dict[str, Any]:
     """Sample ``labels`` ordinarily and with each drafter; write ``samples.png``, ``acceptance.png``, ``compare.json``.
 
-    The last drafter is the one shown in the picture and timed: one image at a time, ``timing_pairs`` interleaved pairs
-    of runs, and all images at once, two pairs. ``decode`` makes images of samples, after the runs; with ``latents``
-    the samples themselves are written as ``.npy`` in the place of ``samples.png``.
+    Every drafter is timed with one image at a time, in ``timing_pairs`` interleaved pairs of runs; the last one, which
+    the picture shows, also with all images at once, in two pairs. ``decode`` makes images of samples, after the runs;
+    with ``latents`` the samples themselves are written as ``.npy`` in the place of ``samples.png``.
 
     Returns:
         What ``compare.json`` holds.
@@ -53,12 +53,11 @@ def compare(
     def seeded(name: str, chosen: torch.Tensor) -> Callable[[int], SampleResult]:
         return lambda run: samplers[name](chosen, seed=settings.seed + run)
 
-    ratios = []
-    if timing_pairs:
-        ratios = [
-            wall_clock_ratio(seeded("ordinary", part), seeded(best, part), len(part), pairs)
-            for part, pairs in ((labels[:1], timing_pairs), (labels, 2))
-        ]
+    timed = [(name, labels[:1], timing_pairs) for name in drafters] + [(best, labels, 2)]
+    ratios = [
+        {"sampler": name} | asdict(wall_clock_ratio(seeded("ordinary", part), seeded(name, part), len(part), pairs))
+        for name, part, pairs in (timed if timing_pairs else [])
+    ]
     report = {
         "machine": machine(device_of(target)),
         "settings": {
@@ -79,8 +78,7 @@ def compare(
             }
             for name, run in runs.items()
         },
-        "timed": best,
-        "wall_clock_ratios": [asdict(ratio) for ratio in ratios],
+        "wall_clock_ratios": ratios,
     }
     title = f"{settings.steps} steps, guidance {settings.guidance:g}"
     drawn = {"ordinary sampler": runs["ordinary"].samples, f"speculative, lossless ({best})": runs[best].samples}
@@ -107,24 +105,25 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     )
     columns = ("sampler", "target\ncalls", "target\nrows", "\naccepted", "call\nreduction")
     ratios = report["wall_clock_ratios"]
-    headings = [f"speed,\nbatch {ratio['batch']}" for ratio in ratios]
-    for column in (*columns, *headings):
+    batches = list(dict.fromkeys(ratio["batch"] for ratio in ratios))
+    speeds = {(ratio["sampler"], ratio["batch"]): f"{ratio['median']:.2f}x" for ratio in ratios}
+    speeds |= {("ordinary", batch): "1.00x" for batch in batches}
+    for column in (*columns, *(f"speed,\nbatch {batch}" for batch in batches)):
         table.add_column(column, justify="left" if column == "sampler" else "right", no_wrap=column == "sampler")
     for name, run in report["runs"].items():
         acceptance = "-" if run["acceptance"] is None else f"{run['acceptance']:.3f}"
-        cells = {"ordinary": ["1.00x"] * len(ratios), report["timed"]: [f"{ratio['median']:.2f}x" for ratio in ratios]}
         table.add_row(
             name,
             str(run["target_calls"]),
             str(run["target_rows"]),
             acceptance,
             f"{run['call_reduction']:.2f}",
-            *cells.get(name, ["-"] * len(ratios)),
+            *(speeds.get((name, batch), "-") for batch in batches),
         )
     console.print(table)
     for ratio in ratios:
         console.print(
-            f"batch {ratio['batch']}: {ratio['median']:.2f}x the ordinary sampler's speed "
+            f"{ratio['sampler']}, batch {ratio['batch']}: {ratio['median']:.2f}x the ordinary sampler's speed "
             f"(range {ratio['low']:.2f} to {ratio['high']:.2f} over {ratio['pairs']} interleaved pairs; "
             f"{ratio['ordinary_s']:.2f} s against {ratio['speculative_s']:.2f} s)"
         )

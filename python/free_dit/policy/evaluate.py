@@ -50,7 +50,7 @@ class EvaluationSettings:
 
     episodes: int = 500
     part: int = 50
-    draft_length: int = 16
+    draft_length: int = 32
     relaxation: float = 1.0
     observations: int = 40
     draws: int = 25

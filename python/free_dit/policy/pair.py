@@ -32,8 +32,8 @@ def load_policy_pair(
 
     Args:
         model: ``"reach"``, the bundled policy, or a ``model.safetensors`` written by ``policy train``.
-        drafter: ``"reach"``, the bundled drafter; ``"frozen"``, which repeats the last feature; or a
-            ``drafter.safetensors``.
+        drafter: ``"reach"``, the bundled drafter; ``"frozen"``, which drafts from the policy's own clean
+            samples; or a ``drafter.safetensors``.
 
     Raises:
         FileNotFoundError: no such file.
