@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # triton 3.6.0, interpreter (TRITON_INTERPRET=1), with numpy 2.4.6: a loop whose bound is an argument of the kernel raises
-# TypeError ("only 0-dimensional arrays can be converted to Python scalars"). With numpy 2.3.5 the same kernel runs, and
+# InterpreterError, of a TypeError ("only 0-dimensional arrays can be converted to Python scalars"). With numpy 2.3.5 the same kernel runs, and
 # with triton 3.7.1 it runs beside numpy 2.4.6.
 # Expected: the sum of the vector in all three. triton 3.6.0 sets no bound on numpy, so a fresh installation has the pair
 # that fails.

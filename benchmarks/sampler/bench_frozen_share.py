@@ -89,7 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON")
     parser.add_argument("--page", type=Path, help="whose table is renewed")
-    parser.add_argument("--model", default="digits", help='a bundled target, "policy", or the file of a trained one')
+    parser.add_argument(
+        "--model", default="digits", help='a bundled target, "policy", or a file or folder of a trained one'
+    )
     parser.add_argument("--drafter", type=Path, help="of that target; the bundled one if left out")
     parser.add_argument("--images", type=int, default=16)
     arguments = parser.parse_args()
@@ -100,9 +102,10 @@ def main() -> None:
         drafter = FeatureDrafter.load(arguments.drafter, target)
     elif drafter is None:
         parser.error(f"--drafter must be given, as {arguments.model} is no bundled target")
-    # A trained model is called as the folder of its file is.
+    # A trained model is called as its folder is.
     path = Path(arguments.model)
-    model = path.resolve().parent.name if path.is_file() else arguments.model
+    folder = path.parent if path.is_file() else path
+    model = folder.resolve().name if path.exists() else arguments.model
     cases = []
     for steps, length in tqdm(POLICY_CASES if is_policy else CASES, desc="shares", unit="case"):
         if is_policy:

@@ -165,8 +165,8 @@ class Rounds:
         """
         longest, rows = max(lengths), sum(lengths)
         if lengths != self._sent:
-            self._sent = list(lengths)
             self.slots.lengths.copy_(torch.tensor(lengths, device="cpu"))
+            self._sent = list(lengths)
         calls, sources = longest - 1, Source.DRAFTER
         late: list[int] | None = None
         if self.clean is not None:

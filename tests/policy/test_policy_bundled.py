@@ -15,6 +15,7 @@ import free_kernels.sampling.round
 from free_dit.bundled import bundled_names
 from free_dit.policy import load_bundled_policy
 from free_dit.policy.distances import energy_distance
+from free_dit.policy.evaluate import EvaluationSettings
 from free_dit.policy.methods import Method, chunks, decider
 from free_dit.policy.page import render
 from free_dit.policy.pair import FOLDER
@@ -25,7 +26,7 @@ from free_dit.policy.world import random_scenes
 DOCS = Path(__file__).parents[2] / "docs"
 # Scenes that neither training nor the evaluation has seen.
 NEW_SEED = 1 << 22
-LOSSLESS = Method("lossless", draft_length=16)
+LOSSLESS = Method("lossless", draft_length=EvaluationSettings.draft_length)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,5 @@ def test_the_page_is_made_of_the_evaluation():
     report = json.loads((DOCS / "policy" / "evaluation.json").read_text())
     assert render(report).strip() in (DOCS / "policies.md").read_text()
     assert report["settings"]["episodes"] == 500
+    policy = hashlib.sha256((FOLDER / "policy.safetensors").read_bytes()).hexdigest()
+    assert report["identity"] == {"model": policy, "drafter": "frozen"}

@@ -57,6 +57,9 @@ def test_train_run_and_evaluate(command, tmp_path):
     shown = command("run", "--out", tmp_path, *pair, "--scenes", 2, "--tries", 2, "--method", "ddim", "--ddim-steps", 3)
     assert "ddim-3: " in shown
     assert "of 4 at the goal, 3.0 network calls per decision" in shown
+    # Without a drafter the policy's own clean samples draft.
+    shown = command("run", "--out", tmp_path / "frozen", "--model", model, "--scenes", 1, "--tries", 1)
+    assert "lossless: " in shown
     assert Image.open(tmp_path / "trajectories.png").format == "PNG"
     film = Image.open(tmp_path / "episodes.gif")
     assert film.is_animated

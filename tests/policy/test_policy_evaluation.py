@@ -176,7 +176,7 @@ def test_evaluation_goes_on_where_it_was_interrupted(tmp_path, target, monkeypat
     monkeypatch.setattr(free_dit.policy.evaluate, "decider", lambda *_: straight_on)
 
     def evaluation(folder, settings=TINY):
-        return Evaluation(target, "frozen", settings, tmp_path / folder, {"model": "a"})
+        return Evaluation(target, "frozen", settings, tmp_path / folder, {"model": "a", "drafter": "frozen"})
 
     whole = evaluation("whole").report()
     calls = []
@@ -208,7 +208,7 @@ def test_evaluation_goes_on_where_it_was_interrupted(tmp_path, target, monkeypat
 
 
 def test_the_report_and_its_page(tmp_path, target):
-    report = Evaluation(target, "frozen", TINY, tmp_path, {"model": "a"}).report()
+    report = Evaluation(target, "frozen", TINY, tmp_path, {"model": "a", "drafter": "frozen"}).report()
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     rows = report["methods"]
     assert rows["ordinary"]["network_calls_per_decision"] == 100

@@ -38,7 +38,8 @@ def compare(
         drafter: "bundled", "frozen", or a drafter.safetensors.
         num: images.
         chain: how to sample.
-        timing_pairs: interleaved pairs that the wall-clock ratio at batch 1 is measured on; 0 skips it.
+        timing_pairs: interleaved pairs that each drafter's wall-clock ratio at batch 1 is measured on; 0 leaves out all
+            times.
         vae: what makes images of the latents of a latent model; it is not part of the times.
         latents: write ordinary.npy and speculative.npy, float32 [N, C, H, W], in the place of samples.png.
         facts: what the model's file may not say of itself.

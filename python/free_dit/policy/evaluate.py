@@ -100,7 +100,7 @@ class Evaluation:
     ) -> None:
         settings.check()
         check_writable(WHERE, "out", out / REPORT)
-        self.settings, self.out, self.progress = settings, out, progress
+        self.settings, self.out, self.identity, self.progress = settings, out, identity, progress
         self.methods = methods(settings.draft_length, settings.relaxation)
         self.deciders = {one.name: decider(one, target, drafter) for one in self.methods}
         # Times are of this machine and measured anew every time.
@@ -176,6 +176,7 @@ class Evaluation:
         expert = demonstrate(random_scenes(settings.episodes, SCENE_SEED + settings.seed), settings.seed)
         report = {
             "settings": asdict(settings),
+            "identity": self.identity,
             "machine": machine(),
             "expert": {
                 "success": asdict(share_interval(expert.reached, settings.level)),

@@ -23,10 +23,11 @@ def _range(estimate: dict[str, float], digits: int, sign: str = "") -> str:
 def render(report: dict[str, Any]) -> str:
     """Markdown tables of a report of :class:`free_dit.policy.evaluate.Evaluation`."""
     settings, rows, expert = report["settings"], report["methods"], report["expert"]
-    level = f"{100 * settings['level']:g} %"
+    level, drafter = f"{100 * settings['level']:g} %", report["identity"]["drafter"]
     lines = [
-        f"{settings['episodes']} episodes in closed loop, the same scenes and noise for every method; draft length "
-        f"{settings['draft_length']}, relaxation {settings['relaxation']:g}; intervals of {level}.",
+        f"{settings['episodes']} episodes in closed loop, the same scenes and noise for every method; drafter "
+        f"{drafter if drafter == 'frozen' else f'of SHA-256 {drafter[:12]}'}, draft length {settings['draft_length']}, "
+        f"relaxation {settings['relaxation']:g}; intervals of {level}.",
         f"The planner, whose demonstrations it learned from, reaches the goal in {_range(expert['success'], 3)} and "
         f"passes the obstacle on the left in {expert['left']:.2f}.",
         "",
