@@ -39,6 +39,8 @@ def measured(cases: list[dict[str, Any]], asked: argparse.Namespace) -> Iterator
     drafter = FeatureDrafter.load(asked.drafter, target) if asked.drafter else "frozen"
     labels = torch.arange(asked.images) % target.num_classes
     for case in cases:
+        # Builds of before know no such argument.
+        settings = {} if case.get("reuse", True) else {"reuse_refused": False}
         stats = sample(
             target,
             labels,
@@ -46,6 +48,7 @@ def measured(cases: list[dict[str, Any]], asked: argparse.Namespace) -> Iterator
             drafter=drafter,
             draft_length=case["length"],
             seed=asked.seed,
+            **settings,
         ).stats
         yield case | shared.described(stats, case["steps"])
 
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--without-reuse", action="store_true", help="this build also without refused rows")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
@@ -75,10 +79,12 @@ def main() -> None:
     drawn += ["--images", str(asked.images), "--seed", str(asked.seed)]
     rows = []
     for name, path in (("this", str(ROOT)), *(build.split("=", 1) for build in asked.build)):
-        for row in dimension_module().run_build(Path(__file__).resolve(), Path(path).resolve(), cases, drawn):
+        more = [case | {"reuse": False} for case in cases] if asked.without_reuse and name == "this" else []
+        for row in dimension_module().run_build(Path(__file__).resolve(), Path(path).resolve(), cases + more, drawn):
             rows.append(row | {"build": name})
             print(
-                f"{name:8s} {row['drafter']:8s} {row['steps']:5d} steps, L = {row['length']:2d} "
+                f"{name:8s} {row['drafter']:8s} {'' if row.get('reuse', True) else 'without reuse, '}"
+                f" {row['steps']:5d} steps, L = {row['length']:2d} "
                 f"{row['steps_per_call']:6.3f} steps a call (standard error {100 * row['standard_error']:.1f} %), "
                 f"acceptance {row['acceptance']:.3f}",
                 flush=True,
