@@ -47,7 +47,7 @@ INTERPRETED = not isinstance(advance_kernel, triton.runtime.JITFunction)
 # have many loads on their way at once.
 _SHARED_BLOCK, _ALONE_BLOCK, _TALLY_BLOCK = 256, 2048, 1024
 # The most elements at a time of a program that keeps a row and its clean sample.
-_KEEP_BLOCK = 1024
+_KEEP_BLOCK = 512
 # Slots of a program that has nothing else to do.
 _SLOTS = 32
 
