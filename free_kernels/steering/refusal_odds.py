@@ -8,6 +8,9 @@ import numpy as np
 
 # Parts of the chain that are told apart.
 _BINS = 25
+# Of two parts: 1 where they are the same, a half so many parts apart, next to nothing far away.
+_HALF_AS_NEAR = 2.5
+_NEARNESS = 1 / (1 + (np.subtract.outer(np.arange(_BINS), np.arange(_BINS)) / _HALF_AS_NEAR) ** 4)
 # Acceptance of a drafter without a calibration before any draft was tested.
 UNKNOWN_ACCEPTANCE = 0.85
 
@@ -15,8 +18,8 @@ UNKNOWN_ACCEPTANCE = 0.85
 class RefusalOdds:
     """Odds of refusal of a draft by step and look-ahead: a calibration's, corrected by what the runs see.
 
-    They are the calibration's times factors: of the counts by part of the chain that earlier runs left, and of what
-    this run's latest rounds saw.
+    They are the calibration's times factors: of the counts that earlier runs left anywhere, near a part of the chain
+    and in it, and of what this run's latest rounds saw.
 
     Args:
         calibration: acceptance probabilities ``[K, A]``, of a draft of step k that lies a + 1 steps past the last exact
@@ -60,15 +63,15 @@ class RefusalOdds:
         # Old runs fade as new ones bring tests: a drafter may be trained on, and labels differ.
         self._counts *= self._DECAY_OF_RUNS ** min(1.0, self._new_tests / self._FULL_TESTS)
         self._new_tests = 0
-        accepted, tested, expected = self._counts
-        # What the runs saw anywhere stands for the parts of the chain where they saw little.
-        whole = self._counts.sum(1).tolist()
-        general = self._odds_factor(*whole)
-        known = np.divide(expected, tested, out=np.full_like(tested, UNKNOWN_ACCEPTANCE), where=tested > 0)
-        corrected = known / (known + general * (1 - known))
-        local = [self._odds_factor(a, n, n * mean) for a, n, mean in zip(accepted, tested, corrected, strict=True)]
+        # Where little was seen of a part, what was seen nearby stands for it, and for that what was seen anywhere.
+        factors = np.ones(_BINS)
+        for nearness in (np.ones_like(_NEARNESS), _NEARNESS, np.eye(_BINS)):
+            accepted, tested, expected = self._counts @ nearness
+            known = np.divide(expected, tested, out=np.full_like(tested, UNKNOWN_ACCEPTANCE), where=tested > 0)
+            known = known / (known + factors * (1 - known))
+            factors *= [self._odds_factor(a, n, n * mean) for a, n, mean in zip(accepted, tested, known, strict=True)]
         with np.errstate(divide="ignore"):
-            self.by_step = (1 / self._calibrated - 1) * (general * np.array(local))[self._parts]
+            self.by_step = (1 / self._calibrated - 1) * factors[self._parts]
         # Drafts of a round that are expected to be accepted if so many are tested.
         self._expected = np.zeros((len(self.by_step), self.by_step.shape[1] + 1))
         np.cumsum(1 / (1 + self.by_step), axis=1, out=self._expected[:, 1:])

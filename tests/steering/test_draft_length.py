@@ -298,6 +298,24 @@ def test_what_is_seen_somewhere_is_expected_everywhere():
     assert model.survival(np.array([80]))[0, 0] > 0.7 > 0.3 > model.survival(np.array([3]))[0, 0]
 
 
+def test_what_is_seen_nearby_counts_before_what_is_seen_anywhere():
+    """Early drafts are all accepted, late ones all refused: parts of the chain in between their tests are like them.
+
+    Of 80 accepted and 60 refused tests anywhere .57 are accepted. A part among the early ones has some 54 of those 80
+    tests nearby and less than one of the 60 refused ones, with a prior of about one test: .99. A late one likewise has
+    .03.
+    """
+    model = AcceptanceModel(np.full((100, 4), 0.85))
+    for _ in range(20):
+        for step in (10, 14, 26, 30):
+            model.update(np.array([step]), np.array([2]), np.array([2]))
+        for step in (86, 90, 94):
+            model.update(np.array([step]), np.array([2]), np.array([1]))
+    model.begin()
+    assert model.survival(np.array([20]))[0, 0] > 0.95
+    assert model.survival(np.array([78]))[0, 0] < 0.2
+
+
 def test_trials_of_a_useless_drafter_become_rare():
     """Counted over runs of 250 steps: the knowledge outlives them."""
     world, trials = World(1, 0.0, 0.5, 0.2), []
