@@ -84,7 +84,7 @@ def main() -> None:
             rows.append(row | {"build": name})
             print(
                 f"{name:8s} {row['drafter']:8s} {'' if row.get('reuse', True) else 'without reuse, '}"
-                f" {row['steps']:5d} steps, L = {row['length']:2d} "
+                f"{row['steps']:5d} steps, L = {row['length']:2d} "
                 f"{row['steps_per_call']:6.3f} steps a call (standard error {100 * row['standard_error']:.1f} %), "
                 f"acceptance {row['acceptance']:.3f}",
                 flush=True,

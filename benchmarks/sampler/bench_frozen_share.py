@@ -12,7 +12,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,20 +23,13 @@ from free_dit.markdown import fill_page, table
 from free_dit.networks.families import schedule_for
 from free_dit.networks.policy import policy_schedule
 from free_dit.policy.pair import load_bundled_policy
-from free_dit.policy.task import HISTORY, observe
+from free_dit.policy.task import first_observations
 from free_dit.policy.world import random_scenes
 from free_kernels import FeatureDrafter, sample
 
 SHARES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 # Steps and draft lengths of image models and of the policy, and the seed of the scenes at whose start it decides.
 CASES, POLICY_CASES, SCENES = ((250, 6), (250, 12), (50, 6), (50, 12)), ((100, 16), (100, 32)), 1 << 23
-
-
-def first_observations(count: int) -> Tensor:
-    """Conditions of the policy in so many scenes, before its first step."""
-    scenes = random_scenes(count, SCENES)
-    seen = observe(scenes, scenes.start, np.zeros_like(scenes.start))
-    return torch.from_numpy(np.stack([seen] * HISTORY, axis=1))
 
 
 def measure(
@@ -96,8 +88,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    is_policy = arguments.model == "policy"
-    target, drafter = load_bundled_policy() if is_policy else load_target(arguments.model)
+    if arguments.model == "policy":
+        target, drafter = load_bundled_policy()
+        conditions, wanted = first_observations(random_scenes(arguments.images, SCENES)), POLICY_CASES
+        schedules = {steps: policy_schedule(steps) for steps, _ in wanted}
+    else:
+        target, drafter = load_target(arguments.model)
+        conditions, wanted = torch.arange(arguments.images) % target.num_classes, CASES
+        schedules = {steps: schedule_for(target, steps) for steps, _ in wanted}
     if arguments.drafter is not None:
         drafter = FeatureDrafter.load(arguments.drafter, target)
     elif drafter is None:
@@ -107,12 +105,8 @@ def main() -> None:
     folder = path.parent if path.is_file() else path
     model = folder.resolve().name if path.exists() else arguments.model
     cases = []
-    for steps, length in tqdm(POLICY_CASES if is_policy else CASES, desc="shares", unit="case"):
-        if is_policy:
-            schedule, conditions = policy_schedule(steps), first_observations(arguments.images)
-        else:
-            schedule, conditions = schedule_for(target, steps), torch.arange(arguments.images) % target.num_classes
-        cases += measure(target, drafter, schedule, length, conditions)
+    for steps, length in tqdm(wanted, desc="shares", unit="case"):
+        cases += measure(target, drafter, schedules[steps], length, conditions)
     write_json(arguments.out, {"machine": machine_facts("cpu"), "model": model, "cases": cases})
     if arguments.page is not None:
         fill_page(arguments.page, f"shares of {model}", page(cases))

@@ -11,6 +11,8 @@ _BINS = 25
 # Of two parts: 1 where they are the same, a half so many parts apart, next to nothing far away.
 _HALF_AS_NEAR = 2.5
 _NEARNESS = 1 / (1 + (np.subtract.outer(np.arange(_BINS), np.arange(_BINS)) / _HALF_AS_NEAR) ** 4)
+# Weights of what was seen anywhere, nearby and in a part.
+_WEIGHTS = np.ones((_BINS, _BINS)), _NEARNESS, np.eye(_BINS)
 # Acceptance of a drafter without a calibration before any draft was tested.
 UNKNOWN_ACCEPTANCE = 0.85
 
@@ -65,8 +67,8 @@ class RefusalOdds:
         self._new_tests = 0
         # Where little was seen of a part, what was seen nearby stands for it, and for that what was seen anywhere.
         factors = np.ones(_BINS)
-        for nearness in (np.ones_like(_NEARNESS), _NEARNESS, np.eye(_BINS)):
-            accepted, tested, expected = self._counts @ nearness
+        for weights in _WEIGHTS:
+            accepted, tested, expected = self._counts @ weights
             known = np.divide(expected, tested, out=np.full_like(tested, UNKNOWN_ACCEPTANCE), where=tested > 0)
             known = known / (known + factors * (1 - known))
             factors *= [self._odds_factor(a, n, n * mean) for a, n, mean in zip(accepted, tested, known, strict=True)]

@@ -13,14 +13,13 @@ import torch
 
 import free_kernels.sampling.round
 from free_dit.bundled import bundled_names
-from free_dit.policy import load_bundled_policy
+from free_dit.policy import load_bundled_policy, task
 from free_dit.policy.distances import energy_distance
 from free_dit.policy.evaluate import EvaluationSettings
 from free_dit.policy.methods import Method, chunks, decider
 from free_dit.policy.page import render
 from free_dit.policy.pair import FOLDER
 from free_dit.policy.rollout import roll_out
-from free_dit.policy.task import HISTORY, observe
 from free_dit.policy.world import random_scenes
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,9 +35,7 @@ def pair():
 
 def first_observations(count: int) -> torch.Tensor:
     """What is seen before the first step, where both sides are open."""
-    scenes = random_scenes(count, NEW_SEED)
-    seen = observe(scenes, scenes.start, np.zeros_like(scenes.start))
-    return torch.from_numpy(np.stack([seen] * HISTORY, axis=1))
+    return task.first_observations(random_scenes(count, NEW_SEED))
 
 
 def test_the_files_are_those_of_the_card():

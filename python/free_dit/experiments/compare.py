@@ -53,7 +53,9 @@ def compare(
     def seeded(name: str, chosen: torch.Tensor) -> Callable[[int], SampleResult]:
         return lambda run: samplers[name](chosen, seed=settings.seed + run)
 
-    timed = [(name, labels[:1], timing_pairs) for name in drafters] + [(best, labels, 2)] * (len(labels) > 1)
+    timed = [(name, labels[:1], timing_pairs) for name in drafters]
+    if len(labels) > 1:
+        timed.append((best, labels, 2))
     ratios = [
         {"sampler": name} | asdict(wall_clock_ratio(seeded("ordinary", part), seeded(name, part), len(part), pairs))
         for name, part, pairs in (timed if timing_pairs else [])

@@ -39,6 +39,12 @@ def observe(scenes: Scenes, position: np.ndarray, velocity: np.ndarray) -> np.nd
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def first_observations(scenes: Scenes) -> Tensor:
+    """What the agents are shown before their first step, ``[E, history, O]``."""
+    seen = observe(scenes, scenes.start, np.zeros_like(scenes.start))
+    return torch.from_numpy(np.stack([seen] * HISTORY, axis=1))
+
+
 def chunk_of(scenes: Scenes, targets: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Target positions ``[E, horizon, 2]`` as actions in [-1, 1], as seen from ``position [E, 2]``."""
     seen = np.einsum("eij,ehj->ehi", axes_of(scenes, position), targets - position[:, None])
