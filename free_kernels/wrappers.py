@@ -29,14 +29,14 @@ class Seen(NamedTuple):
     compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None
 
 
-def class_names(module: object) -> set[str]:
-    """Names of an object's classes; wrappers are told by them, so that their libraries need not be imported."""
-    return {base.__name__ for base in type(module).__mro__}
+def class_names(kind: type) -> set[str]:
+    """Names of a class and its bases; wrappers are told by them, so that their libraries need not be imported."""
+    return {base.__name__ for base in kind.__mro__}
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Whether a module's weights are spread over processes, by FSDP of either version."""
-    return bool(class_names(module).intersection(_SHARDED))
+def is_sharded(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class have weights that are spread over processes, by FSDP of either version."""
+    return bool(class_names(kind).intersection(_SHARDED))
 
 
 def see_through(where: str, module: Any) -> Seen:
@@ -48,7 +48,7 @@ def see_through(where: str, module: Any) -> Seen:
     """
     whole, compiler = module, None
     while isinstance(module, nn.Module):
-        if is_sharded(module):
+        if is_sharded(type(module)):
             fail(
                 where,
                 "module",
@@ -58,7 +58,7 @@ def see_through(where: str, module: Any) -> Seen:
         if "_orig_mod" in module._modules:
             context = getattr(module, "dynamo_ctx", None)
             compiler, inner = context if callable(context) else torch.compile, module._orig_mod
-        elif class_names(module).intersection(_PLAIN):
+        elif class_names(type(module)).intersection(_PLAIN):
             inner = module.module
         elif type(module).__module__.partition(".")[0] == "peft" and hasattr(module, "get_base_model"):
             # Adapters sit in the layers, but some kinds add to the inputs as well: the truth is the wrapper's call.

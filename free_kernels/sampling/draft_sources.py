@@ -66,7 +66,7 @@ class Fresh:
         lengths, now, branches = ahead.lengths, len(slots), job.branches
         # None: every slot makes every draft.
         drafting = None if lengths is None or min(lengths) > ahead.count else _are_drafting(lengths, ahead.count)
-        places = _in_order(drafting, now, ahead.count, labels.device)
+        places = slots.numbers if drafting is None else _in_order(drafting).to(labels.device)
         if ahead.chosen is not None:
             places = places.masked_fill(~ahead.chosen.unsqueeze(1), -1)
         counts = [now] * ahead.count if drafting is None else drafting.sum(0).tolist()
@@ -196,11 +196,9 @@ def _are_drafting(lengths: list[int], drafts: int) -> np.ndarray:
     return np.arange(1, drafts + 1) < np.array(lengths)[:, None]
 
 
-def _in_order(drafting: np.ndarray | None, slots: int, drafts: int, device: torch.device) -> Tensor:
-    """Outputs of one draft of each slot: those of the slots that make it, one after the other; of all slots if None."""
-    if drafting is None:
-        return torch.arange(slots, device=device).unsqueeze(1).expand(-1, drafts).contiguous()
-    return torch.from_numpy(np.where(drafting, drafting.cumsum(0) - 1, -1)).to(device)
+def _in_order(drafting: np.ndarray) -> Tensor:
+    """Outputs of the slots that make each draft, one after the other; int64 ``[S, drafts]``, -1 for the other slots."""
+    return torch.from_numpy(np.where(drafting, drafting.cumsum(0) - 1, -1))
 
 
 def serving_rows(refused: RefusedRows, lengths: list[int] | None, drafts: int) -> list[int]:

@@ -49,7 +49,7 @@ class DraftingPass:
         self.job, self.slots, self.lengths, self.count = job, slots, lengths, length - 1
         given = slots.state, slots.steps, job.timesteps, job.table, length
         self.steps, self.timesteps, self.columns, states = open_round(OpenArguments(*given), job.options.backend)
-        self.scales = job.scales_at(self.steps, slots.indices.unsqueeze(1))
+        self.scales = job.scales_at(self.steps, slots.indices)
         shape = len(slots), length - 1, *slots.state.shape[1:]
         self.drafts = Drafts(states, states.new_empty(shape), states.new_empty(shape))
         self._settings = job.guidance_scale, job.guidance_channels, job.clip

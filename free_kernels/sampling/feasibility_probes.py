@@ -130,7 +130,7 @@ def reach_places(
 
 def rounds_at(job: Job, places: Places, count: int, drafter: Drafter, network: Network, length: int) -> Rounds:
     """Rounds of a drafter with a slot for each of the first ``count`` places, image by image."""
-    slots = Slots(job, count, None, job.options.packing_backend)
+    slots = Slots(job, count, None, length, job.options.packing_backend)
     stats = RunStats(len(job.labels), len(job.timesteps), job.labels.device)
     drafter = hoisted(drafter, job.timesteps, job.used_labels)
     rounds = Rounds(job, slots, drafter, network, stats, length=length, relaxation=None, dense=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -66,6 +67,8 @@ class Job:
     States of any shape are held as ``[C, H, W]``, by :func:`free_kernels.ops.shapes.image_shape`; target, drafter,
     noise source and caller see them in their own.
 
+    Shapes are asked of the target once: a round asks for them several times, and a target may work them out.
+
     Attributes:
         where: name of the public function, which begins error messages.
         options: the caller's.
@@ -105,7 +108,7 @@ class Job:
         """The null label, where guidance needs one."""
         return null_label(self.target) if self.branches == 2 else None
 
-    @property
+    @cached_property
     def state_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the states that are held."""
         return image_shape(self.target.latent_shape)
@@ -166,27 +169,37 @@ class Job:
         return self._checked_output(self.target.head(h, t, y), h.shape[0])
 
     def scales_at(self, steps: Tensor, images: Tensor) -> Tensor | None:
-        """Guidance scales of rows, float32 like ``steps``; None where one number holds for all rows of the job."""
-        return None if self.scales is None else self.scales.at(steps, images)
+        """Guidance scales at ``steps [S]`` or ``[S, L]`` of ``images [S]``; None where one number holds for all."""
+        if self.scales is None:
+            return None
+        return self.scales.at(steps, images if steps.ndim == 1 else images.unsqueeze(1))
 
     def mixed(self, output: Tensor, scales: Tensor | None) -> Tensor:
         """An output ``[B R, ...]`` as the ops take it, of rows with ``scales [R]`` by :meth:`scales_at`."""
         return output if scales is None else mixed(output, scales, self.guidance_channels)
 
     def _checked_features(self, h: Tensor, rows: int) -> Tensor:
-        if h.shape != (rows, *self.target.feature_shape):
-            fail(self.where, "target.features", f"[R, T, D] = {[rows, *self.target.feature_shape]}", h)
+        if h.shape != (rows, *self._feature_shape):
+            fail(self.where, "target.features", f"[R, T, D] = {[rows, *self._feature_shape]}", h)
         return h.contiguous()
 
     def _checked_output(self, output: Tensor, rows: int) -> Tensor:
+        shape = self._output_shape
+        if output.shape != (rows, *shape):
+            layout = "[R, C or 2C, H, W]" if len(shape) == 3 else "[R, C or 2C, ...]"
+            fail(self.where, "target.head", f"{layout} = {[rows, *shape]}", output)
+        if len(shape) != 3:
+            output = output.reshape(rows, shape[0], *self.state_shape[1:])
+        return _single(output if self.learned else output[:, : self.state_shape[0]]).contiguous()
+
+    @cached_property
+    def _feature_shape(self) -> tuple[int, int]:
+        return self.target.feature_shape
+
+    @cached_property
+    def _output_shape(self) -> tuple[int, ...]:
         channels, *rest = self.target.latent_shape
-        outputs = 2 * channels if self.target.learns_variance else channels
-        if output.shape != (rows, outputs, *rest):
-            layout = "[R, C or 2C, H, W]" if len(rest) == 2 else "[R, C or 2C, ...]"
-            fail(self.where, "target.head", f"{layout} = {[rows, outputs, *rest]}", output)
-        if len(rest) != 2:
-            output = output.reshape(rows, outputs, *self.state_shape[1:])
-        return _single(output if self.learned else output[:, :channels]).contiguous()
+        return (2 * channels if self.target.learns_variance else channels, *rest)
 
     def verify(self, x: Tensor, t: Tensor, y: Tensor) -> Verified:
         """The target's output and features of rows ``x [B R, C, H, W]``, ``t`` and ``y [B R]``."""

@@ -48,9 +48,9 @@ class RoundReport(NamedTuple):
     @classmethod
     def read(cls, packed: Tensor) -> RoundReport:
         """A packed report; waits for the device."""
-        *columns, finite = packed.tolist()
-        count = len(columns) // 4
-        return cls(*(columns[first : first + count] for first in range(0, 4 * count, count)), bool(finite))
+        said = packed.tolist()
+        n = len(said) // 4
+        return cls(said[:n], said[n : 2 * n], said[2 * n : 3 * n], said[3 * n : 4 * n], bool(said[-1]))
 
 
 class Numbers(NamedTuple):
@@ -130,6 +130,12 @@ class Rounds:
             self.clean = clean_rows(job, len(slots), length, self.backend)
         self._kept: list[RefusedRows] = [rows for rows in (self.refused, self.clean) if rows is not None]
         self._no_rows = torch.zeros_like(slots.steps)
+        self._coupling_settings: dict[str, Any] = {
+            "guidance_scale": job.guidance_scale,
+            "guidance_channels": job.guidance_channels,
+            "clip": job.clip,
+            "backend": job.options.backend,
+        }
         # What `slots.lengths` holds, which most rounds have alike.
         self._sent: list[int] = []
         self.dense = dense or job.options.cuda_graphs or self.memory is not None
@@ -257,13 +263,7 @@ class Rounds:
         weights: Tensor | None,
     ) -> Coupling:
         """Decide the round's rows, with numbers that were drawn or with a kernel that draws them itself."""
-        job, slots, block = self.job, self.slots, self.options.block
-        settings: dict[str, Any] = {
-            "guidance_scale": job.guidance_scale,
-            "guidance_channels": job.guidance_channels,
-            "clip": job.clip,
-            "backend": self.options.backend,
-        }
+        slots, block, settings = self.slots, self.options.block, self._coupling_settings
         if numbers is None:
             source = self.kernel_noise
             given = (*drafts, source.seed, source.keys(slots.indices), steps, output, row_offsets, columns)

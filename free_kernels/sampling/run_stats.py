@@ -22,7 +22,8 @@ class RunStats:
         device: where the rounds are.
 
     Attributes:
-        stats: counts are up to date after every round; what the device gathers is there after :meth:`finish`.
+        stats: calls are up to date after every round, counts by image and step after :meth:`gather`; what the device
+            gathers is there after :meth:`finish`.
         deviation: ``[K]``, sum of the squared deviations of the tested rows of each step.
         bias: ``[N]``, sum of the biases of each image's tested rows.
     """
@@ -30,6 +31,8 @@ class RunStats:
     def __init__(self, images: int, num_steps: int, device: torch.device) -> None:
         self.deviation = torch.zeros(num_steps, dtype=torch.float32, device=device)
         self.bias = torch.zeros(images, dtype=torch.float32, device=device)
+        # Rounds that are not in the counts yet: a few calls of numpy take longer than a round's ops.
+        self._rounds: list[tuple[list[int], list[int], list[int], list[int]]] = []
         self.stats = SampleStats(
             rounds_per_image=np.zeros(images, np.int64),
             tested_by_step=np.zeros(num_steps, np.int64),
@@ -44,12 +47,27 @@ class RunStats:
 
     def count(self, images: list[int], steps: list[int], lengths: list[int], committed: list[int]) -> None:
         """Count a round of every slot: its image (negative where idle), step, rows and committed steps."""
-        for image, step, length, count in zip(images, steps, lengths, committed, strict=True):
-            if image < 0:
-                continue
-            self.stats.rounds_per_image[image] += 1
-            self.stats.tested_by_step[step : step + min(count, length - 1)] += 1
-            self.stats.accepted_by_step[step : step + count - 1] += 1
+        self._rounds.append((images, steps, lengths, committed))
+
+    def gather(self) -> None:
+        """Bring the counts by image and step up to date."""
+        if not self._rounds:
+            return
+        # [rounds, 4, S] to one row for each round of each image.
+        images, steps, lengths, committed = np.array(self._rounds).transpose(1, 0, 2).reshape(4, -1)
+        live = images >= 0
+        images, steps, lengths, committed = (column[live] for column in (images, steps, lengths, committed))
+        np.add.at(self.stats.rounds_per_image, images, 1)
+        for counts, many in (
+            (self.stats.tested_by_step, np.minimum(committed, lengths - 1)),
+            (self.stats.accepted_by_step, committed - 1),
+        ):
+            # One more from `steps` on, one less behind the last of so many.
+            ends = np.zeros(len(counts) + 1, np.int64)
+            np.add.at(ends, steps, 1)
+            np.add.at(ends, steps + many, -1)
+            counts += ends[:-1].cumsum()
+        self._rounds.clear()
 
     def count_ordinary(self, images: list[int], steps: int) -> None:
         """Count so many ordinary steps of every slot: its image."""
@@ -89,7 +107,8 @@ class RunStats:
         self.bias.index_add_(0, images, bias.sum(1))
 
     def finish(self) -> None:
-        """Bring over what the device has gathered."""
+        """Bring the counts up to date and over what the device has gathered."""
+        self.gather()
         with np.errstate(invalid="ignore"):
             self.stats.uncertainty_by_step = self.deviation.double().cpu().numpy() / self.stats.tested_by_step
         self.stats.bias_bound_per_image = self.bias.double().cpu().numpy()

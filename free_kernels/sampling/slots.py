@@ -18,6 +18,7 @@ class Slots:
         job: the job.
         count: S.
         pool_rows: rows of the image pool; one for every image if None.
+        length: L, the most rows of a round.
         backend: of packing.
 
     Attributes:
@@ -28,16 +29,18 @@ class Slots:
         steps: int64 ``[S]``, the next step of each image.
         lengths: int64 ``[S]``, rows of the round that is played; 0 where a slot takes no part.
         rounds: int64 ``[S]``, rounds of the image so far: part of the noise keys with block verification.
+        numbers: int64 ``[S, L - 1]``, the slot's own number for every draft.
         state: ``[S, C, H, W]``, committed states.
         previous: ``[S, C, H, W]``, the states one step before.
         parent: ``[B, S, T, D]``, the target's features at ``previous``; None before the first round.
     """
 
-    def __init__(self, job: Job, count: int, pool_rows: int | None, backend: str) -> None:
+    def __init__(self, job: Job, count: int, pool_rows: int | None, length: int, backend: str) -> None:
         self.job, self.backend = job, backend
         self.pool = ImagePool(job, count, pool_rows)
         self.images = torch.arange(count, device=job.labels.device)
         self.indices = self.images.clone()
+        self.numbers = self.images.unsqueeze(1).repeat(1, length - 1)
         self.labels = self.pool.labels[:count].clone()
         self.steps = torch.zeros_like(self.images)
         self.lengths = torch.zeros_like(self.images)

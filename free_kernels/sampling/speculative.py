@@ -53,14 +53,14 @@ class Speculation:
         relaxation = as_relaxation(where, options.relaxation, job.learned, options.verification)
         automatic = options.draft_length == "auto"
         length = min(LONGEST[-1], num_steps) if automatic else int(options.draft_length)
-        self._room = np.array(job.room)
-        if length > 1 and self._room.max() == 1:
+        self._room = job.room
+        if length > 1 and max(self._room) == 1:
             fail(
                 where, "schedule", "one whose steps add noise (draft_length=1 for the ordinary chain)", "steps without"
             )
         self.job, self.length = job.hoisted(), length
         self._first_drafted, self._drafter_is_hoisted = first_drafted_in_rounds(drafter), False
-        self.slots = Slots(self.job, slots, 3 * slots if bounded else None, options.packing_backend)
+        self.slots = Slots(self.job, slots, 3 * slots if bounded else None, length, options.packing_backend)
         self.run_stats = RunStats(count, num_steps, job.labels.device)
         self.rounds = Rounds(
             self.job,
@@ -82,7 +82,7 @@ class Speculation:
             known = knowledge_of(owner, drafter, kind, num_steps, slots)
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
-            room = self._room if self._room[0] < num_steps else None
+            room = np.array(self._room) if self._room[0] < num_steps else None
             settings = {"reuses": reuses, "room": room, "free": self.rounds.frozen_steps}
             self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, **settings)
 
@@ -96,9 +96,10 @@ class Speculation:
         """``[B, C, H, W]``, the pool's rows; all images in order where it has a row for each."""
         return self.slots.pool.samples
 
+    @torch.no_grad()
     def run(self) -> None:
         """Rounds until every image is finished."""
-        for _ in self.iterate():
+        for _ in self._played():
             pass
 
     @torch.no_grad()
@@ -107,6 +108,10 @@ class Speculation:
 
         The tensors are the pool's own rows, which later rounds give to other images.
         """
+        yield from self._played()
+
+    def _played(self) -> Iterator[list[tuple[int, Tensor]]]:
+        """As :meth:`iterate`, for a caller who has switched gradients off: doing so takes long in every round."""
         num_steps, count, pool = len(self.job.timesteps), len(self.job.labels), self.slots.pool
         callback, done, played = self.job.options.callback, 0, 0
         now = RoundReport([], self.slots.images.tolist(), self.slots.steps.tolist(), [])
@@ -132,6 +137,8 @@ class Speculation:
                 if callback is not None:
                     images = [pool.images[row] for row, _ in reached]
                     callback(RoundInfo(played, images, [step for _, step in reached], done, count))
+                if finished:
+                    self.run_stats.gather()
                 yield finished
                 moved = pool.advance(after.images)
                 if moved is not None:
@@ -163,7 +170,7 @@ class Speculation:
             live = np.asarray(now.images) >= 0
             return self.policy.choose(live, np.asarray(now.steps), self._seen.counts).tolist()
         return [
-            0 if image < 0 else (1 if step < self._first_drafted else min(self.length, int(self._room[step])))
+            0 if image < 0 else (1 if step < self._first_drafted else min(self.length, self._room[step]))
             for image, step in zip(now.images, now.steps, strict=True)
         ]
 

@@ -179,25 +179,29 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
 
     @property
     def _by_parts(self) -> bool:
-        """Whether blocks are run by their parts: where something is hoisted for them, or compiled."""
-        hoisted = self._block_table is not None or self._time_tables is not None
-        return self.blocks is not None and (hoisted or self.compile)
+        """Whether blocks without tables are run by their parts: where timesteps are hoisted for them, or compiled."""
+        return self.blocks is not None and (self._time_tables is not None or self.compile)
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Top-block features ``[R, T, D]``."""
-        h = self._embed(x.to(self._tabled_dtype or self.dtype))
-        if not self._by_parts:
-            return self._run_plain_blocks(h, *self._block_inputs(t, y))
-        table = self._block_modulations if self._block_table is None else self._block_table
-        return self._run_blocks(self.blocks, h, table(t, y))
+        h = self._embed(self._cast(x))
+        if self._block_table is not None:
+            return self._run_blocks(self.blocks, h, self._block_table(t, y))
+        if self._by_parts:
+            return self._run_blocks(self.blocks, h, self._block_modulations(t, y))
+        return self._run_plain_blocks(h, *self._block_inputs(t, y))
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Network output ``[R, C or 2C, H, W]``."""
-        h = h.to(self._tabled_dtype or self.dtype)
-        if not self._by_parts:
-            return self._plain_head(h, t, y)
-        table = self._final_modulations if self._final_table is None else self._final_table
-        return self._run_head(h, table(t, y))
+        h = self._cast(h)
+        if self._final_table is not None:
+            return self._run_head(h, self._final_table(t, y))
+        return self._run_head(h, self._final_modulations(t, y)) if self._by_parts else self._plain_head(h, t, y)
+
+    def _cast(self, given: Tensor) -> Tensor:
+        """In the module's dtype."""
+        dtype = self._tabled_dtype or self.dtype
+        return given if given.dtype == dtype else given.to(dtype)
 
     def _showing_whole(self) -> AdaLNTarget:
         clone = copy.copy(self)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from free_kernels.protocols import Target, TargetDefaults
-from free_kernels.targets.inspection import attributes, fingerprint, is_abstract, suspicions
+from free_kernels.targets.inspection import attributes, fingerprint, is_abstract, parts_of, suspicions
 from free_kernels.targets.replay import Recording, Replayed, one_of_each_kind, recording
 from free_kernels.validation import fail
 
@@ -97,15 +97,21 @@ class SplitTarget(Protocol):
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, TargetCheck]]] = WeakKeyDictionary()
 
 
-def remembered(key: Any, module: nn.Module, compare: Callable[[], TargetCheck]) -> TargetCheck:
-    """What ``compare`` says, asked again only of another network (:func:`fingerprint`)."""
-    known, mark = _KNOWN.setdefault(module, {}), fingerprint(module)
+def checked(key: Any, target: Any, module: nn.Module, compare: Callable[[], TargetCheck]) -> TargetCheck:
+    """What a comparison says of a network; asked where there are numbers to compare, and again of another network only.
+
+    See :func:`fingerprint` for what makes it another one.
+    """
+    parts = parts_of(module)
+    if is_abstract(parts):
+        return TargetCheck(target.paths()[0], math.nan, math.nan, 0)
+    known, mark = _KNOWN.setdefault(module, {}), fingerprint(parts)
     if key in known and known[key][0] == mark:
         return known[key][1]
     result = compare()
     # A network that says nothing yet, such as one whose output layer is still zero, is asked again.
     if math.isfinite(result.difference) and result.tolerance > 0:
-        known[key] = fingerprint(module), result
+        known[key] = fingerprint(parts_of(module)), result
     return result
 
 
@@ -311,10 +317,3 @@ def compare_batches(where: str, name: str, target: Target, module: nn.Module | N
     if doubtful or not gap <= tolerance:
         computed += _require_function(where, name, call, rows, own, tolerance, doubtful)
     return TargetCheck("features", gap, tolerance, computed)
-
-
-def checked(key: Any, target: Any, module: nn.Module, compare: Callable[[], TargetCheck]) -> TargetCheck:
-    """What a comparison says of a network, made where there are numbers to compare and it has not been made yet."""
-    if is_abstract(module):
-        return TargetCheck(target.paths()[0], math.nan, math.nan, 0)
-    return remembered(key, module, compare)

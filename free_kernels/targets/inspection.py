@@ -22,7 +22,9 @@ _STEP_CACHES = {
     "_cache_config": "a cache of diffusers",
 }
 _CACHE_LIBRARIES = ("cache_dit", "para_attn", "DeepCache", "xfuser")
-_PLAIN_VALUES = (bool, int, float, str, torch.dtype, torch.device, type(None))
+_PLAIN_VALUES = frozenset((bool, int, float, str, torch.dtype, torch.device, type(None)))
+# Attributes that a module without hooks and caches has not.
+_MARKS = ("_hf_hook", "_diffusers_hook", *_STEP_CACHES)
 _MUTABLE = (dict, list, set, bytearray, Tensor)
 
 
@@ -52,26 +54,44 @@ def refuse_unsafe(where: str, module: nn.Module) -> None:
     That is: a sub-module in training mode, weights that hooks move or that are spread over processes, caches of steps.
     The message names the sub-module.
     """
-    for part in parts_of(module):
-        held = vars(part)
-        # Lists of modules compute nothing: a new one around blocks in evaluation mode is in training mode.
-        if part.training and type(part).forward is not nn.Module.forward:
-            fail(where, "module", "in evaluation mode (call .eval())", f"{_named(module, part)} in training mode")
-        if is_sharded(part):
-            fail(where, "module", "whole in each process", f"the sharded {_named(module, part)}")
-        if "_hf_hook" in held:
-            # They move weights when a sub-module's own forward begins, which is not what is called here.
-            found = f"accelerate's {type(held['_hf_hook']).__name__} on {_named(module, part)}"
-            fail(where, "module", "without offload hooks (remove_hook_from_module takes them off)", found)
-        hooks = getattr(held.get("_diffusers_hook", _NO_HOOKS), "hooks", {"unknown": None})
-        if hooks:
-            found = f"{', '.join(map(str, hooks))} on {_named(module, part)}"
-            fail(where, "module", "without hooks of diffusers, which carry state from call to call", found)
-        library = type(part).__module__.partition(".")[0]
-        cache = f"a cache of {library}" if library in _CACHE_LIBRARIES else _step_cache(part)
-        if cache:
-            found = f"{cache} on {_named(module, part)}"
-            fail(where, "module", "without a cache of earlier steps, which sampling would bypass", found)
+    parts = parts_of(module)
+    doubtful = {kind for kind in set(map(type, parts)) if _is_doubtful(kind)}
+    for part in parts:
+        # Every run asks, and most parts of most networks have nothing of all that.
+        if part.training or type(part) in doubtful or not vars(part).keys().isdisjoint(_MARKS):
+            _refuse_unsafe_part(where, module, part)
+
+
+def _is_doubtful(kind: type[nn.Module]) -> bool:
+    """Whether a class says by itself that calls of its modules might be unsafe."""
+    return is_sharded(kind) or _cache_library(kind) is not None or any(hasattr(kind, mark) for mark in _MARKS)
+
+
+def _cache_library(kind: type[nn.Module]) -> str | None:
+    library = kind.__module__.partition(".")[0]
+    return library if library in _CACHE_LIBRARIES else None
+
+
+def _refuse_unsafe_part(where: str, module: nn.Module, part: nn.Module) -> None:
+    held = vars(part)
+    # Lists of modules compute nothing: a new one around blocks in evaluation mode is in training mode.
+    if part.training and type(part).forward is not nn.Module.forward:
+        fail(where, "module", "in evaluation mode (call .eval())", f"{_named(module, part)} in training mode")
+    if is_sharded(type(part)):
+        fail(where, "module", "whole in each process", f"the sharded {_named(module, part)}")
+    if "_hf_hook" in held:
+        # They move weights when a sub-module's own forward begins, which is not what is called here.
+        found = f"accelerate's {type(held['_hf_hook']).__name__} on {_named(module, part)}"
+        fail(where, "module", "without offload hooks (remove_hook_from_module takes them off)", found)
+    hooks = getattr(held.get("_diffusers_hook", _NO_HOOKS), "hooks", {"unknown": None})
+    if hooks:
+        found = f"{', '.join(map(str, hooks))} on {_named(module, part)}"
+        fail(where, "module", "without hooks of diffusers, which carry state from call to call", found)
+    library = _cache_library(type(part))
+    cache = _step_cache(part) if library is None else f"a cache of {library}"
+    if cache:
+        found = f"{cache} on {_named(module, part)}"
+        fail(where, "module", "without a cache of earlier steps, which sampling would bypass", found)
 
 
 _NO_HOOKS = types.SimpleNamespace(hooks={})
@@ -150,13 +170,12 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Equal as long as a module is the same network: its parts, their hooks, forwards and settings, and its weights.
+def fingerprint(walked: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """Equal as long as a module of these parts is the same network: their hooks, forwards and settings, their weights.
 
     Weights are told by identity, storage and version counter, so that reading them is not needed. Writing through
     ``.data`` leaves the counter as it is: structure that was compared stays compared.
     """
-    walked = parts_of(module)
     parts = tuple(
         (
             id(part),
@@ -164,7 +183,7 @@ def fingerprint(module: nn.Module) -> tuple[Any, ...]:
             id(vars(part).get("forward")),
             tuple(map(id, part._forward_hooks.values())),
             tuple(map(id, part._forward_pre_hooks.values())),
-            tuple((key, value) for key, value in vars(part).items() if type(value) in _PLAIN_VALUES),
+            tuple([(key, value) for key, value in vars(part).items() if type(value) in _PLAIN_VALUES]),
         )
         for part in walked
     )
@@ -206,10 +225,10 @@ def _trace(value: Any) -> tuple[Any, ...]:
     return (id(value), len(value)) if isinstance(value, _MUTABLE) else (id(value),)
 
 
-def is_abstract(module: nn.Module) -> bool:
-    """Whether a module has no numbers to compare: weights without storage, or fake ones while a graph is traced."""
+def is_abstract(walked: Sequence[nn.Module]) -> bool:
+    """Whether modules have no numbers to compare: weights without storage, or fake ones while a graph is traced."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
-    return any(weight.is_meta or isinstance(weight, FakeTensor) for weight in _tensors(parts_of(module)))
+    return any(weight.is_meta or isinstance(weight, FakeTensor) for weight in _tensors(walked))
