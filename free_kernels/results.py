@@ -17,7 +17,7 @@ class SampleStats:
         target_calls: packed calls of the target.
         target_rows: rows in them (with guidance a row is two network rows).
         drafter_calls: calls of the drafter's network.
-        rounds_per_image: int64 ``[N]``; the rounds each image took part in.
+        rounds_per_image: int64 ``[N]``; the rounds each image took part in, up to date in every callback.
         tested_by_step: int64 ``[K]``; drafts of step k that reached the accept/reject test.
         accepted_by_step: int64 ``[K]``; those of them that were accepted.
         uncertainty_by_step: ``[K]``; mean squared whitened deviation between drafted and reference outputs over the
@@ -52,8 +52,10 @@ class SampleStats:
 
     @property
     def call_reduction(self) -> float:
-        """``K N / sum(rounds_per_image)``: committed steps per round."""
-        return len(self.tested_by_step) * len(self.rounds_per_image) / float(self.rounds_per_image.sum())
+        """Committed steps per round, ``K N / sum(rounds_per_image)`` of a whole run; NaN before the first round."""
+        rounds = int(self.rounds_per_image.sum())
+        # A round commits the drafts that it accepts and one step more.
+        return float((rounds + self.accepted_by_step.sum()) / rounds) if rounds else float("nan")
 
 
 @dataclass

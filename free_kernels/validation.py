@@ -61,6 +61,8 @@ def check_labels(where: str, labels: object, num_classes: int) -> torch.Tensor:
         fail(where, "class_labels", expectation, labels, TypeError)
     if labels.ndim != 1 or labels.numel() == 0:
         fail(where, "class_labels", expectation + " with N >= 1", labels)
+    if labels.is_meta:
+        fail(where, "class_labels", expectation, "labels on the meta device, which have no values")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         fail(where, "class_labels", expectation, f"values in [{low}, {high}]")

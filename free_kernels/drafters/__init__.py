@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -36,11 +38,25 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
         fail(where, "drafter", "'frozen' or a callable drafter", drafter, TypeError)
     if isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter):
         drafter = _unwrapped(where, drafter)
+    if not isinstance(drafter, FeatureDrafter | FrozenDrafter):
+        _check_call(where, drafter)
     pooled = TargetDefaults.read(target, "pooled")
     if pooled is not None:
         _check_pooled(where, pooled, target)
     DrafterDefaults.read(drafter, "check_target")(target, where)
     return drafter if pooled is None else DrafterDefaults.read(drafter, "conditioned")(pooled)
+
+
+def _check_call(where: str, drafter: Any) -> None:
+    """Raise TypeError unless a drafter can be called as :class:`free_kernels.protocols.Drafter` is."""
+    call = drafter.forward if isinstance(drafter, nn.Module) else drafter
+    try:
+        inspect.signature(call).bind(*["feature", "previous", "state", "t", "y"])
+    except TypeError:
+        wanted = "callable with (feature, previous, state, t, y)"
+        fail(where, "drafter", wanted, f"{type(drafter).__name__}{inspect.signature(call)}", TypeError)
+    except ValueError:  # compiled code may have no signature
+        pass
 
 
 def _check_pooled(where: str, pooled: object, target: Target) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_kernels.protocols import Drafter, DrafterDefaults
+from free_kernels.drafters import as_drafter
+from free_kernels.protocols import Drafter
 from free_kernels.results import Callback, RoundInfo, SampleStats
 from free_kernels.sampling.api import sample
 from free_kernels.sampling.guidance import GuidanceScale, at_least_one, check_scale
@@ -17,7 +18,7 @@ from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.sampling.options import Options
 from free_kernels.schedules import GaussianSchedule, schedule_from_diffusers
 from free_kernels.targets.diffusers import DiffusersDiTTarget, DiffusersFlowTarget, is_diffusers_dit
-from free_kernels.validation import describe, fail
+from free_kernels.validation import check_int, describe, fail
 from free_kernels.wrappers import see_through
 
 try:
@@ -79,6 +80,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
             FloatingPointError: a network output is not finite.
         """
         where = "AcceleratedDiTPipeline"
+        check_int(where, "num_inference_steps", num_inference_steps, 1)
         schedule = _schedule(self.scheduler, num_inference_steps, self.eta)
         kind = _kind(self.scheduler, schedule)
         if self._adapted is None or self._adapted[0] is not self.transformer or self._adapted[2] != kind:
@@ -87,7 +89,10 @@ class AcceleratedDiTPipeline(DiTPipeline):
         # Hooks may have come since: on the transformer that is sampled, whatever enabled them.
         target.recheck(where)
         check_scale(where, guidance_scale)
-        labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        try:
+            labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            fail(where, "class_labels", "N class ids (get_label_ids has those of names)", class_labels, TypeError)
         settings = {"draft_length": Options.draft_length, **self.settings}
         if isinstance(settings["draft_length"], int):
             settings["draft_length"] = min(settings["draft_length"], schedule.num_steps)
@@ -152,7 +157,12 @@ def accelerate(
         fail(where, "pipe", "without CPU offload of its transformer", "an offloaded one")
     schedule = _schedule(pipe.scheduler, 1, eta)
     target = _target(pipe.transformer, *_kind(pipe.scheduler, schedule))
-    DrafterDefaults.read(drafter, "check_target")(target, where)
+    as_drafter(where, drafter, target)
+    asked = dict(settings)
+    if isinstance(asked.get("draft_length"), int):
+        # Cut to the steps of a call, however few or many these are.
+        asked["draft_length"] = min(asked["draft_length"], Options.schedule.num_steps)
+    Options(**asked).check(where)
     fast = _copied(AcceleratedDiTPipeline, pipe)
     fast.drafter, fast.eta, fast.settings = drafter, eta, settings
     return fast
@@ -214,8 +224,6 @@ def _schedule(scheduler: Any, num_steps: int, eta: float | None) -> GaussianSche
 
 def _randomness(where: str, generator: Generators, labels: Tensor) -> dict[str, Any]:
     """``seed`` or ``noise`` for :func:`free_kernels.sample`; every generator moves on by one number."""
-    if isinstance(generator, list) and len(generator) == 1:
-        generator = generator[0]
     if generator is None or isinstance(generator, torch.Generator):
         return {"seed": _drawn(generator, 2**63 - 1)}
     if not isinstance(generator, list) or not all(isinstance(one, torch.Generator) for one in generator):

@@ -201,8 +201,11 @@ class FinishedImage(NamedTuple):
 class SampleIterator(Iterator[FinishedImage]):
     """Images in the order in which they finish.
 
+    It may be moved on within ``torch.inference_mode`` and outside of it. An error ends it: whoever goes on gets a
+    RuntimeError, not the end of the images.
+
     Attributes:
-        stats: of the images so far; whole once the iterator is exhausted.
+        stats: of the rounds so far; whole once the iterator is exhausted.
     """
 
     def __init__(self, speculation: Speculation) -> None:
@@ -211,15 +214,30 @@ class SampleIterator(Iterator[FinishedImage]):
         self._started = time.perf_counter()
         self._rounds = speculation.iterate()
         self._ready: deque[FinishedImage] = deque()
+        self._ended_by = ""
 
     def __next__(self) -> FinishedImage:
         """The next finished image, after as many rounds as it takes."""
         while not self._ready:
-            finished = next(self._rounds)
+            finished = self._play()
             shape = self._speculation.job.target.latent_shape
             self._ready.extend(FinishedImage(index, image.view(shape).clone()) for index, image in finished)
         self.stats.elapsed_s = time.perf_counter() - self._started
         return self._ready.popleft()
+
+    # The slots outlive the mode that a caller iterates in: tensors of inference mode cannot be written outside of it.
+    @torch.inference_mode(False)
+    def _play(self) -> list[tuple[int, Tensor]]:
+        """A round's finished images."""
+        if self._ended_by:
+            raise RuntimeError(f"sample_iter: the run ended with {self._ended_by}; the images left need another one")
+        try:
+            return next(self._rounds)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._ended_by = f"{type(error).__name__}: {error}"
+            raise
 
     def close(self) -> None:
         """Give up on the images that are not finished."""
@@ -255,8 +273,10 @@ def sample_iter(
     Raises:
         ValueError, TypeError, RuntimeError: at once, as :func:`sample`.
         FloatingPointError: while iterating.
+        RuntimeError: of an iterator that goes on after an error.
     """
     where = "sample_iter"
     options = Options.of(where, {**settings, "max_slots": max_slots})
-    job = make_job(where, target, class_labels, options, conditions, null_condition)
-    return SampleIterator(Speculation(job, bounded=True))
+    with torch.inference_mode(False):
+        job = make_job(where, target, class_labels, options, conditions, null_condition)
+        return SampleIterator(Speculation(job, bounded=True))

@@ -187,7 +187,7 @@ def feasibility(
         conditions: of N images, as in :func:`sample`, cycled through likewise.
         null_condition: as in :func:`sample`.
         drafter: a learned drafter, which is forecast beside the frozen one.
-        guidance_scale: as in :func:`sample`.
+        guidance_scale: one number, of all images and steps.
         guidance_channels: as in :func:`sample`.
         draft_lengths: L of the forecasts; lengths from K on are left out.
         images: I, images that are probed.

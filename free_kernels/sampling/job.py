@@ -214,10 +214,23 @@ class Job:
 
     def draw(self, purpose: Purpose, images: Tensor, steps: Tensor, rounds: Tensor | None = None) -> Tensor:
         """Normals ``[S, L, C, H, W]`` for images, steps and perhaps rounds ``[S, L]``, all contiguous."""
-        shape = tuple(self.target.latent_shape)
         keys = None if rounds is None else rounds.view(-1)
-        numbers = self.noise.normal(images.view(-1), steps.view(-1), purpose, shape, keys)
-        return numbers.view(*steps.shape, *self.state_shape)
+        return self._normal(images.view(-1), steps.view(-1), purpose, keys).view(*steps.shape, *self.state_shape)
+
+    def _normal(self, images: Tensor, steps: Tensor, purpose: Purpose, rounds: Tensor | None = None) -> Tensor:
+        """Normals of the source, of the shape that it promises."""
+        shape = tuple(self.target.latent_shape)
+        return self.checked_numbers(
+            "normal", self.noise.normal(images, steps, purpose, shape, rounds), len(images), *shape
+        )
+
+    def checked_numbers(self, which: str, numbers: object, *shape: int) -> Tensor:
+        """What a method of the noise source gave, which a caller may have written."""
+        wrong_kind = not isinstance(numbers, Tensor) or numbers.dtype != torch.float32
+        if wrong_kind or numbers.shape != shape:
+            wanted = f"float32 {list(shape)} from {which}"
+            fail(self.where, "noise", wanted, describe(numbers), TypeError if wrong_kind else ValueError)
+        return numbers
 
     def initial_states(self, images: Tensor) -> Tensor:
         """Pure noise ``[M, C, H, W]`` of images ``[M]``, at the schedule's deviation."""
@@ -226,7 +239,7 @@ class Job:
         chunk = max(1, NOISE_CHUNK_ELEMENTS // math.prod(shape))
         for first in range(0, len(images), chunk):
             part = images[first : first + chunk]
-            numbers = self.noise.normal(part, torch.zeros_like(part), Purpose.INITIAL, shape)
+            numbers = self._normal(part, torch.zeros_like(part), Purpose.INITIAL)
             states[first : first + chunk] = numbers.view(-1, *self.state_shape)
         deviation = ScheduleDefaults.read(self.options.schedule, "init_noise_sigma")
         return states if deviation == 1.0 else states.mul_(deviation)
@@ -349,6 +362,8 @@ def make_job(
     channels = guided_channels(adapted) if options.guidance_channels is None else options.guidance_channels
     guided = check_int(where, "guidance_channels", channels, 1, adapted.latent_shape[0])
     device = torch.device(TargetDefaults.read(adapted, "device") or labels.device)
+    if device.type == "meta":
+        fail(where, "target", "a network with weights", "one on the meta device")
     labels = labels.to(device).contiguous()
     variance = schedule.resolve_variance(adapted.learns_variance)
     table = schedule.table(variance).to(device)

@@ -10,7 +10,10 @@ from torch import Tensor
 from free_kernels.constants import Purpose
 from free_kernels.ops.random import philox_normal, philox_round, philox_uniform
 from free_kernels.protocols import NoiseSource
-from free_kernels.validation import check_int, fail
+from free_kernels.validation import check_int, describe, fail
+
+# Images that a 32-bit word of a key tells apart.
+_KEYS = 2**32
 
 
 class PhiloxNoise:
@@ -21,13 +24,19 @@ class PhiloxNoise:
         first_image: added to every image index, so that parts of one job can be drawn by several calls.
         backend: of the random ops: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
         image_keys: int64 ``[N]`` in ``[0, 2**32)``, what stands in the key for each image's index; None: the index.
+
+    Raises:
+        ValueError, TypeError: an argument is none of that.
     """
 
     def __init__(
         self, seed: int, first_image: int = 0, backend: str = "auto", image_keys: Tensor | None = None
     ) -> None:
-        self.seed = check_int("PhiloxNoise", "seed", seed, 0, 2**64 - 1)
-        self.first_image = check_int("PhiloxNoise", "first_image", first_image, 0)
+        where = "PhiloxNoise"
+        self.seed = check_int(where, "seed", seed, 0, 2**64 - 1)
+        self.first_image = check_int(where, "first_image", first_image, 0, _KEYS - 1)
+        if image_keys is not None:
+            _check_keys(where, image_keys)
         self.backend = backend
         self.image_keys = image_keys
 
@@ -65,6 +74,16 @@ class PhiloxNoise:
         return philox_uniform(self.seed, self.keys(images), steps, int(purpose), 1, rounds, self.backend).view(-1)
 
 
+def _check_keys(where: str, keys: object) -> None:
+    expectation = "int64 [N] in [0, 2**32)"
+    if not isinstance(keys, Tensor) or keys.dtype != torch.int64:
+        fail(where, "image_keys", expectation, describe(keys), TypeError)
+    if keys.ndim != 1:
+        fail(where, "image_keys", expectation, keys)
+    if len(keys) and not 0 <= int(keys.min()) <= int(keys.max()) < _KEYS:
+        fail(where, "image_keys", expectation, f"values in [{int(keys.min())}, {int(keys.max())}]")
+
+
 class TensorNoise:
     """Noise from a tensor; whatever the tensor does not hold comes from Philox.
 
@@ -88,7 +107,7 @@ class TensorNoise:
         first_image: int = 0,
         covers_steps: bool | None = None,
     ) -> None:
-        if noise.dtype != torch.float32:
+        if not isinstance(noise, Tensor) or noise.dtype != torch.float32:
             fail("TensorNoise", "noise", "float32", noise, TypeError)
         if covers_steps is None and noise.ndim not in (4, 5):
             fail("TensorNoise", "noise", "[N, C, H, W] or [N, K, C, H, W] where covers_steps is None", noise)
@@ -145,6 +164,11 @@ def as_noise_source(
             fail(where, "noise", "finite", "a non-finite value")
         covers_steps = held.ndim == len(shapes[1])
         return noise if isinstance(noise, TensorNoise) else TensorNoise(held.to(device), seed, backend, 0, covers_steps)
-    if callable(getattr(noise, "normal", None)) and callable(getattr(noise, "uniform", None)):
+    is_source = callable(getattr(noise, "normal", None)) and callable(getattr(noise, "uniform", None))
+    if is_source and not isinstance(noise, type):
+        keys, count = getattr(noise, "image_keys", None), shapes[0][0]
+        if isinstance(noise, PhiloxNoise) and keys is not None and len(keys) < noise.first_image + count:
+            wanted = f"keys of {noise.first_image + count} images, {noise.first_image} of them before the first"
+            fail(where, "noise.image_keys", wanted, keys)
         return noise  # type: ignore[return-value]
     fail(where, "noise", "None, a tensor or a NoiseSource", noise, TypeError)

@@ -80,8 +80,11 @@ class Options:
         check_scale(where, self.guidance_scale)
         check_interval(where, self.guidance_interval)
         check_int(where, "seed", self.seed, 0, 2**64 - 1)
-        if not isinstance(self.reuse_refused, bool):
-            fail(where, "reuse_refused", "a bool", self.reuse_refused, TypeError)
+        for name in ("reuse_refused", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                fail(where, name, "a bool", getattr(self, name), TypeError)
+        if self.callback is not None and not callable(self.callback):
+            fail(where, "callback", "callable", self.callback, TypeError)
         if self.max_slots is not None:
             check_int(where, "max_slots", self.max_slots, 1)
         if isinstance(self.draft_length, str):

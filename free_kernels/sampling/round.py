@@ -333,7 +333,8 @@ class Rounds:
             return Numbers(*self.philox.of_round(slots.indices, steps, shape, slack, rounds))
         keys, rounds = self._keys(steps)
         flat = None if rounds is None else rounds.view(-1)
-        uniform = job.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT, flat).view_as(steps)
+        uniform = job.noise.uniform(keys.view(-1), steps.view(-1), Purpose.ACCEPT, flat)
+        uniform = job.checked_numbers("uniform", uniform, steps.numel()).view_as(steps)
         return Numbers(self._draw(Purpose.STEP, steps), self._draw(Purpose.SLACK, steps) if slack else None, uniform)
 
     def _draw(self, purpose: Purpose, steps: Tensor) -> Tensor:

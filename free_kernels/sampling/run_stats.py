@@ -22,8 +22,8 @@ class RunStats:
         device: where the rounds are.
 
     Attributes:
-        stats: calls are up to date after every round, counts by image and step after :meth:`gather`; what the device
-            gathers is there after :meth:`finish`.
+        stats: calls are up to date after every round, counts by image and step after :meth:`sum_counts`, and all of it
+            after :meth:`gather`.
         deviation: ``[K]``, sum of the squared deviations of the tested rows of each step.
         bias: ``[N]``, sum of the biases of each image's tested rows.
     """
@@ -37,6 +37,8 @@ class RunStats:
             rounds_per_image=np.zeros(images, np.int64),
             tested_by_step=np.zeros(num_steps, np.int64),
             accepted_by_step=np.zeros(num_steps, np.int64),
+            uncertainty_by_step=np.full(num_steps, np.nan),
+            bias_bound_per_image=np.zeros(images),
         )
 
     def called(self, rows: int, drafter_calls: int = 0) -> None:
@@ -49,7 +51,7 @@ class RunStats:
         """Count a round of every slot: its image (negative where idle), step, rows and committed steps."""
         self._rounds.append((images, steps, lengths, committed))
 
-    def gather(self) -> None:
+    def sum_counts(self) -> None:
         """Bring the counts by image and step up to date."""
         if not self._rounds:
             return
@@ -106,9 +108,9 @@ class RunStats:
         bias = torch.where(tested, bias_of_rows(known, weights), 0.0)
         self.bias.index_add_(0, images, bias.sum(1))
 
-    def finish(self) -> None:
-        """Bring the counts up to date and over what the device has gathered."""
-        self.gather()
+    def gather(self) -> None:
+        """Bring the counts up to date, and over what the device has summed; waits for it."""
+        self.sum_counts()
         with np.errstate(invalid="ignore"):
             self.stats.uncertainty_by_step = self.deviation.double().cpu().numpy() / self.stats.tested_by_step
         self.stats.bias_bound_per_image = self.bias.double().cpu().numpy()

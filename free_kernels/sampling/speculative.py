@@ -115,7 +115,8 @@ class Speculation:
         num_steps, count, pool = len(self.job.timesteps), len(self.job.labels), self.slots.pool
         callback, done, played = self.job.options.callback, 0, 0
         now = RoundReport([], self.slots.images.tolist(), self.slots.steps.tolist(), [])
-        with tqdm(total=count * num_steps, desc="sample", unit="step", disable=not self.job.options.progress) as bar:
+        bar = tqdm(total=count * num_steps, desc="sample", unit="step", disable=not self.job.options.progress)
+        try:
             while done < count:
                 began = time.perf_counter()
                 lengths = self._lengths(now)
@@ -135,6 +136,7 @@ class Speculation:
                 done += len(finished)
                 bar.update(sum(after.committed))
                 if callback is not None:
+                    self.run_stats.sum_counts()
                     images = [pool.images[row] for row, _ in reached]
                     callback(RoundInfo(played, images, [step for _, step in reached], done, count))
                 if finished:
@@ -144,7 +146,9 @@ class Speculation:
                 if moved is not None:
                     self.slots.images.copy_(torch.tensor(moved, device="cpu"))
                 now = after if moved is None else after._replace(images=moved)
-        self.run_stats.finish()
+        finally:
+            bar.close()
+            self.run_stats.sum_counts()
 
     def _account(
         self, before: RoundReport, lengths: list[int], after: RoundReport, ordinary: int, seconds: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,13 @@ from free_kernels.conditioning import ShowsTimesteps
 from free_kernels.conditions import Condition, Conditions
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import TargetCheck, checked, compare_batches, probe_rows
-from free_kernels.targets.inspection import refuse_unsafe
+from free_kernels.targets.inspection import Reached, StopHere, refuse_unsafe
 from free_kernels.validation import check_int, describe, fail
 from free_kernels.wrappers import first_output, see_through
 
 # What stands for conditions is the labels ``[R]`` of a network of class labels, else tensors ``[R, ...]``.
 Call = Callable[[nn.Module, Tensor, Tensor, Any], object]
 Head = Callable[[Tensor, Tensor, Any], Tensor]
-
-
-class _Reached(BaseException):
-    """Ends a forward at the feature layer; no Exception, so that a network's own ``except`` lets it pass."""
-
-    def __init__(self, feature: object) -> None:
-        self.feature = feature
 
 
 def _plain_call(module: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> object:
@@ -185,14 +178,10 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
             RuntimeError: the module's forward never runs the feature layer.
             ValueError: the layer's output is not ``[R, T, D]``.
         """
-
-        def stop(_: nn.Module, __: object, output: object) -> NoReturn:
-            raise _Reached(output)
-
-        handle = self._layer.register_forward_hook(stop)
+        handle = self._layer.register_forward_hook(StopHere())
         try:
             self._call(self.module, x.to(self.dtype), self._timestep(t), self._condition(y))
-        except _Reached as reached:
+        except Reached as reached:
             feature = reached.feature
         else:
             fail("HookTarget", "feature_layer", "run by the module's forward", repr(self.feature_layer), RuntimeError)

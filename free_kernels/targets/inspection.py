@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,9 +24,33 @@ _STEP_CACHES = {
 }
 _CACHE_LIBRARIES = ("cache_dit", "para_attn", "DeepCache", "xfuser")
 _PLAIN_VALUES = frozenset((bool, int, float, str, torch.dtype, torch.device, type(None)))
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+# Containers within containers, so deep, count in what a module is set to.
+_SETTING_DEPTH = 3
+# Attributes of every module, which a fingerprint has in other forms.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Attributes that a module without hooks and caches has not.
 _MARKS = ("_hf_hook", "_diffusers_hook", *_STEP_CACHES)
 _MUTABLE = (dict, list, set, bytearray, Tensor)
+
+
+class Reached(BaseException):
+    """Ends a forward at the feature layer; no Exception, so that a network's own ``except`` lets it pass."""
+
+    def __init__(self, feature: object) -> None:
+        self.feature = feature
+
+
+class StopHere:
+    """A forward hook that leaves the call which it was made for, and no other thread's."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __call__(self, module: nn.Module, given: object, output: object) -> None:
+        """Raise :class:`Reached` in the thread that made the hook."""
+        if threading.get_ident() == self._thread:
+            raise Reached(output)
 
 
 def _label(name: str, module: nn.Module) -> str:
@@ -109,7 +134,7 @@ def _step_cache(part: nn.Module) -> str | None:
 def patches(name: str, module: nn.Module) -> list[str]:
     """What has been put onto one module from outside: hooks, another forward, a compiled call."""
     found = []
-    if module._forward_hooks or module._forward_pre_hooks:
+    if _hooks(module):
         found.append(f"a hook on {_label(name, module)}")
     if "forward" in vars(module):
         found.append(f"another forward of {_label(name, module)}")
@@ -173,6 +198,8 @@ def _is_filled(cell: types.CellType) -> bool:
 def fingerprint(walked: Sequence[nn.Module]) -> tuple[Any, ...]:
     """Equal as long as a module of these parts is the same network: their hooks, forwards and settings, their weights.
 
+    Settings are attributes of plain values, in containers too.
+
     Weights are told by identity, storage and version counter, so that reading them is not needed. Writing through
     ``.data`` leaves the counter as it is: structure that was compared stays compared.
     """
@@ -180,14 +207,43 @@ def fingerprint(walked: Sequence[nn.Module]) -> tuple[Any, ...]:
         (
             id(part),
             type(part),
+            part.training,
             id(vars(part).get("forward")),
-            tuple(map(id, part._forward_hooks.values())),
-            tuple(map(id, part._forward_pre_hooks.values())),
-            tuple([(key, value) for key, value in vars(part).items() if type(value) in _PLAIN_VALUES]),
+            _hooks(part),
+            tuple([(key, _setting(value)) for key, value in vars(part).items() if key not in _OF_EVERY_MODULE]),
         )
         for part in walked
     )
-    return parts, tuple(_stamp(weight) for weight in _tensors(walked))
+    # What holds for all modules: forwards of classes, hooks on every call.
+    forwards = {kind: _forward(kind) for kind in set(map(type, walked))}
+    everywhere = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
+    around = tuple(tuple(map(id, hooks.values())) for hooks in everywhere)
+    return parts, forwards, around, tuple(_stamp(weight) for weight in _tensors(walked))
+
+
+def _hooks(module: nn.Module) -> tuple[int, ...]:
+    """Who is called around a module's forward, but for this library's own hooks, which are there for one call."""
+    around = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return tuple([id(hook) for hook in around if not isinstance(hook, StopHere)]) if around else ()
+
+
+def _forward(kind: type[nn.Module]) -> tuple[int, object]:
+    """A class's forward; its code, too, as another function may get the identity of one that is gone."""
+    forward = kind.forward
+    return id(forward), getattr(forward, "__code__", None)
+
+
+def _setting(value: Any, depth: int = _SETTING_DEPTH) -> Any:
+    """A plain value, or a container's; of anything else the type."""
+    kind = type(value)
+    if kind in _PLAIN_VALUES:
+        return value
+    if not depth or not isinstance(value, _CONTAINERS):
+        return kind
+    if isinstance(value, dict):
+        return kind, tuple([(_setting(key, 0), _setting(one, depth - 1)) for key, one in value.items()])
+    parts = tuple([_setting(one, depth - 1) for one in value])
+    return (kind, frozenset(parts)) if isinstance(value, set | frozenset) else (kind, parts)
 
 
 def _tensors(parts: Sequence[nn.Module]) -> Iterator[Tensor]:
