@@ -224,6 +224,8 @@ def _schedule(scheduler: Any, num_steps: int, eta: float | None) -> GaussianSche
 
 def _randomness(where: str, generator: Generators, labels: Tensor) -> dict[str, Any]:
     """``seed`` or ``noise`` for :func:`free_kernels.sample`; every generator moves on by one number."""
+    if isinstance(generator, list) and len(generator) == 1 < len(labels):
+        generator = generator[0]
     if generator is None or isinstance(generator, torch.Generator):
         return {"seed": _drawn(generator, 2**63 - 1)}
     if not isinstance(generator, list) or not all(isinstance(one, torch.Generator) for one in generator):

@@ -216,8 +216,12 @@ def fingerprint(walked: Sequence[nn.Module]) -> tuple[Any, ...]:
     )
     # What holds for all modules: forwards of classes, hooks on every call.
     forwards = {kind: _forward(kind) for kind in set(map(type, walked))}
-    everywhere = (nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks)
-    around = tuple(tuple(map(id, hooks.values())) for hooks in everywhere)
+    everywhere = [
+        *nn.modules.module._global_forward_hooks.values(),
+        *nn.modules.module._global_forward_pre_hooks.values(),
+    ]
+    # Those of torch's own tools, such as its counter of operations, only watch.
+    around = tuple(id(hook) for hook in everywhere if not getattr(hook, "__module__", "").startswith("torch."))
     return parts, forwards, around, tuple(_stamp(weight) for weight in _tensors(walked))
 
 

@@ -230,6 +230,7 @@ def test_a_generator_is_the_seed():
     own = images(seeded(1, 2, 3))
     turned = images(seeded(3, 1, 2), [LABELS[2], LABELS[0], LABELS[1]])
     torch.testing.assert_close(turned, own[[2, 0, 1]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(images(seeded(2), LABELS[1:2]), own[1:2], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(own[0], images(seeded(9, 2, 3))[0])
 
 
@@ -292,6 +293,9 @@ def test_what_cannot_be_accelerated_is_refused():
         accelerate(pipe.transformer)
     with pytest.raises(TypeError, match="^accelerate: settings must be among .*draft_length.*got 'seed'"):
         accelerate(pipe, seed=3)
+    for name, value in (("callback", 5), ("draft_length", 0), ("drafter", None)):
+        with pytest.raises((TypeError, ValueError), match=f"^accelerate: {name} must be"):
+            accelerate(pipe, **{name: value})
     with pytest.raises(ValueError, match="DiTPipeline drops the learned variance"):
         accelerate(make_pipe(variance_type="learned_range"))
     pipe.transformer._hf_hook = object()
@@ -310,7 +314,8 @@ def test_what_cannot_be_accelerated_is_refused():
         ),
         ({"guidance_scale": -1.0}, ValueError, "guidance_scale must be a finite number"),
         ({"class_labels": [1000]}, ValueError, r"class_labels must be int64 \[N\] in \[0, 1000\)"),
-        ({"num_inference_steps": 0}, ValueError, "num_steps must be an int in"),
+        ({"class_labels": ["a cat"]}, TypeError, r"class_labels must be N class ids .* got \['a cat'\]"),
+        ({"num_inference_steps": 0}, ValueError, "^AcceleratedDiTPipeline: num_inference_steps must be an int in"),
     ],
 )
 def test_wrong_calls_are_named(call, error, message):

@@ -112,6 +112,65 @@ def test_an_iterator_can_be_left(monkeypatch):
     assert len(seen) == rounds
 
 
+def test_the_stats_are_those_of_the_images_so_far():
+    """Of any moment: a round commits the drafts that it accepts and one step more."""
+    target, seen = GaussianTarget(learns_variance=True), []
+
+    def watch(_):
+        seen.append(images.stats.rounds_per_image.sum() + images.stats.accepted_by_step.sum())
+
+    settings = {"drafter": BiasedDrafter(target), "draft_length": 3, "relaxation": 0.5, "schedule": STEPS}
+    images = sample_iter(target, LABELS, max_slots=2, callback=watch, **settings)
+    assert np.isnan(images.stats.call_reduction)
+    assert len(images.stats.uncertainty_by_step) == STEPS.num_steps
+    done = [next(images).index]
+    stats = images.stats
+    assert 1 <= stats.call_reduction <= 3
+    assert stats.bias_bound_per_image[done[0]] > 0
+    assert not stats.bias_bound_per_image[4:].any(), "images that have not begun"
+    assert np.isfinite(stats.uncertainty_by_step[:-1]).any()
+    assert (stats.rounds_per_image > 0).sum() <= 4
+    assert seen[0] >= 2, "two images, a step at least"
+    assert (np.diff(seen) > 0).all(), "in every callback"
+    done += [image.index for image in images]
+    assert sorted(done) == list(range(len(LABELS)))
+    whole = sample(target, LABELS, max_slots=2, **settings).stats
+    assert seen[-1] == STEPS.num_steps * len(LABELS)
+    for name in ("call_reduction", "rounds_per_image", "accepted_by_step", "tested_by_step", "bias_bound_per_image"):
+        np.testing.assert_allclose(getattr(images.stats, name), getattr(whole, name), rtol=1e-6)
+    assert whole.call_reduction == STEPS.num_steps * len(LABELS) / whole.rounds_per_image.sum()
+
+
+def test_an_error_ends_the_iterator_and_is_not_the_end_of_the_images():
+    def fail_later(info):
+        if info.images_done:
+            raise KeyError("the caller's own")
+
+    images = sample_iter(GaussianTarget(), LABELS, max_slots=2, schedule=STEPS, callback=fail_later)
+    with pytest.raises(KeyError, match="the caller's own"):
+        next(images)
+    rounds = images.stats.rounds_per_image.sum()
+    assert rounds >= images.stats.target_calls > 0, "what was done until then is counted"
+    with pytest.raises(
+        RuntimeError, match="^sample_iter: the run ended with KeyError: .*; the images left need another"
+    ):
+        next(images)
+
+
+def test_an_iterator_moves_between_inference_mode_and_outside():
+    target = GaussianTarget()
+    expected = sample(target, LABELS, schedule=STEPS, seed=3).samples
+    with torch.inference_mode():
+        images = sample_iter(target, LABELS, max_slots=2, schedule=STEPS, seed=3)
+        found = [next(images)]
+    found.append(next(images))
+    with torch.inference_mode():
+        found += images
+    for index, image in found:
+        torch.testing.assert_close(image, expected[index])
+    assert len(found) == len(LABELS)
+
+
 def test_errors_come_at_once():
     target = GaussianTarget()
     with pytest.raises(ValueError, match="^sample_iter: max_slots must be"):

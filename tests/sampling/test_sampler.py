@@ -166,6 +166,40 @@ def test_wrong_labels_are_named(sampler, labels, error):
         sampler(GaussianTarget(), labels, schedule=STEPS)
 
 
+class OtherNumbers(PhiloxNoise):
+    """A source that does not give what it promises."""
+
+    def __init__(self, normal=lambda n: n, uniform=lambda n: n):
+        super().__init__(0)
+        self.changes = normal, uniform
+
+    def normal(self, *keys):
+        return self.changes[0](super().normal(*keys))
+
+    def uniform(self, *keys):
+        return self.changes[1](super().uniform(*keys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"keys": [1, 2]}, TypeError, r"image_keys must be int64 \[N\] in \[0, 2\*\*32\), got \[1, 2\]"),
+        ({"keys": torch.tensor([0, 2**33])}, ValueError, r"image_keys must be .* got values in \[0, 8589934592\]"),
+        ({"first": 2**32}, ValueError, "first_image must be an int in"),
+    ],
+)
+def test_wrong_keys_of_noise_are_named(arguments, error, message):
+    with pytest.raises(error, match=f"^PhiloxNoise: {message}"):
+        PhiloxNoise(0, arguments.get("first", 0), image_keys=arguments.get("keys"))
+    with pytest.raises(TypeError, match=r"^TensorNoise: noise must be float32"):
+        TensorNoise([1.0], 0)
+
+
+def test_what_has_no_values_is_named():
+    with pytest.raises(ValueError, match=r"^sample: class_labels must be int64 .*, got labels on the meta device"):
+        sample(GaussianTarget(), torch.zeros(2, dtype=torch.int64, device="meta"), schedule=STEPS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -188,6 +222,23 @@ def test_wrong_labels_are_named(sampler, labels, error):
         ({"noise": torch.full((9, 1, 4, 4), float("inf"))}, ValueError, "noise must be finite"),
         ({"noise": "gaussian"}, TypeError, "noise must be None, a tensor or a NoiseSource"),
         ({"noise": TensorNoise(torch.zeros(9, 5, 1, 4, 4), 0)}, ValueError, "noise must be float32"),
+        ({"noise": PhiloxNoise}, TypeError, "noise must be None, a tensor or a NoiseSource"),
+        (
+            {"noise": PhiloxNoise(0, image_keys=torch.arange(8))},
+            ValueError,
+            "noise.image_keys must be keys of 9 images",
+        ),
+        ({"noise": OtherNumbers(lambda n: n.double())}, TypeError, r"noise must be float32 \[9, 1, 4, 4\] from normal"),
+        (
+            {"noise": OtherNumbers(lambda n: n[:, :, 1:])},
+            ValueError,
+            r"noise must be float32 \[9, 1, 4, 4\] from normal",
+        ),
+        ({"noise": OtherNumbers(uniform=lambda n: n[1:])}, ValueError, r"noise must be float32 \[\d+\] from uniform"),
+        ({"callback": 5}, TypeError, "callback must be callable, got 5"),
+        ({"progress": 2.0}, TypeError, "progress must be a bool, got 2.0"),
+        ({"drafter": torch.nn.Linear(2, 2)}, TypeError, "drafter must be callable with .*, got Linear"),
+        ({"drafter": lambda *given: None}, ValueError, r"drafter's output must be \[R, T, D\] = .*, got None"),
         ({"schedule": 20}, TypeError, "schedule must be a schedule"),
         ({"schedule": DDPMSchedule}, TypeError, "schedule must be a schedule"),
         ({"drafter": FeatureDrafter}, TypeError, "drafter must be 'frozen' or a callable"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -80,6 +82,80 @@ def test_another_network_is_compared_again(change):
     DiTTarget(module)
     change(module)
     assert flops(lambda: DiTTarget(module)) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "followed"),
+    [
+        (lambda patch, module: patch.setattr(type(module.blocks[0]), "forward", lambda self, x, c: x), True),
+        (
+            lambda patch, module: patch.setattr(type(module.final_layer), "forward", lambda self, x, c: self.linear(x)),
+            True,
+        ),
+        (
+            lambda patch, module: patch.setattr(type(module), "forward", lambda self, *given: self.whole(*given) / 2),
+            False,
+        ),
+        (lambda patch, module: module.left_out.append(1), False),
+    ],
+    ids=["blocks' class", "head's class", "own class", "list of layers"],
+)
+def test_what_a_change_of_a_class_or_of_a_list_does_is_never_lost(monkeypatch, change, followed):
+    """A network that was sampled before: its images follow the change, or it is refused."""
+
+    class Block(type(OriginalDiT().blocks[0])):
+        pass
+
+    class Final(type(OriginalDiT().final_layer)):
+        pass
+
+    class Fork(OriginalDiT):
+        """Leaves blocks out by a list."""
+
+        def __init__(self):
+            super().__init__()
+            self.left_out = []
+            for block in self.blocks:
+                block.__class__ = Block
+            self.final_layer.__class__ = Final
+
+        def whole(self, x, t, y):
+            left = [block for index, block in enumerate(self.blocks) if index not in self.left_out]
+            c = self.t_embedder(t) + self.y_embedder(y, False)
+            h = self.x_embedder(x) + self.pos_embed
+            for block in left:
+                h = block(h, c)
+            return self.unpatchify(self.final_layer(h, c))
+
+        forward = whole
+
+    module = randomised(Fork(), scale=0.1)
+    target, (x, t, y) = DiTTarget(module), random_inputs(4, 8, 5)
+    labels = y.unique()
+    assert target.hoisted(t, labels).blocks is not None
+    before = module(x, t, y)
+    change(monkeypatch, module)
+    wanted = module(x, t, y)
+    assert relative_error(wanted, before) > 0.01
+    with nullcontext() if followed else pytest.raises(ValueError, match="whose own call is its blocks one after"):
+        network = target.hoisted(t, labels)
+        assert relative_error(network.head(network.features(x, t, y), t, y), wanted) < 2e-5
+
+
+def test_a_hook_on_all_modules_is_seen():
+    module = randomised(OriginalDiT(), scale=0.1)
+    target, (x, t, y) = DiTTarget(module), random_inputs(4, 8, 5)
+    kind = type(module.blocks[0])
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda part, inputs, output: 0.9 * output if isinstance(part, kind) else None
+    )
+    try:
+        network = target.hoisted(t, y.unique())
+        assert network.blocks is None
+        assert relative_error(network.head(network.features(x, t, y), t, y), module(x, t, y)) < 2e-5
+    finally:
+        handle.remove()
+    assert target.hoisted(t, y.unique()).blocks is not None
 
 
 def test_a_network_that_says_nothing_yet_is_compared_again():
@@ -168,6 +244,26 @@ def test_a_hook_target_is_compared_with_its_modules_call():
     with pytest.raises(ValueError, match=r"^check_target: target must be one whose head\(features\(x, t, y\)"):
         check_target(wrong)
     assert check_target(wrong, expected=lambda x, t, y: 0.9 * module(x, t, y)).difference < 1e-5
+
+
+def test_a_hook_target_leaves_other_threads_alone():
+    """Its hook is there while it runs: another thread calls the same module to its end, and sees it as it was."""
+    module, inputs = randomised(OriginalDiT(), scale=0.1), random_inputs(4, 8, 5)
+    wanted, feature, found = module(*inputs), hook_target(module).features(*inputs), []
+
+    def elsewhere():
+        assert module.blocks[2]._forward_hooks
+        found.extend((module(*inputs), check_target(DiTTarget(module)).path))
+
+    def call(network, *given):
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        return network(*given)
+
+    torch.testing.assert_close(hook_target(module, call=call).features(*inputs), feature)
+    torch.testing.assert_close(found[0], wanted)
+    assert found[1] == "hoisted"
 
 
 def test_a_hook_target_with_a_cache_is_refused():
