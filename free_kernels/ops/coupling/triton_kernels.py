@@ -19,6 +19,7 @@ from free_kernels.ops.coupling.triton_math import (
     noise_block,
     target_mean,
     target_std,
+    where_also,
 )
 from free_kernels.ops.random.triton_philox import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP, uniform_first
 
@@ -269,7 +270,7 @@ def coupling_commit_kernel(
     # An idle slot reads nothing, because its first row may lie past the end of a tensor. Its state is zero.
     i_first = i_block * BLOCK
     o = i_first + tl.arange(0, BLOCK)
-    mask = (o < numel) & (count > 0)
+    mask = where_also(o < numel, count > 0)
     state_row = wide_slot * length + first
     row_start = state_row * numel
     p_output_row = p_output + (first_row + first) * output_stride

@@ -19,6 +19,7 @@ from free_kernels.ops.coupling.triton_math import (
     clipped,
     exp,
     guided_output,
+    where_also,
 )
 
 # As in free_kernels.ops.drafting.reference.
@@ -96,7 +97,7 @@ def keep_clean_kernel(
             b_clean = _clean(b_state, p_row, unconditional, p_column, o, mask, guided_numel, guidance_scale, GUIDED)
             b_wrong += tl.where(tl.abs(b_clean) < float("inf"), 0, 1)
             b_clean = clipped(b_clean, clip, CLIPPED)
-            here, there, same = mask & within, mask & outside, mask & again
+            here, there, same = where_also(mask, within), where_also(mask, outside), where_also(mask, again)
             b_moved = tl.where(same, b_state - tl.load(p_held_state + o, mask=same, other=0.0), 0.0)
             b_along_again += b_moved * (b_clean - tl.load(p_held + o, mask=same, other=0.0))
             b_length_again += b_moved * b_moved
@@ -150,7 +151,7 @@ def replay_kernel(
     to_new = _average(p_response + 4 * i_slot, 0.0)
     to_other = tl.where(there, _average(p_response + 4 * i_slot + 2, to_new), 0.0)
     to_new = tl.where(there, to_new, 0.0)
-    before, known = tl.maximum(before, 0), mask & there
+    before, known = tl.maximum(before, 0), where_also(mask, there)
     p_own = p_states + i_slot * length * numel + o
     b_state = tl.load(p_own, mask=mask, other=0.0)
     b_said = tl.load(p_held_clean + before * output_numel + o, mask=known, other=0.0)
@@ -162,7 +163,7 @@ def replay_kernel(
         b_variance = tl.load(p_held_clean + before * output_numel + numel + o, mask=known, other=0.0)
     for j in range(0, length - 1):
         latest = tl.load(p_latest + i_slot * width + j, mask=j < width, other=-1)
-        served = mask & (latest >= 0)
+        served = where_also(mask, latest >= 0)
         row = tl.maximum(latest, 0)
         b_at = tl.load(p_held_states + row * numel + o, mask=served, other=0.0) + tl.where(served, 0.0, b_at)
         p_known = p_held_clean + row * output_numel + o

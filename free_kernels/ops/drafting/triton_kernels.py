@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from free_kernels.ops.coupling.triton_math import NUM_COLUMNS, guided_output, target_std, transition_mean
+from free_kernels.ops.coupling.triton_math import NUM_COLUMNS, guided_output, target_std, transition_mean, where_also
 
 # As in free_kernels.ops.drafting.reference.
 _LARGEST_GAP_SQ = tl.constexpr(1e30)
@@ -34,7 +34,7 @@ def advance_kernel(
         drafted = row >= 0
         place, draft = row_of_slot + j, row_of_slot - i_slot + j
         p_row, p_columns_row = p_output + tl.maximum(row, 0) * output_stride, p_columns + place * NUM_COLUMNS
-        used = mask & drafted
+        used = where_also(mask, drafted)
         b_output = guided_output(p_row, unconditional, o, used, guided_numel, guidance_scale, GUIDED)
         b_mean = transition_mean(b_state, b_output, p_columns_row, clip, CLIPPED)
         b_std = target_std(p_row, p_columns_row, o, used, numel, LEARNED) + tl.zeros([BLOCK], tl.float32)
@@ -43,7 +43,7 @@ def advance_kernel(
         tl.store(p_std + draft * numel + o, b_std, mask=used)
         tl.store(p_states + (place + 1) * numel + o, b_next, mask=used)
         # A draft that is not made here is there already, or is of no interest.
-        b_there = tl.load(p_states + (place + 1) * numel + o, mask=mask & (row < 0), other=0.0)
+        b_there = tl.load(p_states + (place + 1) * numel + o, mask=where_also(mask, row < 0), other=0.0)
         b_state = tl.where(drafted, b_next, b_there)
 
 

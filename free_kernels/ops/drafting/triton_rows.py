@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from free_kernels.ops.coupling.triton_math import where_also
+
 
 @triton.jit
 def _copy(p_from, p_to, size, BLOCK: tl.constexpr):
@@ -97,7 +99,7 @@ def correct_kernel(
     b_apart, b_step = tl.zeros([STATE_BLOCK], tl.float32), tl.zeros([STATE_BLOCK], tl.float32)
     for i in range(0, state_numel, STATE_BLOCK):
         o_state = i + tl.arange(0, STATE_BLOCK)
-        used = (o_state < state_numel) & known
+        used = where_also(o_state < state_numel, known)
         b_state = tl.load(p_state + i_row * state_numel + o_state, mask=used, other=0.0)
         b_there = tl.load(p_asked + tl.maximum(place, 0) * state_numel + o_state, mask=used, other=0.0)
         b_before = tl.load(p_previous + i_row * state_numel + o_state, mask=used, other=0.0)
@@ -108,7 +110,7 @@ def correct_kernel(
         place_of_row = (branch * rows + i_row) * numel + o
         p_error = p_errors + ((branch * drafts + draft) * slots + slot) * numel + o
         b_drafted = tl.load(p_drafted + place_of_row, mask=o < numel, other=0.0)
-        b_error = tl.load(p_error, mask=(o < numel) & serves, other=0.0)
+        b_error = tl.load(p_error, mask=where_also(o < numel, serves), other=0.0)
         b_both = (b_drafted.to(tl.float32) + b_error.to(tl.float32)).to(b_drafted.dtype)
         tl.store(p_out + place_of_row, tl.where(serves, b_both, b_drafted), mask=o < numel)
 
@@ -145,15 +147,15 @@ def join_kernel(
         number = tl.load(p_chosen + number)
     slot, draft, now, past = _further(p_before, p_latest, number, slots, width)
     is_state, is_feature = o < state_numel, o < numel
-    b_previous = tl.load(p_previous + i_row * state_numel + o, mask=is_state & given, other=0.0)
-    b_previous += tl.load(p_asked + past * state_numel + o, mask=is_state & (i_row >= inputs), other=0.0)
+    b_previous = tl.load(p_previous + i_row * state_numel + o, mask=where_also(is_state, given), other=0.0)
+    b_previous += tl.load(p_asked + past * state_numel + o, mask=where_also(is_state, i_row >= inputs), other=0.0)
     tl.store(p_out_previous + i_row * state_numel + o, b_previous, mask=is_state)
-    b_state = tl.load(p_state + i_row * state_numel + o, mask=is_state & given, other=0.0)
-    b_state += tl.load(p_asked + now * state_numel + o, mask=is_state & (i_row >= inputs), other=0.0)
+    b_state = tl.load(p_state + i_row * state_numel + o, mask=where_also(is_state, given), other=0.0)
+    b_state += tl.load(p_asked + now * state_numel + o, mask=where_also(is_state, i_row >= inputs), other=0.0)
     tl.store(p_out_state + i_row * state_numel + o, b_state, mask=is_state)
-    b_feature = tl.load(p_feature + i_row * numel + o, mask=is_feature & given, other=0.0)
+    b_feature = tl.load(p_feature + i_row * numel + o, mask=where_also(is_feature, given), other=0.0)
     p_held = p_features + (branch * held + past) * numel + o
-    b_held = tl.load(p_held, mask=is_feature & (i_row >= inputs), other=0.0)
+    b_held = tl.load(p_held, mask=where_also(is_feature, i_row >= inputs), other=0.0)
     b_feature = tl.where(given, b_feature, b_held.to(tl.float32).to(b_feature.dtype))
     tl.store(p_out_feature + i_row * numel + o, b_feature, mask=is_feature)
     if i_block == 0:
