@@ -96,6 +96,21 @@ def _(family, module):
     return late
 
 
+@case("hook", "on all modules, for those of the blocks' class, added after the target was made")
+def _(family, module):
+    undo = module.undo
+
+    def late(network):
+        kind, scale = type(blocks_of(network)[0]), scaled(0.9)
+
+        def hook(part, *given):
+            return scale(part, *given) if type(part) is kind else None
+
+        undo.append(nn.modules.module.register_module_forward_hook(hook).remove)
+
+    return late
+
+
 @case("patch", "forward of every block replaced")
 def _(family, module):
     for block in blocks_of(module):
@@ -128,6 +143,25 @@ def _(family, module):
 
     kind.forward = forward
     module.undo.append(lambda: setattr(kind, "forward", own))
+
+
+@case("patch", "forward of the blocks' class replaced, after the target was made")
+def _(family, module):
+    undo = module.undo
+
+    def late(network):
+        kind = type(blocks_of(network)[0])
+        own = kind.forward
+
+        # Also of the class's own module by name, as one that a notebook defines again.
+        @functools.wraps(own)
+        def forward(self, h, *arguments, **keywords):
+            return own(self, h * 0.9, *arguments, **keywords)
+
+        kind.forward = forward
+        undo.append(lambda: setattr(kind, "forward", own))
+
+    return late
 
 
 @case("patch", "forward of an attention layer replaced")

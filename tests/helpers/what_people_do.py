@@ -173,7 +173,10 @@ def render(results: dict[str, dict[str, str]]) -> str:
 
 
 def main() -> None:
-
+    """Do all of it and write the page; with part of a name only what has that, and no page."""
+    # They fill the table of the module by this name, which is not the one that runs.
+    import what_people_attach  # noqa: F401
+    import what_people_wrap  # noqa: F401
     from what_people_do import CASES as cases
     from what_people_do import outcome as run
 
