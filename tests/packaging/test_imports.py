@@ -41,7 +41,7 @@ SHARED = {
     },
 }
 # Modules beside the ops' folders that Triton code may import; they know no op.
-TRITON_SHARED = {"aot", "triton_device"}
+TRITON_SHARED = {"aot", "triton_device", "triton_masks"}
 OPS = sorted(path.name for path in (PACKAGE / "ops").iterdir() if (path / "__init__.py").exists())
 
 

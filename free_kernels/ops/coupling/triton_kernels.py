@@ -19,9 +19,9 @@ from free_kernels.ops.coupling.triton_math import (
     noise_block,
     target_mean,
     target_std,
-    where_also,
 )
 from free_kernels.ops.random.triton_philox import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP, uniform_first
+from free_kernels.ops.triton_masks import where_also
 
 # As in free_kernels.ops.coupling.reference: the largest squared gap that is tested.
 MAX_GAP_SQ = tl.constexpr(1e30)

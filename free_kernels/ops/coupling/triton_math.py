@@ -70,12 +70,6 @@ def transition_mean(b_state, b_output, p_columns, clip, CLIPPED: tl.constexpr):
 
 
 @triton.jit
-def where_also(mask, condition):
-    """A block's mask where a scalar condition holds too; Triton 3.9's interpreter refuses ``mask & condition``."""
-    return tl.where(condition, mask, False)
-
-
-@triton.jit
 def target_mean(given, o, mask, guided_numel, scale, clip, GUIDED: tl.constexpr, CLIPPED: tl.constexpr):
     """Mean of the target's transition for elements ``o`` of one row.
 

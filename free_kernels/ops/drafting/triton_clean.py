@@ -19,8 +19,8 @@ from free_kernels.ops.coupling.triton_math import (
     clipped,
     exp,
     guided_output,
-    where_also,
 )
+from free_kernels.ops.triton_masks import where_also
 
 # As in free_kernels.ops.drafting.reference.
 _RESPONSE_DECAY = tl.constexpr(0.7)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from free_kernels.ops.coupling.triton_math import NUM_COLUMNS, guided_output, target_std, transition_mean, where_also
+from free_kernels.ops.coupling.triton_math import NUM_COLUMNS, guided_output, target_std, transition_mean
+from free_kernels.ops.triton_masks import where_also
 
 # As in free_kernels.ops.drafting.reference.
 _LARGEST_GAP_SQ = tl.constexpr(1e30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from free_kernels.ops.coupling.triton_math import where_also
+from free_kernels.ops.triton_masks import where_also
 
 
 @triton.jit
