@@ -49,14 +49,15 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
 
 def _check_call(where: str, drafter: Any) -> None:
     """Raise TypeError unless a drafter can be called as :class:`free_kernels.protocols.Drafter` is."""
-    call = drafter.forward if isinstance(drafter, nn.Module) else drafter
     try:
-        inspect.signature(call).bind(*["feature", "previous", "state", "t", "y"])
+        signature = inspect.signature(drafter.forward if isinstance(drafter, nn.Module) else drafter)
+    except ValueError:  # compiled code may have none
+        return
+    try:
+        signature.bind("feature", "previous", "state", "t", "y")
     except TypeError:
         wanted = "callable with (feature, previous, state, t, y)"
-        fail(where, "drafter", wanted, f"{type(drafter).__name__}{inspect.signature(call)}", TypeError)
-    except ValueError:  # compiled code may have no signature
-        pass
+        fail(where, "drafter", wanted, f"{type(drafter).__name__}{signature}", TypeError)
 
 
 def _check_pooled(where: str, pooled: object, target: Target) -> None:

@@ -93,9 +93,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
             labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         except (TypeError, ValueError, RuntimeError):
             fail(where, "class_labels", "N class ids (get_label_ids has those of names)", class_labels, TypeError)
-        settings = {"draft_length": Options.draft_length, **self.settings}
-        if isinstance(settings["draft_length"], int):
-            settings["draft_length"] = min(settings["draft_length"], schedule.num_steps)
+        settings = _cut(self.settings, schedule.num_steps)
         with _Progress(self, len(labels) * schedule.num_steps, settings.pop("callback", None)) as progress:
             result = sample(
                 target,
@@ -158,14 +156,16 @@ def accelerate(
     schedule = _schedule(pipe.scheduler, 1, eta)
     target = _target(pipe.transformer, *_kind(pipe.scheduler, schedule))
     as_drafter(where, drafter, target)
-    asked = dict(settings)
-    if isinstance(asked.get("draft_length"), int):
-        # Cut to the steps of a call, however few or many these are.
-        asked["draft_length"] = min(asked["draft_length"], Options.schedule.num_steps)
-    Options(**asked).check(where)
+    Options(**_cut(settings, Options.schedule.num_steps)).check(where)
     fast = _copied(AcceleratedDiTPipeline, pipe)
     fast.drafter, fast.eta, fast.settings = drafter, eta, settings
     return fast
+
+
+def _cut(settings: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
+    """Settings of :func:`free_kernels.sample` for so many steps: drafts are no longer than these."""
+    length = settings.get("draft_length", Options.draft_length)
+    return {**settings, "draft_length": min(length, num_steps) if isinstance(length, int) else length}
 
 
 def _copied(kind: type, pipe: DiTPipeline) -> Any:

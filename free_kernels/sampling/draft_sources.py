@@ -108,7 +108,7 @@ class Fresh:
         """The drafter's feature, of the shape that it promises."""
         states = self._job.shaped(inputs.previous), self._job.shaped(inputs.state)
         drafted = self._drafter(inputs.feature, *states, inputs.t, inputs.y, **self._remembered)
-        wanted = (inputs.t.shape[0], *self._job.target.feature_shape)
+        wanted = (inputs.t.shape[0], *self._job.feature_shape)
         if not isinstance(drafted, Tensor) or drafted.shape != wanted:
             fail(self._job.where, "drafter's output", f"[R, T, D] = {list(wanted)}", drafted)
         return drafted

@@ -73,7 +73,7 @@ class DraftingPass:
         slots, job = self.slots, self.job
         # Before the first round no image has a parent; only the warm-up calls of a capture draft then.
         if slots.parent is None:
-            return slots.state.new_zeros(job.branches, len(slots), *job.target.feature_shape)
+            return slots.state.new_zeros(job.branches, len(slots), *job.feature_shape)
         return slots.parent
 
     def advance(self, output: Tensor, rows: Tensor, draft: int) -> None:

@@ -113,6 +113,11 @@ class Job:
         """(C, H, W) of the states that are held."""
         return image_shape(self.target.latent_shape)
 
+    @cached_property
+    def feature_shape(self) -> tuple[int, int]:
+        """(T, D) of the target's features."""
+        return self.target.feature_shape
+
     def shaped(self, states: Tensor) -> Tensor:
         """States ``[R, C, H, W]`` in the target's own shape."""
         shape = self.target.latent_shape
@@ -179,8 +184,8 @@ class Job:
         return output if scales is None else mixed(output, scales, self.guidance_channels)
 
     def _checked_features(self, h: Tensor, rows: int) -> Tensor:
-        if h.shape != (rows, *self._feature_shape):
-            fail(self.where, "target.features", f"[R, T, D] = {[rows, *self._feature_shape]}", h)
+        if h.shape != (rows, *self.feature_shape):
+            fail(self.where, "target.features", f"[R, T, D] = {[rows, *self.feature_shape]}", h)
         return h.contiguous()
 
     def _checked_output(self, output: Tensor, rows: int) -> Tensor:
@@ -191,10 +196,6 @@ class Job:
         if len(shape) != 3:
             output = output.reshape(rows, shape[0], *self.state_shape[1:])
         return _single(output if self.learned else output[:, : self.state_shape[0]]).contiguous()
-
-    @cached_property
-    def _feature_shape(self) -> tuple[int, int]:
-        return self.target.feature_shape
 
     @cached_property
     def _output_shape(self) -> tuple[int, ...]:

@@ -187,7 +187,7 @@ class Speculation:
             self._drafter_is_hoisted, seconds = True, time.perf_counter() - began
         if self._first_drafted == 0 and 0 in now.steps and not rounds.frozen_steps:
             guess = rounds.drafter.initial_feature(job.shaped(self.slots.state))
-            shape = len(self.slots), *job.target.feature_shape
+            shape = len(self.slots), *job.feature_shape
             if not isinstance(guess, Tensor) or guess.shape != shape:
                 fail(job.where, "drafter.initial_feature", f"[R, T, D] = {list(shape)}", guess)
             self.slots.set_first_parents(guess)
