@@ -43,8 +43,11 @@ class ConditioningTable:
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Rows ``[R, ...]`` for timesteps and labels ``[R]`` that the table holds."""
-        places = self._timestep_row, self._label_row
-        return table_rows(TableArguments(self._rows, *places, t.contiguous(), y.contiguous()))
+        return table_rows(self.arguments(t, y))
+
+    def arguments(self, t: Tensor, y: Tensor) -> TableArguments:
+        """What an op needs to look them up."""
+        return TableArguments(self._rows, self._timestep_row, self._label_row, t.contiguous(), y.contiguous())
 
 
 class TimestepTable:

@@ -38,6 +38,7 @@ OPS = (
     "table_rows_cpu",
     "adaptive_norm_cpu",
     "drafter_network_cpu",
+    "final_layer_cpu",
     "couple_cpu",
     "couple_block_cpu",
 )

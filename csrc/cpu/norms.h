@@ -78,4 +78,16 @@ FREE_KERNELS_INLINE void norm_inline(const Token& a, float* __restrict sum, floa
       out[i] = a.shift[i] + a.scale[i] * ((sum[i] - mean) * inverse) + a.gain[i] * a.skip[i];
 }
 
+inline void norm_any(const Token& token, float* sum, float* out) { norm_inline(token, sum, out); }
+#if FREE_KERNELS_HAS_AVX2
+FREE_KERNELS_AVX2 inline void norm_avx2(const Token& token, float* sum, float* out) {
+  norm_inline(token, sum, out);
+}
+#else
+constexpr auto norm_avx2 = norm_any;
+#endif
+
+// The form for the running CPU.
+inline auto norm_at_hand() { return has_avx2() ? norm_avx2 : norm_any; }
+
 }  // namespace free_kernels

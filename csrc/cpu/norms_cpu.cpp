@@ -39,14 +39,6 @@ class Floats {
   ScalarType dtype_;
 };
 
-void norm_any(const Token& token, float* sum, float* out) { norm_inline(token, sum, out); }
-
-#if FREE_KERNELS_HAS_AVX2
-FREE_KERNELS_AVX2 void norm_avx2(const Token& token, float* sum, float* out) { norm_inline(token, sum, out); }
-#else
-constexpr auto norm_avx2 = norm_any;
-#endif
-
 struct Places {
   int64_t gate, shift, scale, gain;
 };
@@ -64,7 +56,7 @@ template <typename T>
 void norm_tokens(const Call& call, int64_t first, int64_t end, T* sums, T* outs) {
   constexpr bool kNarrow = !std::is_same_v<T, float>;
   const int64_t width = call.width;
-  const auto norm = has_avx2() ? norm_avx2 : norm_any;
+  const auto norm = norm_at_hand();
   // Four modulations of a row; x, update, skip and both results of a token.
   std::vector<float> buffer(9 * width);
   const auto at = [&](int64_t index) { return buffer.data() + index * width; };

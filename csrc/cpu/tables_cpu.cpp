@@ -2,7 +2,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../checks.h"
+#include "table_index.h"
 
 namespace free_kernels {
 namespace {
@@ -13,15 +13,10 @@ constexpr int64_t kGrain = 1 << 17;
 Tensor table_rows(const Tensor& rows, const Tensor& row_of_timestep, const Tensor& row_of_label,
                   const Tensor& t, const Tensor& y) {
   constexpr const char* op = "table_rows";
-  constexpr ScalarType kLong = ScalarType::Long;
   STD_TORCH_CHECK(rows.dim() >= 1 && rows.is_contiguous(), op, ": rows must be contiguous and [N, ...]");
   STD_TORCH_CHECK(t.dim() == 1, op, ": t must have 1 dimension, got ", t.dim());
-  const int64_t held = rows.size(0), count = t.size(0);
-  const int64_t timesteps = row_of_timestep.numel(), labels = row_of_label.numel();
-  check_tensor(op, "row_of_timestep", row_of_timestep, kLong, {timesteps}, rows);
-  check_tensor(op, "row_of_label", row_of_label, kLong, {labels}, rows);
-  check_tensor(op, "t", t, kLong, {count}, rows);
-  check_tensor(op, "y", y, kLong, {count}, rows);
+  const int64_t count = t.size(0);
+  const std::vector<int64_t> index = table_index(op, rows, row_of_timestep, row_of_label, t, y, count);
   const auto sizes = rows.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   shape[0] = count;
@@ -29,15 +24,6 @@ Tensor table_rows(const Tensor& rows, const Tensor& row_of_timestep, const Tenso
   const int64_t bytes = count ? out.numel() / count * static_cast<int64_t>(out.element_size()) : 0;
   const char* from = static_cast<const char*>(rows.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  std::vector<int64_t> index(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t step = ints(t)[i], label = ints(y)[i];
-    STD_TORCH_CHECK(step >= 0 && step < timesteps, op, ": t must be in [0, ", timesteps, "), got ", step);
-    STD_TORCH_CHECK(label >= 0 && label < labels, op, ": y must be in [0, ", labels, "), got ", label);
-    index[i] = ints(row_of_timestep)[step] + ints(row_of_label)[label];
-    STD_TORCH_CHECK(index[i] >= 0 && index[i] < held, op, ": t and y must give a row in [0, ", held,
-                    "), got ", index[i]);
-  }
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, bytes));
   torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t end) {
     for (int64_t i = first; i < end; ++i) std::memcpy(to + i * bytes, from + index[i] * bytes, bytes);

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from free_kernels.conditioning import ConditioningTable, ShowsTimesteps, TimestepTable, table_fits
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
+from free_kernels.targets.fused_head import FusedHead, HeadParts, fused_head
 from free_kernels.targets.inspection import is_replaced, refuse_outer_patches, refuse_unsafe
 from free_kernels.validation import fail
 from free_kernels.wrappers import Seen
@@ -88,6 +89,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         self._must_compile_parts = compile
         self._block_table: ConditioningTable | None = None
         self._final_table: ConditioningTable | None = None
+        self._fused_head: FusedHead | None = None
         self._time_tables: list[TimestepTable] | None = None
         # Of a hoisted copy: looking it up in the module takes as long as a small op.
         self._tabled_dtype: torch.dtype | None = None
@@ -195,6 +197,8 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         """Network output ``[R, C or 2C, H, W]``."""
         h = self._cast(h)
         if self._final_table is not None:
+            if self._fused_head is not None and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
+                return self._fused_head(h, t, y)
             return self._run_head(h, self._final_table(t, y))
         return self._run_head(h, self._final_modulations(t, y)) if self._by_parts else self._plain_head(h, t, y)
 
@@ -228,6 +232,8 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
             if table_fits(timesteps, labels, chunks * self.feature_shape[1] * self.dtype.itemsize):
                 clone._block_table = ConditioningTable(self._block_modulations, timesteps, labels)
                 clone._final_table = ConditioningTable(self._final_modulations, timesteps, labels)
+                parts = None if self.compile else self._head_parts()
+                clone._fused_head = None if parts is None else fused_head(parts, clone._final_table)
                 return clone
         embedders = range(len(self._time_embedders()))
         clone._time_tables = [
@@ -264,6 +270,10 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
     def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
         """The head with its modulations ``[R, 2, 1, D]``."""
         raise NotImplementedError
+
+    def _head_parts(self) -> HeadParts | None:
+        """The head's parts, where :meth:`_modulated_head` is made of such."""
+        return None
 
     def _block_modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """``[M, 6 depth, 1, D]``: shift, 1 + scale, gate of attention and MLP, block by block."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from free_kernels.constants import TIME_TICKS
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
 from free_kernels.targets.check import Rows, alignment
+from free_kernels.targets.fused_head import HeadParts
 from free_kernels.validation import check_int, fail
 from free_kernels.wrappers import kind_of, see_through
 
@@ -96,11 +97,19 @@ class DiffusersDiTTarget(AdaLNTarget):
 
     def _modulated_head(self, h: Tensor, modulations: Tensor) -> Tensor:
         shift, scale = modulations.unbind(1)
-        tokens = self.module.proj_out_2(torch.addcmul(shift, self.module.norm_out(h), scale))
+        return self._unpatchify(self.module.proj_out_2(torch.addcmul(shift, self.module.norm_out(h), scale)))
+
+    def _unpatchify(self, tokens: Tensor) -> Tensor:
         patch, channels = self.module.patch_size, self.module.out_channels
         side = self.latent_shape[1] // patch
         patches = tokens.reshape(-1, side, side, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
         return patches.reshape(-1, channels, *self.latent_shape[1:])
+
+    def _head_parts(self) -> HeadParts:
+        module, tokens = self.module, self.feature_shape[0]
+        patch = module.patch_size
+        layers = module.norm_out, module.proj_out_2, self._unpatchify
+        return HeadParts(*layers, tokens, self.latent_shape[1] // patch, (patch, patch))
 
     def _conditioning(self, index: int, t: Tensor, y: Tensor) -> Tensor:
         embedder = self.module.transformer_blocks[index].norm1.emb

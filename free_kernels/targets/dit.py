@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from free_kernels.targets.adaln import HEAD_CHUNKS, AdaLNTarget, BlockParts, stack_block_modulations
 from free_kernels.targets.check import Rows, alignment
+from free_kernels.targets.fused_head import HeadParts
 from free_kernels.validation import fail
 from free_kernels.wrappers import first_output, kind_of, see_through
 
@@ -48,7 +49,8 @@ class DiTTarget(AdaLNTarget):
         super().__init__(where, seen, _split(seen.module.blocks), compile)
         channels, *patch = map(int, self.module.x_embedder.proj.weight.shape[1:])
         tokens, width = self.module.pos_embed.shape[-2:]
-        height, wide = (count * side for count, side in zip(_grid(where, self.module, tokens), patch, strict=True))
+        self._grid, self._patch = _grid(where, self.module, tokens), (patch[0], patch[1])
+        height, wide = (count * side for count, side in zip(self._grid, patch, strict=True))
         outputs = int(self.module.final_layer.linear.out_features) // math.prod(patch)
         embedded = len(self.module.y_embedder.embedding_table.weight)
         self.latent_shape = (channels, height, wide)
@@ -115,6 +117,10 @@ class DiTTarget(AdaLNTarget):
         final = self.module.final_layer
         shift, scale = modulations.unbind(1)
         return self.module.unpatchify(final.linear(torch.addcmul(shift, final.norm_final(h), scale)))
+
+    def _head_parts(self) -> HeadParts:
+        final, tokens = self.module.final_layer, self.feature_shape[0]
+        return HeadParts(final.norm_final, final.linear, self.module.unpatchify, tokens, self._grid[0], self._patch)
 
     def _conditioning(self, t: Tensor, y: Tensor) -> Tensor:
         return self._time_embedding(0, t) + self.module.y_embedder(y, False)

@@ -15,6 +15,7 @@ from free_kernels.ops.coupling import dispatch
 from free_kernels.ops.declaration import Op, schema_of
 from free_kernels.ops.drafting import api as drafting
 from free_kernels.ops.drafting.arguments import Written
+from free_kernels.ops.final_layer import api as final_layer
 from free_kernels.ops.network import api as network
 from free_kernels.ops.norms import api as norms
 from free_kernels.ops.packing import api as packing
@@ -33,6 +34,7 @@ OPS = [
     random.FILL,
     random.ROUND,
     network.OP,
+    final_layer.OP,
     *(op for both in (*drafting.OPS, norms.OP, tables.OP, tokens.OP) for op in (both.triton, both.compiled)),
 ]
 

@@ -33,6 +33,7 @@ SHARED = {
     ("drafting", "reference"): {("coupling", "reference")},
     ("drafting", "triton_clean"): {("coupling", "triton_math")},
     ("drafting", "triton_kernels"): {("coupling", "triton_math")},
+    ("final_layer", "reference"): {("tables", "arguments"), ("tables", "reference")},
     ("network", "reference"): {
         ("attention", "arguments"),
         ("attention", "reference"),

@@ -13,6 +13,7 @@ from free_dit.networks.policy import PolicyDiT
 from free_kernels.conditions import Conditions
 from free_kernels.targets.adaln import BLOCK_CHUNKS, HEAD_CHUNKS, AdaLNTarget, BlockParts
 from free_kernels.targets.check import TargetCheck, compare_paths
+from free_kernels.targets.fused_head import HeadParts
 from free_kernels.validation import describe, fail
 from free_kernels.wrappers import see_through
 
@@ -72,7 +73,7 @@ class PolicyTarget(AdaLNTarget):
         clone = copy.copy(self)
         clone._observations = values.to(self.device, self.dtype)
         clone.pooled = self.module.o_embedder(clone._observations)
-        clone._block_table = clone._final_table = clone._time_tables = None
+        clone._block_table = clone._final_table = clone._fused_head = clone._time_tables = None
         clone.num_classes = len(known)
         return clone
 
@@ -119,6 +120,13 @@ class PolicyTarget(AdaLNTarget):
         final = self.module.final_layer
         shift, scale = modulations.unbind(1)
         return self._as_chunks(final.linear(torch.addcmul(shift, final.norm_final(h), scale)))
+
+    def _head_parts(self) -> HeadParts:
+        final, tokens = self.module.final_layer, self.feature_shape[0]
+        # A token's values follow one another: a column of patches of one row each.
+        return HeadParts(
+            final.norm_final, final.linear, self._as_chunks, tokens, tokens, (1, final.linear.out_features)
+        )
 
     def _as_chunks(self, tokens: Tensor) -> Tensor:
         return tokens.reshape(len(tokens), *self.latent_shape)

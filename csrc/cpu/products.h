@@ -1,0 +1,32 @@
+// Matrix products, by PyTorch.
+#pragma once
+
+#include <cstdint>
+
+#include "../tensors.h"
+
+// Behind the others: it takes its declarations from the stable ABI of the version that these ask for.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+namespace free_kernels {
+
+// A tensor's data as a matrix.
+inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride,
+                     int64_t column_stride) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  AtenTensorHandle handle;
+  FREE_KERNELS_CHECK_SHIM(
+      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &handle));
+  return Tensor(handle);
+}
+
+// `rows [M, K]` times the transpose of `weight [N, K]`, by PyTorch's own matrix product.
+inline Tensor times(const Tensor& rows, const Tensor& weight) {
+  const auto sizes = weight.sizes();
+  Tensor product = empty_on(rows, {rows.size(0), sizes[0]}, ScalarType::Float);
+  const Tensor turned = matrix(weight, sizes[1], sizes[0], weight.stride(1), weight.stride(0));
+  FREE_KERNELS_CHECK_SHIM(aoti_torch_cpu_mm_out(product.get(), rows.get(), turned.get()));
+  return product;
+}
+
+}  // namespace free_kernels
