@@ -99,7 +99,7 @@ def extension_arguments() -> dict[str, Any]:
     vectors = ["-fno-math-errno", "-fno-trapping-math"]
     cpu_module = cpp_extension.CppExtension(
         "free_kernels._C",
-        sources_in("*.cpp", "cpu/*.cpp"),
+        sources_in("*.cpp", "cpu/*.cpp", "steering/*.cpp"),
         include_dirs=[*include_dirs],
         extra_compile_args={"cxx": [*cxx, *vectors]},
         depends=sources_in("**/*.h"),

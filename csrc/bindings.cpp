@@ -1,8 +1,15 @@
-// The module `_C` and its one Python function. Of torch's headers only the version, see stable_abi.h.
+// The module `_C` and its Python functions. Of torch's headers only the version, see stable_abi.h.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <string>
+#include <utility>
+#include <vector>
+
+#include "steering/plan.h"
 
 #ifndef FREE_KERNELS_VERSION
 #define FREE_KERNELS_VERSION unknown
@@ -32,10 +39,44 @@ py::dict build_config() {
   return config;
 }
 
+using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Numbers = std::vector<int64_t>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw py::value_error(std::string("plan_round: ") + what);
+}
+
+py::tuple as_tuple(const free_kernels::Plan& plan) {
+  return py::make_tuple(plan.speed, plan.promised, plan.drafts);
+}
+
+py::tuple plan_round(Numbers steps, Numbers seen, Numbers room, const Array& fresh, const Array& first,
+                     const Array& as_seen, double fresh_factor, double seen_factor, double saved,
+                     double behind, Numbers lengths, const Array& seconds, int64_t grain, int64_t images) {
+  require(!steps.empty() && seen.size() == steps.size() && room.size() == steps.size(),
+          "steps, seen and room must be of the same slots, at least one");
+  require(fresh.ndim() == 2 && fresh.size() > 0, "fresh must be [K + 1, A]");
+  require(first.ndim() == 1 && as_seen.ndim() == 1 && first.size() == as_seen.size() && first.size() > 0,
+          "first and as_seen must be of the same places");
+  require(!lengths.empty() && lengths.front() >= 2, "lengths must be of at least 2 rows");
+  require(seconds.ndim() == 2 && seconds.shape(1) > 0, "seconds must be [longest, grains]");
+  require(grain >= 1, "grain must be at least 1");
+  for (const int64_t length : lengths)
+    require(length >= 2 && length < seconds.shape(0), "lengths must be rows of seconds");
+  require(std::is_sorted(lengths.begin(), lengths.end()), "lengths must ascend");
+  const free_kernels::Odds odds{fresh.data(),   fresh.shape(0), fresh.shape(1), first.data(),
+                                as_seen.data(), first.size(),   fresh_factor,   seen_factor};
+  const free_kernels::Plans plans =
+      free_kernels::plan_round({std::move(steps), std::move(seen), std::move(room), odds, saved, behind,
+                                std::move(lengths), seconds.data(), seconds.shape(1), grain, images});
+  return py::make_tuple(as_tuple(plans.best), as_tuple(plans.shortest));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Schemas and CPU ops of free_kernels; importing it registers them with PyTorch.";
   module.def("build_config", &build_config,
              "What was built: version, compiler and the torch version built against.");
+  module.def("plan_round", &plan_round, "Drafts of a round; see free_kernels.steering.plan.");
 }

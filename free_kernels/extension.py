@@ -43,6 +43,8 @@ OPS = (
     "couple_block_cpu",
 )
 CUDA_OPS = ("pack_drafts", "commit_drafts")
+# Of the first module, which are no ops: they take no tensors.
+FUNCTIONS = ("build_config", "plan_round")
 BACKENDS = ("auto", "reference", "extension")
 
 _hooks: list[Callable[[], None]] = []
@@ -71,8 +73,10 @@ def when_loaded(hook: Callable[[], None]) -> Callable[[], None]:
     return hook
 
 
-def _import(name: str, ops: tuple[str, ...], key: str, how_to_build: str) -> tuple[Any, str | None]:
-    """A compiled module, which must have ``ops`` for a dispatch key; or None, and the reason."""
+def _import(
+    name: str, ops: tuple[str, ...], key: str, how_to_build: str, functions: tuple[str, ...] = ()
+) -> tuple[Any, str | None]:
+    """A compiled module, which must have ``ops`` for a dispatch key and ``functions``; or None, and the reason."""
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -82,6 +86,7 @@ def _import(name: str, ops: tuple[str, ...], key: str, how_to_build: str) -> tup
     except ImportError as error:
         return None, f"importing {name} failed: {error}"
     missing = [op for op in ops if not _has_kernel(op, key)]
+    missing += [function for function in functions if not hasattr(module, function)]
     if missing:
         return None, f"{name} is out of date, it lacks {', '.join(missing)}: build it again"
     return module, None
@@ -95,7 +100,7 @@ def _load() -> None:
         _reason = "the environment variable FREE_KERNELS_NO_EXT is set"
         return
     unbuilt = "it was not built (pip install --no-build-isolation -e . builds it)"
-    _module, _reason = _import("free_kernels._C", OPS, "CPU", unbuilt)
+    _module, _reason = _import("free_kernels._C", OPS, "CPU", unbuilt, FUNCTIONS)
     if _reason is not None:
         return
     if torch.version.cuda is None:
@@ -123,6 +128,11 @@ def why_no_extension() -> str | None:
 def has_extension() -> bool:
     """Whether the compiled ops can be used in this process; the first call loads them."""
     return why_no_extension() is None
+
+
+def compiled_function(name: str) -> Any:
+    """One of :data:`FUNCTIONS`, or None if the extension cannot be used in this process."""
+    return getattr(_module, name) if has_extension() else None
 
 
 def build_config() -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -82,8 +81,7 @@ class Speculation:
             known = knowledge_of(owner, drafter, kind, num_steps, slots)
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
-            room = np.array(self._room) if self._room[0] < num_steps else None
-            settings = {"reuses": reuses, "room": room, "free": self.rounds.frozen_steps}
+            settings = {"reuses": reuses, "room": self._room, "free": self.rounds.frozen_steps}
             self.policy = DraftLengthPolicy(num_steps, length, known, self._first_drafted, **settings)
 
     @property
@@ -163,16 +161,14 @@ class Speculation:
             self.policy.observe_ordinary(len(images), ordinary, seconds)
             self._seen.forget()
         elif self.policy is not None:
-            live = np.asarray(images) >= 0
-            rows, committed = np.asarray(lengths), np.asarray(after.committed)
-            self.policy.observe(live, np.asarray(before.steps), rows, committed, seconds)
-            self._seen.played(rows, committed, np.asarray(after.steps))
+            live = [image >= 0 for image in images]
+            self.policy.observe(live, before.steps, lengths, after.committed, seconds)
+            self._seen.played(lengths, after.committed, after.steps)
 
     def _lengths(self, now: RoundReport) -> list[int]:
         """Rows of every slot in the next round."""
         if self.policy is not None:
-            live = np.asarray(now.images) >= 0
-            return self.policy.choose(live, np.asarray(now.steps), self._seen.counts).tolist()
+            return self.policy.choose([row >= 0 for row in now.images], now.steps, self._seen.counts)
         return [
             0 if image < 0 else (1 if step < self._first_drafted else min(self.length, self._room[step]))
             for image, step in zip(now.images, now.steps, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from free_kernels.steering.refusal_odds import UNKNOWN_ACCEPTANCE, RefusalOdds
@@ -38,9 +40,18 @@ class AcceptanceModel:
 
     def _read(self) -> None:
         self._new_odds = self._new.by_step.ravel()
-        # Of the draft of step k + a: if it is the first new one, and if it is a seen one.
-        odds = (_from_step_on(kind.by_step[:, 0], self._width + 1) for kind in self._kinds)
-        self._first_odds, self._seen_odds = odds
+        # Of each step's draft: if it is the first new one, and if it is a seen one; behind the chain all is refused.
+        behind = np.full(self._width + 1, np.inf)
+        self._first_odds, self._seen_odds = (np.concatenate([kind.by_step[:, 0], behind]) for kind in self._kinds)
+
+    @property
+    def odds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
+        """What :func:`free_kernels.steering.plan.plan_round` reads.
+
+        Odds of refusal of new drafts ``[K + 1, A]`` by step of the round and look-ahead; of the draft of each step as
+        the first new one and as a seen one; and the factors of this run's latest rounds for new and seen ones.
+        """
+        return self._new.by_step, self._first_odds, self._seen_odds, self._new.factor, self._seen.factor
 
     def survival(self, steps: np.ndarray, seen: np.ndarray | None = None, width: int | None = None) -> np.ndarray:
         """``[S, A]``: probability that the first a + 1 drafts of a round beginning at each step are all accepted.
@@ -52,24 +63,19 @@ class AcceptanceModel:
         """
         width = self._width if width is None else width
         as_seen = None
-        if seen is not None and seen.any():
-            as_seen = self._acceptance(self._seen, self._seen_odds, steps, width)
-        return np.cumprod(self._planned(steps, seen, as_seen, width), axis=1)
+        if seen is not None and any(seen.tolist()):
+            as_seen = _acceptance(self._seen, self._seen_odds, steps[:, None] + self._ahead[:width])
+        return np.multiply.accumulate(self._planned(steps, seen, as_seen, width), axis=1)
 
     def _planned(
         self, steps: np.ndarray, seen: np.ndarray | None, as_seen: np.ndarray | None, width: int
     ) -> np.ndarray:
         """``[S, width]``: acceptance of each draft if those before are; ``as_seen`` where an earlier round asked."""
-        if seen is None or not seen.any():
-            return self._acceptance(self._new, self._new.by_step, steps, width)
-        ahead, seen = self._ahead[:width], seen[:, None]
-        place = ((steps[:, None] + seen) * self._width - seen) + ahead
-        as_new = 1 / (1 + self._new.factor * self._new_odds.take(place, mode="clip"))
-        return np.where(ahead < seen, as_seen[:, :width], as_new)
-
-    @staticmethod
-    def _acceptance(kind: RefusalOdds, odds: np.ndarray, steps: np.ndarray, width: int) -> np.ndarray:
-        return 1 / (1 + kind.factor * odds[steps, :width])
+        ahead = self._ahead[:width]
+        if as_seen is None:
+            return _acceptance(self._new, self._new_odds, (steps * self._width)[:, None] + ahead)
+        as_new = _acceptance(self._new, self._new_odds, ((steps + seen) * self._width - seen)[:, None] + ahead)
+        return np.where(ahead < seen[:, None], as_seen[:, :width], as_new)
 
     def outlook(self, steps: np.ndarray, seen: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """What the rows of a round bring now and later.
@@ -88,30 +94,33 @@ class AcceptanceModel:
             ``[S, A]``, :meth:`survival`; and ``[S, A]``, refusals in the next round that are expected to be saved by
             the row of step k + a + 1, which draft a makes.
         """
-        as_seen = self._acceptance(self._seen, self._seen_odds, steps, width + 1)
-        survival = np.cumprod(self._planned(steps, seen, as_seen, width), axis=1)
+        place = steps[:, None] + self._ahead[: width + 1]
+        as_seen = _acceptance(self._seen, self._seen_odds, place)
+        survival = np.multiply.accumulate(self._planned(steps, seen, as_seen, width), axis=1)
         # All drafts up to this one accepted in the next round.
-        later = np.maximum(np.cumprod(as_seen[:, :width], axis=1), 1e-300)
+        later = np.maximum(np.multiply.accumulate(as_seen[:, :width], axis=1), 1e-300)
         refused = 1.0 - survival
         refused[:, 1:] -= refused[:, :-1].copy()
-        tested = later * np.cumsum(refused / later, axis=1)
-        as_new = self._acceptance(self._new, self._first_odds, steps + 1, width)
+        tested = later * np.add.accumulate(refused / later, axis=1)
+        as_new = _acceptance(self._new, self._first_odds, place[:, 1:])
         saved = tested * np.maximum(as_seen[:, 1:] - as_new, 0.0)
         return survival, saved * (self._ahead[1 : width + 1] >= seen[:, None])
 
-    def update(
-        self, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seen: np.ndarray | None = None
-    ) -> None:
-        """Take in a round of slots that drafted: rows tested are those up to and including the first refused one."""
-        tested, accepted = np.minimum(committed, lengths - 1), committed - 1
-        if seen is not None and seen.any():
-            tested_seen, accepted_seen = np.minimum(tested, seen), np.minimum(accepted, seen)
-            self._seen.update(steps, tested_seen, accepted_seen)
-            steps, tested, accepted = steps + seen, tested - tested_seen, accepted - accepted_seen
-        self._new.update(steps, tested, accepted)
+    def update(self, rounds: Iterable[tuple[int, int, int, int]]) -> None:
+        """Take in a round of slots that drafted: step, rows, committed steps of each, and how many steps were seen.
+
+        Rows tested are those up to and including the first refused one.
+        """
+        of_seen, of_new = [], []
+        for step, length, committed, seen in rounds:
+            tested, accepted = min(committed, length - 1), committed - 1
+            if seen:
+                of_seen.append((step, min(tested, seen), min(accepted, seen)))
+            if tested > seen:
+                of_new.append((step + seen, tested - seen, max(accepted - seen, 0)))
+        self._seen.update(of_seen)
+        self._new.update(of_new)
 
 
-def _from_step_on(odds: np.ndarray, width: int) -> np.ndarray:
-    """``[K + 1, width]``: odds ``[K + 1]`` of each step and those after it; behind the chain all is refused."""
-    padded = np.concatenate([odds, np.full(width, np.inf)])
-    return np.lib.stride_tricks.sliding_window_view(padded, width)
+def _acceptance(kind: RefusalOdds, odds: np.ndarray, places: np.ndarray) -> np.ndarray:
+    return 1 / (1 + kind.factor * odds.take(places, mode="clip"))

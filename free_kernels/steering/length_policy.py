@@ -8,12 +8,14 @@ without, in another process or with another target or drafter object.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from free_kernels.protocols import DrafterDefaults, frozen_steps
 from free_kernels.steering.acceptance_model import AcceptanceModel
+from free_kernels.steering.plan import PlanArguments, plan_round
 from free_kernels.steering.refusal_odds import UNKNOWN_ACCEPTANCE
 from free_kernels.steering.round_cost import RoundCost
 
@@ -25,9 +27,6 @@ _FEWEST_TIMINGS = 3
 _OLDEST_TIMING, _OLDEST_IN_DOUBT, _CLEAR_SPEED = 100, 20, 1.2
 # Rounds that weigh as much as all before them in how far costs are trusted, and the least that they can say.
 _TRUST_ROUNDS, _LEAST_TRUST = 8, 0.5
-# Rounds that take the lengths of the one before, unless that committed less than this share of what it promised: what
-# they are chosen from changes slowly, and choosing takes time.
-_KEPT_ROUNDS, _DISAPPOINTING = 3, 0.7
 # Share of a round that a saved refusal saves: rounds also end where a window does.
 _ROUNDS_SAVED = 0.7
 # Weight of a round against those before in what rounds commit.
@@ -43,8 +42,6 @@ _RISKED, _RISKED_STEPS, _RISKED_OF_RUN = 0.75, 5.0, 0.02
 _SHORTEST_WAIT, _LONGEST_WAIT = 32, 64
 # With this share of the images of the last look it is time for another one: rows cost less of a step.
 _FEWER = 0.75
-# What a row of the slot that lags most is worth more than one of the first: the last images are finished alone.
-_BEHIND = 0.05
 # Seconds of ordinary steps taken at once at most: what waits for them, a progress bar or an image, waits no longer.
 _LONGEST_RUN_S = 0.25
 # Ordinary steps between two trials of drafts that promise nothing, at first and at most.
@@ -128,7 +125,7 @@ class DraftLengthPolicy:
         knowledge: costs and acceptance so far; brought up to date.
         first: first step that the drafter drafts.
         reuses: whether rows behind a refusal draft their steps again, however far they reach.
-        room: int ``[K]``, the most rows of a round from each step on; None: up to the end of the chain.
+        room: ``[K]``, the most rows of a round from each step on; None: up to the end of the chain.
         free: drafts of rounds that begin before this step cost no call of a drafter.
     """
 
@@ -140,78 +137,79 @@ class DraftLengthPolicy:
         first: int = 1,
         *,
         reuses: bool = False,
-        room: np.ndarray | None = None,
+        room: Sequence[int] | None = None,
         free: int = 0,
     ) -> None:
-        self.num_steps, self._first, self._reuses, self._room, self._free = num_steps, first, reuses, room, free
+        self.num_steps, self._first, self._reuses, self._free = num_steps, first, reuses, free
+        self._room = range(num_steps, 0, -1) if room is None else room
         self.knowledge = knowledge
         self.cost, self.acceptance = knowledge.cost, knowledge.acceptance
         self.acceptance.begin()
         self._longest = [length for length in LONGEST if length <= longest]
-        self._lengths = np.array(self._longest, np.int64)[:, None]
+        # Those of them that are considered, as of so many kinds of rounds.
+        self._considered, self._kinds_begun = self._longest[:1], -1
         self._elapsed = self._promised = 0.0
         # Round of the next look at drafts, and the images of the last one.
         self._next_look, self._looked_with = 0, 0
         self._pending: _Pending | None = None
-        self._seen: np.ndarray | None = None
-        # Lengths as they were chosen last, and how many more rounds take them.
-        self._kept, self._kept_for = np.zeros(0, np.int64), 0
+        self._seen: Sequence[int] = []
         # What runs just before have saved may be risked, so that no single refusal turns a run into ordinary steps.
         risked = min(_RISKED * knowledge.saved, _RISKED_STEPS + _RISKED_OF_RUN * num_steps)
         knowledge.saved = max(0.0, risked)
         # Where rounds have become too dear to be taken, nothing else would find out that they no longer are.
         knowledge.excess = 1.0 + 0.5 * (knowledge.excess - 1.0)
 
-    def choose(self, live: np.ndarray, steps: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
+    def choose(self, live: Sequence[bool], steps: Sequence[int], seen: Sequence[int] | None = None) -> list[int]:
         """Rows ``[S]`` of the next round; all 1: an ordinary step.
 
         Args:
-            live: bool ``[S]``, which slots hold an image.
-            steps: int ``[S]``.
-            seen: int ``[S]``, how many of the steps ahead an earlier round asked about; none if None.
+            live: ``[S]``, which slots hold an image.
+            steps: ``[S]``.
+            seen: ``[S]``, how many of the steps ahead an earlier round asked about; none if None.
         """
-        lengths = live.astype(np.int64)
-        known, self._seen = self.knowledge, seen
+        lengths = [int(holds) for holds in live]
+        known, self._seen = self.knowledge, [0] * len(lengths) if seen is None else seen
         known.round += 1
-        left = self.num_steps - steps
-        if self._room is not None:
-            left = self._room.take(steps, mode="clip")
-        may_draft = live & (steps >= self._first) & (left > 1)
-        if self._kept_for and ((self._kept > 1) == may_draft).all():
-            self._kept_for -= 1
-            return np.minimum(np.maximum(self._kept, live), left * live)
-        self._kept_for = 0
-        count = int(lengths.sum())
+        count = sum(lengths)
         if (known.round < self._next_look and count > _FEWER * self._looked_with) or not self._longest:
             return lengths
         oldest = _OLDEST_TIMING if known.speed >= _CLEAR_SPEED else _OLDEST_IN_DOUBT
         if self.cost.ordinary_timings < _FEWEST_TIMINGS or self.cost.ordinary_age >= oldest:
             return lengths
-        drafting = np.flatnonzero(may_draft)
-        if not len(drafting):
+        room = [
+            self._room[step] - 1 if holds and step >= self._first else 0
+            for holds, step in zip(live, steps, strict=True)
+        ]
+        drafting = [slot for slot, drafts in enumerate(room) if drafts > 0]
+        if not drafting:
             return lengths
         self._looked_with = count
         # Whatever rounds lately took over what is predicted counts; so do an ordinary step's usual delays.
         step_s = self.cost.ordinary(count, 0.5) / known.excess
-        lengths_tried = self._begun_lengths()
-        width = int(lengths_tried[-1, 0]) - 1
-        gains, values = self._worth(steps[drafting], None if seen is None else seen[drafting], width)
-        if self._room is not None:
-            fits = np.arange(width) < left[drafting, None] - 1
-            gains, values = gains * fits, values * fits
-        behind = steps[drafting].max() - steps[drafting, None]
-        gains, order = gains.ravel(), self._order(values * (1 + _BEHIND * np.minimum(behind / width, 1.0)))
-        free = bool(steps[drafting].max() < self._free)
-        plans = self._plans(lengths_tried, values.ravel()[order], order % width, count, step_s, free)
-        speed, longest, last = max(plans)
+        at = [steps[slot] for slot in drafting]
+        best, shortest = plan_round(
+            PlanArguments(
+                at,
+                [self._seen[slot] for slot in drafting],
+                [room[slot] for slot in drafting],
+                self.acceptance,
+                _ROUNDS_SAVED * known.committed if self._reuses else None,
+                self._begun_lengths(),
+                self.cost.seconds(max(at) < self._free),
+                self.cost.grain,
+                count,
+            )
+        )
+        # Over ordinary steps.
+        speed = best.speed * (step_s / count)
         known.speed = speed * known.trust
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
-        pays = known.speed >= _WANTED_SPEED and allowed >= 0
-        if pays:
+        plan = best
+        if known.speed >= _WANTED_SPEED and allowed >= 0:
             known.hold, self._next_look = _SHORTEST_HOLD, 0
         else:
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
-            speed, longest, last = plans[0]
+            plan, speed = shortest, shortest.speed * (step_s / count)
             affordable = 1 / max(speed, 1e-3) - 1 <= max(0.0, allowed)
             wait = known.hold if affordable else max(known.hold, _SHORTEST_WAIT)
             self._next_look = known.round + min(wait, _LONGEST_WAIT)
@@ -219,33 +217,10 @@ class DraftLengthPolicy:
                 return lengths
             known.next_trial = known.round + known.hold
             known.hold = min(2 * known.hold, _LONGEST_HOLD)
-        taken = order[: last + 1]
-        taken = taken[taken % width < longest - 1]
-        self._promised = count + float(gains[taken].sum())
-        lengths[drafting] += np.bincount(taken // width, minlength=len(drafting))
-        if self._room is not None:
-            lengths = np.minimum(lengths, left)
-        self._kept, self._kept_for = lengths, _KEPT_ROUNDS if pays else 0
+        self._promised = plan.promised
+        for slot, drafts in zip(drafting, plan.drafts, strict=True):
+            lengths[slot] += min(drafts, room[slot])
         return lengths
-
-    def _worth(self, steps: np.ndarray, seen: np.ndarray | None, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """What drafted rows ``[S, width]`` are expected to commit; the same with what they save later."""
-        if not self._reuses:
-            gains = self.acceptance.survival(steps, seen, width)
-            return gains, gains
-        gains, saved = self.acceptance.outlook(steps, np.zeros_like(steps) if seen is None else seen, width)
-        return gains, gains + _ROUNDS_SAVED * self.knowledge.committed * saved
-
-    @staticmethod
-    def _order(values: np.ndarray) -> np.ndarray:
-        """The order in which to take rows worth ``[S, A]``: the best first, but each after those before it of its slot.
-
-        Where those are worth less, they are taken for its sake.
-        """
-        if len(values) == 1:
-            return np.arange(values.shape[1])
-        best_behind = np.maximum.accumulate(values[:, ::-1], axis=1)[:, ::-1]
-        return (-best_behind.ravel()).argsort(kind="stable")
 
     @property
     def ordinary_ahead(self) -> int:
@@ -255,25 +230,13 @@ class DraftLengthPolicy:
             return 1
         return max(1, min(left, int(_LONGEST_RUN_S / self.cost.latest_ordinary)))
 
-    def _begun_lengths(self) -> np.ndarray:
-        """Lengths ``[P, 1]`` that were tried and the next one: what short drafts teach pays for the first long ones."""
-        begun = sum(any(self.cost.has_begun(length, free) for free in (True, False)) for length in self._longest)
-        return self._lengths[: begun + 1]
-
-    def _plans(
-        self, longest: np.ndarray, gains: np.ndarray, ahead: np.ndarray, count: int, step_s: float, free: bool
-    ) -> list[tuple[float, int, int]]:
-        """For each longest draft the best speed over ordinary steps, that length, and the last of the rows to take.
-
-        Of rows in the order to take them in, with what each is worth in steps.
-        """
-        taken = (ahead < longest - 1) & (gains > 0)
-        committed = count + np.cumsum(taken * gains, axis=1)
-        seconds = self.cost.round(longest, count + np.cumsum(taken, axis=1), free)
-        speeds = taken * committed / seconds * (step_s / count)
-        best = speeds.argmax(1)
-        columns = speeds[np.arange(len(best)), best], longest[:, 0], best
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+    def _begun_lengths(self) -> list[int]:
+        """Lengths that were tried and the next one: what short drafts teach pays for the first long ones."""
+        kinds = self.cost.kinds_begun
+        if kinds != self._kinds_begun:
+            begun = sum(any(self.cost.has_begun(length, free) for free in (True, False)) for length in self._longest)
+            self._considered, self._kinds_begun = self._longest[: begun + 1], kinds
+        return self._considered
 
     def _settle(self, count: int, step_s: float) -> None:
         """Replace what rounds since the last ordinary step were thought to take by what they took, now one was timed.
@@ -298,17 +261,22 @@ class DraftLengthPolicy:
         self.cost.observe(1, count, seconds / rounds, rounds)
 
     def observe(
-        self, live: np.ndarray, steps: np.ndarray, lengths: np.ndarray, committed: np.ndarray, seconds: float
+        self,
+        live: Sequence[bool],
+        steps: Sequence[int],
+        lengths: Sequence[int],
+        committed: Sequence[int],
+        seconds: float,
     ) -> None:
         """Learn from the round that was just chosen: its time and what it committed."""
-        rows, longest, count = int(lengths.sum()), int(lengths.max()), int(live.sum())
+        rows, longest, count = sum(lengths), max(lengths), sum(live)
         self._elapsed += seconds
         if longest == 1:
             self._settle(count, seconds)
             self.cost.observe(longest, rows, seconds)
             return
-        drafted = lengths > 1
-        free = bool(steps[drafted].max() < self._free)
+        drafted = [slot for slot, length in enumerate(lengths) if length > 1]
+        free = max(steps[slot] for slot in drafted) < self._free
         known, predicted = self.knowledge, float(self.cost.round(longest, rows, free))
         if self.cost.has_begun(longest, free):
             # What rounds really take, so that wrong predictions hide no loss; but one hiccup must not forbid
@@ -316,19 +284,16 @@ class DraftLengthPolicy:
             known.excess += _NEW_EXCESS * (min(seconds / predicted, _SLOWEST) - known.excess)
         self.cost.observe(longest, rows, seconds, free=free)
         taken = known.excess * predicted
-        total = int(committed.sum())
+        total = sum(committed)
         thought = taken / self.cost.ordinary(count, 0.5)
         known.saved += total / count - thought
         if self._pending is None or self._pending.count != count:
             self._pending = _Pending(count)
         self._pending.take(seconds, thought)
         known.committed += _NEW_COMMITTED * (total / count - known.committed)
-        if total < _DISAPPOINTING * self._promised:
-            self._kept_for = 0
         if total > _SURPRISE * self._promised:
             # The next trial comes sooner.
             known.hold = max(_SHORTEST_HOLD, known.hold // 4)
             known.next_trial = min(known.next_trial, known.round + known.hold)
             self._next_look = min(self._next_look, known.next_trial)
-        seen = None if self._seen is None else self._seen[drafted]
-        self.acceptance.update(steps[drafted], lengths[drafted], committed[drafted], seen)
+        self.acceptance.update((steps[slot], lengths[slot], committed[slot], self._seen[slot]) for slot in drafted)

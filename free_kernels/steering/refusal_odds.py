@@ -12,7 +12,7 @@ _BINS = 25
 _HALF_AS_NEAR = 2.5
 _NEARNESS = 1 / (1 + (np.subtract.outer(np.arange(_BINS), np.arange(_BINS)) / _HALF_AS_NEAR) ** 4)
 # Weights of what was seen anywhere, nearby and in a part.
-_WEIGHTS = np.ones((_BINS, _BINS)), _NEARNESS, np.eye(_BINS)
+_WEIGHTS = np.stack([np.ones((_BINS, _BINS)), _NEARNESS, np.eye(_BINS)])
 # Acceptance of a drafter without a calibration before any draft was tested.
 UNKNOWN_ACCEPTANCE = 0.85
 
@@ -37,7 +37,7 @@ class RefusalOdds:
     _PRIOR_REFUSALS, _FULL_TESTS, _DECAY_OF_RUNS = 0.5, 10.0, 0.9
     # Share of runs that are unlike those before.
     _UNLIKE = 0.1
-    # Rounds that are counted at once: nobody asks for the counts before the next run.
+    # Rows that are counted at once: nobody asks for the counts before the next run.
     _COUNTED_AT_ONCE = 64
 
     def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
@@ -49,14 +49,16 @@ class RefusalOdds:
         self._calibrated = np.zeros((length + 1, ahead))
         for a in range(min(ahead, length - 1)):
             self._calibrated[: length - 1 - a, a] = calibration[a:-1, a]
+        with np.errstate(divide="ignore"):
+            self._calibrated_odds = 1 / self._calibrated - 1
         # Part of the chain that each of those drafts belongs to.
         steps = np.arange(length + 1)[:, None] + np.arange(ahead)
         self._parts = np.minimum(steps, length - 1) * _BINS // length
         # Accepted, tested and, as calibrated, expected to be accepted, by part of the chain; of all runs, and how many
         # were tested since a run last began.
         self._counts, self._new_tests = np.zeros((3, _BINS)), 0
-        # Steps, rows tested and rows accepted of the rounds that are not counted yet.
-        self._uncounted: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        # Steps, rows tested and rows accepted that are not counted yet.
+        self._uncounted: list[tuple[int, int, int]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -67,13 +69,10 @@ class RefusalOdds:
         self._new_tests = 0
         # Where little was seen of a part, what was seen nearby stands for it, and for that what was seen anywhere.
         factors = np.ones(_BINS)
-        for weights in _WEIGHTS:
-            accepted, tested, expected = self._counts @ weights
-            known = np.divide(expected, tested, out=np.full_like(tested, UNKNOWN_ACCEPTANCE), where=tested > 0)
-            known = known / (known + factors * (1 - known))
-            factors *= [self._odds_factor(a, n, n * mean) for a, n, mean in zip(accepted, tested, known, strict=True)]
-        with np.errstate(divide="ignore"):
-            self.by_step = (1 / self._calibrated - 1) * factors[self._parts]
+        for accepted, tested, expected in self._counts @ _WEIGHTS:
+            known = np.where(tested > 0, expected / np.maximum(tested, 1e-300), UNKNOWN_ACCEPTANCE)
+            factors *= self._odds_factors(accepted, tested, known / (known + factors * (1 - known)))
+        self.by_step = self._calibrated_odds * factors[self._parts]
         # Drafts of a round that are expected to be accepted if so many are tested.
         self._expected = np.zeros((len(self.by_step), self.by_step.shape[1] + 1))
         np.cumsum(1 / (1 + self.by_step), axis=1, out=self._expected[:, 1:])
@@ -83,25 +82,28 @@ class RefusalOdds:
         """Bring the counts up to date."""
         if not self._uncounted:
             return
-        steps, tested, accepted = map(np.concatenate, zip(*self._uncounted, strict=True))
+        steps, tested, accepted = np.array(self._uncounted).T
         self._uncounted.clear()
-        ahead = np.arange(self._calibrated.shape[1])
-        for row, until, weight in zip(
-            self._counts, (accepted, tested, tested), (1.0, 1.0, self._calibrated[steps]), strict=True
-        ):
-            part = np.where(ahead < until[:, None], weight, 0.0)
-            row += np.bincount(self._parts[steps].ravel(), part.ravel(), _BINS)
+        ahead, parts = np.arange(self._calibrated.shape[1]), self._parts[steps]
+        was_tested = ahead < tested[:, None]
+        self._counts += (
+            np.bincount(parts[ahead < accepted[:, None]], minlength=_BINS),
+            np.bincount(parts[was_tested], minlength=_BINS),
+            np.bincount(parts[was_tested], self._calibrated[steps][was_tested], _BINS),
+        )
 
     @classmethod
-    def _odds_factor(cls, accepted: float, tested: float, expected: float) -> float:
-        """Odds of refusal of earlier runs, over those where ``expected`` are accepted; 1 where nothing was tested.
+    def _odds_factors(cls, accepted: np.ndarray, tested: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        """Odds of refusal of earlier runs, over those where a share ``mean`` is accepted; 1 where nothing was tested.
 
         What was expected is a Beta prior with the weight of so many tests as make half a refusal: one refusal never
         says much, and to say that almost none happens takes many acceptances.
         """
-        mean = cls._share(expected, tested)
+        # `np.clip` takes three times as long.
+        mean = np.minimum(np.maximum(mean, 1e-3), 1 - 1e-3)
         prior = cls._PRIOR_REFUSALS / (1 - mean)
-        return cls._odds_over(mean, (accepted + prior * mean) / (tested + prior))
+        seen = np.minimum(np.maximum((accepted + prior * mean) / (tested + prior), 1e-3), 1 - 1e-3)
+        return (1 - seen) / seen * mean / (1 - mean)
 
     @staticmethod
     def _share(accepted: float, tested: float) -> float:
@@ -136,15 +138,19 @@ class RefusalOdds:
             self._factor = self._recent_factor()
         return self._factor
 
-    def update(self, steps: np.ndarray, tested: np.ndarray, accepted: np.ndarray) -> None:
+    def update(self, rounds: list[tuple[int, int, int]]) -> None:
         """Take in a round of slots: the step of the first such draft of each, how many were tested and accepted."""
-        count = int(tested.sum())
-        if not count:
+        tested = sum(count for _, count, _ in rounds)
+        if not tested:
             return
-        self._new_tests += count
-        seen = float(accepted.sum()), float(count), float(self._expected[steps, tested].sum())
-        self._recent = tuple(self._decay * past + now for past, now in zip(self._recent, seen, strict=True))
+        self._new_tests += tested
+        was_accepted, was_tested, expected = self._recent
+        self._recent = (
+            self._decay * was_accepted + sum(count for *_, count in rounds),
+            self._decay * was_tested + tested,
+            self._decay * expected + sum(float(self._expected[step, count]) for step, count, _ in rounds),
+        )
         self._factor = None
-        self._uncounted.append((steps, tested, accepted))
-        if len(self._uncounted) == self._COUNTED_AT_ONCE:
+        self._uncounted += rounds
+        if len(self._uncounted) >= self._COUNTED_AT_ONCE:
             self._count()

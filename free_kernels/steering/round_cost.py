@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class RoundCost:
     _timings: dict[tuple[int, int, int], Timings] = field(default_factory=dict)
     _begun: set[tuple[int, int]] = field(default_factory=set)  # by whether drafts are free, and longest draft
     _round: int = 0
+    _step_s: float = 0.0  # of an ordinary step of as many images as ever, when it was asked for last
     _unfitted: int = 0  # timings since the last fit
     # Alike, once they were needed: the fit, and what is predicted.
     _fitted: np.ndarray | None = None
@@ -61,6 +63,11 @@ class RoundCost:
 
     def __post_init__(self) -> None:
         self.grain = max(1, self.slots // 8)
+
+    @property
+    def kinds_begun(self) -> int:
+        """How many lengths, of each kind of drafts, were observed before."""
+        return len(self._begun)
 
     @property
     def ordinary_timings(self) -> int:
@@ -92,10 +99,11 @@ class RoundCost:
             self._begun.add((int(free), longest))
         elif longest == 1:
             self._ordinary.setdefault(rows, deque(maxlen=_KEPT)).append((self._round, seconds, seconds))
+            self._step()
         elif self._ordinary:
-            kind = int(free), longest, int(self._grains(rows))
+            kind = int(free), longest, self._grains(rows)
             times = self._timings.setdefault(kind, deque(maxlen=_KEPT))
-            times.append((self._round, seconds, self._step()))
+            times.append((self._round, seconds, self._step_s))
             if len(times) == 1:
                 self._predicted = None
             elif self._predicted is not None:
@@ -103,20 +111,29 @@ class RoundCost:
 
     def _step(self) -> float:
         """Seconds of an ordinary step of as many images as ever."""
-        return self.ordinary(max(self._ordinary))
+        self._step_s = self.ordinary(max(self._ordinary))
+        return self._step_s
 
-    def _grains(self, rows: int | np.ndarray) -> int | np.ndarray:
-        return np.maximum((rows + self.grain // 2) // self.grain, 1)
+    def _grains(self, rows: Any) -> Any:
+        """Of a number of rows, at least 1, or of an array of them."""
+        if self.grain == 1:
+            return rows
+        grains = (rows + self.grain // 2) // self.grain
+        return max(grains, 1) if isinstance(grains, int) else np.maximum(grains, 1)
 
     def ordinary(self, rows: int, share: float = _SHARE) -> float:
         """Seconds of an ordinary step of ``rows`` images, at a quantile; needs one to have been timed."""
         return self._typical(self._ordinary[min(self._ordinary, key=lambda count: abs(count - rows))], share)
 
-    def round(self, longest: int | np.ndarray, rows: int | np.ndarray, free: bool = False) -> float | np.ndarray:
-        """Seconds of rounds with ``rows``, whose longest draft is ``longest >= 2``; the two are broadcast."""
+    def round(self, longest: Any, rows: Any, free: bool = False) -> Any:
+        """Seconds of a round of ``rows``, whose longest draft is ``longest >= 2``; of arrays, which are broadcast."""
+        return self.seconds(free)[longest, self._grains(rows)]
+
+    def seconds(self, free: bool) -> np.ndarray:
+        """Seconds of rounds ``[longest + 1, grains]``, by their longest draft and their rows over ``grain``."""
         if self._predicted is None or self._unfitted >= _REFIT_EVERY:
             self._predict()
-        return self._predicted[int(free)][longest, self._grains(rows)]
+        return self._predicted[int(free)]
 
     def _predict(self) -> None:
         """Predict all rounds anew."""

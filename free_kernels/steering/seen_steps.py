@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
 
 class SeenSteps:
@@ -16,19 +16,21 @@ class SeenSteps:
         most: how many steps ahead have a row that is kept, at most; 0 where none drafts again.
 
     Attributes:
-        counts: int64 ``[S]``.
+        counts: ``[S]``.
     """
 
     def __init__(self, slots: int, most: int) -> None:
         self.most = most
-        self.counts = np.zeros(slots, np.int64)
+        self.counts = [0] * slots
 
-    def played(self, lengths: np.ndarray, committed: np.ndarray, steps: np.ndarray) -> None:
+    def played(self, lengths: Sequence[int], committed: Sequence[int], steps: Sequence[int]) -> None:
         """Take in a round: rows and committed steps of each slot, and its step now; 0 where a new image begins."""
         if self.most:
-            asked = np.minimum(lengths - committed, self.most)
-            self.counts = np.where(steps > 0, np.maximum(asked, self.counts - committed), 0).clip(min=0)
+            self.counts = [
+                max(min(rows - done, self.most), count - done, 0) if step > 0 else 0
+                for rows, done, step, count in zip(lengths, committed, steps, self.counts, strict=True)
+            ]
 
     def forget(self) -> None:
         """Steps were taken without drafts, which leaves no rows."""
-        self.counts = np.zeros_like(self.counts)
+        self.counts = [0] * len(self.counts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from free_kernels.steering.length_policy import LONGEST, AcceptanceModel, DraftLengthPolicy, Knowledge
@@ -9,6 +11,16 @@ from free_kernels.steering.round_cost import RoundCost
 from free_kernels.steering.seen_steps import SeenSteps
 
 STEPS = 250
+
+
+def seconds_by_rows(of_rows: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+    """In the place of :meth:`RoundCost.seconds`: rounds that take as long as their rows say, however long."""
+
+    def seconds(self: RoundCost, free: bool) -> np.ndarray:
+        grains = self.slots * self.longest // self.grain + 2
+        return np.tile(of_rows(self.grain * np.arange(grains, dtype=np.float64)), (self.longest + 1, 1))
+
+    return seconds
 
 
 class World:
@@ -56,9 +68,8 @@ class World:
         self.rounds = self.rows = 0
         while (steps < STEPS).any():
             live = steps < STEPS
-            lengths = np.minimum(
-                choose(live, steps, *([] if self.seen is None else [asked.counts])), np.where(live, STEPS - steps, 0)
-            )
+            told = [] if self.seen is None else [asked.counts]
+            lengths = np.minimum(choose(live.tolist(), steps.tolist(), *told), np.where(live, STEPS - steps, 0))
             committed = live.astype(np.int64)
             for slot in np.flatnonzero(lengths > 1):
                 while committed[slot] < lengths[slot]:
@@ -68,10 +79,10 @@ class World:
                         break
                     committed[slot] += 1
             seconds = self.seconds(int(lengths.max()), int(lengths.sum()))
-            observe(live, steps, lengths, committed, seconds)
+            observe(live.tolist(), steps.tolist(), lengths.tolist(), committed.tolist(), seconds)
             steps, total = steps + committed, total + seconds
             if lengths.max() > 1:
-                asked.played(lengths, committed, steps)
+                asked.played(lengths.tolist(), committed.tolist(), steps.tolist())
                 self.rounds, self.rows = self.rounds + 1, self.rows + int(lengths.sum())
             else:
                 asked.forget()
@@ -79,7 +90,10 @@ class World:
 
     def fixed(self, length: int) -> float:
         return self.run(
-            lambda live, steps, *asked: np.where(live, np.where(steps == 0, 1, length), 0), lambda *figures: None
+            lambda live, steps, *asked: [
+                (1 if step == 0 else length) if holds else 0 for holds, step in zip(live, steps, strict=True)
+            ],
+            lambda *figures: None,
         )
 
     def auto(self, calls: int = 1) -> float:

@@ -10,7 +10,7 @@ import pytest
 import simulated_rounds
 import torch
 from analytic import FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
-from simulated_rounds import STEPS, Runs, World
+from simulated_rounds import STEPS, Runs, World, seconds_by_rows
 
 from free_kernels import DDPMSchedule, ancestral_sample, sample
 from free_kernels.sampling.speculative import Speculation
@@ -169,15 +169,15 @@ def test_a_drifting_machine_fools_nobody(slots, acceptance, base, draft, late):
 
 def test_another_look_is_taken_when_few_images_are_left(monkeypatch):
     """Drafts that cost too much for many images may pay for the last one, however long the wait that was set before."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: np.where(rows > 16, 100.0, 1.0))
+    monkeypatch.setattr(RoundCost, "seconds", seconds_by_rows(lambda rows: np.where(rows > 16, 100.0, 1.0)))
     knowledge = Knowledge(RoundCost(16), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.9)))
-    policy, steps = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge), np.full(16, 10)
+    policy, steps = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge), [10] * 16
     for images, drafts in ((16, False), (13, False), (12, True)):
-        live = np.arange(16) < images
+        live = [slot < images for slot in range(16)]
         for _ in range(6):
             lengths = policy.choose(live, steps)
-            policy.observe(live, steps, live.astype(np.int64), live.astype(np.int64), 1.0)
-        assert bool(lengths.max() > 1) is drafts, images
+            policy.observe(live, steps, [int(holds) for holds in live], [int(holds) for holds in live], 1.0)
+        assert (max(lengths) > 1) is drafts, images
 
 
 def test_hiccups_of_drafting_rounds_alone_are_a_loss():
@@ -255,10 +255,10 @@ def test_survival_follows_what_is_seen():
     steps = np.full(20, 100)
     before = model.survival(steps[:1])[0, 0]
     for _ in range(5):
-        model.update(steps, np.full(20, 4), np.full(20, 1))
+        model.update([(100, 4, 1, 0)] * 20)
     refused = model.survival(steps[:1])[0, 0]
     for _ in range(60):
-        model.update(steps, np.full(20, 4), np.full(20, 4))
+        model.update([(100, 4, 4, 0)] * 20)
     accepted = model.survival(steps[:1])[0, 0]
     assert refused < 0.1 < before < accepted
     assert before == pytest.approx(0.9)
@@ -276,7 +276,7 @@ def test_runs_agree_with_what_all_runs_before_saw():
     for _ in range(12):
         for step in range(1, 90):
             committed = 1 + int(np.argmin(np.append(random.random(4) < 0.3, False)))
-            model.update(np.array([step]), np.array([5]), np.array([committed]))
+            model.update([(step, 5, committed, 0)])
         model.begin()
         begins.append(model.survival(np.arange(1, 90))[:, 0].mean())
     assert begins[0] == pytest.approx(0.3, abs=0.12)
@@ -287,13 +287,13 @@ def test_what_is_seen_somewhere_is_expected_everywhere():
     """Refusals in the first tenth of the chain lower what is expected of the rest, as far as they tell."""
     model = AcceptanceModel(np.full((100, 4), 0.95))
     for _ in range(40):
-        model.update(np.array([3]), np.array([2]), np.array([1]))
+        model.update([(3, 2, 1, 0)])
     model.begin()
     untested = model.survival(np.array([80]))[0, 0]
     assert untested < 0.5
     # Its own acceptance counts more where there is any.
     for _ in range(60):
-        model.update(np.array([80]), np.array([2]), np.array([2]))
+        model.update([(80, 2, 2, 0)])
     model.begin()
     assert model.survival(np.array([80]))[0, 0] > 0.7 > 0.3 > model.survival(np.array([3]))[0, 0]
 
@@ -308,9 +308,9 @@ def test_what_is_seen_nearby_counts_before_what_is_seen_anywhere():
     model = AcceptanceModel(np.full((100, 4), 0.85))
     for _ in range(20):
         for step in (10, 14, 26, 30):
-            model.update(np.array([step]), np.array([2]), np.array([2]))
+            model.update([(step, 2, 2, 0)])
         for step in (86, 90, 94):
-            model.update(np.array([step]), np.array([2]), np.array([1]))
+            model.update([(step, 2, 1, 0)])
     model.begin()
     assert model.survival(np.array([20]))[0, 0] > 0.95
     assert model.survival(np.array([78]))[0, 0] < 0.2
@@ -325,7 +325,7 @@ def test_trials_of_a_useless_drafter_become_rare():
 
         def choose(live, steps, policy=policy, count=count):
             lengths = policy.choose(live, steps)
-            count[0] += lengths.max() > 1
+            count[0] += max(lengths) > 1
             return lengths
 
         world.run(choose, policy.observe)
@@ -397,7 +397,7 @@ def test_costs_follow_the_machine():
 @pytest.fixture
 def paying(monkeypatch):
     """Costs under which any draft pays, whatever the machine does and whatever rounds really take."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-12 * rows)
+    monkeypatch.setattr(RoundCost, "seconds", seconds_by_rows(lambda rows: 1e-9 + 1e-12 * rows))
     monkeypatch.setattr(DraftLengthPolicy, "_settle", lambda *given: None)
 
 
@@ -468,7 +468,7 @@ def test_ordinary_steps_are_taken_at_once(monkeypatch):
 
 def test_ordinary_steps_alone_return_the_ordinary_images(monkeypatch):
     """Where speculation never pays, nothing but the ordinary chain is left."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: np.full(np.shape(rows), 1e9))
+    monkeypatch.setattr(RoundCost, "seconds", seconds_by_rows(lambda rows: np.full(rows.shape, 1e9)))
     target, labels = GaussianTarget(), torch.arange(9) % 3
     schedule = DDPMSchedule(30)
     want = ancestral_sample(target, labels, schedule=schedule, seed=4)
@@ -497,7 +497,7 @@ def test_a_drafter_is_hoisted_once_it_drafts(monkeypatch):
     drafter = Counted(target)
     sample(target, labels, schedule=schedule, drafter=drafter, draft_length=3, max_slots=2)
     assert drafter.times == 1
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: np.full(np.shape(rows), 1e9))
+    monkeypatch.setattr(RoundCost, "seconds", seconds_by_rows(lambda rows: np.full(rows.shape, 1e9)))
     result = sample(target, labels, schedule=schedule, drafter=drafter, draft_length="auto", max_slots=2)
     assert result.stats.call_reduction == 1.0
     assert drafter.times == 1
@@ -523,16 +523,17 @@ def test_hoisting_is_not_a_rounds_time(paying, monkeypatch):
     assert sum(seconds) < stats.elapsed_s - 0.5
 
 
-def test_looks_at_drafts_that_never_pay_become_rare():
+def test_looks_at_drafts_that_never_pay_become_rare(monkeypatch):
     """An early look may find out what the first trials teach; later ones only cost time."""
     world = World(1, 0.0, 0.5, 0.2)
     knowledge = Knowledge(RoundCost(1), AcceptanceModel(np.full((STEPS, LONGEST[-1] - 1), 0.95)))
-    looks = []
+    looks, look = [], Mock(wraps=draft_length.plan_round)
+    monkeypatch.setattr(draft_length, "plan_round", look)
     for _ in range(12):
         policy = DraftLengthPolicy(STEPS, LONGEST[-1], knowledge)
-        policy._plans = Mock(wraps=policy._plans)
+        look.reset_mock()
         world.run(policy.choose, policy.observe)
-        looks.append(policy._plans.call_count)
+        looks.append(look.call_count)
     assert looks[0] > max(looks[6:])
     # A look after its first step, and one every 64.
     assert 2 <= min(looks[6:]) <= max(looks[6:]) <= 5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, GaussianTarget, SwingingDrafter, law_p_value
-from simulated_rounds import STEPS, Runs, World
+from simulated_rounds import STEPS, Runs, World, seconds_by_rows
 
 from free_kernels import DDPMSchedule, sample
 from free_kernels.sampling.refused_rows import RefusedRows
@@ -20,24 +20,24 @@ from free_kernels.steering.seen_steps import SeenSteps
 @pytest.fixture
 def paying(monkeypatch):
     """Costs under which any draft pays, whatever the machine does, and of however many slots."""
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-15 * rows)
+    monkeypatch.setattr(RoundCost, "seconds", seconds_by_rows(lambda rows: 1e-9 + 1e-15 * rows))
 
 
 def test_the_furthest_row_counts():
     asked = SeenSteps(3, 7)
-    asked.played(np.array([8, 4, 0]), np.array([1, 4, 0]), np.array([11, 4, 0]))
-    assert asked.counts.tolist() == [7, 0, 0]
+    asked.played([8, 4, 0], [1, 4, 0], [11, 4, 0])
+    assert asked.counts == [7, 0, 0]
     # A short round leaves what lies behind its rows; a new image has none.
-    asked.played(np.array([2, 8, 0]), np.array([2, 2, 0]), np.array([13, 0, 0]))
-    assert asked.counts.tolist() == [5, 0, 0]
+    asked.played([2, 8, 0], [2, 2, 0], [13, 0, 0])
+    assert asked.counts == [5, 0, 0]
     asked.forget()
-    assert asked.counts.tolist() == [0, 0, 0]
+    assert asked.counts == [0, 0, 0]
     block = SeenSteps(2, 1)
-    block.played(np.array([8, 8]), np.array([3, 8]), np.array([13, 18]))
-    assert block.counts.tolist() == [1, 0]
+    block.played([8, 8], [3, 8], [13, 18])
+    assert block.counts == [1, 0]
     none = SeenSteps(1, 0)
-    none.played(np.array([8]), np.array([1]), np.array([11]))
-    assert none.counts.tolist() == [0]
+    none.played([8], [1], [11])
+    assert none.counts == [0]
 
 
 @pytest.mark.parametrize("slots", [None, 2])
@@ -49,16 +49,15 @@ def test_what_the_policy_is_told_is_what_is_kept(verification, reuse, drafter, s
     random = np.random.default_rng(0)
 
     def chosen(self, live, steps, seen):
-        if compared_to.refused is None:
-            assert not seen.any()
-        else:
-            assert seen[live].tolist() == np.asarray(compared_to.refused.counts)[live].tolist()
-        compared.append(int(seen[live].max()))
+        kept = [0] * len(live) if compared_to.refused is None else compared_to.refused.counts
+        told = [count for count, holds in zip(seen, live, strict=True) if holds]
+        assert told == [count for count, holds in zip(kept, live, strict=True) if holds]
+        compared.append(max(told))
         lengths = choose(self, live, steps, seen)
         if random.random() < 0.2:
-            return live.astype(np.int64)
+            return [int(holds) for holds in live]
         shorter = np.minimum(lengths, random.integers(1, 9, len(lengths)))
-        return np.where(live, np.maximum(shorter, 1), 0)
+        return np.where(live, np.maximum(shorter, 1), 0).tolist()
 
     start = Speculation.__init__
 
@@ -70,7 +69,7 @@ def test_what_the_policy_is_told_is_what_is_kept(verification, reuse, drafter, s
     compared_to = None
     monkeypatch.setattr(Speculation, "__init__", begun)
     monkeypatch.setattr(DraftLengthPolicy, "choose", chosen)
-    monkeypatch.setattr(RoundCost, "round", lambda self, longest, rows, free=False: 1e-9 + 1e-12 * rows)
+    monkeypatch.setattr(RoundCost, "seconds", seconds_by_rows(lambda rows: 1e-9 + 1e-12 * rows))
     monkeypatch.setattr(DraftLengthPolicy, "_settle", lambda *given: None)
     target = GaussianTarget()
     sample(
@@ -96,7 +95,7 @@ def test_the_policy_is_told_nothing_of_what_discarded_rows_hold(paying, monkeypa
         self.forget()
 
     def chosen(self, live, steps, seen):
-        told.append(int(seen.max()))
+        told.append(max(seen))
         return choose(self, live, steps, seen)
 
     monkeypatch.setattr(RefusedRows, "begin", dropped)
@@ -115,7 +114,7 @@ def learned(*, told: bool, seen: float = 0.9, new: float = 0.3) -> tuple[float, 
         while step < 180:
             accepted = random.random(7) < np.where(np.arange(7) < ahead, seen, new)
             committed = 1 + int(np.argmin(np.append(accepted, False)))
-            model.update(*map(np.array, ([step], [8], [committed])), np.array([ahead]) if told else None)
+            model.update([(step, 8, committed, ahead if told else 0)])
             step, ahead = step + committed, 8 - committed
         model.begin()
     steps = np.arange(1, 180)
@@ -144,7 +143,7 @@ def test_one_kind_says_nothing_of_the_other():
     assert before == pytest.approx(0.9 ** np.arange(1, 16))
     for _ in range(20):
         # All three seen drafts are accepted, the first new one never.
-        model.update(at, np.array([8]), np.array([4]), three)
+        model.update([(100, 8, 4, 3)])
     after = model.survival(at, three)[0]
     assert after[2] > before[2]
     assert after[3] < 0.3 * after[2]
