@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "Tensor steps, Tensor(a!) deviation) -> Tensor");
   library.def(
       "open_round_cpu(Tensor state, Tensor current, Tensor timesteps, Tensor table, int length) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "correct_features_cpu(Tensor drafted, Tensor errors, Tensor state, Tensor previous, Tensor asked,"
       " Tensor latest, int draft, Tensor? active) -> Tensor");

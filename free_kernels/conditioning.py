@@ -29,25 +29,24 @@ class ConditioningTable:
         compute: maps int64 ``[M]`` timesteps and labels to ``[M, ...]``.
         timesteps: int64 ``[K]``, distinct.
         labels: int64 ``[Y]``, distinct.
+
+    Attributes:
+        parts: the first three of :class:`~free_kernels.ops.tables.TableArguments`.
     """
 
     def __init__(self, compute: Callable[[Tensor, Tensor], Tensor], timesteps: Tensor, labels: Tensor) -> None:
         device = timesteps.device
-        self._timestep_row = torch.zeros(int(timesteps.max()) + 1, dtype=torch.int64, device=device)
-        self._timestep_row[timesteps] = torch.arange(len(timesteps), device=device) * len(labels)
-        self._label_row = torch.zeros(int(labels.max()) + 1, dtype=torch.int64, device=device)
-        self._label_row[labels] = torch.arange(len(labels), device=device)
+        row_of_timestep = torch.zeros(int(timesteps.max()) + 1, dtype=torch.int64, device=device)
+        row_of_timestep[timesteps] = torch.arange(len(timesteps), device=device) * len(labels)
+        row_of_label = torch.zeros(int(labels.max()) + 1, dtype=torch.int64, device=device)
+        row_of_label[labels] = torch.arange(len(labels), device=device)
         t, y = timesteps.repeat_interleave(len(labels)), labels.repeat(len(timesteps))
         parts = zip(t.split(CHUNK_ROWS), y.split(CHUNK_ROWS), strict=True)
-        self._rows = _joined([compute(*part) for part in parts])
+        self.parts = _joined([compute(*part) for part in parts]), row_of_timestep, row_of_label
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """Rows ``[R, ...]`` for timesteps and labels ``[R]`` that the table holds."""
-        return table_rows(self.arguments(t, y))
-
-    def arguments(self, t: Tensor, y: Tensor) -> TableArguments:
-        """What an op needs to look them up."""
-        return TableArguments(self._rows, self._timestep_row, self._label_row, t.contiguous(), y.contiguous())
+        return table_rows(TableArguments(*self.parts, t.contiguous(), y.contiguous()))
 
 
 class TimestepTable:

@@ -138,9 +138,10 @@ void advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& std,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> open_round(const Tensor& state, const Tensor& current,
-                                                      const Tensor& timesteps, const Tensor& table,
-                                                      int64_t length) {
+using Opened = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Opened open_round(const Tensor& state, const Tensor& current, const Tensor& timesteps, const Tensor& table,
+                  int64_t length) {
   constexpr const char* op = "open_round";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(state.dim() == 4, op, ": state must have 4 dimensions, got ", state.dim());
@@ -157,6 +158,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> open_round(const Tensor& state, const
   Tensor network_steps = empty_on(state, {slots, length}, kLong);
   Tensor columns = empty_on(state, {slots, length, kColumns}, kFloat);
   Tensor states = empty_on(state, {slots, length, s[1], s[2], s[3]}, kFloat);
+  Tensor mean = empty_on(state, {slots, length - 1, s[1], s[2], s[3]}, kFloat);
+  Tensor std = empty_on(state, {slots, length - 1, s[1], s[2], s[3]}, kFloat);
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t first = ints(current)[slot];
     STD_TORCH_CHECK(first >= 0, op, ": current[", slot, "] must be at least 0, got ", first);
@@ -168,7 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> open_round(const Tensor& state, const
     }
     std::copy_n(const_floats(state) + slot * size, size, floats(states) + slot * length * size);
   }
-  return {steps, network_steps, columns, states};
+  return {steps, network_steps, columns, states, mean, std};
 }
 
 std::tuple<Tensor, Tensor> draft_rows(const Tensor& states, const Tensor& timesteps, int64_t draft,

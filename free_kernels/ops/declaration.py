@@ -68,6 +68,8 @@ class Op:
         self.name, self.arguments, self.reference, self.fake, self.check = name, arguments, reference, fake, check
         self.folder, _, self._function = triton.partition(".")
         self.overload: Any = None
+        # Set once "auto" has found a compiled op for CPU tensors: asking again would take longer than a small op.
+        self.known_for_cpu = False
         if not triton:
             when_loaded(self._take_schema)
             return
@@ -123,8 +125,10 @@ class Op:
         if self.folder:
             in_triton = self.runs_triton(tensor, backend)
             return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
-        # Asking a tensor for its device takes longer.
-        if use_extension(self.name, "cpu" if tensor.is_cpu else tensor.device.type, backend, self.public):
+        if self.known_for_cpu and backend == "auto" and tensor.is_cpu:
+            return self.run_compiled(arguments)
+        if use_extension(self.name, tensor.device.type, backend, self.public):
+            self.known_for_cpu = self.known_for_cpu or tensor.is_cpu
             return self.run_compiled(arguments)
         if self.check is not None:
             self.check(arguments)
@@ -158,8 +162,6 @@ class KernelOp:
         self.triton = Op(name, arguments, reference, fake, f"{folder}.{name}", outputs)
         self.compiled = Op(f"{name}_cpu", arguments, reference, fake, check=check, public=name)
         self.check = check
-        # Set once "auto" has found the compiled op for CPU tensors: asking again would take longer than a small op.
-        self._known_for_cpu = False
 
     def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
         """Run with a backend: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.
@@ -173,11 +175,9 @@ class KernelOp:
             ValueError, TypeError: a wrong argument.
             RuntimeError: the backend cannot be used; the message says why.
         """
-        if backend == "auto" and self._known_for_cpu and tensor.is_cpu:
+        if self.compiled.known_for_cpu and backend == "auto" and tensor.is_cpu:
             return self.compiled.run_compiled(arguments)
         if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
             self.check(arguments)
             return self.triton.launch(arguments, tensor)
-        if backend == "auto" and tensor.is_cpu:
-            self._known_for_cpu = use_extension(self.compiled.name, "cpu", backend)
         return self.compiled(arguments, tensor, backend)

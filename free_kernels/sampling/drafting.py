@@ -48,10 +48,10 @@ class DraftingPass:
     def __init__(self, job: Job, slots: Slots, length: int, lengths: list[int] | None) -> None:
         self.job, self.slots, self.lengths, self.count = job, slots, lengths, length - 1
         given = slots.state, slots.steps, job.timesteps, job.table, length
-        self.steps, self.timesteps, self.columns, states = open_round(OpenArguments(*given), job.options.backend)
+        opened = open_round(OpenArguments(*given), job.options.backend)
+        self.steps, self.timesteps, self.columns, *drafts = opened
+        self.drafts = Drafts(*drafts)
         self.scales = job.scales_at(self.steps, slots.indices)
-        shape = len(slots), length - 1, *slots.state.shape[1:]
-        self.drafts = Drafts(states, states.new_empty(shape), states.new_empty(shape))
         self._settings = job.guidance_scale, job.guidance_channels, job.clip
 
     def behind(self, step: int, lengths: list[int] | None) -> DraftingPass:

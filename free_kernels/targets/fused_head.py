@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +45,13 @@ class FusedHead:
     """
 
     def __init__(self, parts: HeadParts, table: ConditioningTable, shape: torch.Size) -> None:
-        self._linear, self._table, self._shape = parts.linear, table, shape
+        self._linear, self._table, self._shape = parts.linear, table.parts, shape
         self._settings = parts.norm.eps, parts.grid_rows, *parts.patch
 
     def __call__(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The output of features ``[R, T, D]``."""
-        weights = self._linear.weight, self._linear.bias
-        output = final_layer(
-            FinalLayerArguments(h.contiguous(), *self._table.arguments(t, y), *weights, *self._settings)
-        )
+        given = h.contiguous(), *self._table, t.contiguous(), y.contiguous()
+        output = final_layer(FinalLayerArguments(*given, self._linear.weight, self._linear.bias, *self._settings))
         return output if len(self._shape) == 3 else output.view(-1, *self._shape)
 
 
@@ -72,7 +71,21 @@ def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:
         return None
     if not all(type(w) is nn.Parameter and w.is_cpu and w.dtype == torch.float32 for w in weights):
         return None
-    values = linear.out_features
-    numbers = torch.arange(parts.tokens * values, dtype=torch.float32, device="cpu").view(1, parts.tokens, values)
-    own, ours = parts.unpatchify(numbers)[0], unpatchify(numbers, parts.grid_rows, *parts.patch)
-    return FusedHead(parts, table, own.shape) if torch.equal(own.flatten(), ours.flatten()) else None
+    shape = _shape_of_output(parts, linear.out_features)
+    return None if shape is None else FusedHead(parts, table, shape)
+
+
+# By function, as long as it lives, and what it is called with. Whatever else it depends on, the comparison with the
+# module's own call sees.
+_SHAPES: WeakKeyDictionary[object, dict[tuple[object, ...], torch.Size | None]] = WeakKeyDictionary()
+
+
+def _shape_of_output(parts: HeadParts, values: int) -> torch.Size | None:
+    """Shape of a row's output, if tokens of so many values are laid out as the op does it; else None."""
+    key = parts.tokens, parts.grid_rows, parts.patch, values
+    known = _SHAPES.setdefault(getattr(parts.unpatchify, "__func__", parts.unpatchify), {})
+    if key not in known:
+        numbers = torch.arange(parts.tokens * values, dtype=torch.float32, device="cpu").view(1, parts.tokens, values)
+        own, ours = parts.unpatchify(numbers)[0], unpatchify(numbers, parts.grid_rows, *parts.patch)
+        known[key] = own.shape if torch.equal(own.flatten(), ours.flatten()) else None
+    return known[key]

@@ -307,13 +307,14 @@ def test_a_round_begins_with_its_steps(length, backend):
     state, current = normals(3, 2, 5, 7, seed=0), torch.tensor([0, 4, 9])
     timesteps, table = torch.arange(10) * 7, normals(10, 8, seed=1)
     a = on(OpenArguments(state, current, timesteps, table, length), backend[1])
-    steps, network_steps, columns, states = (part.cpu() for part in open_round(a, backend[0]))
+    steps, network_steps, columns, states, *drafts = (part.cpu() for part in open_round(a, backend[0]))
     want = [[min(first + j, 9) for j in range(length)] for first in (0, 4, 9)]
     assert steps.tolist() == want
     assert network_steps.tolist() == [[7 * step for step in row] for row in want]
     assert torch.equal(columns, table[steps])
     assert states.shape == (3, length, 2, 5, 7)
     assert torch.equal(states[:, 0], state)
+    assert [part.shape for part in drafts] == [(3, length - 1, 2, 5, 7)] * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

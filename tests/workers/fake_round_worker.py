@@ -209,8 +209,9 @@ def play(case: Case) -> dict[str, Any]:
     with mock.patch.object(hoisting, "MAX_TABLE_BYTES", hoisting.MAX_TABLE_BYTES if case.tables else 0):
         run = make_run(case)
     mode, launches = new_mode(), Launches()
+    # As on a GPU, where a head is made of its parts, and the coupling draws its numbers itself.
+    run.job.target._fused_head = None
     Mover(mode)(run)
-    # As on a GPU, where the coupling draws its numbers itself.
     run.rounds.kernel_noise = None if case.settings.get("backend") == "reference" else run.job.noise
     rows, lengths = case.rows * case.slots, [case.rows] * case.slots
     lengths[-1] -= case.fewer

@@ -22,6 +22,7 @@ from free_kernels.ops.drafting.arguments import (
     KeepArguments,
     KeepCleanArguments,
     OpenArguments,
+    Opened,
     RenewArguments,
     ReplayArguments,
     RowArguments,
@@ -264,10 +265,11 @@ def _advance(a: AdvanceArguments) -> None:
     reference.advance_drafts(a)
 
 
-def _fake_open(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = a.state.shape[0], a.length
-    steps = a.current.new_empty(rows)
-    return steps, torch.empty_like(steps), a.table.new_empty(*rows, 8), a.state.new_empty(*rows, *a.state.shape[1:])
+def _fake_open(a: OpenArguments) -> Opened:
+    slots, *latent = a.state.shape
+    steps, states = a.current.new_empty(slots, a.length), a.state.new_empty(slots, a.length, *latent)
+    drafts = (a.state.new_empty(slots, a.length - 1, *latent) for _ in range(2))
+    return Opened(steps, torch.empty_like(steps), a.table.new_empty(slots, a.length, 8), states, *drafts)
 
 
 def _declare(
@@ -292,7 +294,12 @@ TALLY = _declare(
     "tally_round", TallyArguments, reference.tally_round, lambda a: a.steps.new_empty(1), _check_tally, "Tensor"
 )
 OPEN = _declare(
-    "open_round", OpenArguments, reference.open_round, _fake_open, _check_open, "(Tensor, Tensor, Tensor, Tensor)"
+    "open_round",
+    OpenArguments,
+    reference.open_round,
+    _fake_open,
+    _check_open,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 CORRECT = _declare(
     "correct_features",
@@ -323,19 +330,14 @@ ROWS = _declare("draft_rows", RowArguments, reference.draft_rows, _fake_rows, _c
 OPS = OPEN, ROWS, ADVANCE, REPLAY, JOIN, ERRORS, CORRECT, KEEP, KEEP_CLEAN, FIND, TALLY, RENEW
 
 
-def open_round(arguments: OpenArguments, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def open_round(arguments: OpenArguments, backend: str = "auto") -> Opened:
     """What a round of L rows a slot begins with.
-
-    Returns:
-        Steps ``current[s] + j``, those past the end being the last, int64 ``[S, L]``; the network's timesteps there;
-        their transition coefficients ``[S, L, 8]``; the drafts' states ``[S, L, C, H, W]`` with ``state`` in row 0, the
-        others undefined.
 
     Raises:
         ValueError, TypeError: a wrong argument.
         RuntimeError: the backend cannot be used; the message says why.
     """
-    return OPEN(arguments, arguments.state, backend)
+    return Opened(*OPEN(arguments, arguments.state, backend))
 
 
 def draft_rows(arguments: RowArguments, backend: str = "auto") -> tuple[Tensor, Tensor]:

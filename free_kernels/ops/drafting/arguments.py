@@ -27,6 +27,26 @@ class AdvanceArguments(NamedTuple):
     clip: float  # inf: no clipping
 
 
+class Opened(NamedTuple):
+    """What a round of L rows a slot begins with; steps past the end are the last.
+
+    Attributes:
+        steps: int64 ``[S, L]``.
+        timesteps: int64 ``[S, L]``, the network's at ``steps``.
+        columns: ``[S, L, 8]``, transition coefficients at ``steps``.
+        states: ``[S, L, C, H, W]``, of the drafts: row 0 is the slot's state, the others are undefined.
+        mean: ``[S, L - 1, C, H, W]``, undefined.
+        std: alike.
+    """
+
+    steps: Tensor
+    timesteps: Tensor
+    columns: Tensor
+    states: Tensor
+    mean: Tensor
+    std: Tensor
+
+
 class OpenArguments(NamedTuple):
     """Arguments of ``open_round``: K steps."""
 

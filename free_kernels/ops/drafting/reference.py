@@ -25,6 +25,7 @@ from free_kernels.ops.drafting.arguments import (
     KeepArguments,
     KeepCleanArguments,
     OpenArguments,
+    Opened,
     RenewArguments,
     ReplayArguments,
     RowArguments,
@@ -37,13 +38,14 @@ LARGEST_GAP_SQ = 1e30
 RESPONSE_DECAY = 0.7
 
 
-def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def open_round(a: OpenArguments) -> Opened:
     """See ``free_kernels.ops.drafting.api.open_round``."""
     ahead = torch.arange(a.length, device=a.current.device)
     steps = (a.current.unsqueeze(1) + ahead).clamp_(max=len(a.timesteps) - 1)
     states = a.state.new_zeros(len(a.state), a.length, *a.state.shape[1:])
     states[:, 0] = a.state
-    return steps, a.timesteps[steps], a.table[steps], states
+    mean = torch.zeros_like(states[:, 1:])
+    return Opened(steps, a.timesteps[steps], a.table[steps], states, mean, torch.zeros_like(mean))
 
 
 def draft_rows(a: RowArguments) -> tuple[Tensor, Tensor]:

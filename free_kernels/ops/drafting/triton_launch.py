@@ -19,6 +19,7 @@ from free_kernels.ops.drafting.arguments import (
     KeepArguments,
     KeepCleanArguments,
     OpenArguments,
+    Opened,
     RenewArguments,
     ReplayArguments,
     RowArguments,
@@ -167,7 +168,7 @@ def find_rows(a: FindArguments) -> None:
         )
 
 
-def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def open_round(a: OpenArguments) -> Opened:
     """Contract of :func:`free_kernels.ops.drafting.open_round`; arguments have been checked."""
     slots, *latent = a.state.shape
     numel, rows = math.prod(latent), (slots, a.length)
@@ -182,7 +183,8 @@ def open_round(a: OpenArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 BLOCK=_TALLY_BLOCK,
                 num_warps=warps_for(_TALLY_BLOCK, warp_size(a.state.device)),
             )
-    return outputs
+    drafts = (a.state.new_empty(slots, a.length - 1, *latent) for _ in range(2))
+    return Opened(*outputs, *drafts)
 
 
 def draft_rows(a: RowArguments) -> tuple[Tensor, Tensor]:
