@@ -5,6 +5,7 @@
 #include <torch/headeronly/version.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -51,19 +52,23 @@ py::tuple as_tuple(const free_kernels::Plan& plan) {
 }
 
 py::tuple plan_round(Numbers steps, Numbers seen, Numbers room, const Array& fresh, const Array& first,
-                     const Array& as_seen, double fresh_factor, double seen_factor, double saved,
-                     double behind, Numbers lengths, const Array& seconds, int64_t grain, int64_t images) {
+                     const Array& as_seen, double fresh_factor, double seen_factor,
+                     std::optional<double> saved, double behind, Numbers lengths, const Array& seconds,
+                     int64_t grain, int64_t images) {
   require(!steps.empty() && seen.size() == steps.size() && room.size() == steps.size(),
           "steps, seen and room must be of the same slots, at least one");
   require(fresh.ndim() == 2 && fresh.size() > 0, "fresh must be [K + 1, A]");
   require(first.ndim() == 1 && as_seen.ndim() == 1 && first.size() == as_seen.size() && first.size() > 0,
           "first and as_seen must be of the same places");
   require(!lengths.empty() && lengths.front() >= 2, "lengths must be of at least 2 rows");
-  require(seconds.ndim() == 2 && seconds.shape(1) > 0, "seconds must be [longest, grains]");
+  require(seconds.ndim() == 2 && seconds.shape(1) > 1, "seconds must be [longest + 1, grains + 1]");
   require(grain >= 1, "grain must be at least 1");
+  require(images >= 1, "images must be at least 1");
   for (const int64_t length : lengths)
     require(length >= 2 && length < seconds.shape(0), "lengths must be rows of seconds");
   require(std::is_sorted(lengths.begin(), lengths.end()), "lengths must ascend");
+  const int64_t most = images + static_cast<int64_t>(steps.size()) * (lengths.back() - 1);
+  require((most + grain / 2) / grain < seconds.shape(1), "seconds must be of as many rows as are planned");
   const free_kernels::Odds odds{fresh.data(),   fresh.shape(0), fresh.shape(1), first.data(),
                                 as_seen.data(), first.size(),   fresh_factor,   seen_factor};
   const free_kernels::Plans plans =
@@ -75,7 +80,8 @@ py::tuple plan_round(Numbers steps, Numbers seen, Numbers room, const Array& fre
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Schemas and CPU ops of free_kernels; importing it registers them with PyTorch.";
+  module.doc() =
+      "Schemas and CPU ops of free_kernels, which importing it registers with PyTorch; and plans of drafts.";
   module.def("build_config", &build_config,
              "What was built: version, compiler and the torch version built against.");
   module.def("plan_round", &plan_round, "Drafts of a round; see free_kernels.steering.plan.");

@@ -69,9 +69,9 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "drafter_network_cpu(Tensor feature, Tensor tokens, Tensor modulations, Tensor[] weights, int heads, "
       "float eps) -> Tensor");
   library.def(
-      "final_layer_cpu(Tensor h, Tensor rows, Tensor row_of_timestep, Tensor row_of_label, Tensor t, Tensor "
-      "y, "
-      "Tensor weight, Tensor? bias, float eps, int grid_rows, int patch_rows, int patch_columns) -> Tensor");
+      "final_layer_cpu(Tensor h, Tensor rows, Tensor row_of_timestep, Tensor row_of_label, Tensor t, "
+      "Tensor y, Tensor weight, Tensor? bias, float eps, int grid_rows, int patch_rows, int patch_columns) "
+      "-> Tensor");
   library.def(
       "adaptive_norm_cpu(Tensor x, Tensor? update, Tensor modulations, Tensor? skip, int gate_at, "
       "int shift_at, int scale_at, int gain_at, float eps) -> (Tensor, Tensor)");

@@ -1,7 +1,7 @@
 """The compiled extension, which is optional and loaded at its first use. Environment variables are read here only.
 
-It has two modules: ``_C`` has the schemas and the CPU ops, ``_C_cuda`` the CUDA ops. The second is loaded only under a
-CUDA build of torch, whose libraries it needs; without it the first works as before.
+It has two modules: ``_C`` has the schemas, the CPU ops and :data:`FUNCTIONS`, ``_C_cuda`` the CUDA ops. The second is
+loaded only under a CUDA build of torch, whose libraries it needs; without it the first works as before.
 """
 
 from __future__ import annotations

@@ -57,8 +57,9 @@ Grid check(const Tensor& h, const Tensor& rows, const Tensor& weight, const std:
   STD_TORCH_CHECK(grid_rows >= 1 && tokens % grid_rows == 0, op, ": grid_rows must divide ", tokens,
                   " tokens, got ", grid_rows);
   STD_TORCH_CHECK(patch_rows >= 1, op, ": patch_rows must be at least 1, got ", patch_rows);
-  STD_TORCH_CHECK(patch_columns >= 1 && values % (patch_rows * patch_columns) == 0, op, ": patches of ",
-                  patch_rows, " rows must divide ", values, " values, got patch_columns ", patch_columns);
+  STD_TORCH_CHECK(patch_columns >= 1 && values % patch_rows == 0 && values / patch_rows % patch_columns == 0,
+                  op, ": patches of ", patch_rows, " rows must divide ", values,
+                  " values, got patch_columns ", patch_columns);
   return {grid_rows, tokens / grid_rows, patch_rows, patch_columns, values / (patch_rows * patch_columns)};
 }
 

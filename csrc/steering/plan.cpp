@@ -31,13 +31,13 @@ void value_slot(const PlanInputs& in, int64_t slot, int64_t width, double* gains
     const double reached = std::max(later, 1e-300);
     refused_over_later += ((1.0 - survival) - before) / reached;
     double saved = 0.0;
-    if (in.saved >= 0 && a + 1 >= seen) {
+    if (in.saved && a + 1 >= seen) {
       const double as_new = acceptance(odds.fresh_factor, odds.first, odds.places, step + 1 + a);
       saved = reached * refused_over_later * std::max(as_seen(a + 1) - as_new, 0.0);
     }
     const bool fits = a < in.room[slot];
     gains[a] = fits ? survival : 0.0;
-    values[a] = fits ? (in.saved >= 0 ? survival + in.saved * saved : survival) : 0.0;
+    values[a] = fits ? survival + in.saved.value_or(0.0) * saved : 0.0;
   }
 }
 
@@ -91,8 +91,7 @@ Plans plan_round(const PlanInputs& in) {
       committed += values[row];
       ++rows;
       const int64_t grains = std::max<int64_t>((rows + in.grain / 2) / in.grain, 1);
-      const double now =
-          (static_cast<double>(in.images) + committed) / seconds[std::min(grains, in.grains - 1)];
+      const double now = (static_cast<double>(in.images) + committed) / seconds[grains];
       if (now > speed) {
         speed = now;
         last = static_cast<int64_t>(i);

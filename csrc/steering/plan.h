@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace free_kernels {
@@ -20,8 +21,7 @@ struct Odds {
 struct PlanInputs {
   std::vector<int64_t> steps, seen, room;  // [S]
   Odds odds;
-  // Steps that a saved refusal is worth; below 0, none are saved.
-  double saved;
+  std::optional<double> saved;   // steps that a saved refusal is worth; without, none are saved
   double behind;                 // of a slot that is a whole window behind the first, beyond 1
   std::vector<int64_t> lengths;  // longest drafts to consider, ascending
   const double* seconds;         // of a round, [longest draft, grains of rows]

@@ -128,7 +128,7 @@ class Op:
         if self.known_for_cpu and backend == "auto" and tensor.is_cpu:
             return self.run_compiled(arguments)
         if use_extension(self.name, tensor.device.type, backend, self.public):
-            self.known_for_cpu = self.known_for_cpu or tensor.is_cpu
+            self.known_for_cpu |= backend == "auto" and tensor.is_cpu and not torch.compiler.is_compiling()
             return self.run_compiled(arguments)
         if self.check is not None:
             self.check(arguments)

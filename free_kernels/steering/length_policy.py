@@ -147,7 +147,8 @@ class DraftLengthPolicy:
         self.acceptance.begin()
         self._longest = [length for length in LONGEST if length <= longest]
         # Those of them that are considered, as of so many kinds of rounds.
-        self._considered, self._kinds_begun = self._longest[:1], -1
+        self._considered: list[int] = []
+        self._kinds_begun = -1
         self._elapsed = self._promised = 0.0
         # Round of the next look at drafts, and the images of the last one.
         self._next_look, self._looked_with = 0, 0
@@ -277,7 +278,7 @@ class DraftLengthPolicy:
             return
         drafted = [slot for slot, length in enumerate(lengths) if length > 1]
         free = max(steps[slot] for slot in drafted) < self._free
-        known, predicted = self.knowledge, float(self.cost.round(longest, rows, free))
+        known, predicted = self.knowledge, self.cost.round(longest, rows, free)
         if self.cost.has_begun(longest, free):
             # What rounds really take, so that wrong predictions hide no loss; but one hiccup must not forbid
             # speculation for long, and the first round of a length is slow only once.

@@ -23,7 +23,7 @@ class PlanArguments(NamedTuple):
         acceptance: of drafts.
         saved: steps that a refusal is worth which a row saves later; None where rows behind a refusal draft no more.
         lengths: longest drafts to consider, ascending.
-        seconds: ``[longest, grains]``, of a round.
+        seconds: ``[longest + 1, grains + 1]``, of a round, by its longest draft and its rows over ``grain``.
         grain: rows of a grain.
         images: in the making; each commits a step without drafts.
     """
@@ -68,7 +68,7 @@ def plan_round(arguments: PlanArguments) -> tuple[Plan, Plan]:
         a.seen,
         a.room,
         *a.acceptance.odds,
-        -1.0 if a.saved is None else a.saved,
+        a.saved,
         BEHIND,
         a.lengths,
         a.seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,8 @@ _HALF_AS_NEAR = 2.5
 _NEARNESS = 1 / (1 + (np.subtract.outer(np.arange(_BINS), np.arange(_BINS)) / _HALF_AS_NEAR) ** 4)
 # Weights of what was seen anywhere, nearby and in a part.
 _WEIGHTS = np.stack([np.ones((_BINS, _BINS)), _NEARNESS, np.eye(_BINS)])
+# The least acceptance and the least refusal.
+_LEAST = 1e-3
 # Acceptance of a drafter without a calibration before any draft was tested.
 UNKNOWN_ACCEPTANCE = 0.85
 
@@ -41,7 +44,7 @@ class RefusalOdds:
     _COUNTED_AT_ONCE = 64
 
     def __init__(self, calibration: np.ndarray, decay: float = 0.9) -> None:
-        calibration = np.clip(calibration, 1e-3, 1 - 1e-3)
+        calibration = np.clip(calibration, _LEAST, 1 - _LEAST)
         self._decay = decay
         length, ahead = calibration.shape
         # Acceptance as calibrated; entry [k, a]: the draft of step k + a in a round that begins at step k. The chain's
@@ -100,21 +103,15 @@ class RefusalOdds:
         says much, and to say that almost none happens takes many acceptances.
         """
         # `np.clip` takes three times as long.
-        mean = np.minimum(np.maximum(mean, 1e-3), 1 - 1e-3)
+        mean = np.minimum(np.maximum(mean, _LEAST), 1 - _LEAST)
         prior = cls._PRIOR_REFUSALS / (1 - mean)
-        seen = np.minimum(np.maximum((accepted + prior * mean) / (tested + prior), 1e-3), 1 - 1e-3)
-        return (1 - seen) / seen * mean / (1 - mean)
+        seen = np.minimum(np.maximum((accepted + prior * mean) / (tested + prior), _LEAST), 1 - _LEAST)
+        return _odds_over(mean, seen)
 
     @staticmethod
     def _share(accepted: float, tested: float) -> float:
         """Accepted drafts of those tested; ours to guess where none was."""
-        return min(max(accepted / tested if tested else UNKNOWN_ACCEPTANCE, 1e-3), 1 - 1e-3)
-
-    @staticmethod
-    def _odds_over(mean: float, seen: float) -> float:
-        """Odds of refusal where a share ``seen`` is accepted, over those where ``mean`` is."""
-        seen = min(max(seen, 1e-3), 1 - 1e-3)
-        return (1 - seen) / seen * mean / (1 - mean)
+        return min(max(accepted / tested if tested else UNKNOWN_ACCEPTANCE, _LEAST), 1 - _LEAST)
 
     def _recent_factor(self) -> float:
         """Odds of refusal of this run's latest rounds, over those expected.
@@ -129,7 +126,8 @@ class RefusalOdds:
             math.lgamma(count + share) - math.lgamma(share) for count, share in ((accepted, mean), (refused, 1 - mean))
         ) - math.lgamma(tested + 1)
         trust = 1 / (1 + self._UNLIKE / (1 - self._UNLIKE) * math.exp(min(other - usual, 700.0)))
-        return self._odds_over(mean, trust * mean + (1 - trust) * (accepted + mean) / (tested + 1))
+        seen = trust * mean + (1 - trust) * (accepted + mean) / (tested + 1)
+        return _odds_over(mean, min(max(seen, _LEAST), 1 - _LEAST))
 
     @property
     def factor(self) -> float:
@@ -154,3 +152,8 @@ class RefusalOdds:
         self._uncounted += rounds
         if len(self._uncounted) >= self._COUNTED_AT_ONCE:
             self._count()
+
+
+def _odds_over(mean: Any, seen: Any) -> Any:
+    """Odds of refusal where a share ``seen`` is accepted, over those where ``mean`` is; of numbers or of arrays."""
+    return (1 - seen) / seen * mean / (1 - mean)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -114,23 +113,19 @@ class RoundCost:
         self._step_s = self.ordinary(max(self._ordinary))
         return self._step_s
 
-    def _grains(self, rows: Any) -> Any:
-        """Of a number of rows, at least 1, or of an array of them."""
-        if self.grain == 1:
-            return rows
-        grains = (rows + self.grain // 2) // self.grain
-        return max(grains, 1) if isinstance(grains, int) else np.maximum(grains, 1)
+    def _grains(self, rows: int) -> int:
+        return max((rows + self.grain // 2) // self.grain, 1)
 
     def ordinary(self, rows: int, share: float = _SHARE) -> float:
         """Seconds of an ordinary step of ``rows`` images, at a quantile; needs one to have been timed."""
         return self._typical(self._ordinary[min(self._ordinary, key=lambda count: abs(count - rows))], share)
 
-    def round(self, longest: Any, rows: Any, free: bool = False) -> Any:
-        """Seconds of a round of ``rows``, whose longest draft is ``longest >= 2``; of arrays, which are broadcast."""
-        return self.seconds(free)[longest, self._grains(rows)]
+    def round(self, longest: int, rows: int, free: bool = False) -> float:
+        """Seconds of a round of ``rows``, whose longest draft is ``longest >= 2``."""
+        return float(self.seconds(free)[longest, self._grains(rows)])
 
     def seconds(self, free: bool) -> np.ndarray:
-        """Seconds of rounds ``[longest + 1, grains]``, by their longest draft and their rows over ``grain``."""
+        """Seconds of rounds ``[longest + 1, S longest / grain + 1]``: by longest draft, and rows over ``grain``."""
         if self._predicted is None or self._unfitted >= _REFIT_EVERY:
             self._predict()
         return self._predicted[int(free)]

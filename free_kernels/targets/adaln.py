@@ -197,9 +197,11 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         """Network output ``[R, C or 2C, H, W]``."""
         h = self._cast(h)
         if self._final_table is not None:
-            if self._fused_head is not None and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")):
-                return self._fused_head(h, t, y)
-            return self._run_head(h, self._final_table(t, y))
+            fused = self._fused_head
+            # The op has no gradient, and computes in float32.
+            if fused is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+                return self._run_head(h, self._final_table(t, y))
+            return fused(h, t, y)
         return self._run_head(h, self._final_modulations(t, y)) if self._by_parts else self._plain_head(h, t, y)
 
     def _cast(self, given: Tensor) -> Tensor:

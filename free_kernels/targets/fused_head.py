@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from free_kernels.conditioning import ConditioningTable
+from free_kernels.extension import why_no_kernel
 from free_kernels.ops.final_layer import FinalLayerArguments, final_layer
 from free_kernels.ops.final_layer.reference import unpatchify
-from free_kernels.targets.inspection import is_abstract, is_replaced
+from free_kernels.targets.inspection import has_global_hooks, is_abstract, is_replaced
 
 
 class HeadParts(NamedTuple):
@@ -36,10 +37,10 @@ class HeadParts(NamedTuple):
 
 
 class FusedHead:
-    """A head in one call of :func:`~free_kernels.ops.final_layer.final_layer`.
+    """A head in one call of :func:`~free_kernels.ops.final_layer.final_layer`; made by :func:`fused_head`.
 
     Args:
-        parts: of which :func:`fused_head` says that this is the same.
+        parts: the head's.
         table: modulations ``[N, 2, 1, D]``.
         shape: of the output of a row.
     """
@@ -56,36 +57,38 @@ class FusedHead:
 
 
 def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:
-    """The head in one call, where that computes what its parts do.
+    """The head in one call, where that is compiled and computes what the parts do; else None.
 
-    That is: they are PyTorch's own modules with nothing attached, of float32 on the CPU, the norm has no weights, and
-    tokens are laid out as the op does it.
+    That is: they are PyTorch's own modules with nothing attached, of float32 on the CPU as the table is, the norm has
+    no weights, and tokens are laid out as the op does it.
     """
     norm, linear = parts.norm, parts.linear
+    if why_no_kernel("final_layer_cpu", "cpu") is not None or has_global_hooks():
+        return None
     if type(norm) is not nn.LayerNorm or type(linear) is not nn.Linear:
         return None
     if is_replaced(norm) or is_replaced(linear) or is_abstract([norm, linear]):
         return None
+    if norm.weight is not None or norm.bias is not None or norm.normalized_shape != (linear.in_features,):
+        return None
     weights = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-    if norm.weight is not None or norm.normalized_shape != (linear.in_features,):
+    if not (norm.eps > 0 and all(type(weight) is nn.Parameter for weight in weights)):
         return None
-    if not all(type(w) is nn.Parameter and w.is_cpu and w.dtype == torch.float32 for w in weights):
+    if not all(_is_plain(tensor) for tensor in (*weights, table.parts[0])):
         return None
-    shape = _shape_of_output(parts, linear.out_features)
-    return None if shape is None else FusedHead(parts, table, shape)
+    numbers, ours = _layout(parts.tokens, linear.out_features, parts.grid_rows, parts.patch)
+    own = parts.unpatchify(numbers)[0]
+    alike = own.dtype == ours.dtype and torch.equal(own.flatten(), ours)
+    return FusedHead(parts, table, own.shape) if alike else None
 
 
-# By function, as long as it lives, and what it is called with. Whatever else it depends on, the comparison with the
-# module's own call sees.
-_SHAPES: WeakKeyDictionary[object, dict[tuple[object, ...], torch.Size | None]] = WeakKeyDictionary()
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.layout == torch.strided
 
 
-def _shape_of_output(parts: HeadParts, values: int) -> torch.Size | None:
-    """Shape of a row's output, if tokens of so many values are laid out as the op does it; else None."""
-    key = parts.tokens, parts.grid_rows, parts.patch, values
-    known = _SHAPES.setdefault(getattr(parts.unpatchify, "__func__", parts.unpatchify), {})
-    if key not in known:
-        numbers = torch.arange(parts.tokens * values, dtype=torch.float32, device="cpu").view(1, parts.tokens, values)
-        own, ours = parts.unpatchify(numbers)[0], unpatchify(numbers, parts.grid_rows, *parts.patch)
-        known[key] = own.shape if torch.equal(own.flatten(), ours.flatten()) else None
-    return known[key]
+@lru_cache(maxsize=16)
+def _layout(tokens: int, values: int, grid_rows: int, patch: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A row's tokens ``[1, T, O]`` of numbers that differ, of both signs; and the op's order of them."""
+    count = tokens * values
+    numbers = torch.arange(count, dtype=torch.float32, device="cpu").sub_(count / 2).view(1, tokens, values)
+    return numbers, unpatchify(numbers, grid_rows, *patch).flatten()

@@ -166,6 +166,12 @@ def is_replaced(module: nn.Module) -> bool:
     return bool(patches("", module)) or module._compiled_call_impl is not None
 
 
+def has_global_hooks() -> bool:
+    """Whether hooks are called around every module's forward."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
 def suspicions(module: nn.Module) -> list[str]:
     """Why a module's calls might depend on earlier ones; none for a network as its classes define it."""
     found, seen = [], set()

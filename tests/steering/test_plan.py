@@ -52,13 +52,28 @@ def test_the_compiled_function_plans_as_numpy_does(slots, grain, reuses):
 
 
 @needs_extension
+@pytest.mark.parametrize("room", [None, 0])
+@pytest.mark.parametrize("slots", [1, 5])
+def test_slots_that_are_all_alike(slots, room):
+    """As at the start of a run: rows of slots come in the slots' order where they are worth the same."""
+    for seed in range(10):
+        a = given(slots, seed)
+        a = a._replace(steps=[3] * slots, seen=[0] * slots, room=[room if room is not None else 20] * slots)
+        for found, wanted in zip(plan_round(a), reference_plan(a), strict=True):
+            assert found.drafts == wanted.drafts
+            assert found[:2] == pytest.approx(wanted[:2], rel=1e-12)
+        if room == 0:
+            assert plan_round(a)[0].promised == slots
+
+
+@needs_extension
 @pytest.mark.parametrize("part", ["steps", "seen", "room", "saved", "seconds", "images", "lengths", "acceptance"])
 def test_another_argument_is_another_plan(part):
     """The control: none is ignored."""
 
     def changed(a: PlanArguments, seed: int) -> PlanArguments:
         other = given(7, seed + 1000)
-        value = a.images + 30 if part == "images" else a.lengths[:2] if part == "lengths" else getattr(other, part)
+        value = a.images - 3 if part == "images" else a.lengths[:2] if part == "lengths" else getattr(other, part)
         return a._replace(**{part: value})
 
     pairs = [(a, changed(a, seed)) for seed in range(10) for a in [given(7, seed)]]
@@ -104,6 +119,9 @@ def test_an_image_without_room_drafts_nothing(compiled, monkeypatch):
         ({"lengths": [2, 40]}, "lengths must be rows of seconds"),
         ({"seconds": np.ones(5)}, "seconds must be"),
         ({"grain": 0}, "grain must be at least 1"),
+        ({"images": 0}, "images must be at least 1"),
+        ({"images": 100}, "seconds must be of as many rows as are planned"),
+        ({"seconds": np.ones((13, 20))}, "seconds must be of as many rows as are planned"),
     ],
 )
 def test_wrong_arguments(change, message):

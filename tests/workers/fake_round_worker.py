@@ -246,6 +246,7 @@ def ordinary_step(guidance: float, slots: int) -> dict[str, Any]:
     job = make_job("ancestral_sample", target, images % 10, options).hoisted()
     batch = _Batch(job, images, job.initial_states(images))
     mode, launches = new_mode(), Launches()
+    batch.job.target._fused_head = None
     Mover(mode)(batch)
     target = batch.job.target
     target.features, target.head = (launches.wrap("target", call) for call in (target.features, target.head))
