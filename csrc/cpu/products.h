@@ -10,13 +10,12 @@
 
 namespace free_kernels {
 
-// A tensor's data as a matrix.
+// A tensor's data as a matrix, from its first element on: the shim adds the offset to the tensor's own.
 inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride,
                      int64_t column_stride) {
   const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
   AtenTensorHandle handle;
-  FREE_KERNELS_CHECK_SHIM(
-      aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, tensor.storage_offset(), &handle));
+  FREE_KERNELS_CHECK_SHIM(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &handle));
   return Tensor(handle);
 }
 

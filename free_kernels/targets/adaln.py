@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from free_kernels.conditioning import ConditioningTable, ShowsTimesteps, TimestepTable, table_fits
 from free_kernels.protocols import TargetDefaults
 from free_kernels.targets.check import Rows, TargetCheck, checked, compare_paths
-from free_kernels.targets.fused_head import FusedHead, HeadParts, fused_head
+from free_kernels.targets.fused_head import FusedHead, HeadParts, fused_head, is_differentiating
 from free_kernels.targets.inspection import is_replaced, refuse_outer_patches, refuse_unsafe
 from free_kernels.validation import fail
 from free_kernels.wrappers import Seen
@@ -198,8 +198,8 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         h = self._cast(h)
         if self._final_table is not None:
             fused = self._fused_head
-            # The op has no gradient, and computes in float32.
-            if fused is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            # The op has no derivative, and computes in float32.
+            if fused is None or is_differentiating() or torch.is_autocast_enabled("cpu"):
                 return self._run_head(h, self._final_table(t, y))
             return fused(h, t, y)
         return self._run_head(h, self._final_modulations(t, y)) if self._by_parts else self._plain_head(h, t, y)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from free_kernels.conditioning import ConditioningTable
 from free_kernels.extension import why_no_kernel
@@ -72,14 +73,21 @@ def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:
     if norm.weight is not None or norm.bias is not None or norm.normalized_shape != (linear.in_features,):
         return None
     weights = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+    if linear.bias is not None and not linear.bias.is_contiguous():
+        return None
     if not (norm.eps > 0 and all(type(weight) is nn.Parameter for weight in weights)):
         return None
     if not all(_is_plain(tensor) for tensor in (*weights, table.parts[0])):
         return None
     numbers, ours = _layout(parts.tokens, linear.out_features, parts.grid_rows, parts.patch)
-    own = parts.unpatchify(numbers)[0]
+    own = parts.unpatchify(numbers.clone())[0]
     alike = own.dtype == ours.dtype and torch.equal(own.flatten(), ours)
     return FusedHead(parts, table, own.shape) if alike else None
+
+
+def is_differentiating() -> bool:
+    """Whether gradients are recorded, or tangents carried along, which they are under ``no_grad``, too."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _is_plain(tensor: Tensor) -> bool:

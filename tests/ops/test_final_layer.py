@@ -65,6 +65,20 @@ def test_errors_are_at_most_twice_the_references(shape, turned, bias):
     assert error(found, wanted) <= 2 * error(final_layer(a, "reference"), wanted)
 
 
+@needs_extension
+@pytest.mark.parametrize("turned", [False, True], ids=["", "columns"])
+def test_layers_that_are_parts_of_one_vector(turned):
+    """As flattened parameters are: before, in between and at its end."""
+    a = given(3, (3, 5), (2, 3), 3, 37, turned=turned)
+    vector = torch.cat([normals(1000, seed=5), a.weight.mT.flatten() if turned else a.weight.flatten(), a.bias])
+    values, width = a.weight.shape
+    weight = vector[1000 : 1000 + values * width].view(*((width, values) if turned else (values, width)))
+    b = a._replace(weight=weight.mT if turned else weight, bias=vector[-values:])
+    wanted = wide(a)
+    # Vectors that begin elsewhere may be added in another order.
+    assert error(final_layer(b, "extension"), wanted) <= 2 * error(final_layer(a, "reference"), wanted)
+
+
 @pytest.mark.parametrize("part", ["h", "rows", "t", "y", "weight", "bias", "eps", "grid_rows", "patch_rows"])
 def test_a_part_read_wrongly_exceeds_the_bound(part):
     """The control: a bias is seen where it is off by 1e-4 of itself, eps where it is by 1e-4."""

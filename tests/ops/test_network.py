@@ -61,6 +61,22 @@ def test_errors_are_at_most_twice_the_references(shape, skips, turned):
     assert error(drafter_network(a, "extension"), wanted) <= 2 * error(drafter_network(a, "reference"), wanted)
 
 
+@needs_extension
+def test_weights_that_are_parts_of_one_vector():
+    """As flattened parameters are; tokens and modulations that begin within a larger tensor."""
+    a = given(4, 5, 30, 3, 2)
+    vector = torch.cat([normals(1000, seed=5), *(weight.flatten() for weight in a.weights)])
+    parts, first = [], 1000
+    for weight in a.weights:
+        parts.append(vector[first : first + weight.numel()].view(weight.shape))
+        first += weight.numel()
+    rows = (torch.cat([torch.zeros_like(part[:1]), part])[1:] for part in a[:3])
+    found = drafter_network(NetworkArguments(*rows, parts, a.heads, a.eps), "extension")
+    wanted = wide(a)
+    # Vectors that begin elsewhere may be added in another order.
+    assert error(found, wanted) <= 2 * error(drafter_network(a, "reference"), wanted)
+
+
 def changed(a: NetworkArguments, part: str) -> NetworkArguments:
     """The same with one part of a call read wrongly."""
     weights = list(a.weights)

@@ -15,7 +15,7 @@ from free_dit import DiT, DiTConfig, load_bundled
 from free_dit.networks.policy import PolicyConfig
 from free_dit.networks.sit import SiT
 from free_dit.policy.target import PolicyTarget
-from free_kernels import DiffusersDiTTarget, DiTTarget, SiTTarget, extension, sample
+from free_kernels import DiffusersDiTTarget, DiTTarget, SiTTarget, check_target, extension, sample
 from free_kernels.targets import DiffusersFlowTarget, fused_head
 
 pytestmark = pytest.mark.skipif(not extension.has_extension(), reason="needs the compiled extension")
@@ -127,7 +127,21 @@ class Slotted:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "how", ["hook", "class", "weights", "bias", "norm", "eps", "turned", "rectified", "dtype", "double", "parametrized"]
+    "how",
+    [
+        "hook",
+        "class",
+        "weights",
+        "bias",
+        "strided",
+        "norm",
+        "eps",
+        "turned",
+        "rectified",
+        "dtype",
+        "double",
+        "parametrized",
+    ],
 )
 def test_a_head_of_other_parts_calls_them(how):
     module = load_bundled("digits")[0].module
@@ -140,6 +154,8 @@ def test_a_head_of_other_parts_calls_them(how):
         final.norm_final = nn.LayerNorm(64, eps=1e-6, bias=False)
     elif how == "bias":
         final.norm_final.register_parameter("bias", nn.Parameter(torch.ones(64)))
+    elif how == "strided":
+        final.linear.bias = nn.Parameter(final.linear.bias.repeat_interleave(2)[::2])
     elif how == "norm":
         final.norm_final = nn.GroupNorm(16, 16, eps=1e-6, affine=False)
     elif how == "eps":
@@ -162,6 +178,32 @@ def test_functions_of_any_kind_unpatchify():
     target = digits()
     target.module.unpatchify = Slotted(target.module.unpatchify)
     assert is_fused(DiTTarget(target.module))
+
+
+@torch.no_grad()
+def test_weights_that_are_parts_of_one_vector():
+    target = digits()
+    flat = nn.utils.parameters_to_vector(target.module.parameters())
+    nn.utils.vector_to_parameters(flat, target.module.parameters())
+    assert check_target(target.module).path == "hoisted"
+    assert is_fused(DiTTarget(target.module))
+
+
+@torch.no_grad()
+def test_an_unpatchify_that_writes_to_its_input_does_so_for_itself():
+    target = digits()
+    own = target.module.unpatchify
+    target.module.unpatchify = lambda tokens: own(tokens.clamp_(-1.5, 1.5))
+    assert not is_fused(DiTTarget(target.module))
+    assert is_fused(digits())
+
+
+@torch.no_grad()
+def test_tangents_go_through_the_parts():
+    target, t, y = digits(), torch.tensor([600]), torch.tensor([3])
+    hoisted, h = target.hoisted(t, y), torch.randn(1, *target.feature_shape)
+    _, tangent = torch.func.jvp(lambda h: hoisted.head(h, t, y), (h,), (torch.randn_like(h),))
+    assert tangent.abs().mean() > 0
 
 
 @torch.no_grad()
