@@ -57,7 +57,8 @@ def measured(asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     from free_dit import load_bundled
     from free_kernels import DDPMSchedule, FlowSDESchedule, sample
 
-    described, denoisers = study().described, study().denoiser_module()
+    dimension = study()
+    denoisers = dimension.denoiser_module()
 
     @cache
     def target_of(name: str | int) -> Any:
@@ -73,7 +74,7 @@ def measured(asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         labels = torch.arange(case["images"]) % 10 if of_digits else torch.zeros(case["images"], dtype=torch.int64)
         settings = {"schedule": schedule, "drafter": "frozen", "draft_length": case["length"], "seed": case["seed"]}
         result = sample(target_of(case["target"]), labels, guidance_scale=case["guidance"], **settings)
-        yield case | described(result.stats, steps)
+        yield case | dimension.described(result.stats, steps)
 
 
 def page(rows: list[dict[str, Any]], builds: list[str]) -> str:

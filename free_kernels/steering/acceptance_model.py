@@ -39,7 +39,6 @@ class AcceptanceModel:
         self._read()
 
     def _read(self) -> None:
-        self._new_odds = self._new.by_step.ravel()
         # Of each step's draft: if it is the first new one, and if it is a seen one; behind the chain all is refused.
         behind = np.full(self._width + 1, np.inf)
         self._first_odds, self._seen_odds = (np.concatenate([kind.by_step[:, 0], behind]) for kind in self._kinds)
@@ -73,8 +72,8 @@ class AcceptanceModel:
         """``[S, width]``: acceptance of each draft if those before are; ``as_seen`` where an earlier round asked."""
         ahead = self._ahead[:width]
         if as_seen is None:
-            return _acceptance(self._new, self._new_odds, (steps * self._width)[:, None] + ahead)
-        as_new = _acceptance(self._new, self._new_odds, ((steps + seen) * self._width - seen)[:, None] + ahead)
+            return _acceptance(self._new, self._new.by_step, (steps * self._width)[:, None] + ahead)
+        as_new = _acceptance(self._new, self._new.by_step, ((steps + seen) * self._width - seen)[:, None] + ahead)
         return np.where(ahead < seen[:, None], as_seen[:, :width], as_new)
 
     def outlook(self, steps: np.ndarray, seen: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,4 +122,5 @@ class AcceptanceModel:
 
 
 def _acceptance(kind: RefusalOdds, odds: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Of drafts whose odds stand at some places of an array, counted row by row."""
     return 1 / (1 + kind.factor * odds.take(places, mode="clip"))

@@ -201,17 +201,16 @@ class DraftLengthPolicy:
                 count,
             )
         )
-        # Over ordinary steps.
-        speed = best.speed * (step_s / count)
-        known.speed = speed * known.trust
+        # Speeds are told over that of ordinary steps.
+        ordinary, plan = step_s / count, best
+        known.speed = best.speed * ordinary * known.trust
         allowed = known.saved + _LOSS_AT_START * self.num_steps + _LOSS_ON_THE_WAY * self._elapsed / step_s
-        plan = best
         if known.speed >= _WANTED_SPEED and allowed >= 0:
             known.hold, self._next_look = _SHORTEST_HOLD, 0
         else:
             # Try all the same now and then, if cheap: neither costs nor acceptance may be known yet.
-            plan, speed = shortest, shortest.speed * (step_s / count)
-            affordable = 1 / max(speed, 1e-3) - 1 <= max(0.0, allowed)
+            plan = shortest
+            affordable = 1 / max(plan.speed * ordinary, 1e-3) - 1 <= max(0.0, allowed)
             wait = known.hold if affordable else max(known.hold, _SHORTEST_WAIT)
             self._next_look = known.round + min(wait, _LONGEST_WAIT)
             if known.round < known.next_trial or not affordable:
@@ -220,7 +219,7 @@ class DraftLengthPolicy:
             known.hold = min(2 * known.hold, _LONGEST_HOLD)
         self._promised = plan.promised
         for slot, drafts in zip(drafting, plan.drafts, strict=True):
-            lengths[slot] += min(drafts, room[slot])
+            lengths[slot] += drafts
         return lengths
 
     @property

@@ -14,7 +14,7 @@ from free_kernels.conditioning import ConditioningTable
 from free_kernels.extension import why_no_kernel
 from free_kernels.ops.final_layer import FinalLayerArguments, final_layer
 from free_kernels.ops.final_layer.reference import unpatchify
-from free_kernels.targets.inspection import has_global_hooks, is_abstract, is_replaced
+from free_kernels.targets.inspection import global_hooks, is_abstract, is_replaced
 
 
 class HeadParts(NamedTuple):
@@ -64,7 +64,7 @@ def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:
     no weights, and tokens are laid out as the op does it.
     """
     norm, linear = parts.norm, parts.linear
-    if why_no_kernel("final_layer_cpu", "cpu") is not None or has_global_hooks():
+    if why_no_kernel("final_layer_cpu", "cpu") is not None or global_hooks():
         return None
     if type(norm) is not nn.LayerNorm or type(linear) is not nn.Linear:
         return None

@@ -166,10 +166,10 @@ def is_replaced(module: nn.Module) -> bool:
     return bool(patches("", module)) or module._compiled_call_impl is not None
 
 
-def has_global_hooks() -> bool:
-    """Whether hooks are called around every module's forward."""
+def global_hooks() -> list[Callable[..., Any]]:
+    """What is called around every module's forward."""
     hooks = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+    return [*hooks._global_forward_hooks.values(), *hooks._global_forward_pre_hooks.values()]
 
 
 def suspicions(module: nn.Module) -> list[str]:
@@ -222,12 +222,8 @@ def fingerprint(walked: Sequence[nn.Module]) -> tuple[Any, ...]:
     )
     # What holds for all modules: forwards of classes, hooks on every call.
     forwards = {kind: _forward(kind) for kind in set(map(type, walked))}
-    everywhere = [
-        *nn.modules.module._global_forward_hooks.values(),
-        *nn.modules.module._global_forward_pre_hooks.values(),
-    ]
     # Those of torch's own tools, such as its counter of operations, only watch.
-    around = tuple(id(hook) for hook in everywhere if not getattr(hook, "__module__", "").startswith("torch."))
+    around = tuple(id(hook) for hook in global_hooks() if not getattr(hook, "__module__", "").startswith("torch."))
     return parts, forwards, around, tuple(_stamp(weight) for weight in _tensors(walked))
 
 

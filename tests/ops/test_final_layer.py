@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from test_drafting import needs_extension, normals
+from test_network import error
 from torch import Tensor
 
 from free_kernels.ops.final_layer import FinalLayerArguments, api, final_layer
@@ -47,10 +48,6 @@ def wide(a: FinalLayerArguments) -> Tensor:
     """The reference in float64."""
     parts = {name: getattr(a, name).double() for name in ("h", "rows", "weight")}
     return api.reference.final_layer(a._replace(**parts, bias=None if a.bias is None else a.bias.double()))
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).square().mean().sqrt())
 
 
 @needs_extension

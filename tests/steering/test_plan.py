@@ -47,6 +47,7 @@ def test_the_compiled_function_plans_as_numpy_does(slots, grain, reuses):
         a = given(slots, seed, grain=grain, reuses=reuses)
         for found, wanted in zip(plan_round(a), reference_plan(a), strict=True):
             assert found.drafts == wanted.drafts
+            assert all(drafts <= room for drafts, room in zip(found.drafts, a.room, strict=True))
             # Sums of positive numbers in the same order; a compiler may fuse a product with a sum.
             assert found[:2] == pytest.approx(wanted[:2], rel=1e-12)
 

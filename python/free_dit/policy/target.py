@@ -73,7 +73,7 @@ class PolicyTarget(AdaLNTarget):
         clone = copy.copy(self)
         clone._observations = values.to(self.device, self.dtype)
         clone.pooled = self.module.o_embedder(clone._observations)
-        clone._block_table = clone._final_table = clone._fused_head = clone._time_tables = None
+        clone._block_table = clone._final_table = clone._time_tables = None
         clone.num_classes = len(known)
         return clone
 
