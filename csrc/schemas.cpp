@@ -57,6 +57,16 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "renew_slots_cpu(Tensor steps, Tensor images, Tensor numbers, Tensor(a!) indices, Tensor(b!) "
       "rounds) -> Tensor");
   library.def(
+      "close_round_cpu(Tensor output, Tensor next_states, Tensor gap_sq, Tensor committed, Tensor lengths, "
+      "Tensor draft_states, Tensor features, Tensor row_offsets, Tensor(a!) state, Tensor(b!) previous, "
+      "Tensor(c!) parent, Tensor(d!) steps, Tensor(e!) images, Tensor(f!) labels, Tensor(g!) samples, "
+      "Tensor all_labels, Tensor(h!) queue, Tensor numbers, Tensor(i!) indices, Tensor(j!) rounds, "
+      "Tensor(k!) deviation, Tensor table, Tensor(l!)? at, Tensor(m!)? held_states, "
+      "Tensor(n!)? held_features, Tensor(o!)? places, Tensor(p!)? before, Tensor(q!)? ahead, "
+      "Tensor(r!)? clean_at, Tensor(s!)? clean_states, Tensor(t!)? clean, Tensor(u!)? clean_places, "
+      "Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response, float guidance_scale, "
+      "int guidance_channels, float clip) -> (Tensor report, Tensor fresh)");
+  library.def(
       "philox_round(int seed, Tensor images, Tensor steps, int numel, bool slack, Tensor? rounds=None) -> "
       "(Tensor noise, Tensor slack_noise, Tensor uniform)");
   library.def("couple_cpu" FREE_KERNELS_COUPLING);
@@ -72,6 +82,13 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "final_layer_cpu(Tensor h, Tensor rows, Tensor row_of_timestep, Tensor row_of_label, Tensor t, "
       "Tensor y, Tensor weight, Tensor? bias, float eps, int grid_rows, int patch_rows, int patch_columns) "
       "-> Tensor");
+  library.def(
+      "advance_from_features_cpu(Tensor h, Tensor table, Tensor row_of_timestep, Tensor row_of_label, Tensor "
+      "t, "
+      "Tensor y, Tensor weight, Tensor? bias, float eps, int grid_rows, int patch_rows, int patch_columns, "
+      "Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor columns, Tensor rows, int "
+      "draft, "
+      "float guidance_scale, int guidance_channels, float clip) -> ()");
   library.def(
       "adaptive_norm_cpu(Tensor x, Tensor? update, Tensor modulations, Tensor? skip, int gate_at, "
       "int shift_at, int scale_at, int gain_at, float eps) -> (Tensor, Tensor)");

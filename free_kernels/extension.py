@@ -34,6 +34,8 @@ OPS = (
     "row_errors_cpu",
     "renew_slots_cpu",
     "draft_rows_cpu",
+    "advance_from_features_cpu",
+    "close_round_cpu",
     "drafter_tokens_cpu",
     "table_rows_cpu",
     "adaptive_norm_cpu",

@@ -7,6 +7,7 @@
 #include "../checks.h"
 #include "floats.h"
 #include "output_kind.h"
+#include "round_parts.h"
 
 namespace free_kernels {
 namespace {
@@ -252,6 +253,8 @@ void keep_slot(const Keeping& a, int64_t slot, float* scratch) {
   }
 }
 
+}  // namespace
+
 void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& row_offsets,
                      const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& table,
                      const Tensor& before, const Tensor& at, const Tensor& held_states,
@@ -327,8 +330,6 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
     for (int64_t slot = from; slot < to; ++slot) keep_slot(keeping, slot, scratch.data());
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("replay_drafts_cpu", TORCH_BOX(&replay_drafts));

@@ -8,6 +8,7 @@
 
 #include "../checks.h"
 #include "floats.h"
+#include "round_parts.h"
 
 namespace free_kernels {
 namespace {
@@ -87,6 +88,8 @@ void advance_slot(int64_t slot, const Drafting& drafting, const T* output, const
   }
 }
 
+}  // namespace
+
 void advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, const Tensor& noise,
                     const Tensor& columns, const Tensor& output, const Tensor& rows, int64_t first,
                     int64_t end, double guidance_scale, int64_t guidance_channels, double clip) {
@@ -137,6 +140,8 @@ void advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& std,
     });
   });
 }
+
+namespace {
 
 using Opened = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -201,6 +206,8 @@ std::tuple<Tensor, Tensor> draft_rows(const Tensor& states, const Tensor& timest
   return {state, t};
 }
 
+}  // namespace
+
 Tensor renew_slots(const Tensor& steps, const Tensor& images, const Tensor& numbers, const Tensor& indices,
                    const Tensor& rounds) {
   constexpr const char* op = "renew_slots";
@@ -255,8 +262,6 @@ Tensor tally_round(const Tensor& output, const Tensor& next_states, const Tensor
   *mutable_ints(result) = finite;
   return result;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("advance_drafts_cpu", TORCH_BOX(&advance_drafts));

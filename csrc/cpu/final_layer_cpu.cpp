@@ -6,6 +6,7 @@
 #include "floats.h"
 #include "norms.h"
 #include "products.h"
+#include "round_parts.h"
 #include "table_index.h"
 
 namespace free_kernels {
@@ -63,6 +64,8 @@ Grid check(const Tensor& h, const Tensor& rows, const Tensor& weight, const std:
   return {grid_rows, tokens / grid_rows, patch_rows, patch_columns, values / (patch_rows * patch_columns)};
 }
 
+}  // namespace
+
 Tensor final_layer(const Tensor& h, const Tensor& rows, const Tensor& row_of_timestep,
                    const Tensor& row_of_label, const Tensor& t, const Tensor& y, const Tensor& weight,
                    const std::optional<Tensor>& bias, double eps, int64_t grid_rows, int64_t patch_rows,
@@ -99,8 +102,6 @@ Tensor final_layer(const Tensor& h, const Tensor& rows, const Tensor& row_of_tim
                               });
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("final_layer_cpu", TORCH_BOX(&final_layer));

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "round_parts.h"
 
 namespace free_kernels {
 namespace {
@@ -81,7 +82,9 @@ void check_bounds(const CommitTensors& tensors, const CommitShape& shape) {
   }
 }
 
-void commit(const CommitTensors& tensors, const CommitShape& shape) {
+}  // namespace
+
+void commit_on_cpu(const CommitTensors& tensors, const CommitShape& shape) {
   check_bounds(tensors, shape);
   const int64_t* committed = ints(tensors.committed);
   const int64_t* row_offsets = ints(tensors.row_offsets);
@@ -121,11 +124,9 @@ void commit(const CommitTensors& tensors, const CommitShape& shape) {
   }
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("pack_drafts", TORCH_BOX(&pack_drafts<pack>));
-  library.impl("commit_drafts", TORCH_BOX(&commit_drafts<commit>));
+  library.impl("commit_drafts", TORCH_BOX(&commit_drafts<commit_on_cpu>));
 }
 
 }  // namespace free_kernels

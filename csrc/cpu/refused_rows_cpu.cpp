@@ -6,6 +6,7 @@
 
 #include "../checks.h"
 #include "floats.h"
+#include "round_parts.h"
 
 namespace free_kernels {
 namespace {
@@ -202,6 +203,8 @@ Tensor correct_features(const Tensor& drafted, const Tensor& errors, const Tenso
   return out;
 }
 
+}  // namespace
+
 void keep_rows(const Tensor& states, const Tensor& features, const Tensor& output, const Tensor& row_offsets,
                const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& at,
                const Tensor& held_states, const Tensor& held_features) {
@@ -297,8 +300,6 @@ void find_rows(const Tensor& at, const Tensor& steps, const Tensor& places, cons
     mutable_ints(before)[slot] = first > 0 && own[last] == first - 1 ? slot * all + last : -1;
   }
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("correct_features_cpu", TORCH_BOX(&correct_features));

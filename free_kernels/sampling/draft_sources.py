@@ -78,6 +78,7 @@ class Fresh:
             else None
         )
         active: Tensor | None = None
+        head = job.drafting_head()
         for j in range(ahead.count):
             if not counts[j]:
                 break
@@ -94,10 +95,13 @@ class Fresh:
             else:
                 state, t = draft_rows(RowArguments(ahead.drafts.states, ahead.timesteps, j, branches, active), backend)
             feature = self._draft_feature(j, DraftInputs(feature, previous, state, t, y), active)
-            scales = None
-            if ahead.scales is not None:
-                scales = ahead.scales[:, j] if active is None else ahead.scales[active, j]
-            ahead.advance(job.mixed(job.head(feature, t, y), scales), places, j)
+            if head is not None:
+                ahead.advance_from(head, feature, t, y, places, j)
+            else:
+                scales = None
+                if ahead.scales is not None:
+                    scales = ahead.scales[:, j] if active is None else ahead.scales[active, j]
+                ahead.advance(job.mixed(job.head(feature, t, y), scales), places, j)
             previous = state
 
     def _draft_feature(self, j: int, inputs: DraftInputs, active: Tensor | None) -> Tensor:

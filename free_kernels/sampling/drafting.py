@@ -11,6 +11,7 @@ from free_kernels.ops.drafting import AdvanceArguments, OpenArguments, open_roun
 from free_kernels.ops.drafting.api import ADVANCE
 from free_kernels.sampling.job import Job
 from free_kernels.sampling.slots import Slots
+from free_kernels.targets.fused_head import FusedHead
 
 
 class Drafts(NamedTuple):
@@ -80,3 +81,7 @@ class DraftingPass:
         """Make one draft of each slot whose entry in ``rows [S, L - 1]``, a row of the output, is not negative."""
         given = *self.drafts, self.noise, self.columns, output, rows, draft, draft + 1
         ADVANCE(AdvanceArguments(*given, *self._settings), output, self.job.options.backend)
+
+    def advance_from(self, head: FusedHead, feature: Tensor, t: Tensor, y: Tensor, rows: Tensor, draft: int) -> None:
+        """As :meth:`advance`, with the output of ``head`` for ``feature [B R, T, D]``, ``t`` and ``y [B R]``."""
+        head.advance(feature, t, y, *self.drafts, self.noise, self.columns, rows, draft, *self._settings)

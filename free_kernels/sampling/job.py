@@ -30,6 +30,7 @@ from free_kernels.sampling.noise import as_noise_source
 from free_kernels.sampling.options import Options
 from free_kernels.targets import as_target
 from free_kernels.targets.adaln import AdaLNTarget
+from free_kernels.targets.fused_head import FusedHead
 from free_kernels.validation import check_int, describe, fail
 
 # Noise is drawn for several steps or images at once, up to this many elements.
@@ -172,6 +173,16 @@ class Job:
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's output, of the shape it promised; without variance channels where the variance is fixed."""
         return self._checked_output(self.target.head(h, t, y), h.shape[0])
+
+    def drafting_head(self) -> FusedHead | None:
+        """The head in one call that makes a draft, too, if the target has such a one and its output is used whole."""
+        return self.target.drafting_head() if self._drafts_with_head else None
+
+    @cached_property
+    def _drafts_with_head(self) -> bool:
+        target, compiled = self.target, self.options.backend in ("auto", "extension")
+        whole = isinstance(target, AdaLNTarget) and self.learned == target.learns_variance
+        return whole and compiled and len(target.latent_shape) == 3 and self.scales is None
 
     def scales_at(self, steps: Tensor, images: Tensor) -> Tensor | None:
         """Guidance scales at ``steps [S]`` or ``[S, L]`` of ``images [S]``; None where one number holds for all."""

@@ -152,13 +152,20 @@ class FeatureRows(RefusedRows):
 
     def keep(self, played: KeptRound) -> None:
         """As :meth:`RefusedRows.keep`."""
-        self._allocate(played.states)
-        features = played.features
+        keep_rows(KeepArguments(*played, *self._held_for(played.states, played.features)), self.backend)
+
+    def tensors(self, states: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        """All that is held, to take in such states and features: ``at`` to ``ahead`` of ``close_round``."""
+        return *self._held_for(states, features), self.places, self.before, self.ahead
+
+    def _held_for(self, states: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Steps, states and features of the rows, with room for such."""
+        self._allocate(states)
         if self._features is None or self._features.dtype != features.dtype:
             shape = self._branches, *self._at.shape, *features.shape[1:]
             self._features = features.new_zeros(shape) if self._features is None else self._features.to(features.dtype)
             self.features = self._features.flatten(1, 2)
-        keep_rows(KeepArguments(*played, self._at, self._states, self._features), self.backend)
+        return self._at, self._states, self._features
 
 
 class CleanRows(RefusedRows):
@@ -195,6 +202,12 @@ class CleanRows(RefusedRows):
     def nbytes(self) -> int:
         """As :attr:`RefusedRows.nbytes`."""
         return super().nbytes + self._clean.nbytes + self.response.nbytes
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held: ``clean_at`` to ``response`` of :func:`~free_kernels.ops.rounds.close_round`."""
+        held = self._at, self._states, self._clean, self.places, self.before, self.ahead
+        return *held, self.response
 
     def keep(self, played: KeptRound) -> None:
         """As :meth:`RefusedRows.keep`; also measures the responses."""

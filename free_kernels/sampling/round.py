@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from free_kernels.constants import Purpose
+from free_kernels.extension import why_no_kernel
 from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
 from free_kernels.ops.packing import pack_drafts
+from free_kernels.ops.rounds import CloseArguments, close_round
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, frozen_steps, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
 from free_kernels.sampling.draft_sources import Replayed, Source, clean_rows, draft_source, refused_rows
 from free_kernels.sampling.drafting import DraftingPass, Drafts
 from free_kernels.sampling.job import Job, Network
-from free_kernels.sampling.refused_rows import CleanRows, KeptRound, RefusedRows
+from free_kernels.sampling.refused_rows import CleanRows, FeatureRows, KeptRound, RefusedRows
 from free_kernels.sampling.run_stats import RunStats
 from free_kernels.sampling.slots import Slots
 from free_kernels.steering.length_policy import LONGEST
@@ -129,6 +131,9 @@ class Rounds:
         if length > 1 and self.frozen_steps and not isinstance(self.refused, CleanRows):
             self.clean = clean_rows(job, len(slots), length, self.backend)
         self._kept: list[RefusedRows] = [rows for rows in (self.refused, self.clean) if rows is not None]
+        self._feature_rows = next((rows for rows in self._kept if isinstance(rows, FeatureRows)), None)
+        self._clean_rows = next((rows for rows in self._kept if isinstance(rows, CleanRows)), None)
+        self._closes_at_once = self.backend in ("auto", "extension") and why_no_kernel("close_round_cpu", "cpu") is None
         self._no_rows = torch.zeros_like(slots.steps)
         self._coupling_settings: dict[str, Any] = {
             "guidance_scale": job.guidance_scale,
@@ -230,18 +235,39 @@ class Rounds:
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
         coupling = self._couple(drafts, numbers, steps, output, row_offsets, columns, weights)
-        decided = coupling.committed, slots.lengths, slots.steps
-        finite = self.stats.tally(output, coupling, *decided, self.backend)
         if weights is not None:
             self._learn(coupling, weights)
-        features = wait()
+        close = self._close_at_once if self._closes_at_once and output.is_cpu else self._close
+        report, fresh = close(drafts, output, wait(), coupling, row_offsets)
+        self._forget_past(fresh, coupling.committed, longest - 1)
+        return Played(drafts, output, coupling, report)
+
+    def _close(
+        self, drafts: Drafts, output: Tensor, features: Tensor, coupling: Coupling, row_offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Count, keep and commit what was decided; the packed report, and bool ``[S]``, slots at their first step."""
+        slots, committed = self.slots, coupling.committed
+        decided = committed, slots.lengths, slots.steps
+        finite = self.stats.tally(output, coupling, *decided, self.backend)
         kept = KeptRound(drafts.states, features, output, row_offsets, *decided)
         for memory in self._kept:
             memory.keep(kept)
-        fresh = slots.commit(coupling.committed, coupling.next_states, drafts.states, features, row_offsets)
-        self._forget_past(fresh, coupling.committed, longest - 1)
+        fresh = slots.commit(committed, coupling.next_states, drafts.states, features, row_offsets)
+        self._find_kept()
         ahead = self._no_rows if self.refused is None else self.refused.ahead
-        return Played(drafts, output, coupling, RoundReport.pack(coupling.committed, slots, ahead, finite))
+        return RoundReport.pack(committed, slots, ahead, finite), fresh
+
+    def _close_at_once(
+        self, drafts: Drafts, output: Tensor, features: Tensor, coupling: Coupling, row_offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`_close`, in one call."""
+        job, slots, states = self.job, self.slots, drafts.states
+        decided = output, coupling.next_states, coupling.gap_sq, coupling.committed, slots.lengths
+        moved = *slots.tensors(features), self.stats.deviation, job.table
+        rows = self._feature_rows.tensors(states, features) if self._feature_rows is not None else (None,) * 6
+        clean = self._clean_rows.tensors if self._clean_rows is not None else (None,) * 7
+        settings = job.guidance_scale, job.guidance_channels, job.clip
+        return close_round(CloseArguments(*decided, states, features, row_offsets, *moved, *rows, *clean, *settings))
 
     def _draft(self, ahead: DraftingPass, sources: Source, late: list[int] | None) -> None:
         """Make the round's drafts; see :meth:`play_on_device`."""
@@ -288,14 +314,19 @@ class Rounds:
         rows = torch.arange(len(slots) + 1, device=after.device)
         committed = torch.ones_like(slots.steps)
         fresh = slots.commit(committed, after, slots.state.unsqueeze(1), features, rows)
+        self._find_kept()
         self._forget_past(fresh, committed, 0)
 
     def begin_behind(self, output: Tensor, features: Tensor) -> None:
         """Rounds go on from the slots as they were put, with what the network gave for the states before."""
         slots = self.slots
         self._keep_only(slots.previous, output, features, slots.steps - 1)
+        self._find_kept()
+
+    def _find_kept(self) -> None:
+        """After the slots have moved, find what is kept of the steps ahead."""
         for memory in self._kept:
-            memory.begin(slots.steps)
+            memory.begin(self.slots.steps)
 
     def _keep_only(self, states: Tensor, output: Tensor, features: Tensor, steps: Tensor) -> None:
         """Keep one row of every slot, of ``states [S, C, H, W]`` at ``steps [S]``, and no other."""
@@ -309,8 +340,6 @@ class Rounds:
 
     def _forget_past(self, fresh: Tensor, committed: Tensor, drafts: int) -> None:
         """After a commit, forget what belongs to finished images, and the drafter's calls at refused drafts."""
-        for memory in self._kept:
-            memory.begin(self.slots.steps)
         if self.relaxation is not None:
             self.relaxation.reset(fresh)
         if self.memory is not None:

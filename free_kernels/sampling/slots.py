@@ -65,10 +65,6 @@ class Slots:
         Returns:
             bool ``[S]``, the slots whose image is at its first step.
         """
-        if self.parent is None:
-            self.parent = features.new_zeros(self.job.branches, len(self), *features.shape[1:])
-        elif self.parent.dtype != features.dtype:
-            self.parent = self.parent.to(features.dtype)
         commit_drafts(
             committed,
             after,
@@ -77,7 +73,7 @@ class Slots:
             row_offsets,
             state=self.state,
             previous=self.previous,
-            parent=self.parent,
+            parent=self._parent_for(features),
             steps=self.steps,
             images=self.images,
             labels=self.labels,
@@ -89,6 +85,20 @@ class Slots:
         )
         now = self.steps, self.images, self.pool.indices, self.indices, self.rounds
         return renew_slots(RenewArguments(*now), self.job.options.backend)
+
+    def tensors(self, features: Tensor) -> tuple[Tensor, ...]:
+        """All that a commit of such features moves: ``state`` to ``rounds`` of ``close_round``."""
+        pool, parent = self.pool, self._parent_for(features)
+        slots = self.state, self.previous, parent, self.steps, self.images, self.labels
+        return *slots, pool.samples, pool.labels, pool.queue, pool.indices, self.indices, self.rounds
+
+    def _parent_for(self, features: Tensor) -> Tensor:
+        """The parents, with room for features like these."""
+        if self.parent is None:
+            self.parent = features.new_zeros(self.job.branches, len(self), *features.shape[1:])
+        elif self.parent.dtype != features.dtype:
+            self.parent = self.parent.to(features.dtype)
+        return self.parent
 
     def set_first_parents(self, guess: Tensor) -> None:
         """Images at their first step get a parent: the feature ``guess [S, T, D]`` at their own state."""

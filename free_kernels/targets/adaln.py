@@ -197,12 +197,19 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         """Network output ``[R, C or 2C, H, W]``."""
         h = self._cast(h)
         if self._final_table is not None:
-            fused = self._fused_head
-            # The op has no derivative, and computes in float32.
-            if fused is None or is_differentiating() or torch.is_autocast_enabled("cpu"):
-                return self._run_head(h, self._final_table(t, y))
-            return fused(h, t, y)
+            fused = self._usable_head()
+            return self._run_head(h, self._final_table(t, y)) if fused is None else fused(h, t, y)
         return self._run_head(h, self._final_modulations(t, y)) if self._by_parts else self._plain_head(h, t, y)
+
+    def _usable_head(self) -> FusedHead | None:
+        """The head in one call, where it may be called now: it has no derivative, and computes in float32."""
+        fused = self._fused_head
+        return None if fused is None or is_differentiating() or torch.is_autocast_enabled("cpu") else fused
+
+    def drafting_head(self) -> FusedHead | None:
+        """The head in one call, where :meth:`head` is nothing else; for as long as the caller's modes stay."""
+        own = type(self).head is AdaLNTarget.head and "head" not in self.__dict__
+        return self._usable_head() if own else None
 
     def _cast(self, given: Tensor) -> Tensor:
         """In the module's dtype."""

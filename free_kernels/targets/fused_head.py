@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from free_kernels.conditioning import ConditioningTable
 from free_kernels.extension import why_no_kernel
 from free_kernels.ops.final_layer import FinalLayerArguments, final_layer
 from free_kernels.ops.final_layer.reference import unpatchify
+from free_kernels.ops.rounds import HeadAdvanceArguments, advance_from_features
 from free_kernels.targets.inspection import global_hooks, is_abstract, is_replaced
 
 
@@ -55,6 +56,11 @@ class FusedHead:
         given = h.contiguous(), *self._table, t.contiguous(), y.contiguous()
         output = final_layer(FinalLayerArguments(*given, self._linear.weight, self._linear.bias, *self._settings))
         return output if len(self._shape) == 3 else output.view(-1, *self._shape)
+
+    def advance(self, h: Tensor, t: Tensor, y: Tensor, *drafts: Any) -> None:
+        """A draft from features ``[R, T, D]``, without the output; ``drafts``: the rest of the op's arguments."""
+        given = h.float().contiguous(), *self._table, t, y, self._linear.weight, self._linear.bias, *self._settings
+        advance_from_features(HeadAdvanceArguments(*given, *drafts))
 
 
 def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:

@@ -1,0 +1,150 @@
+"""Ops that follow one another in a round, in one call on the CPU, where calls take longer than what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from free_kernels.ops.declaration import KernelOp, Op
+from free_kernels.ops.drafting import (
+    AdvanceArguments,
+    FindArguments,
+    KeepArguments,
+    KeepCleanArguments,
+    RenewArguments,
+    TallyArguments,
+)
+from free_kernels.ops.drafting.api import ADVANCE, FIND, KEEP, KEEP_CLEAN, RENEW, TALLY
+from free_kernels.ops.final_layer.api import OP as FINAL_LAYER
+from free_kernels.ops.final_layer.arguments import FinalLayerArguments
+from free_kernels.ops.packing.api import COMMIT
+from free_kernels.ops.packing.arguments import CommitArguments
+from free_kernels.ops.rounds.arguments import CloseArguments as CloseArguments
+from free_kernels.ops.rounds.arguments import HeadAdvanceArguments as HeadAdvanceArguments
+from free_kernels.validation import fail
+
+_NAME = "close_round"
+_HELD = (
+    ("at", "held_states", "held_features", "places", "before", "ahead"),
+    ("clean_at", "clean_states", "clean", "clean_places", "clean_before", "clean_ahead", "response"),
+)
+
+
+def _closing(a: CloseArguments) -> Iterator[tuple[Op | KernelOp, Any]]:
+    """The ops that it is made of, with their arguments."""
+    for names in _HELD:
+        given = [name for name in names if getattr(a, name) is not None]
+        if len(given) not in (0, len(names)):
+            fail(_NAME, ", ".join(names), "tensors, or None all of them", f"tensors for {', '.join(given)} only")
+    decided = a.committed, a.lengths, a.steps
+    rows = a.output, a.row_offsets, *decided
+    settings = a.guidance_scale, a.guidance_channels, a.clip
+    yield TALLY, TallyArguments(a.output, a.next_states, a.gap_sq, *decided, a.deviation)
+    if a.at is not None:
+        held = a.at, a.held_states, a.held_features
+        yield KEEP, KeepArguments(a.draft_states, a.features, *rows, *held)
+    if a.clean_at is not None:
+        held = a.clean_before, a.clean_at, a.clean_states, a.clean, a.response
+        yield KEEP_CLEAN, KeepCleanArguments(a.draft_states, *rows, a.table, *held, *settings)
+    drafted, pool = (a.draft_states, a.features, a.row_offsets), (a.samples, a.all_labels, a.queue, len(a.table))
+    slots = a.state, a.previous, a.parent, a.steps, a.images, a.labels
+    yield COMMIT, CommitArguments(a.committed, a.next_states, *drafted, *slots, *pool)
+    yield RENEW, RenewArguments(a.steps, a.images, a.numbers, a.indices, a.rounds)
+    if a.at is not None:
+        yield FIND, FindArguments(a.at, a.steps, a.places, a.before, a.ahead)
+    if a.clean_at is not None:
+        yield FIND, FindArguments(a.clean_at, a.steps, a.clean_places, a.clean_before, a.clean_ahead)
+
+
+def _close(a: CloseArguments) -> tuple[Tensor, Tensor]:
+    found = {op: op(arguments, a.state, "reference") for op, arguments in _closing(a)}
+    ahead = a.ahead if a.at is not None else a.clean_ahead
+    ahead = torch.zeros_like(a.steps) if ahead is None else ahead
+    return torch.cat([a.committed, a.images, a.steps, ahead, found[TALLY]]), found[RENEW]
+
+
+def _check_close(a: CloseArguments) -> None:
+    for op, arguments in _closing(a):
+        op.check(arguments)
+
+
+def _fake_close(a: CloseArguments) -> tuple[Tensor, Tensor]:
+    slots = a.steps.shape[0]
+    return a.steps.new_empty(4 * slots + 1), a.steps.new_empty(slots, dtype=torch.bool)
+
+
+CLOSE = Op("close_round_cpu", CloseArguments, _close, _fake_close, check=_check_close, public=_NAME)
+
+
+def _advancing(a: HeadAdvanceArguments, output: Tensor) -> AdvanceArguments:
+    drafts = a.states, a.mean, a.std, a.noise, a.columns, output, a.rows, a.draft, a.draft + 1
+    return AdvanceArguments(*drafts, a.guidance_scale, a.guidance_channels, a.clip)
+
+
+def _head(a: HeadAdvanceArguments) -> FinalLayerArguments:
+    return FinalLayerArguments(*a[: len(FinalLayerArguments._fields)])
+
+
+def _advance(a: HeadAdvanceArguments) -> None:
+    output = FINAL_LAYER(_head(a), a.h, "reference")
+    ADVANCE(_advancing(a, output), a.states, "reference")
+
+
+def _check_advance(a: HeadAdvanceArguments) -> None:
+    FINAL_LAYER.check(_head(a))
+    ADVANCE.check(_advancing(a, FINAL_LAYER.fake(_head(a))))
+
+
+ADVANCE_FROM_FEATURES = Op(
+    "advance_from_features_cpu",
+    HeadAdvanceArguments,
+    _advance,
+    lambda a: None,
+    check=_check_advance,
+    public="advance_from_features",
+)
+OPS = CLOSE, ADVANCE_FROM_FEATURES
+
+
+def close_round(arguments: CloseArguments, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """What a round does once it is decided: the following ops, one after the other, in one call on the CPU.
+
+    * :func:`~free_kernels.ops.drafting.tally_round`.
+    * :func:`~free_kernels.ops.drafting.keep_rows`, where rows of features are held (``at`` to ``ahead``), and
+      :func:`~free_kernels.ops.drafting.keep_clean_rows`, where clean samples are (``clean_at`` to ``response``).
+    * :func:`~free_kernels.ops.commit_drafts`, with ``len(table)`` steps, and
+      :func:`~free_kernels.ops.drafting.renew_slots`.
+    * :func:`~free_kernels.ops.drafting.find_rows` of what is held.
+
+    Args:
+        arguments: theirs; those of rows that are not held are None.
+        backend: ``"auto"``, ``"reference"`` or ``"extension"``.
+
+    Returns:
+        The report, int64 ``[4 S + 1]``: committed steps, images and steps after the round and rows ahead (of features
+        if they are held, else of clean samples, else 0) of each slot, and whether output and next states are finite;
+        and bool ``[S]``, the slots whose image is at its first step.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used, or the extension refuses a tensor; the message says why.
+    """
+    return CLOSE(arguments, arguments.state, backend)
+
+
+def advance_from_features(arguments: HeadAdvanceArguments, backend: str = "auto") -> None:
+    """A draft of every slot from its features: :func:`~free_kernels.ops.final_layer.final_layer`, then
+    :func:`~free_kernels.ops.drafting.advance_drafts` for ``draft`` with the output.
+
+    Args:
+        arguments: theirs, but for the output; ``table`` is the rows of modulations.
+        backend: ``"auto"``, ``"reference"`` or ``"extension"``, which has no gradient.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used, or the extension refuses a value; the message says why.
+    """
+    ADVANCE_FROM_FEATURES(arguments, arguments.states, backend)

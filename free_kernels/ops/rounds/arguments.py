@@ -1,0 +1,80 @@
+"""What the ops of a round in one call take; ``free_kernels.ops.rounds.api`` describes it."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from torch import Tensor
+
+# What an op writes to, as its schema says.
+Written = Annotated[Tensor, "written"]
+
+
+class HeadAdvanceArguments(NamedTuple):
+    """Arguments of ``advance_from_features``: those of ``final_layer``, and of ``advance_drafts`` for one draft."""
+
+    h: Tensor  # float32 [B R, T, D]
+    table: Tensor  # float32 [N, 2, 1, D]
+    row_of_timestep: Tensor  # int64 [timesteps]
+    row_of_label: Tensor  # int64 [labels]
+    t: Tensor  # int64 [B R]
+    y: Tensor  # int64 [B R]
+    weight: Tensor  # float32 [O, D]
+    bias: Tensor | None  # float32 [O]
+    eps: float  # above 0
+    grid_rows: int  # divides T
+    patch_rows: int
+    patch_columns: int  # patch_rows * patch_columns divides O
+    states: Written  # float32 [S, L, C, H, W], written behind the first row
+    mean: Written  # float32 [S, L - 1, C, H, W], written
+    std: Written  # float32 [S, L - 1, C, H, W], written
+    noise: Tensor  # float32 [S, L, C, H, W]
+    columns: Tensor  # float32 [S, L, 8]
+    rows: Tensor  # int64 [S, W], W > draft
+    draft: int
+    guidance_scale: float  # 1: output has no unconditional branch
+    guidance_channels: int  # in [0, C]
+    clip: float  # inf: no clipping
+
+
+class CloseArguments(NamedTuple):
+    """Arguments of ``close_round``: S slots, R packed rows, N images, K steps, M places of each slot."""
+
+    output: Tensor  # float32, float16 or bfloat16 [B R, C or 2 C, H, W]
+    next_states: Tensor  # float32 [S, C, H, W]
+    gap_sq: Tensor  # float32 [S, L - 1]
+    committed: Tensor  # int64 [S]
+    lengths: Tensor  # int64 [S]
+    draft_states: Tensor  # float32 [S, L, C, H, W]
+    features: Tensor  # float32, float16 or bfloat16 [B R, T, D]
+    row_offsets: Tensor  # int64 [S + 1]
+    state: Written  # float32 [S, C, H, W], written
+    previous: Written  # float32 [S, C, H, W], written
+    parent: Written  # of features' dtype [B, S, T, D], written
+    steps: Written  # int64 [S], written
+    images: Written  # int64 [S], written
+    labels: Written  # int64 [S], written
+    samples: Written  # float32 [N, C, H, W], written
+    all_labels: Tensor  # int64 [N]
+    queue: Written  # int64 [1], written
+    numbers: Tensor  # int64 [N]
+    indices: Written  # int64 [S], written
+    rounds: Written  # int64 [S], written
+    deviation: Written  # float32 [K], written
+    table: Tensor  # float32 [K, 8]
+    at: Written | None  # int64 [S, M + 1], written
+    held_states: Written | None  # float32 [S, M + 1, C, H, W], written
+    held_features: Written | None  # of features' dtype [B, S, M + 1, T, D], written
+    places: Written | None  # int64 [S, W], W < M, written
+    before: Written | None  # int64 [S], written
+    ahead: Written | None  # int64 [S], written
+    clean_at: Written | None  # as at, of places of their own
+    clean_states: Written | None  # as held_states
+    clean: Written | None  # float32 [S, M + 1, C or 2 C, H, W], written
+    clean_places: Written | None  # as places
+    clean_before: Written | None  # as before
+    clean_ahead: Written | None  # as ahead
+    response: Written | None  # float32 [S, 2, 2], written
+    guidance_scale: float  # 1: output has no unconditional branch
+    guidance_channels: int  # in [0, C]
+    clip: float  # inf: no clipping
