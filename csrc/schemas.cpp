@@ -51,6 +51,11 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "open_round_cpu(Tensor state, Tensor current, Tensor timesteps, Tensor table, int length) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
+      "open_keyed_round_cpu(Tensor state, Tensor current, Tensor timesteps, Tensor table, int length, int "
+      "seed, "
+      "Tensor images, bool slack, Tensor? rounds) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  library.def(
       "correct_features_cpu(Tensor drafted, Tensor errors, Tensor state, Tensor previous, Tensor asked,"
       " Tensor latest, int draft, Tensor? active) -> Tensor");
   library.def(

@@ -34,6 +34,7 @@ OPS = (
     "row_errors_cpu",
     "renew_slots_cpu",
     "draft_rows_cpu",
+    "open_keyed_round_cpu",
     "advance_from_features_cpu",
     "close_round_cpu",
     "drafter_tokens_cpu",

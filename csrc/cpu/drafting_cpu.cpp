@@ -141,10 +141,6 @@ void advance_drafts(const Tensor& states, const Tensor& mean, const Tensor& std,
   });
 }
 
-namespace {
-
-using Opened = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Opened open_round(const Tensor& state, const Tensor& current, const Tensor& timesteps, const Tensor& table,
                   int64_t length) {
   constexpr const char* op = "open_round";
@@ -178,6 +174,8 @@ Opened open_round(const Tensor& state, const Tensor& current, const Tensor& time
   }
   return {steps, network_steps, columns, states, mean, std};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> draft_rows(const Tensor& states, const Tensor& timesteps, int64_t draft,
                                       int64_t branches, const std::optional<Tensor>& active) {

@@ -3,8 +3,10 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../checks.h"
+#include "round_parts.h"
 
 namespace free_kernels {
 namespace {
@@ -113,19 +115,26 @@ Tensor philox_normal(int64_t seed, const Tensor& images, const Tensor& steps, in
 // Purposes, as `free_kernels.constants.Purpose`.
 constexpr int64_t kStep = 1, kSlack = 2, kAccept = 3;
 
-std::tuple<Tensor, Tensor, Tensor> philox_round(int64_t seed, const Tensor& images, const Tensor& steps,
-                                                int64_t numel, bool slack,
-                                                const std::optional<Tensor>& rounds) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> round_numbers(int64_t seed, const Tensor& images, const Tensor& steps,
+                                                 const std::vector<int64_t>& latent, bool slack,
+                                                 const std::optional<Tensor>& rounds) {
   constexpr const char* op = "philox_round";
   STD_TORCH_CHECK(steps.dim() == 2, op, ": steps must have 2 dimensions, got ", steps.dim());
   const int64_t slots = steps.size(0), length = steps.size(1);
   check_tensor(op, "steps", steps, ScalarType::Long, {slots, length}, steps);
   check_tensor(op, "images", images, ScalarType::Long, {slots}, steps);
   if (rounds) check_tensor(op, "rounds", *rounds, ScalarType::Long, {slots}, steps);
+  std::vector<int64_t> shape{slots, length};
+  shape.insert(shape.end(), latent.begin(), latent.end());
+  int64_t numel = 1;
+  for (const int64_t size : latent) numel *= size;
   check_numel(op, numel);
+  Tensor noise = empty_on(steps, shape.data(), shape.size(), ScalarType::Float);
   const int64_t slack_numel = slack ? numel : 0;
-  Tensor noise = empty_on(steps, {slots, length, numel}, ScalarType::Float);
-  Tensor other = empty_on(steps, {slots, length, slack_numel}, ScalarType::Float);
+  if (!slack) shape[2] = 0;
+  Tensor other = empty_on(steps, shape.data(), shape.size(), ScalarType::Float);
   Tensor uniform = empty_on(steps, {slots, length}, ScalarType::Float);
   const auto floats = [](const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
   for (int64_t row = 0; row < slots * length; ++row) {
@@ -136,6 +145,14 @@ std::tuple<Tensor, Tensor, Tensor> philox_round(int64_t seed, const Tensor& imag
     fill<Uniform>(seed, image, step, round, kAccept, 1, floats(uniform) + row);
   }
   return {noise, other, uniform};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> philox_round(int64_t seed, const Tensor& images, const Tensor& steps,
+                                                int64_t numel, bool slack,
+                                                const std::optional<Tensor>& rounds) {
+  return round_numbers(seed, images, steps, {numel}, slack, rounds);
 }
 
 }  // namespace

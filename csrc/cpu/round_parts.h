@@ -1,12 +1,25 @@
-// Parts of `close_round` and `advance_from_features`. Each is an op of its own, too.
+// Parts of the ops of rounds_cpu.cpp. Each is an op of its own, too.
 #pragma once
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 #include "../checks.h"
 
 namespace free_kernels {
+
+using Opened = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Opened open_round(const Tensor& state, const Tensor& current, const Tensor& timesteps, const Tensor& table,
+                  int64_t length);
+
+// As `philox_round`, with noise of [S, L] rows of the shape `latent`; slack noise without any has no first
+// dimension of it.
+std::tuple<Tensor, Tensor, Tensor> round_numbers(int64_t seed, const Tensor& images, const Tensor& steps,
+                                                 const std::vector<int64_t>& latent, bool slack,
+                                                 const std::optional<Tensor>& rounds);
 
 Tensor final_layer(const Tensor& h, const Tensor& rows, const Tensor& row_of_timestep,
                    const Tensor& row_of_label, const Tensor& t, const Tensor& y, const Tensor& weight,

@@ -9,6 +9,17 @@
 namespace free_kernels {
 namespace {
 
+using OpenedWithNoise = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+OpenedWithNoise open_keyed_round(const Tensor& state, const Tensor& current, const Tensor& timesteps,
+                                 const Tensor& table, int64_t length, int64_t seed, const Tensor& images,
+                                 bool slack, const std::optional<Tensor>& rounds) {
+  const Opened opened = open_round(state, current, timesteps, table, length);
+  const auto shape = state.sizes();
+  return std::tuple_cat(opened, round_numbers(seed, images, std::get<0>(opened),
+                                              {shape[1], shape[2], shape[3]}, slack, rounds));
+}
+
 // Rows of features, or of clean samples, that slots hold: all of their tensors or none.
 struct Held {
   const char* name;
@@ -91,6 +102,7 @@ void advance_from_features(const Tensor& h, const Tensor& table, const Tensor& r
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
+  library.impl("open_keyed_round_cpu", TORCH_BOX(&open_keyed_round));
   library.impl("close_round_cpu", TORCH_BOX(&close_round));
   library.impl("advance_from_features_cpu", TORCH_BOX(&advance_from_features));
 }

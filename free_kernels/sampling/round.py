@@ -11,12 +11,13 @@ from free_kernels.constants import Purpose
 from free_kernels.extension import why_no_kernel
 from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
 from free_kernels.ops.packing import pack_drafts
+from free_kernels.ops.random.api import signed_seed
 from free_kernels.ops.rounds import CloseArguments, close_round
 from free_kernels.ops.triton_runtime import use_triton
 from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, frozen_steps, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
 from free_kernels.sampling.draft_sources import Replayed, Source, clean_rows, draft_source, refused_rows
-from free_kernels.sampling.drafting import DraftingPass, Drafts
+from free_kernels.sampling.drafting import DraftingPass, Drafts, NoiseKeys, Numbers
 from free_kernels.sampling.job import Job, Network
 from free_kernels.sampling.refused_rows import CleanRows, FeatureRows, KeptRound, RefusedRows
 from free_kernels.sampling.run_stats import RunStats
@@ -53,14 +54,6 @@ class RoundReport(NamedTuple):
         said = packed.tolist()
         n = len(said) // 4
         return cls(said[:n], said[n : 2 * n], said[2 * n : 3 * n], said[3 * n : 4 * n], bool(said[-1]))
-
-
-class Numbers(NamedTuple):
-    """Random numbers of a round's rows: ``noise [S, L, ...]``, ``slack_noise`` alike or None, ``uniform [S, L]``."""
-
-    noise: Tensor
-    slack_noise: Tensor | None
-    uniform: Tensor
 
 
 class Played(NamedTuple):
@@ -133,7 +126,10 @@ class Rounds:
         self._kept: list[RefusedRows] = [rows for rows in (self.refused, self.clean) if rows is not None]
         self._feature_rows = next((rows for rows in self._kept if isinstance(rows, FeatureRows)), None)
         self._clean_rows = next((rows for rows in self._kept if isinstance(rows, CleanRows)), None)
-        self._closes_at_once = self.backend in ("auto", "extension") and why_no_kernel("close_round_cpu", "cpu") is None
+        # Ops that follow one another are one call each for CPU tensors, where calls take longer than what they do.
+        self._at_once = self.backend in ("auto", "extension") and why_no_kernel("close_round_cpu", "cpu") is None
+        draws = self.philox is not None and self.philox.backend in ("auto", "extension")
+        self._seed = signed_seed("sample", self.philox.seed) if draws else None
         self._no_rows = torch.zeros_like(slots.steps)
         self._coupling_settings: dict[str, Any] = {
             "guidance_scale": job.guidance_scale,
@@ -215,9 +211,12 @@ class Rounds:
         ``late`` are the rows of each slot in the drafter's pass.
         """
         job, slots = self.job, self.slots
-        drafting = DraftingPass(job, slots, longest, lengths)
-        steps, columns, in_kernel = drafting.steps, drafting.columns, self.kernel_noise is not None
-        numbers = None if in_kernel else self._numbers(steps)
+        at_once = self._at_once and slots.state.is_cpu
+        keys = self._noise_keys(longest) if at_once and self._seed is not None else None
+        drafting = DraftingPass(job, slots, longest, lengths, keys)
+        steps, columns, numbers = drafting.steps, drafting.columns, drafting.numbers
+        if numbers is None and self.kernel_noise is None:
+            numbers = self._numbers(steps)
         if numbers is not None:
             drafting.noise = numbers.noise
         elif longest > 1:
@@ -237,7 +236,7 @@ class Rounds:
         coupling = self._couple(drafts, numbers, steps, output, row_offsets, columns, weights)
         if weights is not None:
             self._learn(coupling, weights)
-        close = self._close_at_once if self._closes_at_once and output.is_cpu else self._close
+        close = self._close_at_once if at_once else self._close
         report, fresh = close(drafts, output, wait(), coupling, row_offsets)
         self._forget_past(fresh, coupling.committed, longest - 1)
         return Played(drafts, output, coupling, report)
@@ -352,6 +351,13 @@ class Rounds:
         width = steps.shape[1]
         images = self.slots.indices.unsqueeze(1).expand(-1, width).contiguous()
         return images, self.slots.rounds.unsqueeze(1).expand(-1, width).contiguous() if self.options.block else None
+
+    def _noise_keys(self, longest: int) -> NoiseKeys:
+        """Of a round of at most ``longest`` rows a slot, whose numbers are Philox's."""
+        slots, slack = self.slots, self.job.learned and longest > 1
+        return NoiseKeys(
+            self._seed, self.philox.keys(slots.indices), slack, slots.rounds if self.options.block else None
+        )
 
     def _numbers(self, steps: Tensor) -> Numbers:
         """All random numbers of the rows at ``steps [S, L]``."""

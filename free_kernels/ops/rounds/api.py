@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,22 +15,60 @@ from free_kernels.ops.drafting import (
     FindArguments,
     KeepArguments,
     KeepCleanArguments,
+    OpenArguments,
     RenewArguments,
     TallyArguments,
 )
-from free_kernels.ops.drafting.api import ADVANCE, FIND, KEEP, KEEP_CLEAN, RENEW, TALLY
+from free_kernels.ops.drafting.api import ADVANCE, FIND, KEEP, KEEP_CLEAN, OPEN, RENEW, TALLY
 from free_kernels.ops.final_layer.api import OP as FINAL_LAYER
 from free_kernels.ops.final_layer.arguments import FinalLayerArguments
 from free_kernels.ops.packing.api import COMMIT
 from free_kernels.ops.packing.arguments import CommitArguments
-from free_kernels.ops.rounds.arguments import CloseArguments as CloseArguments
-from free_kernels.ops.rounds.arguments import HeadAdvanceArguments as HeadAdvanceArguments
+from free_kernels.ops.random.api import ROUND
+from free_kernels.ops.random.arguments import RoundArguments
+from free_kernels.ops.rounds.arguments import CloseArguments, HeadAdvanceArguments, OpenedWithNoise, OpenKeyedArguments
 from free_kernels.validation import fail
 
 _NAME = "close_round"
+_TENSORS = ", ".join(["Tensor"] * len(OpenedWithNoise._fields))
 _HELD = (
     ("at", "held_states", "held_features", "places", "before", "ahead"),
     ("clean_at", "clean_states", "clean", "clean_places", "clean_before", "clean_ahead", "response"),
+)
+
+
+def _opening(a: OpenKeyedArguments) -> OpenArguments:
+    return OpenArguments(*a[: len(OpenArguments._fields)])
+
+
+def _numbers(a: OpenKeyedArguments, steps: Tensor) -> RoundArguments:
+    return RoundArguments(a.seed, a.images, steps, math.prod(a.state.shape[1:]), a.slack, a.rounds)
+
+
+def _open(a: OpenKeyedArguments) -> OpenedWithNoise:
+    return _shaped(a, OPEN(_opening(a), a.state, "reference"), ROUND.reference)
+
+
+def _fake_open(a: OpenKeyedArguments) -> OpenedWithNoise:
+    return _shaped(a, OPEN.compiled.fake(_opening(a)), ROUND.fake)
+
+
+def _shaped(
+    a: OpenKeyedArguments, opened: Sequence[Tensor], draw: Callable[[RoundArguments], tuple[Tensor, Tensor, Tensor]]
+) -> OpenedWithNoise:
+    noise, slack_noise, uniform = draw(_numbers(a, opened[0]))
+    shape, (channels, *latent) = opened[0].shape, a.state.shape[1:]
+    slack_noise = slack_noise.view(*shape, channels if a.slack else 0, *latent)
+    return OpenedWithNoise(*opened, noise.view(*shape, channels, *latent), slack_noise, uniform)
+
+
+def _check_open(a: OpenKeyedArguments) -> None:
+    OPEN.check(_opening(a))
+    ROUND.check(_numbers(a, a.current.new_empty(a.state.shape[0], a.length)))
+
+
+OPEN_KEYED = Op(
+    "open_keyed_round_cpu", OpenKeyedArguments, _open, _fake_open, check=_check_open, public="open_keyed_round"
 )
 
 
@@ -106,7 +145,22 @@ ADVANCE_FROM_FEATURES = Op(
     check=_check_advance,
     public="advance_from_features",
 )
-OPS = CLOSE, ADVANCE_FROM_FEATURES
+OPS = OPEN_KEYED, CLOSE, ADVANCE_FROM_FEATURES
+
+
+def open_keyed_round(arguments: OpenKeyedArguments, backend: str = "auto") -> OpenedWithNoise:
+    """What a round begins with, and its random numbers: :func:`~free_kernels.ops.drafting.open_round`, then
+    :func:`~free_kernels.ops.random.philox_round` at its steps.
+
+    Args:
+        arguments: theirs; numbers have the states' shape.
+        backend: ``"auto"``, ``"reference"`` or ``"extension"``.
+
+    Raises:
+        ValueError, TypeError: a wrong argument.
+        RuntimeError: the backend cannot be used; the message says why.
+    """
+    return OpenedWithNoise(*OPEN_KEYED(arguments, arguments.state, backend))
 
 
 def close_round(arguments: CloseArguments, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -10,6 +10,41 @@ from torch import Tensor
 Written = Annotated[Tensor, "written"]
 
 
+class OpenKeyedArguments(NamedTuple):
+    """Arguments of ``open_keyed_round``: those of ``open_round``, and of ``philox_round``."""
+
+    state: Tensor  # float32 [S, C, H, W]
+    current: Tensor  # int64 [S], steps
+    timesteps: Tensor  # int64 [K]
+    table: Tensor  # float32 [K, 8]
+    length: int  # L
+    seed: int  # int64 with the 64 bits of the seed
+    images: Tensor  # int64 [S]
+    slack: bool  # draw slack noise, too
+    rounds: Tensor | None  # int64 [S]; None: round 0
+
+
+class OpenedWithNoise(NamedTuple):
+    """What ``open_keyed_round`` gives: that of ``open_round``, and the numbers of ``philox_round``.
+
+    Attributes:
+        steps, timesteps, columns, states, mean, std: as of :class:`free_kernels.ops.drafting.Opened`.
+        noise: float32 ``[S, L, C, H, W]``.
+        slack_noise: alike; ``[S, L, 0, H, W]`` where none was asked for.
+        uniform: float32 ``[S, L]``.
+    """
+
+    steps: Tensor
+    timesteps: Tensor
+    columns: Tensor
+    states: Tensor
+    mean: Tensor
+    std: Tensor
+    noise: Tensor
+    slack_noise: Tensor
+    uniform: Tensor
+
+
 class HeadAdvanceArguments(NamedTuple):
     """Arguments of ``advance_from_features``: those of ``final_layer``, and of ``advance_drafts`` for one draft."""
 
