@@ -50,9 +50,11 @@ class ImagePool:
         Returns:
             The rows that the images in the slots have moved to, or None if all are where they were.
         """
-        self._entered = max(self._entered, max(slots) + 1)
         left = len(self._job.labels) - self._loaded
-        if not left or self.rows - self._entered >= self._slots:
+        if not left:
+            return None
+        self._entered = max(self._entered, max(slots) + 1)
+        if self.rows - self._entered >= self._slots:
             return None
         # Every slot holds an image here, because more images waited than there are slots.
         kept = slots + list(range(self._entered, self.rows))

@@ -10,6 +10,8 @@ from torch import Tensor
 from free_kernels.constants import Purpose
 from free_kernels.extension import why_no_kernel
 from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
+from free_kernels.ops.coupling.arguments import CouplingArguments
+from free_kernels.ops.coupling.dispatch import decide_compiled
 from free_kernels.ops.packing import pack_drafts
 from free_kernels.ops.random.api import signed_seed
 from free_kernels.ops.rounds import CloseArguments, close_round
@@ -296,6 +298,9 @@ class Rounds:
                 return couple_block_philox(*given, rounds=slots.rounds, **settings)
             return couple_philox(*given, relaxation=weights, **settings)
         given = (*drafts, *numbers, output, row_offsets, columns)
+        if self._at_once and output.is_cpu:
+            rest = None if block else weights, self.job.guidance_scale, self.job.guidance_channels, self.job.clip
+            return decide_compiled("couple_block" if block else "couple", CouplingArguments(*given, *rest))
         return couple_block(*given, **settings) if block else couple(*given, relaxation=weights, **settings)
 
     def _learn(self, coupling: Coupling, weights: Tensor) -> None:

@@ -174,6 +174,17 @@ class DDPMSchedule:
         Columns are those of :class:`TransitionColumn`.
         """
         check_choice("DDPMSchedule.table", "variance", variance, VARIANCES[1:])
+        if variance not in self._tables:
+            self._tables[variance] = self._make_table(variance)
+        return self._tables[variance].clone()
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, torch.Tensor]:
+        """Tables by variance: every run asks for one."""
+        return {}
+
+    def _make_table(self, variance: str) -> torch.Tensor:
+        """See :meth:`table`."""
         betas, alphas_cumprod, before = (torch.from_numpy(a[::-1].copy()) for a in self._betas)
         low, high = self.log_variance_range()
         ends_with_noise = self._kept[0] > 0 and variance != "fixed_small"

@@ -105,7 +105,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         Raises:
             ValueError: as :func:`free_kernels.check_target`.
         """
-        refuse_unsafe(where, self._whole)
+        walked = refuse_unsafe(where, self._whole)
         refuse_outer_patches(where, self._whole, self.module)
         key = (
             type(self),
@@ -113,7 +113,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
             TargetDefaults.read(self, "num_train_steps"),
             getattr(self, "noise_time", 0),
         )
-        found = checked(key, self, self._whole, lambda: self._showing_whole().compare(where))
+        found = checked(key, self, self._whole, walked, lambda: self._showing_whole().compare(where))
         if found.path == "blocks" and self._must_compile_parts:
             fail(where, "compile", "False for blocks whose own forward does more than their parts", True)
         self.blocks = self._parts if found.path == "hoisted" else None

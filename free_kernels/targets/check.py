@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from free_kernels.protocols import Target, TargetDefaults
-from free_kernels.targets.inspection import attributes, fingerprint, is_abstract, parts_of, suspicions
+from free_kernels.targets.inspection import attributes, fingerprint, is_abstract, parts_of, suspicions, tensors_of
 from free_kernels.targets.replay import Recording, Replayed, one_of_each_kind, recording
 from free_kernels.validation import fail
 
@@ -97,21 +97,24 @@ class SplitTarget(Protocol):
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, TargetCheck]]] = WeakKeyDictionary()
 
 
-def checked(key: Any, target: Any, module: nn.Module, compare: Callable[[], TargetCheck]) -> TargetCheck:
+def checked(
+    key: Any, target: Any, module: nn.Module, parts: Sequence[nn.Module], compare: Callable[[], TargetCheck]
+) -> TargetCheck:
     """What a comparison says of a network; asked where there are numbers to compare, and again of another network only.
 
-    See :func:`fingerprint` for what makes it another one.
+    See :func:`fingerprint` for what makes it another one; ``parts`` are the module's as they are now.
     """
-    parts = parts_of(module)
-    if is_abstract(parts):
+    weights = tensors_of(parts)
+    if is_abstract(weights):
         return TargetCheck(target.paths()[0], math.nan, math.nan, 0)
-    known, mark = _KNOWN.setdefault(module, {}), fingerprint(parts)
+    known, mark = _KNOWN.setdefault(module, {}), fingerprint(parts, weights)
     if key in known and known[key][0] == mark:
         return known[key][1]
     result = compare()
     # A network that says nothing yet, such as one whose output layer is still zero, is asked again.
     if math.isfinite(result.difference) and result.tolerance > 0:
-        known[key] = fingerprint(parts_of(module)), result
+        parts = parts_of(module)
+        known[key] = fingerprint(parts, tensors_of(parts)), result
     return result
 
 

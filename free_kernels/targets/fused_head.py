@@ -15,7 +15,7 @@ from free_kernels.extension import why_no_kernel
 from free_kernels.ops.final_layer import FinalLayerArguments, final_layer
 from free_kernels.ops.final_layer.reference import unpatchify
 from free_kernels.ops.rounds import HeadAdvanceArguments, advance_from_features
-from free_kernels.targets.inspection import global_hooks, is_abstract, is_replaced
+from free_kernels.targets.inspection import global_hooks, is_abstract, is_replaced, tensors_of
 
 
 class HeadParts(NamedTuple):
@@ -74,7 +74,7 @@ def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:
         return None
     if type(norm) is not nn.LayerNorm or type(linear) is not nn.Linear:
         return None
-    if is_replaced(norm) or is_replaced(linear) or is_abstract([norm, linear]):
+    if is_replaced(norm) or is_replaced(linear) or is_abstract(tensors_of([norm, linear])):
         return None
     if norm.weight is not None or norm.bias is not None or norm.normalized_shape != (linear.in_features,):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,11 +73,11 @@ def _named(module: nn.Module, part: nn.Module) -> str:
     return next(_label(name, each) for name, each in module.named_modules() if each is part)
 
 
-def refuse_unsafe(where: str, module: nn.Module) -> None:
+def refuse_unsafe(where: str, module: nn.Module) -> list[nn.Module]:
     """Raise ValueError where calls of a module, or of its parts, are not one fixed function of their inputs.
 
     That is: a sub-module in training mode, weights that hooks move or that are spread over processes, caches of steps.
-    The message names the sub-module.
+    The message names the sub-module. Returns the parts, for whoever asks more of them.
     """
     parts = parts_of(module)
     doubtful = {kind for kind in set(map(type, parts)) if _is_doubtful(kind)}
@@ -85,6 +85,7 @@ def refuse_unsafe(where: str, module: nn.Module) -> None:
         # Every run asks, and most parts of most networks have nothing of all that.
         if part.training or type(part) in doubtful or not vars(part).keys().isdisjoint(_MARKS):
             _refuse_unsafe_part(where, module, part)
+    return parts
 
 
 def _is_doubtful(kind: type[nn.Module]) -> bool:
@@ -201,8 +202,10 @@ def _is_filled(cell: types.CellType) -> bool:
         return False
 
 
-def fingerprint(walked: Sequence[nn.Module]) -> tuple[Any, ...]:
+def fingerprint(walked: Sequence[nn.Module], weights: Sequence[Tensor]) -> tuple[Any, ...]:
     """Equal as long as a module of these parts is the same network: their hooks, forwards and settings, their weights.
+
+    ``weights`` are those of :func:`tensors_of`.
 
     Settings are attributes of plain values, in containers too.
 
@@ -224,7 +227,7 @@ def fingerprint(walked: Sequence[nn.Module]) -> tuple[Any, ...]:
     forwards = {kind: _forward(kind) for kind in set(map(type, walked))}
     # Those of torch's own tools, such as its counter of operations, only watch.
     around = tuple(id(hook) for hook in global_hooks() if not getattr(hook, "__module__", "").startswith("torch."))
-    return parts, forwards, around, tuple(_stamp(weight) for weight in _tensors(walked))
+    return parts, forwards, around, tuple([_stamp(weight) for weight in weights])
 
 
 def _hooks(module: nn.Module) -> tuple[int, ...]:
@@ -252,12 +255,14 @@ def _setting(value: Any, depth: int = _SETTING_DEPTH) -> Any:
     return (kind, frozenset(parts)) if isinstance(value, set | frozenset) else (kind, parts)
 
 
-def _tensors(parts: Sequence[nn.Module]) -> Iterator[Tensor]:
-    """Parameters of modules, then their buffers."""
-    for kind in ("_parameters", "_buffers"):
-        # One that modules share comes once.
-        held = (tensor for part in parts for tensor in getattr(part, kind).values() if tensor is not None)
-        yield from {id(tensor): tensor for tensor in held}.values()
+def tensors_of(parts: Sequence[nn.Module]) -> list[Tensor]:
+    """Parameters of modules, then their buffers; one that modules share comes once."""
+    parameters, buffers = {}, {}
+    for part in parts:
+        parameters |= {id(tensor): tensor for tensor in part._parameters.values() if tensor is not None}
+        if part._buffers:
+            buffers |= {id(tensor): tensor for tensor in part._buffers.values() if tensor is not None}
+    return [*parameters.values(), *buffers.values()]
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:
@@ -287,10 +292,10 @@ def _trace(value: Any) -> tuple[Any, ...]:
     return (id(value), len(value)) if isinstance(value, _MUTABLE) else (id(value),)
 
 
-def is_abstract(walked: Sequence[nn.Module]) -> bool:
-    """Whether modules have no numbers to compare: weights without storage, or fake ones while a graph is traced."""
+def is_abstract(weights: Sequence[Tensor]) -> bool:
+    """Whether weights have no numbers to compare: they have no storage, or are fake while a graph is traced."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
-    return any(weight.is_meta or isinstance(weight, FakeTensor) for weight in _tensors(walked))
+    return any([weight.is_meta or isinstance(weight, FakeTensor) for weight in weights])

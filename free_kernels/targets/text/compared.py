@@ -47,11 +47,11 @@ class ComparedTarget:
         Raises:
             ValueError: as :func:`free_kernels.check_target`.
         """
-        refuse_unsafe(where, self._whole)
+        walked = refuse_unsafe(where, self._whole)
         refuse_outer_patches(where, self._whole, self.module)
         # What may be bypassed is asked anew: an attention's processor is no part of a module's fingerprint.
         key = type(self), self.latent_shape, *self.convention(), *self.paths()
-        found = checked(key, self, self._whole, lambda: self.compare(where))
+        found = checked(key, self, self._whole, walked, lambda: self.compare(where))
         self._path = found.path
         return found
 
