@@ -62,15 +62,19 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "renew_slots_cpu(Tensor steps, Tensor images, Tensor numbers, Tensor(a!) indices, Tensor(b!) "
       "rounds) -> Tensor");
   library.def(
-      "close_round_cpu(Tensor output, Tensor next_states, Tensor gap_sq, Tensor committed, Tensor lengths, "
-      "Tensor draft_states, Tensor features, Tensor row_offsets, Tensor(a!) state, Tensor(b!) previous, "
+      "decide_round_cpu(Tensor draft_states, Tensor draft_mean, Tensor draft_std, Tensor noise, Tensor? "
+      "slack_noise, "
+      "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, Tensor? relaxation, float "
+      "guidance_scale, "
+      "int guidance_channels, float clip, bool block, Tensor lengths, Tensor features, Tensor(a!) state, "
+      "Tensor(b!) previous, "
       "Tensor(c!) parent, Tensor(d!) steps, Tensor(e!) images, Tensor(f!) labels, Tensor(g!) samples, "
       "Tensor all_labels, Tensor(h!) queue, Tensor numbers, Tensor(i!) indices, Tensor(j!) rounds, "
       "Tensor(k!) deviation, Tensor table, Tensor(l!)? at, Tensor(m!)? held_states, "
       "Tensor(n!)? held_features, Tensor(o!)? places, Tensor(p!)? before, Tensor(q!)? ahead, "
       "Tensor(r!)? clean_at, Tensor(s!)? clean_states, Tensor(t!)? clean, Tensor(u!)? clean_places, "
-      "Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response, float guidance_scale, "
-      "int guidance_channels, float clip) -> (Tensor report, Tensor fresh)");
+      "Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response) -> (Tensor next_states, "
+      "Tensor committed, Tensor gap_sq, Tensor report, Tensor fresh)");
   library.def(
       "philox_round(int seed, Tensor images, Tensor steps, int numel, bool slack, Tensor? rounds=None) -> "
       "(Tensor noise, Tensor slack_noise, Tensor uniform)");

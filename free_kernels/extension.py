@@ -36,7 +36,7 @@ OPS = (
     "draft_rows_cpu",
     "open_keyed_round_cpu",
     "advance_from_features_cpu",
-    "close_round_cpu",
+    "decide_round_cpu",
     "drafter_tokens_cpu",
     "table_rows_cpu",
     "adaptive_norm_cpu",

@@ -68,6 +68,8 @@ Commit decide_block(const Round& round, int64_t slot, int64_t drafts, const Figu
   return move_ahead(tau, (drawn - figures[tau].along / delta) / delta, figures[tau]);
 }
 
+}  // namespace
+
 CouplingTuple couple_block(const Tensor& draft_states, const Tensor& draft_mean, const Tensor& draft_std,
                            const Tensor& noise, const std::optional<Tensor>& slack_noise,
                            const Tensor& uniform, const Tensor& output, const Tensor& row_offsets,
@@ -78,8 +80,6 @@ CouplingTuple couple_block(const Tensor& draft_states, const Tensor& draft_mean,
                     columns, relaxation, guidance_scale, guidance_channels, clip},
                    decide_block);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("couple_block_cpu", TORCH_BOX(&couple_block));

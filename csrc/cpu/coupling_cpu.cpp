@@ -21,6 +21,8 @@ Commit decide_rows(const Round& round, int64_t slot, int64_t drafts, const Figur
   return draw_directly(drafts);
 }
 
+}  // namespace
+
 CouplingTuple couple(const Tensor& draft_states, const Tensor& draft_mean, const Tensor& draft_std,
                      const Tensor& noise, const std::optional<Tensor>& slack_noise, const Tensor& uniform,
                      const Tensor& output, const Tensor& row_offsets, const Tensor& columns,
@@ -31,8 +33,6 @@ CouplingTuple couple(const Tensor& draft_states, const Tensor& draft_mean, const
                     columns, relaxation, guidance_scale, guidance_channels, clip},
                    decide_rows);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) { library.impl("couple_cpu", TORCH_BOX(&couple)); }
 

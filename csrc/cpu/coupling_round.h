@@ -38,6 +38,18 @@ using Decide = Commit (*)(const Round& round, int64_t slot, int64_t drafts, cons
 // One call. `op` begins the error messages.
 CouplingTuple run_round(const char* op, const CouplingInputs& inputs, Decide decide);
 
+CouplingTuple couple(const Tensor& draft_states, const Tensor& draft_mean, const Tensor& draft_std,
+                     const Tensor& noise, const std::optional<Tensor>& slack_noise, const Tensor& uniform,
+                     const Tensor& output, const Tensor& row_offsets, const Tensor& columns,
+                     const std::optional<Tensor>& relaxation, double guidance_scale,
+                     int64_t guidance_channels, double clip);
+
+CouplingTuple couple_block(const Tensor& draft_states, const Tensor& draft_mean, const Tensor& draft_std,
+                           const Tensor& noise, const std::optional<Tensor>& slack_noise,
+                           const Tensor& uniform, const Tensor& output, const Tensor& row_offsets,
+                           const Tensor& columns, const std::optional<Tensor>& relaxation,
+                           double guidance_scale, int64_t guidance_channels, double clip);
+
 // A draw from the target at a row, and a state ahead of what the target draws with the draft's noise.
 inline Commit draw_directly(int64_t row) { return {row, true, 0.0f, 0.0f, 0.0f}; }
 inline Commit move_ahead(int64_t row, double ahead, const Figures& figures) {

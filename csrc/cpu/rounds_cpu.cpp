@@ -1,9 +1,11 @@
 // Ops in one call that follow one another in a round. Each part is an op of this folder, and makes its own
 // checks.
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
+#include "coupling_round.h"
 #include "round_parts.h"
 
 namespace free_kernels {
@@ -29,31 +31,39 @@ struct Held {
     bool alike =
         places.has_value() == given() && before.has_value() == given() && ahead.has_value() == given();
     for (const auto* other : others) alike = alike && other->has_value() == given();
-    STD_TORCH_CHECK(alike, "close_round: ", name, " must be given whole or not at all");
+    STD_TORCH_CHECK(alike, "decide_round: ", name, " must be given whole or not at all");
   }
   void find(const Tensor& steps) const {
     if (given()) find_rows(*at, steps, *places, *before, *ahead);
   }
 };
 
-std::tuple<Tensor, Tensor> close_round(
-    const Tensor& output, const Tensor& next_states, const Tensor& gap_sq, const Tensor& committed,
-    const Tensor& lengths, const Tensor& draft_states, const Tensor& features, const Tensor& row_offsets,
-    const Tensor& state, const Tensor& previous, const Tensor& parent, const Tensor& steps,
-    const Tensor& images, const Tensor& labels, const Tensor& samples, const Tensor& all_labels,
-    const Tensor& queue, const Tensor& numbers, const Tensor& indices, const Tensor& rounds,
-    const Tensor& deviation, const Tensor& table, const std::optional<Tensor>& at,
-    const std::optional<Tensor>& held_states, const std::optional<Tensor>& held_features,
-    const std::optional<Tensor>& places, const std::optional<Tensor>& before,
-    const std::optional<Tensor>& ahead, const std::optional<Tensor>& clean_at,
-    const std::optional<Tensor>& clean_states, const std::optional<Tensor>& clean,
-    const std::optional<Tensor>& clean_places, const std::optional<Tensor>& clean_before,
-    const std::optional<Tensor>& clean_ahead, const std::optional<Tensor>& response, double guidance_scale,
-    int64_t guidance_channels, double clip) {
+using Decided = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Decided decide_round(const Tensor& draft_states, const Tensor& draft_mean, const Tensor& draft_std,
+                     const Tensor& noise, const std::optional<Tensor>& slack_noise, const Tensor& uniform,
+                     const Tensor& output, const Tensor& row_offsets, const Tensor& columns,
+                     const std::optional<Tensor>& relaxation, double guidance_scale,
+                     int64_t guidance_channels, double clip, bool block, const Tensor& lengths,
+                     const Tensor& features, const Tensor& state, const Tensor& previous,
+                     const Tensor& parent, const Tensor& steps, const Tensor& images, const Tensor& labels,
+                     const Tensor& samples, const Tensor& all_labels, const Tensor& queue,
+                     const Tensor& numbers, const Tensor& indices, const Tensor& rounds,
+                     const Tensor& deviation, const Tensor& table, const std::optional<Tensor>& at,
+                     const std::optional<Tensor>& held_states, const std::optional<Tensor>& held_features,
+                     const std::optional<Tensor>& places, const std::optional<Tensor>& before,
+                     const std::optional<Tensor>& ahead, const std::optional<Tensor>& clean_at,
+                     const std::optional<Tensor>& clean_states, const std::optional<Tensor>& clean,
+                     const std::optional<Tensor>& clean_places, const std::optional<Tensor>& clean_before,
+                     const std::optional<Tensor>& clean_ahead, const std::optional<Tensor>& response) {
   const Held with_features{"rows of features", at, places, before, ahead};
   const Held with_clean{"rows of clean samples", clean_at, clean_places, clean_before, clean_ahead};
   with_features.check({&held_states, &held_features});
   with_clean.check({&clean_states, &clean, &response});
+  const auto decide = block ? couple_block : couple;
+  const auto [next_states, committed, gap_sq] =
+      decide(draft_states, draft_mean, draft_std, noise, slack_noise, uniform, output, row_offsets, columns,
+             relaxation, guidance_scale, guidance_channels, clip);
   const CommitTensors tensors{committed, next_states, draft_states, features, row_offsets,
                               state,     previous,    parent,       steps,    images,
                               labels,    samples,     all_labels,   queue};
@@ -83,7 +93,7 @@ std::tuple<Tensor, Tensor> close_round(
   else
     std::fill_n(said + 3 * slots, slots, 0);
   said[4 * slots] = *ints(finite);
-  return {report, fresh};
+  return {next_states, committed, gap_sq, report, fresh};
 }
 
 void advance_from_features(const Tensor& h, const Tensor& table, const Tensor& row_of_timestep,
@@ -103,7 +113,7 @@ void advance_from_features(const Tensor& h, const Tensor& table, const Tensor& r
 
 STABLE_TORCH_LIBRARY_IMPL(free_kernels, CPU, library) {
   library.impl("open_keyed_round_cpu", TORCH_BOX(&open_keyed_round));
-  library.impl("close_round_cpu", TORCH_BOX(&close_round));
+  library.impl("decide_round_cpu", TORCH_BOX(&decide_round));
   library.impl("advance_from_features_cpu", TORCH_BOX(&advance_from_features));
 }
 

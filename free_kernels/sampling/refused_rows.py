@@ -155,7 +155,7 @@ class FeatureRows(RefusedRows):
         keep_rows(KeepArguments(*played, *self._held_for(played.states, played.features)), self.backend)
 
     def tensors(self, states: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        """All that is held, to take in such states and features: ``at`` to ``ahead`` of ``close_round``."""
+        """All that is held, to take in such states and features: ``at`` to ``ahead`` of ``decide_round``."""
         return *self._held_for(states, features), self.places, self.before, self.ahead
 
     def _held_for(self, states: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +205,7 @@ class CleanRows(RefusedRows):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held: ``clean_at`` to ``response`` of :func:`~free_kernels.ops.rounds.close_round`."""
+        """All that is held: ``clean_at`` to ``response`` of :func:`~free_kernels.ops.rounds.decide_round`."""
         held = self._at, self._states, self._clean, self.places, self.before, self.ahead
         return *held, self.response
 

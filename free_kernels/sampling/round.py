@@ -10,13 +10,11 @@ from torch import Tensor
 from free_kernels.constants import Purpose
 from free_kernels.extension import why_no_kernel
 from free_kernels.ops.coupling import Coupling, couple, couple_block, couple_block_philox, couple_philox
-from free_kernels.ops.coupling.arguments import CouplingArguments
-from free_kernels.ops.coupling.dispatch import decide_compiled
 from free_kernels.ops.packing import pack_drafts
 from free_kernels.ops.random.api import signed_seed
-from free_kernels.ops.rounds import CloseArguments, close_round
+from free_kernels.ops.rounds import DecideArguments, decide_round
 from free_kernels.ops.triton_runtime import use_triton
-from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, frozen_steps, new_memory
+from free_kernels.protocols import Drafter, DrafterDefaults, NoiseDefaults, TargetDefaults, frozen_steps, new_memory
 from free_kernels.sampling.cuda_graphs import CapturedCalls, row_bucket
 from free_kernels.sampling.draft_sources import Replayed, Source, clean_rows, draft_source, refused_rows
 from free_kernels.sampling.drafting import DraftingPass, Drafts, NoiseKeys, Numbers
@@ -129,7 +127,9 @@ class Rounds:
         self._feature_rows = next((rows for rows in self._kept if isinstance(rows, FeatureRows)), None)
         self._clean_rows = next((rows for rows in self._kept if isinstance(rows, CleanRows)), None)
         # Ops that follow one another are one call each for CPU tensors, where calls take longer than what they do.
-        self._at_once = self.backend in ("auto", "extension") and why_no_kernel("close_round_cpu", "cpu") is None
+        self._at_once = self.backend in ("auto", "extension") and why_no_kernel("decide_round_cpu", "cpu") is None
+        # Features that arrive later than the output are not waited for before the coupling.
+        self._decides_at_once = TargetDefaults.read(job.target, "packed_call") is None
         draws = self.philox is not None and self.philox.backend in ("auto", "extension")
         self._seed = signed_seed("sample", self.philox.seed) if draws else None
         self._no_rows = torch.zeros_like(slots.steps)
@@ -235,13 +235,42 @@ class Rounds:
         weights = None
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
-        coupling = self._couple(drafts, numbers, steps, output, row_offsets, columns, weights)
-        if weights is not None:
-            self._learn(coupling, weights)
-        close = self._close_at_once if at_once else self._close
-        report, fresh = close(drafts, output, wait(), coupling, row_offsets)
+        if at_once and self._decides_at_once:
+            given = drafts, numbers, columns, output, wait(), row_offsets, weights
+            coupling, report, fresh = self._decide_at_once(*given)
+        else:
+            coupling = self._couple(drafts, numbers, steps, output, row_offsets, columns, weights)
+            if weights is not None:
+                self._learn(coupling, weights, slots.indices)
+            report, fresh = self._close(drafts, output, wait(), coupling, row_offsets)
         self._forget_past(fresh, coupling.committed, longest - 1)
         return Played(drafts, output, coupling, report)
+
+    def _decide_at_once(
+        self,
+        drafts: Drafts,
+        numbers: Numbers,
+        columns: Tensor,
+        output: Tensor,
+        features: Tensor,
+        row_offsets: Tensor,
+        weights: Tensor | None,
+    ) -> tuple[Coupling, Tensor, Tensor]:
+        """What :meth:`_couple`, :meth:`_learn` and :meth:`_close` do."""
+        job, slots = self.job, self.slots
+        settings = job.guidance_scale, job.guidance_channels, job.clip
+        coupled = *drafts, *numbers, output, row_offsets, columns, weights, *settings
+        moved = *slots.tensors(features), self.stats.deviation, job.table
+        rows = (None,) * 6 if self._feature_rows is None else self._feature_rows.tensors(drafts.states, features)
+        clean = (None,) * 7 if self._clean_rows is None else self._clean_rows.tensors
+        # After the round a slot may hold another image.
+        images = None if weights is None else slots.indices.clone()
+        given = *coupled, self.options.block, slots.lengths, features, *moved, *rows, *clean
+        *decided, report, fresh = decide_round(DecideArguments(*given))
+        coupling = Coupling(*decided)
+        if weights is not None:
+            self._learn(coupling, weights, images)
+        return coupling, report, fresh
 
     def _close(
         self, drafts: Drafts, output: Tensor, features: Tensor, coupling: Coupling, row_offsets: Tensor
@@ -257,18 +286,6 @@ class Rounds:
         self._find_kept()
         ahead = self._no_rows if self.refused is None else self.refused.ahead
         return RoundReport.pack(committed, slots, ahead, finite), fresh
-
-    def _close_at_once(
-        self, drafts: Drafts, output: Tensor, features: Tensor, coupling: Coupling, row_offsets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`_close`, in one call."""
-        job, slots, states = self.job, self.slots, drafts.states
-        decided = output, coupling.next_states, coupling.gap_sq, coupling.committed, slots.lengths
-        moved = *slots.tensors(features), self.stats.deviation, job.table
-        rows = self._feature_rows.tensors(states, features) if self._feature_rows is not None else (None,) * 6
-        clean = self._clean_rows.tensors if self._clean_rows is not None else (None,) * 7
-        settings = job.guidance_scale, job.guidance_channels, job.clip
-        return close_round(CloseArguments(*decided, states, features, row_offsets, *moved, *rows, *clean, *settings))
 
     def _draft(self, ahead: DraftingPass, sources: Source, late: list[int] | None) -> None:
         """Make the round's drafts; see :meth:`play_on_device`."""
@@ -298,18 +315,15 @@ class Rounds:
                 return couple_block_philox(*given, rounds=slots.rounds, **settings)
             return couple_philox(*given, relaxation=weights, **settings)
         given = (*drafts, *numbers, output, row_offsets, columns)
-        if self._at_once and output.is_cpu:
-            rest = None if block else weights, self.job.guidance_scale, self.job.guidance_channels, self.job.clip
-            return decide_compiled("couple_block" if block else "couple", CouplingArguments(*given, *rest))
         return couple_block(*given, **settings) if block else couple(*given, relaxation=weights, **settings)
 
-    def _learn(self, coupling: Coupling, weights: Tensor) -> None:
-        """Let relaxation learn from the tested rows: those up to and including a slot's first refused one."""
+    def _learn(self, coupling: Coupling, weights: Tensor, images: Tensor) -> None:
+        """Let relaxation learn from the tested rows of ``images [S]``: up to and with a slot's first refused one."""
         drafts = coupling.gap_sq.shape[1]
         count = torch.minimum(coupling.committed, self.slots.lengths - 1)
         tested = torch.arange(drafts, device=count.device) < count.unsqueeze(1)
         self.relaxation.update(coupling, tested)
-        self.stats.gather_bias(self.slots.indices, coupling.gap_sq, tested, weights[:, :drafts])
+        self.stats.gather_bias(images, coupling.gap_sq, tested, weights[:, :drafts])
 
     def commit_steps(self, after: Tensor, output: Tensor, features: Tensor) -> None:
         """Commit an ordinary step of every slot, after ``after [S, C, H, W]``, with what the network gave for it."""

@@ -87,7 +87,7 @@ class Slots:
         return renew_slots(RenewArguments(*now), self.job.options.backend)
 
     def tensors(self, features: Tensor) -> tuple[Tensor, ...]:
-        """All that a commit of such features moves: ``state`` to ``rounds`` of ``close_round``."""
+        """All that a commit of such features moves: ``state`` to ``rounds`` of ``decide_round``."""
         pool, parent = self.pool, self._parent_for(features)
         slots = self.state, self.previous, parent, self.steps, self.images, self.labels
         return *slots, pool.samples, pool.labels, pool.queue, pool.indices, self.indices, self.rounds

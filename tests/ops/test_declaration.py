@@ -20,6 +20,7 @@ from free_kernels.ops.network import api as network
 from free_kernels.ops.norms import api as norms
 from free_kernels.ops.packing import api as packing
 from free_kernels.ops.random import api as random
+from free_kernels.ops.rounds import api as rounds
 from free_kernels.ops.tables import api as tables
 from free_kernels.ops.tokens import api as tokens
 
@@ -35,6 +36,7 @@ OPS = [
     random.ROUND,
     network.OP,
     final_layer.OP,
+    *rounds.OPS,
     *(op for both in (*drafting.OPS, norms.OP, tables.OP, tokens.OP) for op in (both.triton, both.compiled)),
 ]
 

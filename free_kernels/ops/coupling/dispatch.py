@@ -152,11 +152,6 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
     return Coupling(*OPS[op](arguments, states, backend))
 
 
-def decide_compiled(op: str, arguments: CouplingArguments) -> Coupling:
-    """As :func:`decide` with ``"auto"``, for images on the CPU whose op is known to be compiled; checks are its own."""
-    return Coupling(*COMPILED[op].run_compiled(arguments))
-
-
 def _runs_compiled(op: str, compiled: Op, states: object, backend: str) -> bool:
     """Whether a backend means the extension for these states; a wrong kind of them is found by the checks."""
     if backend in ("reference", "triton") or not isinstance(states, Tensor):

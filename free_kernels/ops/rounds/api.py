@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments
+from free_kernels.ops.coupling.dispatch import COMPILED, decide
 from free_kernels.ops.declaration import KernelOp, Op
 from free_kernels.ops.drafting import (
     AdvanceArguments,
@@ -26,11 +28,15 @@ from free_kernels.ops.packing.api import COMMIT
 from free_kernels.ops.packing.arguments import CommitArguments
 from free_kernels.ops.random.api import ROUND
 from free_kernels.ops.random.arguments import RoundArguments
-from free_kernels.ops.rounds.arguments import CloseArguments, HeadAdvanceArguments, OpenedWithNoise, OpenKeyedArguments
+from free_kernels.ops.rounds.arguments import (
+    DecideArguments,
+    DecidedRound,
+    HeadAdvanceArguments,
+    OpenedWithNoise,
+    OpenKeyedArguments,
+)
 from free_kernels.validation import fail
 
-_NAME = "close_round"
-_TENSORS = ", ".join(["Tensor"] * len(OpenedWithNoise._fields))
 _HELD = (
     ("at", "held_states", "held_features", "places", "before", "ahead"),
     ("clean_at", "clean_states", "clean", "clean_places", "clean_before", "clean_ahead", "response"),
@@ -72,25 +78,33 @@ OPEN_KEYED = Op(
 )
 
 
-def _closing(a: CloseArguments) -> Iterator[tuple[Op | KernelOp, Any]]:
-    """The ops that it is made of, with their arguments."""
+def _coupling(a: DecideArguments) -> CouplingArguments:
+    return CouplingArguments(*a[: len(CouplingArguments._fields)])
+
+
+def _check_held(a: DecideArguments) -> None:
     for names in _HELD:
         given = [name for name in names if getattr(a, name) is not None]
         if len(given) not in (0, len(names)):
-            fail(_NAME, ", ".join(names), "tensors, or None all of them", f"tensors for {', '.join(given)} only")
-    decided = a.committed, a.lengths, a.steps
+            fail("decide_round", ", ".join(names), "tensors, or None all of them", f"tensors for {', '.join(given)}")
+
+
+def _closing(a: DecideArguments, coupling: Coupling) -> Iterator[tuple[Op | KernelOp, Any]]:
+    """What follows the coupling, with its arguments."""
+    next_states, committed, gap_sq = coupling
+    decided = committed, a.lengths, a.steps
     rows = a.output, a.row_offsets, *decided
-    settings = a.guidance_scale, a.guidance_channels, a.clip
-    yield TALLY, TallyArguments(a.output, a.next_states, a.gap_sq, *decided, a.deviation)
+    yield TALLY, TallyArguments(a.output, next_states, gap_sq, *decided, a.deviation)
     if a.at is not None:
         held = a.at, a.held_states, a.held_features
         yield KEEP, KeepArguments(a.draft_states, a.features, *rows, *held)
     if a.clean_at is not None:
         held = a.clean_before, a.clean_at, a.clean_states, a.clean, a.response
+        settings = a.guidance_scale, a.guidance_channels, a.clip
         yield KEEP_CLEAN, KeepCleanArguments(a.draft_states, *rows, a.table, *held, *settings)
     drafted, pool = (a.draft_states, a.features, a.row_offsets), (a.samples, a.all_labels, a.queue, len(a.table))
     slots = a.state, a.previous, a.parent, a.steps, a.images, a.labels
-    yield COMMIT, CommitArguments(a.committed, a.next_states, *drafted, *slots, *pool)
+    yield COMMIT, CommitArguments(committed, next_states, *drafted, *slots, *pool)
     yield RENEW, RenewArguments(a.steps, a.images, a.numbers, a.indices, a.rounds)
     if a.at is not None:
         yield FIND, FindArguments(a.at, a.steps, a.places, a.before, a.ahead)
@@ -98,24 +112,35 @@ def _closing(a: CloseArguments) -> Iterator[tuple[Op | KernelOp, Any]]:
         yield FIND, FindArguments(a.clean_at, a.steps, a.clean_places, a.clean_before, a.clean_ahead)
 
 
-def _close(a: CloseArguments) -> tuple[Tensor, Tensor]:
-    found = {op: op(arguments, a.state, "reference") for op, arguments in _closing(a)}
+def _decide(a: DecideArguments) -> DecidedRound:
+    _check_held(a)
+    coupling = decide(_couples(a), _coupling(a), "reference")
+    found = {op: op(arguments, a.state, "reference") for op, arguments in _closing(a, coupling)}
     ahead = a.ahead if a.at is not None else a.clean_ahead
     ahead = torch.zeros_like(a.steps) if ahead is None else ahead
-    return torch.cat([a.committed, a.images, a.steps, ahead, found[TALLY]]), found[RENEW]
+    report = torch.cat([coupling.committed, a.images, a.steps, ahead, found[TALLY]])
+    return DecidedRound(*coupling, report, found[RENEW])
 
 
-def _check_close(a: CloseArguments) -> None:
-    for op, arguments in _closing(a):
+def _couples(a: DecideArguments) -> str:
+    return "couple_block" if a.block else "couple"
+
+
+def _check_decide(a: DecideArguments) -> None:
+    _check_held(a)
+    compiled = COMPILED[_couples(a)]
+    compiled.check(_coupling(a))
+    for op, arguments in _closing(a, compiled.fake(_coupling(a))):
         op.check(arguments)
 
 
-def _fake_close(a: CloseArguments) -> tuple[Tensor, Tensor]:
+def _fake_decide(a: DecideArguments) -> DecidedRound:
     slots = a.steps.shape[0]
-    return a.steps.new_empty(4 * slots + 1), a.steps.new_empty(slots, dtype=torch.bool)
+    coupling = COMPILED[_couples(a)].fake(_coupling(a))
+    return DecidedRound(*coupling, a.steps.new_empty(4 * slots + 1), a.steps.new_empty(slots, dtype=torch.bool))
 
 
-CLOSE = Op("close_round_cpu", CloseArguments, _close, _fake_close, check=_check_close, public=_NAME)
+DECIDE = Op("decide_round_cpu", DecideArguments, _decide, _fake_decide, check=_check_decide, public="decide_round")
 
 
 def _advancing(a: HeadAdvanceArguments, output: Tensor) -> AdvanceArguments:
@@ -145,7 +170,7 @@ ADVANCE_FROM_FEATURES = Op(
     check=_check_advance,
     public="advance_from_features",
 )
-OPS = OPEN_KEYED, CLOSE, ADVANCE_FROM_FEATURES
+OPS = OPEN_KEYED, DECIDE, ADVANCE_FROM_FEATURES
 
 
 def open_keyed_round(arguments: OpenKeyedArguments, backend: str = "auto") -> OpenedWithNoise:
@@ -163,9 +188,10 @@ def open_keyed_round(arguments: OpenKeyedArguments, backend: str = "auto") -> Op
     return OpenedWithNoise(*OPEN_KEYED(arguments, arguments.state, backend))
 
 
-def close_round(arguments: CloseArguments, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """What a round does once it is decided: the following ops, one after the other, in one call on the CPU.
+def decide_round(arguments: DecideArguments, backend: str = "auto") -> DecidedRound:
+    """Decide a round and do all that follows from it: these ops, one after the other.
 
+    * :func:`~free_kernels.ops.couple` or, with ``block``, :func:`~free_kernels.ops.couple_block`.
     * :func:`~free_kernels.ops.drafting.tally_round`.
     * :func:`~free_kernels.ops.drafting.keep_rows`, where rows of features are held (``at`` to ``ahead``), and
       :func:`~free_kernels.ops.drafting.keep_clean_rows`, where clean samples are (``clean_at`` to ``response``).
@@ -177,16 +203,11 @@ def close_round(arguments: CloseArguments, backend: str = "auto") -> tuple[Tenso
         arguments: theirs; those of rows that are not held are None.
         backend: ``"auto"``, ``"reference"`` or ``"extension"``.
 
-    Returns:
-        The report, int64 ``[4 S + 1]``: committed steps, images and steps after the round and rows ahead (of features
-        if they are held, else of clean samples, else 0) of each slot, and whether output and next states are finite;
-        and bool ``[S]``, the slots whose image is at its first step.
-
     Raises:
         ValueError, TypeError: a wrong argument.
-        RuntimeError: the backend cannot be used, or the extension refuses a tensor; the message says why.
+        RuntimeError: the backend cannot be used, or the extension refuses a value; the message says why.
     """
-    return CLOSE(arguments, arguments.state, backend)
+    return DecidedRound(*DECIDE(arguments, arguments.state, backend))
 
 
 def advance_from_features(arguments: HeadAdvanceArguments, backend: str = "auto") -> None:

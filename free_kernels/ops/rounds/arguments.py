@@ -72,17 +72,25 @@ class HeadAdvanceArguments(NamedTuple):
     clip: float  # inf: no clipping
 
 
-class CloseArguments(NamedTuple):
-    """Arguments of ``close_round``: S slots, R packed rows, N images, K steps, M places of each slot."""
+class DecideArguments(NamedTuple):
+    """Arguments of ``decide_round``: S slots, R packed rows, N images, K steps, M places of each slot."""
 
-    output: Tensor  # float32, float16 or bfloat16 [B R, C or 2 C, H, W]
-    next_states: Tensor  # float32 [S, C, H, W]
-    gap_sq: Tensor  # float32 [S, L - 1]
-    committed: Tensor  # int64 [S]
-    lengths: Tensor  # int64 [S]
     draft_states: Tensor  # float32 [S, L, C, H, W]
-    features: Tensor  # float32, float16 or bfloat16 [B R, T, D]
+    draft_mean: Tensor  # float32 [S, L - 1, C, H, W]
+    draft_std: Tensor  # float32 [S, L - 1, C, H, W]
+    noise: Tensor  # float32 [S, L, C, H, W]
+    slack_noise: Tensor | None  # float32 [S, L, C, H, W]
+    uniform: Tensor  # float32 [S, L]
+    output: Tensor  # float32, float16 or bfloat16 [B R, C or 2 C, H, W]
     row_offsets: Tensor  # int64 [S + 1]
+    columns: Tensor  # float32 [S, L, 8]
+    relaxation: Tensor | None  # float32 [S, L]
+    guidance_scale: float  # 1: output has no unconditional branch
+    guidance_channels: int  # in [0, C]
+    clip: float  # inf: no clipping
+    block: bool  # decide drafts together, by couple_block
+    lengths: Tensor  # int64 [S]
+    features: Tensor  # float32, float16 or bfloat16 [B R, T, D]
     state: Written  # float32 [S, C, H, W], written
     previous: Written  # float32 [S, C, H, W], written
     parent: Written  # of features' dtype [B, S, T, D], written
@@ -110,6 +118,20 @@ class CloseArguments(NamedTuple):
     clean_before: Written | None  # as before
     clean_ahead: Written | None  # as ahead
     response: Written | None  # float32 [S, 2, 2], written
-    guidance_scale: float  # 1: output has no unconditional branch
-    guidance_channels: int  # in [0, C]
-    clip: float  # inf: no clipping
+
+
+class DecidedRound(NamedTuple):
+    """What ``decide_round`` gives.
+
+    Attributes:
+        next_states, committed, gap_sq: as of :class:`free_kernels.ops.Coupling`.
+        report: int64 ``[4 S + 1]``: of each slot committed steps, image and step after the round and rows ahead (of
+            features if they are held, else of clean samples, else 0); and whether output and next states are finite.
+        fresh: bool ``[S]``, the slots whose image is at its first step.
+    """
+
+    next_states: Tensor
+    committed: Tensor
+    gap_sq: Tensor
+    report: Tensor
+    fresh: Tensor
