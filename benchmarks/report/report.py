@@ -66,7 +66,9 @@ def wall_clock(report: dict[str, Any]) -> list[str]:
     lines += [
         f"Where a round's time goes with the learned drafter at batch {first['batch']}, L = {first['draft_length']}: "
         f"{parts}. A round takes {first['ms_per_round']:.2f} ms, a step of the ordinary sampler "
-        f"{first['ms_per_ordinary_step']:.2f} ms.",
+        f"{first['ms_per_ordinary_step']:.2f} ms. Outside of the two networks and their tables, the target's head and "
+        f"a call's own start with it, are {first['outside_of_networks']['median']:.1%} "
+        f"({first['outside_of_networks']['low']:.1%} to {first['outside_of_networks']['high']:.1%} in single runs).",
     ]
     return lines
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks.report import store
 from free_dit import load_bundled
 from free_dit.experiments.wall_clock import machine, wall_clock_ratio
-from free_kernels import PhiloxNoise, SampleResult, ancestral_sample, sample
+from free_kernels import PhiloxNoise, SampleResult, SampleStats, ancestral_sample, sample
 from free_kernels.drafters import FeatureDrafter
 from free_kernels.sampling import draft_sources as sources_module
 from free_kernels.sampling import drafting as drafting_module
@@ -31,6 +31,8 @@ from free_kernels.sampling import run_stats as stats_module
 from free_kernels.sampling import slots as slots_module
 from free_kernels.sampling.job import Job
 from free_kernels.targets import DiTTarget
+from free_kernels.targets import fused_head as head_module
+from free_kernels.targets.adaln import AdaLNTarget
 
 # Ops of a round by the part that their time counts for: which ones run depends on device, noise and verification.
 TIMED_OPS = {
@@ -38,16 +40,30 @@ TIMED_OPS = {
     "pack_drafts": "pack_drafts",
     "commit_drafts": "commit_drafts",
     "renew_slots": "commit_drafts",
-    "open_round": "drafts",
-    "ADVANCE": "drafts",
+    **dict.fromkeys(("open_round", "open_keyed_round"), "opening"),
+    **dict.fromkeys(("ADVANCE", "advance_from_features"), "drafts"),
     "replay_drafts": "drafts",
     "draft_rows": "drafts",
     **dict.fromkeys(("join_rows", "row_errors", "correct_features"), "refused rows"),
     **dict.fromkeys(("keep_rows", "keep_clean_rows", "find_rows"), "refused rows"),
     "tally_round": "tally",
+    # On a CPU this one is the coupling and all that follows from it.
+    "decide_round": "decision",
 }
 # The modules that call them.
-CALLERS = round_module, slots_module, drafting_module, sources_module, rows_module, stats_module
+CALLERS = round_module, slots_module, drafting_module, sources_module, rows_module, stats_module, head_module
+# Methods of the two networks by part; tables are what they make once for a run.
+NETWORKS = {
+    (AdaLNTarget, "features"): "target features",
+    (AdaLNTarget, "tabled"): "target tables",
+    (FeatureDrafter, "forward"): "drafter",
+    (FeatureDrafter, "hoisted"): "drafter tables",
+}
+METHODS = NETWORKS | {
+    (AdaLNTarget, "head"): "target head",
+    (Job, "draw"): "noise",
+    (PhiloxNoise, "of_round"): "noise",
+}
 
 
 class Clock:
@@ -71,43 +87,6 @@ class Clock:
         return timed
 
 
-class TimedTarget:
-    """A target whose features and head are timed, and ``hoisted``, which makes its network's modulations once a run."""
-
-    def __init__(self, target: Any, clock: Clock) -> None:
-        self._target, self._clock = target, clock
-        self._hoisted = clock.wrap("target tables", target.hoisted)
-        self.features = clock.wrap("target features", target.features)
-        self.head = clock.wrap("target head", target.head)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedTarget:
-        """The hoisted target, timed."""
-        return TimedTarget(self._hoisted(timesteps, labels), self._clock)
-
-
-class TimedDrafter:
-    """A drafter whose calls are timed, and ``hoisted``."""
-
-    def __init__(self, drafter: Any, clock: Clock) -> None:
-        self._drafter, self._clock = drafter, clock
-        self._hoisted = clock.wrap("drafter tables", drafter.hoisted)
-        self._call = clock.wrap("drafter", drafter)
-
-    def __call__(self, *arguments: Any, **settings: Any) -> torch.Tensor:
-        """The drafter's feature."""
-        return self._call(*arguments, **settings)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._drafter, name)
-
-    def hoisted(self, timesteps: torch.Tensor, labels: torch.Tensor) -> TimedDrafter:
-        """The hoisted drafter, timed."""
-        return TimedDrafter(self._hoisted(timesteps, labels), self._clock)
-
-
 def digits(device: str) -> tuple[DiTTarget, FeatureDrafter]:
     """The bundled pair on a device."""
     target, drafter = load_bundled("digits")
@@ -121,28 +100,40 @@ def timed_ops(module: Any, clock: Clock) -> Any:
     return mock.patch.multiple(module, **calls) if calls else contextlib.nullcontext()
 
 
+def timed_methods(methods: dict[tuple[type, str], str], clock: Clock) -> contextlib.ExitStack:
+    """Methods of classes, timed within a ``with`` block."""
+    stack = contextlib.ExitStack()
+    for (owner, name), part in methods.items():
+        stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))
+    return stack
+
+
 def profile(device: str, batch: int, draft_length: int, guidance: float, runs: int) -> dict[str, Any]:
-    """Parts of one configuration, over several runs after a warm-up."""
+    """Parts of one configuration, over several runs after a warm-up.
+
+    The share outside of the networks, heads and a call's own start with it, is of other runs, in which nothing but the
+    networks and their tables has a timer: those around single ops take as long as some of these.
+    """
     target, drafter = digits(device)
     labels = torch.arange(batch, device=device) % 10
     settings = {"guidance_scale": guidance}
-    sample(target, labels, drafter=drafter, draft_length=draft_length, **settings)
-    clock, elapsed, rounds, rows, steps = Clock(device), 0.0, 0, 0, []
+
+    def run(seed: int) -> SampleStats:
+        return sample(target, labels, drafter=drafter, draft_length=draft_length, seed=seed, **settings).stats
+
+    run(0)
+    clock, lighter, elapsed, rounds, rows, steps, outside = Clock(device), Clock(device), 0.0, 0, 0, [], []
     for seed in range(runs):
-        with contextlib.ExitStack() as stack:
+        with timed_methods(METHODS, clock) as stack:
             for module in CALLERS:
                 stack.enter_context(timed_ops(module, clock))
-            for owner, name in ((Job, "draw"), (PhiloxNoise, "of_round")):
-                stack.enter_context(mock.patch.object(owner, name, clock.wrap("noise", getattr(owner, name))))
-            stats = sample(
-                TimedTarget(target, clock),
-                labels,
-                drafter=TimedDrafter(drafter, clock),
-                draft_length=draft_length,
-                seed=seed,
-                **settings,
-            ).stats
+            stats = run(seed)
         elapsed, rounds, rows = elapsed + stats.elapsed_s, rounds + stats.target_calls, rows + stats.target_rows
+        lighter.seconds.clear()
+        with timed_methods(NETWORKS, lighter):
+            whole = run(seed).elapsed_s
+        tables = lighter.seconds.pop("target tables") + lighter.seconds.pop("drafter tables", 0.0)
+        outside.append(1 - sum(lighter.seconds.values()) / (whole - tables))
         steps.append(ancestral_sample(target, labels, seed=seed, **settings).stats.elapsed_s / 250)
     clock.seconds["everything else"] = elapsed - sum(clock.seconds.values())
     parts = dict(sorted(clock.seconds.items(), key=lambda item: -item[1]))
@@ -153,6 +144,7 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
         "rows_per_call": rows / rounds,
         "ms_per_round": 1e3 * elapsed / rounds,
         "ms_per_ordinary_step": 1e3 * float(np.median(steps)),
+        "outside_of_networks": {"median": float(np.median(outside)), "low": min(outside), "high": max(outside)},
         "parts": {name: {"ms": 1e3 * s / rounds, "share": s / elapsed} for name, s in parts.items()},
     }
 
@@ -193,7 +185,7 @@ def main() -> None:
     device, pairs = arguments.device, arguments.pairs
     out = arguments.out or store.RESULTS / store.device_slug(device) / "profile.json"
     facts = machine() if device == "cpu" else machine() | {"gpu": torch.cuda.get_device_name()}
-    cases = ((1, 6, 1.0, 1),) if arguments.quick else ((1, 6, 1.0, 5), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
+    cases = ((1, 6, 1.0, 1),) if arguments.quick else ((1, 6, 1.0, 12), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
     report = {
         "machine": facts,
         "command": "python -m benchmarks.sampler.profile_sampler"
@@ -218,6 +210,11 @@ def main() -> None:
             f"\nbatch {entry['batch']}, L = {entry['draft_length']}, guidance {entry['guidance']:g}: "
             f"{entry['ms_per_round']:.2f} ms a round of {entry['rows_per_call']:.2f} rows; "
             f"an ordinary step takes {entry['ms_per_ordinary_step']:.2f} ms"
+        )
+        beyond = entry["outside_of_networks"]
+        print(
+            f"  outside of both networks and their tables {beyond['median']:.1%} "
+            f"({beyond['low']:.1%} to {beyond['high']:.1%})"
         )
         for name, part in entry["parts"].items():
             print(f"  {name:18s} {part['ms']:7.2f} ms {part['share']:6.1%}")
