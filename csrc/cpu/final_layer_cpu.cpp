@@ -14,6 +14,8 @@ namespace {
 
 // Fewer values are not worth a thread.
 constexpr int64_t kGrain = 1 << 14;
+// Products of so few values take less time than a call of PyTorch's.
+constexpr int64_t kFewProducts = 1 << 17;
 
 // A grid of tokens, each a patch of every channel.
 struct Grid {
@@ -40,6 +42,49 @@ void unpatchify(const float* tokens, const float* bias, const Grid& grid, float*
               from[i] + (bias == nullptr ? 0.0f : bias[i]);
   }
 }
+
+// What the head does to one token but for the bias: the sum of `normalized` products with each row of a
+// weight.
+struct Product {
+  const float* weight;
+  int64_t values, width, row_stride;
+};
+
+FREE_KERNELS_INLINE void product_inline(const Product& a, const float* normalized, float* out) {
+  for (int64_t value = 0; value < a.values; ++value) {
+    const float* row = a.weight + value * a.row_stride;
+    Lanes sums[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= a.width; i += 2 * kLanes)
+      for (int64_t half = 0; half < 2; ++half) {
+        Lanes x, w;
+        load(x, normalized + i + half * kLanes);
+        load(w, row + i + half * kLanes);
+        sums[half] += x * w;
+      }
+    const Lanes both = sums[0] + sums[1];
+    float total = 0;
+    for (; i < a.width; ++i) total += normalized[i] * row[i];
+    for (int64_t lane = 0; lane < kLanes; ++lane) total += both[lane];
+    out[value] = total;
+  }
+}
+
+FREE_KERNELS_INLINE void token_inline(const Token& token, const Product& product, float* scratch,
+                                      float* out) {
+  norm_inline(token, scratch, scratch + token.width);
+  product_inline(product, scratch + token.width, out);
+}
+void token_any(const Token& token, const Product& product, float* scratch, float* out) {
+  token_inline(token, product, scratch, out);
+}
+#if FREE_KERNELS_HAS_AVX2
+FREE_KERNELS_AVX2 void token_avx2(const Token& token, const Product& product, float* scratch, float* out) {
+  token_inline(token, product, scratch, out);
+}
+#else
+constexpr auto token_avx2 = token_any;
+#endif
 
 Grid check(const Tensor& h, const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias,
            double eps, int64_t grid_rows, int64_t patch_rows, int64_t patch_columns) {
@@ -78,23 +123,34 @@ Tensor final_layer(const Tensor& h, const Tensor& rows, const Tensor& row_of_tim
                         ScalarType::Float);
   if (out.numel() == 0) return out;
 
+  const auto token = [&](int64_t i) {
+    const float* shift = const_floats(rows) + index[i / tokens] * 2 * width;
+    return Token{
+        const_floats(h) + i * width, nullptr, nullptr, shift, shift + width, nullptr, nullptr, width, eps};
+  };
+  const float* added = bias ? const_floats(*bias) : nullptr;
+  const int64_t size = tokens * grid.values();
+  if (weight.stride(1) == 1 && all * width * grid.values() <= kFewProducts) {
+    const Product product{const_floats(weight), grid.values(), width, weight.stride(0)};
+    const auto run = has_avx2() ? token_avx2 : token_any;
+    std::vector<float> scratch(2 * width), found(size);
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t i = 0; i < tokens; ++i)
+        run(token(row * tokens + i), product, scratch.data(), found.data() + i * grid.values());
+      unpatchify(found.data(), added, grid, floats(out) + row * size);
+    }
+    return out;
+  }
   const Tensor normalized = empty_on(h, {all, width}, ScalarType::Float);
-  const float *features = const_floats(h), *table = const_floats(rows);
   float* normalized_values = floats(normalized);
   torch::stable::parallel_for(0, all, std::max<int64_t>(1, kGrain / width), [&](int64_t first, int64_t end) {
     const auto norm = norm_at_hand();
     std::vector<float> sum(width);
-    for (int64_t i = first; i < end; ++i) {
-      const float* shift = table + index[i / tokens] * 2 * width;
-      const Token token{
-          features + i * width, nullptr, nullptr, shift, shift + width, nullptr, nullptr, width, eps};
-      norm(token, sum.data(), normalized_values + i * width);
-    }
+    for (int64_t i = first; i < end; ++i) norm(token(i), sum.data(), normalized_values + i * width);
   });
   const Tensor values = times(normalized, weight);
-  const float *found = const_floats(values), *added = bias ? const_floats(*bias) : nullptr;
+  const float* found = const_floats(values);
   float* results = floats(out);
-  const int64_t size = tokens * grid.values();
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)),
                               [&](int64_t first, int64_t end) {
                                 for (int64_t row = first; row < end; ++row)
