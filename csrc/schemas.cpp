@@ -52,8 +52,7 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "open_keyed_round_cpu(Tensor state, Tensor current, Tensor timesteps, Tensor table, int length, int "
-      "seed, "
-      "Tensor images, bool slack, Tensor? rounds) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "seed, Tensor images, bool slack, Tensor? rounds) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   library.def(
       "correct_features_cpu(Tensor drafted, Tensor errors, Tensor state, Tensor previous, Tensor asked,"
@@ -63,18 +62,15 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "rounds) -> Tensor");
   library.def(
       "decide_round_cpu(Tensor draft_states, Tensor draft_mean, Tensor draft_std, Tensor noise, Tensor? "
-      "slack_noise, "
-      "Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, Tensor? relaxation, float "
-      "guidance_scale, "
-      "int guidance_channels, float clip, bool block, Tensor lengths, Tensor features, Tensor(a!) state, "
-      "Tensor(b!) previous, "
-      "Tensor(c!) parent, Tensor(d!) steps, Tensor(e!) images, Tensor(f!) labels, Tensor(g!) samples, "
-      "Tensor all_labels, Tensor(h!) queue, Tensor numbers, Tensor(i!) indices, Tensor(j!) rounds, "
-      "Tensor(k!) deviation, Tensor table, Tensor(l!)? at, Tensor(m!)? held_states, "
-      "Tensor(n!)? held_features, Tensor(o!)? places, Tensor(p!)? before, Tensor(q!)? ahead, "
-      "Tensor(r!)? clean_at, Tensor(s!)? clean_states, Tensor(t!)? clean, Tensor(u!)? clean_places, "
-      "Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response) -> (Tensor next_states, "
-      "Tensor committed, Tensor gap_sq, Tensor report, Tensor fresh)");
+      "slack_noise, Tensor uniform, Tensor output, Tensor row_offsets, Tensor columns, Tensor? relaxation, "
+      "float guidance_scale, int guidance_channels, float clip, bool block, Tensor lengths, Tensor "
+      "features, Tensor(a!) state, Tensor(b!) previous, Tensor(c!) parent, Tensor(d!) steps, Tensor(e!) "
+      "images, Tensor(f!) labels, Tensor(g!) samples, Tensor all_labels, Tensor(h!) queue, Tensor numbers, "
+      "Tensor(i!) indices, Tensor(j!) rounds, Tensor(k!) deviation, Tensor table, Tensor(l!)? at, "
+      "Tensor(m!)? held_states, Tensor(n!)? held_features, Tensor(o!)? places, Tensor(p!)? before, "
+      "Tensor(q!)? ahead, Tensor(r!)? clean_at, Tensor(s!)? clean_states, Tensor(t!)? clean, Tensor(u!)? "
+      "clean_places, Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response) -> (Tensor "
+      "next_states, Tensor committed, Tensor gap_sq, Tensor report, Tensor fresh)");
   library.def(
       "philox_round(int seed, Tensor images, Tensor steps, int numel, bool slack, Tensor? rounds=None) -> "
       "(Tensor noise, Tensor slack_noise, Tensor uniform)");
@@ -92,12 +88,10 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "Tensor y, Tensor weight, Tensor? bias, float eps, int grid_rows, int patch_rows, int patch_columns) "
       "-> Tensor");
   library.def(
-      "advance_from_features_cpu(Tensor h, Tensor table, Tensor row_of_timestep, Tensor row_of_label, Tensor "
-      "t, "
-      "Tensor y, Tensor weight, Tensor? bias, float eps, int grid_rows, int patch_rows, int patch_columns, "
-      "Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor columns, Tensor rows, int "
-      "draft, "
-      "float guidance_scale, int guidance_channels, float clip) -> ()");
+      "advance_from_features_cpu(Tensor h, Tensor table, Tensor row_of_timestep, Tensor row_of_label, "
+      "Tensor t, Tensor y, Tensor weight, Tensor? bias, float eps, int grid_rows, int patch_rows, int "
+      "patch_columns, Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor columns, "
+      "Tensor rows, int draft, float guidance_scale, int guidance_channels, float clip) -> ()");
   library.def(
       "adaptive_norm_cpu(Tensor x, Tensor? update, Tensor modulations, Tensor? skip, int gate_at, "
       "int shift_at, int scale_at, int gain_at, float eps) -> (Tensor, Tensor)");

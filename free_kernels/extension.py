@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -196,9 +197,14 @@ def use_extension(op: str, device_type: str, backend: str, public: str | None = 
     return True
 
 
-def raise_from_op(op: str, error: RuntimeError) -> NoReturn:
-    """Raise a compiled op's own message as ValueError, without its C++ source line; raise other errors unchanged."""
-    _, found, message = str(error).partition(f"{op}: ")
-    if not found:
+def raise_from_op(ops: Sequence[str], error: RuntimeError) -> NoReturn:
+    """Raise a compiled op's own message as ValueError, without its C++ source line; raise other errors unchanged.
+
+    Args:
+        ops: names that may begin its messages: its own and those of ops that it is made of.
+        error: what it raised.
+    """
+    message = re.search(rf"\b(?:{'|'.join(map(re.escape, ops))}): .*", str(error))
+    if message is None:
         raise error
-    raise ValueError(f"{op}: {message.splitlines()[0]}") from None
+    raise ValueError(message[0]) from None

@@ -84,11 +84,11 @@ def readme_section(root: Path) -> str:
 def renewed_pages(root: Path) -> dict[Path, str]:
     """Text of every generated page."""
     readme = root / "README.md"
-    kernels = root / "benchmarks/results/ahead_of_time.md"
+    compiled = [root / "benchmarks/results" / name for name in ("predicted_coupling.md", "ahead_of_time.md")]
     return {
         readme: filled(readme.read_text(), "results", readme_section(root)),
         root / "docs/benchmarks.md": benchmark_page(load_results(root / "benchmarks/results"))
-        + (f"\n{kernels.read_text()}" if kernels.exists() else ""),
+        + "".join(f"\n{part.read_text()}" for part in compiled if part.exists()),
     }
 
 

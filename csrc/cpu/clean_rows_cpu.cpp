@@ -279,6 +279,7 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   check_tensor(op, "committed", committed, kLong, {slots}, states);
   check_tensor(op, "lengths", lengths, kLong, {slots}, states);
   check_tensor(op, "steps", steps, kLong, {slots}, states);
+  check_steps(op, steps);
   check_tensor(op, "table", table, kFloat, {num_steps, 8}, states);
   check_tensor(op, "before", before, kLong, {slots}, states);
   check_tensor(op, "at", at, kLong, {slots, places}, states);

@@ -245,6 +245,8 @@ Tensor tally_round(const Tensor& output, const Tensor& next_states, const Tensor
   check_tensor(op, "lengths", lengths, kLong, {slots}, next_states);
   check_tensor(op, "steps", steps, kLong, {slots}, next_states);
   check_tensor(op, "deviation", deviation, kFloat, {num_steps}, next_states);
+  STD_TORCH_CHECK(num_steps >= 1, op, ": deviation must be of at least 1 step, got 0");
+  check_steps(op, steps);
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t tested = std::min({ints(committed)[slot], ints(lengths)[slot] - 1, drafts});
     for (int64_t j = 0; j < tested; ++j) {

@@ -57,6 +57,8 @@ void pack(const PackInputs& inputs, const PackShape& shape, const PackOutputs& o
   }
 }
 
+}  // namespace
+
 // Everything is checked before anything is written, so a refused commit leaves no half-made state.
 void check_bounds(const CommitTensors& tensors, const CommitShape& shape) {
   const int64_t* committed = ints(tensors.committed);
@@ -81,8 +83,6 @@ void check_bounds(const CommitTensors& tensors, const CommitShape& shape) {
                     " steps, got ", steps[s]);
   }
 }
-
-}  // namespace
 
 void commit_on_cpu(const CommitTensors& tensors, const CommitShape& shape) {
   check_bounds(tensors, shape);

@@ -229,6 +229,7 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
   check_tensor(op, "committed", committed, kLong, {slots}, states);
   check_tensor(op, "lengths", lengths, kLong, {slots}, states);
   check_tensor(op, "steps", steps, kLong, {slots}, states);
+  check_steps(op, steps);
   check_tensor(op, "at", at, kLong, {slots, places}, states);
   check_tensor(op, "held_states", held_states, kFloat, {slots, places, s[2], s[3], s[4]}, states);
   check_tensor(op, "held_features", held_features, features.scalar_type(),
@@ -280,9 +281,7 @@ void find_rows(const Tensor& at, const Tensor& steps, const Tensor& places, cons
   STD_TORCH_CHECK(width < rows, op, ": places must be [S, W] with W below M = ", rows, ", got W = ", width);
   check_tensor(op, "at", at, kLong, {slots, all}, at);
   check_tensor(op, "steps", steps, kLong, {slots}, at);
-  for (int64_t slot = 0; slot < slots; ++slot)
-    STD_TORCH_CHECK(ints(steps)[slot] >= 0, op, ": steps[", slot, "] must be at least 0, got ",
-                    ints(steps)[slot]);
+  check_steps(op, steps);
   check_tensor(op, "places", places, kLong, {slots, width}, at);
   check_tensor(op, "before", before, kLong, {slots}, at);
   check_tensor(op, "ahead", ahead, kLong, {slots}, at);

@@ -15,11 +15,18 @@ using Opened = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Opened open_round(const Tensor& state, const Tensor& current, const Tensor& timesteps, const Tensor& table,
                   int64_t length);
 
-// As `philox_round`, with noise of [S, L] rows of the shape `latent`; slack noise without any has no first
-// dimension of it.
+// As `philox_round`, with numbers of [S, L] rows of the shape `latent`. Where no slack noise is asked for, it
+// has 0 channels.
 std::tuple<Tensor, Tensor, Tensor> round_numbers(int64_t seed, const Tensor& images, const Tensor& steps,
                                                  const std::vector<int64_t>& latent, bool slack,
                                                  const std::optional<Tensor>& rounds);
+
+// Steps [S], which have been checked as a tensor, may be remainders and places.
+inline void check_steps(const char* op, const Tensor& steps) {
+  for (int64_t slot = 0; slot < steps.size(0); ++slot)
+    STD_TORCH_CHECK(ints(steps)[slot] >= 0, op, ": steps[", slot, "] must be at least 0, got ",
+                    ints(steps)[slot]);
+}
 
 Tensor final_layer(const Tensor& h, const Tensor& rows, const Tensor& row_of_timestep,
                    const Tensor& row_of_label, const Tensor& t, const Tensor& y, const Tensor& weight,
@@ -44,6 +51,8 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
                      const Tensor& held_clean, const Tensor& response, double guidance_scale,
                      int64_t guidance_channels, double clip);
 
+// Whether values are in range, of which tensors have been checked.
+void check_bounds(const CommitTensors& tensors, const CommitShape& shape);
 void commit_on_cpu(const CommitTensors& tensors, const CommitShape& shape);
 
 Tensor renew_slots(const Tensor& steps, const Tensor& images, const Tensor& numbers, const Tensor& indices,

@@ -68,6 +68,9 @@ Decided decide_round(const Tensor& draft_states, const Tensor& draft_mean, const
                               state,     previous,    parent,       steps,    images,
                               labels,    samples,     all_labels,   queue};
   const CommitShape shape = check_commit(tensors, table.size(0));
+  check_bounds(tensors, shape);
+  STD_TORCH_CHECK(deviation.numel() == shape.num_steps, "decide_round: deviation must be of the ",
+                  shape.num_steps, " steps of table, got ", deviation.numel());
 
   const Tensor finite = tally_round(output, next_states, gap_sq, committed, lengths, steps, deviation);
   if (with_features.given())
@@ -82,6 +85,7 @@ Decided decide_round(const Tensor& draft_states, const Tensor& draft_mean, const
   with_clean.find(steps);
 
   const int64_t slots = shape.slots;
+  // As RoundReport.pack of free_kernels/sampling/round.py.
   Tensor report = empty_on(steps, {4 * slots + 1}, ScalarType::Long);
   int64_t* said = mutable_ints(report);
   std::copy_n(ints(committed), slots, said);

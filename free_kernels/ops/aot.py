@@ -122,8 +122,12 @@ def compile_configuration(configuration: AotConfiguration, device: Device) -> Ao
     return AotReport(configuration.label, configuration.group, device.name, *worst)
 
 
-def _compile(configuration: AotConfiguration, device: Device, small: Sequence[str]) -> tuple[int, int, int, int, int]:
-    """Registers, shared memory, stack, spills and barriers; tensors of the pointers ``small`` have less than 2 GiB."""
+def compiled(configuration: AotConfiguration, device: Device, small: Sequence[str] = ()) -> tuple[Any, str]:
+    """Triton's compiled kernel, and what the assembler said; tensors of the pointers ``small`` have less than 2 GiB.
+
+    Raises:
+        RuntimeError: the compiler refuses the kernel.
+    """
     names = configuration.kernel.arg_names
     attributes: dict[tuple[int], list[list[object]]] = {
         (names.index(n),): [] for n in (*configuration.divisible, *small)
@@ -146,25 +150,30 @@ def _compile(configuration: AotConfiguration, device: Device, small: Sequence[st
         knobs.nvidia.dump_ptxas_log = True
         target = GPUTarget(device.backend, device.arch, device.warp_size)
         try:
-            compiled = triton.compile(source, target=target, options=options)
+            return triton.compile(source, target=target, options=options), log.getvalue()
         except Exception as error:
             said = f"{type(error).__name__}: {error}\n{log.getvalue()[:2000]}"
             raise RuntimeError(f"aot: {configuration.label} does not compile for {device.name}: {said}") from error
+
+
+def _compile(configuration: AotConfiguration, device: Device, small: Sequence[str]) -> tuple[int, int, int, int, int]:
+    """Registers, shared memory, stack, spills and barriers; ``small`` as in :func:`compiled`."""
+    kernel, log = compiled(configuration, device, small)
     if device.backend == "hip":
-        code = compiled.asm["amdgcn"]
+        code = kernel.asm["amdgcn"]
         found = {name: int(value) for name, value in _AMD_FIGURE.findall(code)}
         if len(found) != 3:
             raise RuntimeError(f"aot: {configuration.label} for {device.name}: no figures in the assembly")
         # Scalar registers spill to lanes of vector registers, which are counted, or to the stack.
         stack, spilled = found["private_segment_fixed_size"], 4 * found["vgpr_spill_count"]
         barriers = len(_AMD_BARRIER.findall(code))
-        return found["vgpr_count"], compiled.metadata.shared, stack, spilled, barriers
-    spills, registers = _PTXAS_SPILLS.search(log.getvalue()), _PTXAS_REGISTERS.search(log.getvalue())
+        return found["vgpr_count"], kernel.metadata.shared, stack, spilled, barriers
+    spills, registers = _PTXAS_SPILLS.search(log), _PTXAS_REGISTERS.search(log)
     if spills is None or registers is None:
-        raise RuntimeError(f"aot: ptxas for {device.name} gave {log.getvalue()[:2000]}")
+        raise RuntimeError(f"aot: ptxas for {device.name} gave {log[:2000]}")
     stack, stores, loads = (int(number) for number in spills.groups())
-    barriers = len(_PTX_BARRIER.findall(compiled.asm["ptx"]))
-    return int(registers[1]), compiled.metadata.shared, stack, stores + loads, barriers
+    barriers = len(_PTX_BARRIER.findall(kernel.asm["ptx"]))
+    return int(registers[1]), kernel.metadata.shared, stack, stores + loads, barriers
 
 
 def why_unfit(report: AotReport) -> str | None:

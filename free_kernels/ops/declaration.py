@@ -51,6 +51,7 @@ class Op:
         outputs: what the schema returns.
         check: raises an error for wrong arguments of a compiled op; takes the tuple.
         public: name of the function that users call, which begins a compiled op's messages; ``name`` if empty.
+        parts: public names of ops that a compiled op is made of, whose messages it passes on.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Op:
         outputs: str = "Tensor",
         check: Callable[[Any], None] | None = None,
         public: str = "",
+        parts: tuple[str, ...] = (),
     ) -> None:
         self.public = public or name
+        self._speaking = self.public, *parts
         self.name, self.arguments, self.reference, self.fake, self.check = name, arguments, reference, fake, check
         self.folder, _, self._function = triton.partition(".")
         self.overload: Any = None
@@ -108,7 +111,7 @@ class Op:
             # The op has made the same checks; these word the message.
             if self.check is not None:
                 self.check(arguments)
-            raise_from_op(self.public, error)
+            raise_from_op(self._speaking, error)
 
     def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
         """Run with a backend: ``"auto"``, ``"reference"``, and ``"triton"`` or ``"extension"``.
@@ -161,7 +164,7 @@ class KernelOp:
     ) -> None:
         self.triton = Op(name, arguments, reference, fake, f"{folder}.{name}", outputs)
         self.compiled = Op(f"{name}_cpu", arguments, reference, fake, check=check, public=name)
-        self.check = check
+        self.check, self.public = check, name
 
     def __call__(self, arguments: Any, tensor: Tensor, backend: str) -> Any:
         """Run with a backend: ``"auto"``, ``"reference"``, ``"extension"`` or ``"triton"``.

@@ -197,6 +197,8 @@ class Job:
     def _checked_features(self, h: Tensor, rows: int) -> Tensor:
         if h.shape != (rows, *self.feature_shape):
             fail(self.where, "target.features", f"[R, T, D] = {[rows, *self.feature_shape]}", h)
+        if not h.is_floating_point():
+            fail(self.where, "target.features", "floating-point numbers", h, TypeError)
         return h.contiguous()
 
     def _checked_output(self, output: Tensor, rows: int) -> Tensor:
@@ -204,6 +206,8 @@ class Job:
         if output.shape != (rows, *shape):
             layout = "[R, C or 2C, H, W]" if len(shape) == 3 else "[R, C or 2C, ...]"
             fail(self.where, "target.head", f"{layout} = {[rows, *shape]}", output)
+        if not output.is_floating_point():
+            fail(self.where, "target.head", "floating-point numbers", output, TypeError)
         if len(shape) != 3:
             output = output.reshape(rows, shape[0], *self.state_shape[1:])
         return _single(output if self.learned else output[:, : self.state_shape[0]]).contiguous()

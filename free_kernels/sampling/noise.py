@@ -43,8 +43,10 @@ class PhiloxNoise:
     @property
     def philox(self) -> PhiloxNoise | None:
         """Itself, for kernels that draw the same numbers; None for a class of its own numbers."""
-        plain = type(self).normal is PhiloxNoise.normal and type(self).uniform is PhiloxNoise.uniform
-        return self if plain else None
+        own = (
+            getattr(type(self), name) is not getattr(PhiloxNoise, name) for name in ("normal", "uniform", "of_round")
+        )
+        return None if any(own) else self
 
     def keys(self, images: Tensor) -> Tensor:
         """What stands in the key for images ``[M]``."""

@@ -259,14 +259,14 @@ class Rounds:
     ) -> tuple[Coupling, Tensor, Tensor]:
         """What :meth:`_couple`, :meth:`_learn` and :meth:`_close` do."""
         job, slots = self.job, self.slots
-        settings = job.guidance_scale, job.guidance_channels, job.clip
+        settings = job.guidance_scale, job.guidance_channels, job.clip, self.options.block
         coupled = *drafts, *numbers, output, row_offsets, columns, weights, *settings
         moved = *slots.tensors(features), self.stats.deviation, job.table
         rows = (None,) * 6 if self._feature_rows is None else self._feature_rows.tensors(drafts.states, features)
         clean = (None,) * 7 if self._clean_rows is None else self._clean_rows.tensors
         # After the round a slot may hold another image.
         images = None if weights is None else slots.indices.clone()
-        given = *coupled, self.options.block, slots.lengths, features, *moved, *rows, *clean
+        given = *coupled, slots.lengths, features, *moved, *rows, *clean
         *decided, report, fresh = decide_round(DecideArguments(*given))
         coupling = Coupling(*decided)
         if weights is not None:

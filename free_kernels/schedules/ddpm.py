@@ -174,9 +174,13 @@ class DDPMSchedule:
         Columns are those of :class:`TransitionColumn`.
         """
         check_choice("DDPMSchedule.table", "variance", variance, VARIANCES[1:])
-        if variance not in self._tables:
-            self._tables[variance] = self._make_table(variance)
-        return self._tables[variance].clone()
+        made = self._tables.get(variance)
+        if made is None:
+            made = self._make_table(variance)
+            # Not one of a mode that pretends.
+            if type(made) is torch.Tensor:
+                self._tables[variance] = made
+        return made.clone()
 
     @functools.cached_property
     def _tables(self) -> dict[str, torch.Tensor]:

@@ -53,14 +53,16 @@ class FusedHead:
 
     def __call__(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The output of features ``[R, T, D]``."""
-        given = h.contiguous(), *self._table, t.contiguous(), y.contiguous()
-        output = final_layer(FinalLayerArguments(*given, self._linear.weight, self._linear.bias, *self._settings))
+        output = final_layer(FinalLayerArguments(*self._given(h, t, y)))
         return output if len(self._shape) == 3 else output.view(-1, *self._shape)
 
     def advance(self, h: Tensor, t: Tensor, y: Tensor, *drafts: Any) -> None:
         """A draft from features ``[R, T, D]``, without the output; ``drafts``: the rest of the op's arguments."""
-        given = h.float().contiguous(), *self._table, t, y, self._linear.weight, self._linear.bias, *self._settings
-        advance_from_features(HeadAdvanceArguments(*given, *drafts))
+        advance_from_features(HeadAdvanceArguments(*self._given(h.float(), t, y), *drafts))
+
+    def _given(self, h: Tensor, t: Tensor, y: Tensor) -> tuple[Any, ...]:
+        rows = h.contiguous(), *self._table, t.contiguous(), y.contiguous()
+        return *rows, self._linear.weight, self._linear.bias, *self._settings
 
 
 def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:

@@ -145,8 +145,9 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
         """
         where = "HookTarget"
         key = HookTarget, self.feature_layer, self._head, self._call
-        self.recheck(where)
-        checked(key, self, self.module, lambda: self.compare(where, timesteps, labels))
+        checked(
+            key, self, self.module, refuse_unsafe(where, self.module), lambda: self.compare(where, timesteps, labels)
+        )
         return self
 
     def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -147,17 +147,35 @@ def test_what_is_not_held_is_reported_as_nothing_ahead():
         ({"held_states": None}, r"decide_round: at, held_states, .* must be tensors, or None all of them"),
         ({"clean_ahead": None}, r"decide_round: clean_at, .* must be tensors, or None all of them"),
         ({"uniform": torch.zeros(2)}, r"couple: uniform must "),
-        ({"deviation": torch.zeros(20, dtype=torch.float64)}, r"tally_round: deviation must be float32"),
+        ({"deviation": torch.zeros(20, dtype=torch.float64)}, r"deviation must be float32"),
         ({"features": torch.zeros(1, 1, 1)}, r"keep_rows: "),
         ({"parent": torch.zeros(1, 1, 1, 1)}, r"commit_drafts: parent must be float32 "),
         ({"numbers": torch.zeros(5)}, r"renew_slots: numbers must be int64"),
         ({"places": torch.zeros(5, 99, dtype=torch.int64)}, r"find_rows: places must be "),
+        ({"output": torch.zeros(25, 2, 8, 8, dtype=torch.int64)}, r"output must be float32"),
+        ({"deviation": torch.zeros(3)}, r"decide_round: deviation must be "),
     ],
 )
 def test_a_wrong_round_is_refused(change, message, backend):
     a = copied(played({}, round_module, "decide_round")[3])
     with pytest.raises((ValueError, TypeError), match=message):
         decide_round(a._replace(**change), backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": torch.tensor([-30, 0, 0, 0, 0])}, r"commit_drafts: steps\[0\] must be in \[0, "),
+        ({"images": torch.tensor([9, 0, 1, 2, 3])}, r"commit_drafts: images\[0\] must be in \[-1, 5\), got 9"),
+        ({"queue": torch.tensor([-1])}, r"commit_drafts: queue must be at least 0, got -1"),
+    ],
+)
+def test_values_are_checked_before_anything_is_written(change, message):
+    a = copied(played({}, round_module, "decide_round")[3])._replace(**change)
+    before = copied(a)
+    with pytest.raises(ValueError, match=message):
+        decide_round(a, "extension")
+    same(a, before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -230,6 +248,7 @@ def test_a_draft_with_its_head_is_both_ops(name, backend):
         ({"eps": 0.0}, r"final_layer: eps must be above 0"),
         ({"draft": 4}, r"advance_drafts: first and end must be in order"),
         ({"columns": torch.zeros(5, 5, 7)}, r"advance_drafts: columns must be float32 "),
+        ({"rows": torch.full((5, 4), 5)}, r"advance_drafts: rows must be below 5, got 5"),
     ],
 )
 def test_a_wrong_draft_is_refused(change, message, backend):

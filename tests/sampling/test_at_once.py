@@ -127,7 +127,17 @@ class Shifted(PhiloxNoise):
         return super().uniform(images + 1, steps, purpose, rounds)
 
 
-@pytest.mark.parametrize("noise", [Source(), Shifted(5), PhiloxNoise(5, backend="reference")], ids=lambda n: type(n))
+class Counting(PhiloxNoise):
+    """Draws whole rounds in its own way."""
+
+    def of_round(self, *arguments):
+        return super().of_round(*arguments)
+
+
+NOISE = [Source(), Shifted(5), Counting(5), PhiloxNoise(5, backend="reference")]
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=["source", "uniforms", "rounds", "reference"])
 def test_numbers_of_another_source_are_its_own(pair, noise):
     with refusing("open_keyed_round"):
         run(pair, {"noise": noise})

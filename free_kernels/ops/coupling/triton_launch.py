@@ -145,24 +145,32 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     bfloat16, usual = torch.bfloat16, ("guided", "learned", "philox")
     switches = [{name for name, on in zip(usual, states, strict=True) if on} for states in product((0, 1), repeat=3)]
     for dtype, flags in product((torch.float32, bfloat16, torch.float16), switches):
-        found += _aot_pair(device, (1, 6, 4096), dtype, flags)
+        found += aot_pair(device, (1, 6, 4096), dtype, flags)
     # Joint decisions are in the commit kernel alone, and the output's dtype makes no difference to them.
     for flags in switches:
-        found += _aot_pair(device, (1, 6, 4096), bfloat16, flags | {"joint"})[1:]
+        found += aot_pair(device, (1, 6, 4096), bfloat16, flags | {"joint"})[1:]
     for length in (1, 16):
-        found += _aot_pair(device, (1, length, 4096), bfloat16, {*usual, "joint"})[1:]
+        found += aot_pair(device, (1, length, 4096), bfloat16, {*usual, "joint"})[1:]
     keyed = ({"guided", "learned"}, set(usual))
     for flags in keyed:
-        found += _aot_pair(device, (86, 6, 16384), bfloat16, flags)
+        found += aot_pair(device, (86, 6, 16384), bfloat16, flags)
     # The rare flags together, a latent of odd size, and one with more blocks than there may be partial sums.
     for numel, flags in product((65536, 315), keyed):
-        found += _aot_pair(device, (1, 6, numel), bfloat16, flags | {"rare"})
+        found += aot_pair(device, (1, 6, numel), bfloat16, flags | {"rare"})
     return found
 
 
-def _aot_pair(
+def aot_pair(
     device: Device, sizes: tuple[int, int, int], dtype: torch.dtype, switched_on: set[str]
 ) -> list[AotConfiguration]:
+    """Both kernels as they are launched for slots, rows of each and elements of a latent ``sizes``.
+
+    Args:
+        device: for which they are compiled.
+        sizes: S, L, D.
+        dtype: the output's.
+        switched_on: of ``"guided"``, ``"learned"``, ``"philox"``, ``"joint"`` and ``"rare"``, clipped and relaxed.
+    """
     slots, length, numel = sizes
     guided, learned, philox, rare, joint = (
         name in switched_on for name in ("guided", "learned", "philox", "rare", "joint")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from free_kernels.ops.checks import FLOATS, Layouts
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments
 from free_kernels.ops.coupling.dispatch import COMPILED, decide
 from free_kernels.ops.declaration import KernelOp, Op
@@ -74,7 +75,13 @@ def _check_open(a: OpenKeyedArguments) -> None:
 
 
 OPEN_KEYED = Op(
-    "open_keyed_round_cpu", OpenKeyedArguments, _open, _fake_open, check=_check_open, public="open_keyed_round"
+    "open_keyed_round_cpu",
+    OpenKeyedArguments,
+    _open,
+    _fake_open,
+    check=_check_open,
+    public="open_keyed_round",
+    parts=(OPEN.public, ROUND.public),
 )
 
 
@@ -113,11 +120,11 @@ def _closing(a: DecideArguments, coupling: Coupling) -> Iterator[tuple[Op | Kern
 
 
 def _decide(a: DecideArguments) -> DecidedRound:
-    _check_held(a)
     coupling = decide(_couples(a), _coupling(a), "reference")
     found = {op: op(arguments, a.state, "reference") for op, arguments in _closing(a, coupling)}
     ahead = a.ahead if a.at is not None else a.clean_ahead
     ahead = torch.zeros_like(a.steps) if ahead is None else ahead
+    # As free_kernels.sampling.round.RoundReport.pack.
     report = torch.cat([coupling.committed, a.images, a.steps, ahead, found[TALLY]])
     return DecidedRound(*coupling, report, found[RENEW])
 
@@ -128,6 +135,8 @@ def _couples(a: DecideArguments) -> str:
 
 def _check_decide(a: DecideArguments) -> None:
     _check_held(a)
+    Layouts("decide_round", None, {}).check("output", a.output, FLOATS, "[B R, outputs, H, W]")
+    Layouts("decide_round", None, {"K": len(a.table)}).check("deviation", a.deviation, (torch.float32,), "[K]")
     compiled = COMPILED[_couples(a)]
     compiled.check(_coupling(a))
     for op, arguments in _closing(a, compiled.fake(_coupling(a))):
@@ -140,7 +149,15 @@ def _fake_decide(a: DecideArguments) -> DecidedRound:
     return DecidedRound(*coupling, a.steps.new_empty(4 * slots + 1), a.steps.new_empty(slots, dtype=torch.bool))
 
 
-DECIDE = Op("decide_round_cpu", DecideArguments, _decide, _fake_decide, check=_check_decide, public="decide_round")
+DECIDE = Op(
+    "decide_round_cpu",
+    DecideArguments,
+    _decide,
+    _fake_decide,
+    check=_check_decide,
+    public="decide_round",
+    parts=(*COMPILED, *(op.public for op in (TALLY, KEEP, KEEP_CLEAN, COMMIT, RENEW, FIND))),
+)
 
 
 def _advancing(a: HeadAdvanceArguments, output: Tensor) -> AdvanceArguments:
@@ -169,6 +186,7 @@ ADVANCE_FROM_FEATURES = Op(
     lambda a: None,
     check=_check_advance,
     public="advance_from_features",
+    parts=(FINAL_LAYER.public, ADVANCE.public),
 )
 OPS = OPEN_KEYED, DECIDE, ADVANCE_FROM_FEATURES
 
