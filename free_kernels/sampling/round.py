@@ -237,8 +237,9 @@ class Rounds:
         if self.relaxation is not None and longest > 1:
             weights = self.relaxation.weights(drafts.std, columns)
         if at_once and self._decides_at_once:
-            given = drafts, numbers, columns, output, wait(), row_offsets, weights
-            coupling, report, fresh = self._decide_at_once(*given)
+            coupling, report, fresh = self._decide_at_once(
+                drafts, numbers, columns, output, wait(), row_offsets, weights
+            )
         else:
             coupling = self._couple(drafts, numbers, steps, output, row_offsets, columns, weights)
             if weights is not None:
