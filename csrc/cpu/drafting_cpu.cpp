@@ -153,6 +153,7 @@ Opened open_round(const Tensor& state, const Tensor& current, const Tensor& time
                   num_steps);
   check_tensor(op, "state", state, kFloat, {slots, s[1], s[2], s[3]}, state);
   check_tensor(op, "current", current, kLong, {slots}, state);
+  check_steps(op, current, "current");
   check_tensor(op, "timesteps", timesteps, kLong, {num_steps}, state);
   check_tensor(op, "table", table, kFloat, {num_steps, kColumns}, state);
   Tensor steps = empty_on(state, {slots, length}, kLong);
@@ -163,7 +164,6 @@ Opened open_round(const Tensor& state, const Tensor& current, const Tensor& time
   Tensor std = empty_on(state, {slots, length - 1, s[1], s[2], s[3]}, kFloat);
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t first = ints(current)[slot];
-    STD_TORCH_CHECK(first >= 0, op, ": current[", slot, "] must be at least 0, got ", first);
     for (int64_t j = 0; j < length; ++j) {
       const int64_t step = std::min(first + j, num_steps - 1), place = slot * length + j;
       mutable_ints(steps)[place] = step;

@@ -21,11 +21,14 @@ std::tuple<Tensor, Tensor, Tensor> round_numbers(int64_t seed, const Tensor& ima
                                                  const std::vector<int64_t>& latent, bool slack,
                                                  const std::optional<Tensor>& rounds);
 
-// Steps [S], which have been checked as a tensor, may be remainders and places.
-inline void check_steps(const char* op, const Tensor& steps) {
+// More than any step, with room for a round's rows.
+constexpr int64_t kStepLimit = int64_t{1} << 62;
+
+// Whether steps [S], which have been checked as a tensor, may be added to and divided.
+inline void check_steps(const char* op, const Tensor& steps, const char* name = "steps") {
   for (int64_t slot = 0; slot < steps.size(0); ++slot)
-    STD_TORCH_CHECK(ints(steps)[slot] >= 0, op, ": steps[", slot, "] must be at least 0, got ",
-                    ints(steps)[slot]);
+    STD_TORCH_CHECK(ints(steps)[slot] >= 0 && ints(steps)[slot] < kStepLimit, op, ": ", name, "[", slot,
+                    "] must be at least 0 and below 2**62, got ", ints(steps)[slot]);
 }
 
 Tensor final_layer(const Tensor& h, const Tensor& rows, const Tensor& row_of_timestep,

@@ -26,7 +26,6 @@ from free_kernels.sampling.drafting import DraftingPass
 from free_kernels.sampling.job import Job
 from free_kernels.sampling.options import Options
 from free_kernels.sampling.refused_rows import CleanRows, FeatureRows, RefusedRows
-from free_kernels.validation import fail
 
 
 class Source(enum.Flag):
@@ -112,10 +111,7 @@ class Fresh:
         """The drafter's feature, of the shape that it promises."""
         states = self._job.shaped(inputs.previous), self._job.shaped(inputs.state)
         drafted = self._drafter(inputs.feature, *states, inputs.t, inputs.y, **self._remembered)
-        wanted = (inputs.t.shape[0], *self._job.feature_shape)
-        if not isinstance(drafted, Tensor) or drafted.shape != wanted:
-            fail(self._job.where, "drafter's output", f"[R, T, D] = {list(wanted)}", drafted)
-        return drafted
+        return self._job.checked_rows("drafter's output", "[R, T, D]", drafted, inputs.t, self._job.feature_shape)
 
 
 class Replayed:

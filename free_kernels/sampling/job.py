@@ -168,11 +168,11 @@ class Job:
 
     def features(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's features, of the shape it promised."""
-        return self._checked_features(self.target.features(self.shaped(x), t, y), x.shape[0])
+        return self._checked_features(self.target.features(self.shaped(x), t, y), x)
 
     def head(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The target's output, of the shape it promised; without variance channels where the variance is fixed."""
-        return self._checked_output(self.target.head(h, t, y), h.shape[0])
+        return self._checked_output(self.target.head(h, t, y), h)
 
     def drafting_head(self) -> FusedHead | None:
         """The head in one call that makes a draft, too, if the target has such a one and its output is used whole."""
@@ -194,22 +194,15 @@ class Job:
         """An output ``[B R, ...]`` as the ops take it, of rows with ``scales [R]`` by :meth:`scales_at`."""
         return output if scales is None else mixed(output, scales, self.guidance_channels)
 
-    def _checked_features(self, h: Tensor, rows: int) -> Tensor:
-        if h.shape != (rows, *self.feature_shape):
-            fail(self.where, "target.features", f"[R, T, D] = {[rows, *self.feature_shape]}", h)
-        if not h.is_floating_point():
-            fail(self.where, "target.features", "floating-point numbers", h, TypeError)
-        return h.contiguous()
+    def _checked_features(self, h: object, x: Tensor) -> Tensor:
+        return self.checked_rows("target.features", "[R, T, D]", h, x, self.feature_shape).contiguous()
 
-    def _checked_output(self, output: Tensor, rows: int) -> Tensor:
+    def _checked_output(self, output: object, x: Tensor) -> Tensor:
         shape = self._output_shape
-        if output.shape != (rows, *shape):
-            layout = "[R, C or 2C, H, W]" if len(shape) == 3 else "[R, C or 2C, ...]"
-            fail(self.where, "target.head", f"{layout} = {[rows, *shape]}", output)
-        if not output.is_floating_point():
-            fail(self.where, "target.head", "floating-point numbers", output, TypeError)
+        layout = "[R, C or 2C, H, W]" if len(shape) == 3 else "[R, C or 2C, ...]"
+        output = self.checked_rows("target.head", layout, output, x, shape)
         if len(shape) != 3:
-            output = output.reshape(rows, shape[0], *self.state_shape[1:])
+            output = output.reshape(len(x), shape[0], *self.state_shape[1:])
         return _single(output if self.learned else output[:, : self.state_shape[0]]).contiguous()
 
     @cached_property
@@ -222,9 +215,7 @@ class Job:
         packed = TargetDefaults.read(self.target, "packed_call")
         if packed is not None:
             output, wait = packed(self.shaped(x), t, y)
-            return Verified(
-                self._checked_output(output, len(x)), lambda: _single(self._checked_features(wait(), len(x)))
-            )
+            return Verified(self._checked_output(output, x), lambda: _single(self._checked_features(wait(), x)))
         features = self.features(x, t, y)
         return Verified(self.head(features, t, y), lambda: _single(features))
 
@@ -246,7 +237,18 @@ class Job:
         if wrong_kind or numbers.shape != shape:
             wanted = f"float32 {list(shape)} from {which}"
             fail(self.where, "noise", wanted, describe(numbers), TypeError if wrong_kind else ValueError)
-        return numbers
+        return numbers.contiguous()
+
+    def checked_rows(self, name: str, layout: str, found: object, given: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """What a network of the caller's gave: floating-point numbers ``[R, *shape]`` where ``given [R, ...]`` is."""
+        wanted = (len(given), *shape)
+        if not isinstance(found, Tensor) or found.shape != wanted:
+            fail(self.where, name, f"{layout} = {list(wanted)}", describe(found))
+        if not found.is_floating_point():
+            fail(self.where, name, "floating-point numbers", found, TypeError)
+        if found.device != given.device or found.layout != torch.strided:
+            fail(self.where, name, f"dense, on {given.device}", f"{found.layout} on {found.device}")
+        return found
 
     def initial_states(self, images: Tensor) -> Tensor:
         """Pure noise ``[M, C, H, W]`` of images ``[M]``, at the schedule's deviation."""

@@ -42,11 +42,17 @@ class PhiloxNoise:
 
     @property
     def philox(self) -> PhiloxNoise | None:
-        """Itself, for kernels that draw the same numbers; None for a class of its own numbers."""
-        own = (
-            getattr(type(self), name) is not getattr(PhiloxNoise, name) for name in ("normal", "uniform", "of_round")
-        )
-        return None if any(own) else self
+        """Itself, for kernels that draw the same numbers; None where a class or somebody has put in others."""
+        return self if self._has_own("normal", "uniform") else None
+
+    @property
+    def draws_rounds(self) -> bool:
+        """Whether :meth:`of_round` is this class's, so that an op may draw a round's numbers in its place."""
+        return self._has_own("of_round")
+
+    def _has_own(self, *names: str) -> bool:
+        kept = all(getattr(type(self), name) is getattr(PhiloxNoise, name) for name in names)
+        return kept and vars(self).keys().isdisjoint(names)
 
     def keys(self, images: Tensor) -> Tensor:
         """What stands in the key for images ``[M]``."""

@@ -131,7 +131,7 @@ class Rounds:
         self._at_once = compiled and not in_kernel
         # Features that arrive later than the output are not waited for before the coupling.
         self._decides_at_once = TargetDefaults.read(job.target, "packed_call") is None
-        draws = self.philox is not None and self.philox.backend in ("auto", "extension")
+        draws = self.philox is not None and self.philox.draws_rounds and self.philox.backend in ("auto", "extension")
         self._seed = signed_seed("sample", self.philox.seed) if draws else None
         self._no_rows = torch.zeros_like(slots.steps)
         self._coupling_settings: dict[str, Any] = {

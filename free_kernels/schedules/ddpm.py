@@ -134,7 +134,7 @@ class DDPMSchedule:
             spaced_timesteps(self.num_train_steps, self.num_steps, self.timestep_spacing, self.steps_offset)
         )
 
-    @functools.cached_property
+    @property
     def timesteps(self) -> torch.Tensor:
         """Training timestep shown to the network at step k = 0 (noise) ... K-1 (last); int64 ``[K]``, descending."""
         return torch.from_numpy(self._kept[::-1].copy())
@@ -174,16 +174,16 @@ class DDPMSchedule:
         Columns are those of :class:`TransitionColumn`.
         """
         check_choice("DDPMSchedule.table", "variance", variance, VARIANCES[1:])
-        made = self._tables.get(variance)
-        if made is None:
-            made = self._make_table(variance)
-            # Not one of a mode that pretends.
-            if type(made) is torch.Tensor:
-                self._tables[variance] = made
-        return made.clone()
+        if variance in self._tables:
+            return torch.from_numpy(self._tables[variance].copy())
+        made = self._make_table(variance)
+        # Not one of a mode that pretends.
+        if type(made) is torch.Tensor:
+            self._tables[variance] = made.numpy().copy()
+        return made
 
     @functools.cached_property
-    def _tables(self) -> dict[str, torch.Tensor]:
+    def _tables(self) -> dict[str, np.ndarray]:
         """Tables by variance: every run asks for one."""
         return {}
 

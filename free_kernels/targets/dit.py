@@ -51,7 +51,11 @@ class DiTTarget(AdaLNTarget):
         tokens, width = self.module.pos_embed.shape[-2:]
         self._grid, self._patch = _grid(where, self.module, tokens), (patch[0], patch[1])
         height, wide = (count * side for count, side in zip(self._grid, patch, strict=True))
-        outputs = int(self.module.final_layer.linear.out_features) // math.prod(patch)
+        linear = self.module.final_layer.linear
+        if not hasattr(linear, "out_features"):
+            wanted = "a linear layer, with its out_features"
+            fail(where, "module.final_layer.linear", wanted, kind_of(linear), TypeError)
+        outputs = int(linear.out_features) // math.prod(patch)
         embedded = len(self.module.y_embedder.embedding_table.weight)
         self.latent_shape = (channels, height, wide)
         self.feature_shape = (int(tokens), int(width))

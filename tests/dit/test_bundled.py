@@ -9,6 +9,7 @@ import mutations
 import numpy as np
 import pytest
 import torch
+from call_by_call import play_call_by_call
 
 import free_kernels.sampling.round
 from free_dit import load_bundled
@@ -139,6 +140,7 @@ def test_images_are_drawn_from_the_same_distribution(digits, monkeypatch):
     speculative = sample(target, labels, schedule=schedule, drafter=drafter, seed=2, max_slots=128)
     assert speculative.stats.acceptance < 0.98, "enough refusals for a wrong reflection to show"
     assert kernel_test_p_value(ordinary, speculative.samples) > 1e-3
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", mutations.always_accept)
     wrong = sample(target, labels, schedule=schedule, drafter="frozen", seed=2, max_slots=128)
     assert kernel_test_p_value(ordinary, wrong.samples) < 1e-3

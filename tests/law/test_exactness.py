@@ -10,6 +10,7 @@ import pytest
 import slack_by_matrices
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, law_p_value
+from call_by_call import play_call_by_call
 
 import free_kernels.sampling.round
 from free_kernels import DDPMSchedule, PhiloxNoise, ancestral_sample, sample
@@ -66,6 +67,7 @@ def test_closed_form_law_holds_for_the_ordinary_sampler(variance):
 def test_wrong_couplings_are_found(variance, mutation, monkeypatch, uncorrected):
     target, schedule, drafter = setting(variance)
     torch.manual_seed(0)
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
     result = run(target, schedule, drafter)
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED
@@ -94,6 +96,7 @@ def test_law_of_shared_slack(bug, monkeypatch, uncorrected):
         return outcome
 
     monkeypatch.setattr(reference, "compare_variances", recorded)
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", counted)
     result = run(target, schedule, drafter)
     p_value = law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction)
@@ -198,6 +201,7 @@ def test_figures_behind_the_first_refusal_steer_nothing(monkeypatch):
         outcome.gap_sq[behind] = 1e3
         return outcome
 
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", poisoned)
     assert torch.equal(sample(target, labels, **settings).samples, expected)
 
@@ -252,6 +256,7 @@ def test_law_of_block_verification(variance, keyed, monkeypatch):
     target, schedule, drafter = setting(variance, steps=12, variance_bias=0.1)
     if not keyed:
         draw, uniform, of_round = PhiloxNoise.normal, PhiloxNoise.uniform, PhiloxNoise.of_round
+        play_call_by_call(monkeypatch)
         monkeypatch.setattr(PhiloxNoise, "normal", lambda self, i, s, p, shape, rounds=None: draw(self, i, s, p, shape))
         monkeypatch.setattr(PhiloxNoise, "uniform", lambda self, i, s, p, rounds=None: uniform(self, i, s, p))
         monkeypatch.setattr(PhiloxNoise, "of_round", lambda self, *given: of_round(self, *given[:-1], None))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
+from call_by_call import play_call_by_call
 
 import free_kernels.sampling.round
 from free_kernels import DDPMSchedule, FeatureDrafter, PhiloxNoise, ancestral_sample, sample, sample_iter
@@ -85,6 +86,7 @@ def test_first_drafts_kept_untested_are_found(monkeypatch):
     biased = BiasedDrafter(target, eps_bias=0.01)
     law, labels = target.final_law(schedule, 1), torch.full((3000,), 1)
     for mutation in (couple, mutations.draft_kept_on_some_rejections, mutations.always_accept):
+        play_call_by_call(monkeypatch)
         monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
         torch.manual_seed(0)
         result = sample(target, labels, drafter=FromTheFirst(biased), draft_length=2, schedule=schedule, seed=21)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, GaussianTarget, SwingingDrafter, law_p_value
+from call_by_call import play_call_by_call
 from torch import Tensor
 
 from free_kernels import DDPMSchedule, DrafterConfig, FeatureDrafter, Relaxation, estimate_memory, sample
@@ -109,6 +110,7 @@ def test_the_row_behind_a_step_must_not_draft_it(monkeypatch):
             rows = buffer.narrow(1, 0, self.held)
             rows.copy_(rows.roll(-1, 1))
 
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(CleanRows, "keep", keep_one_too_far)
     assert p_value(target, schedule, Counting(target, 0.9)) < DETECTED
 

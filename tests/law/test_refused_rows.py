@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, SwingingDrafter, law_p_value
+from call_by_call import play_call_by_call
 
 from free_kernels import DDPMSchedule, PhiloxNoise, sample
 from free_kernels.ops.drafting import FindArguments, correct_features, find_rows
@@ -173,6 +174,7 @@ def test_the_row_behind_a_step_must_not_draft_it(variance, kind, monkeypatch):
         keep(self, played)
         looking_ahead(self)
 
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(kind, "keep", keep_one_too_far)
     drafter = SwingingDrafter(target)
     used = drafter if kind is FeatureRows else "frozen"
@@ -223,6 +225,7 @@ def test_old_rows_and_blocks(keyed, monkeypatch):
 
     monkeypatch.setattr(FeatureRows, "__init__", all_rows)
     if not keyed:
+        play_call_by_call(monkeypatch)
         monkeypatch.setattr(PhiloxNoise, "normal", lambda self, i, s, p, shape, rounds=None: draw(self, i, s, p, shape))
         monkeypatch.setattr(PhiloxNoise, "uniform", lambda self, i, s, p, rounds=None: uniform(self, i, s, p))
         monkeypatch.setattr(PhiloxNoise, "of_round", lambda self, *given: of_round(self, *given[:-1], None))
@@ -253,6 +256,7 @@ def test_rows_leave_with_their_image(leaves, drafter, monkeypatch):
             self.places.copy_(torch.where(young.unsqueeze(1), place, self.places))
             self.ahead.copy_(torch.where(young, self.rows - 1, self.ahead))
 
+        play_call_by_call(monkeypatch)
         monkeypatch.setattr(RefusedRows, "begin", with_all)
         # They are far away, and would not be taken for that.
         monkeypatch.setattr(draft_sources, "correct_features", wherever_they_are)

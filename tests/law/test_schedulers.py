@@ -13,6 +13,7 @@ from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, law_p
 
 pytest.importorskip("diffusers")
 
+from call_by_call import play_call_by_call
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -138,6 +139,7 @@ def test_speculation_keeps_the_law(name):
 
 @pytest.mark.parametrize("name", SPECULATED)
 def test_a_coupling_that_accepts_everything_is_found(name, monkeypatch):
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", mutations.always_accept)
     result, law, direction = speculated(name)
     assert law_p_value(result.samples, *law, direction) < DETECTED

@@ -168,6 +168,11 @@ def test_a_wrong_round_is_refused(change, message, backend):
         ({"steps": torch.tensor([-30, 0, 0, 0, 0])}, r"commit_drafts: steps\[0\] must be in \[0, "),
         ({"images": torch.tensor([9, 0, 1, 2, 3])}, r"commit_drafts: images\[0\] must be in \[-1, 5\), got 9"),
         ({"queue": torch.tensor([-1])}, r"commit_drafts: queue must be at least 0, got -1"),
+        # An idle slot commits nothing, and its rows are kept all the same.
+        (
+            {"steps": torch.tensor([2**63 - 1, 0, 0, 0, 0]), "images": torch.tensor([-1, 0, 1, 2, 3])},
+            r"tally_round: steps\[0\] must be at least 0 and below 2\*\*62, got 9223372036854775807",
+        ),
     ],
 )
 def test_values_are_checked_before_anything_is_written(change, message):

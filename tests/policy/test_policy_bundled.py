@@ -10,6 +10,7 @@ import mutations
 import numpy as np
 import pytest
 import torch
+from call_by_call import play_call_by_call
 
 import free_kernels.sampling.round
 from free_dit.bundled import bundled_names
@@ -97,6 +98,7 @@ def test_lossless_actions_have_the_ordinary_law(pair, monkeypatch):
     ordinary = drawn(Method(), "frozen", 100)
     assert energy_distance(ordinary, drawn(LOSSLESS, pair[1], 200), permutations=999)[1] > 2e-3
     assert energy_distance(ordinary, drawn(LOSSLESS, "frozen", 300), permutations=999)[1] > 2e-3
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", mutations.always_accept)
     # Of a drafter whose drafts are seldom right.
     assert energy_distance(ordinary, drawn(LOSSLESS, lambda feature, *_: feature, 300), permutations=999)[1] <= 2e-3

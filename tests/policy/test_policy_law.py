@@ -8,6 +8,7 @@ import mutations
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, law_p_value
+from call_by_call import play_call_by_call
 from conditioned import ConditionedGaussian, some_conditions
 
 import free_kernels.sampling.round
@@ -57,6 +58,7 @@ def test_law_of_actions(wrong, monkeypatch, uncorrected):
             "always accepts": mutations.always_accept,
             "a fresh draw on refusal": mutations.fresh_sample_on_rejection,
         }
+        play_call_by_call(monkeypatch)
         monkeypatch.setattr(free_kernels.sampling.round, "couple", wrongs[wrong])
     drafter = Drafter(Policy())
     found = free_kernels.sample(

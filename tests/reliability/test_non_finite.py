@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from analytic import BiasedDrafter, GaussianTarget
+from call_by_call import play_call_by_call
 
 from free_kernels import (
     DDPMSchedule,
@@ -250,6 +251,7 @@ def test_a_block_cannot_step_back_from_a_spoilt_row(value, learned):
 
     chosen = settings(target, "block", 1.0) | {"draft_length": 3}
     with pytest.MonkeyPatch.context() as patch:
+        play_call_by_call(patch)
         patch.setattr(round_module, "couple_block", watched)
         with pytest.raises(KeyboardInterrupt):
             sample(target, labels, **chosen)

@@ -427,3 +427,54 @@ def test_dense_block_rounds(target):
     with torch.no_grad():
         dense.run()
     torch.testing.assert_close(dense.samples, want.samples, rtol=1e-5, atol=1e-5)
+
+
+class Answering:
+    """A target or a drafter whose answers another makes, changed."""
+
+    def __init__(self, own, name, change):
+        self._own, self._name, self._change = own, name, change
+
+    def __getattr__(self, name):
+        found = getattr(self._own, name)
+        return (lambda *given: self._change(found(*given))) if name == self._name else found
+
+    def __call__(self, *given):
+        return self._change(self._own(*given))
+
+
+WRONG = {
+    "a list": (lambda found: [found], ValueError, r"must be \[R, .*, got \[tensor"),
+    "whole numbers": (lambda found: found.long(), TypeError, "must be floating-point numbers, got int64"),
+    "complex": (lambda found: found.to(torch.complex64), TypeError, "must be floating-point numbers, got complex64"),
+    "elsewhere": (lambda found: found.to("meta"), ValueError, "must be dense, on cpu, got torch.strided on meta"),
+    "sparse": (lambda found: found.to_sparse(), ValueError, "must be dense, on cpu, got torch.sparse_coo on cpu"),
+}
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize("who", ["target.features", "target.head", "drafter's output"])
+def test_answers_of_another_kind_are_named(who, kind, reuse):
+    change, error, message = WRONG[kind]
+    target = GaussianTarget()
+    drafter = BiasedDrafter(target)
+    if who == "drafter's output":
+        drafter = Answering(drafter, "", change)
+    else:
+        target = Answering(target, who.partition(".")[2], change)
+    with pytest.raises(error, match=rf"^sample: {who} {message}"):
+        sample(target, LABELS, schedule=STEPS, drafter=drafter, reuse_refused=reuse)
+
+
+def test_noise_need_not_be_contiguous():
+    target = GaussianTarget()
+    shape = len(LABELS), 20, *target.latent_shape
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    turned = noise.transpose(-1, -2).contiguous().transpose(-1, -2)
+    settings = {"schedule": STEPS, "drafter": BiasedDrafter(target)}
+    assert not turned.is_contiguous()
+    assert torch.equal(
+        sample(target, LABELS, noise=turned, **settings).samples,
+        sample(target, LABELS, noise=noise, **settings).samples,
+    )

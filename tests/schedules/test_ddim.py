@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
+from call_by_call import play_call_by_call
 
 import free_kernels.sampling.round
 from free_dit import cli, load_bundled
@@ -120,6 +121,7 @@ def test_wrong_couplings_are_found(mutation, monkeypatch):
     torch.manual_seed(0)
     target = GaussianTarget()
     drafter, schedule = BiasedDrafter(target, eps_bias=0.4), DDIMSchedule(8, 1.0)
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
     result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11)
     assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED

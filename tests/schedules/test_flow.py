@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, GaussianTarget, PerfectDrafter, law_p_value
+from call_by_call import play_call_by_call
 
 import free_kernels.sampling.round
 from free_dit import DiT, DiTConfig, cli, load_bundled
@@ -313,6 +314,7 @@ class TestExactness:
         torch.manual_seed(0)
         target = GaussianFlow()
         drafter, schedule = BiasedDrafter(target, eps_bias=2.0), FlowSDESchedule(8)
+        play_call_by_call(monkeypatch)
         monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
         result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11)
         assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED

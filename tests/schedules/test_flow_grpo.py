@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, BiasedDrafter, law_p_value
+from call_by_call import play_call_by_call
 from test_flow import LABEL, LABELS, GaussianFlow
 
 import free_kernels.sampling.round
@@ -146,6 +147,7 @@ class TestLaw:
     def test_wrong_couplings_are_found(self, mutation, monkeypatch):
         target, schedule = GaussianFlow(), FlowSDESchedule(8, diffusion="grpo", diffusion_norm=ETA, window=(2, 6))
         drafter = BiasedDrafter(target, eps_bias=2.0)
+        play_call_by_call(monkeypatch)
         monkeypatch.setattr(free_kernels.sampling.round, "couple", mutation)
         result = sample(target, LABELS, schedule=schedule, drafter=drafter, seed=11)
         assert law_p_value(result.samples, *target.final_law(schedule, LABEL), drafter.direction) < DETECTED

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from free_kernels import DDPMSchedule
 from free_kernels.constants import TransitionColumn
@@ -104,3 +105,22 @@ def test_wrong_arguments_are_named(arguments, error, message):
 def test_learned_variance_of_a_target_without_one():
     with pytest.raises(ValueError, match="variance must be a fixed variance for a target that learns no variance"):
         DDPMSchedule(variance="learned_range").resolve_variance(False)
+
+
+def test_tables_of_a_used_schedule_are_made_while_a_graph_is_traced():
+    """A table is kept for the next run, and is neither a pretended one later nor a real one among pretended ones."""
+    used, fresh = DDPMSchedule(8), DDPMSchedule(8)
+    real = used.table("fixed_small")
+    for schedule in (used, fresh):
+        with FakeTensorMode():
+            assert type(schedule.table("fixed_small")) is FakeTensor
+            assert type(schedule.timesteps) is FakeTensor
+        assert torch.equal(schedule.table("fixed_small"), real)
+        assert type(schedule.timesteps) is torch.Tensor
+
+
+def test_a_table_is_the_callers():
+    schedule = DDPMSchedule(8)
+    given = schedule.table("fixed_small").zero_()
+    assert schedule.table("fixed_small").any()
+    assert not given.any()

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 import torch
 from analytic import BiasedDrafter, GaussianTarget
+from call_by_call import play_call_by_call
 
 import free_kernels.sampling.round
 from free_kernels import DDPMSchedule, Relaxation, sample
@@ -116,6 +117,7 @@ def test_rows_behind_a_refusal_change_no_weight(monkeypatch):
         outcome.gap_sq[behind] = torch.nan
         return outcome
 
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(free_kernels.sampling.round, "couple", poisoned)
     result = sample(target, LABELS, **settings)
     assert torch.equal(result.samples, expected.samples)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import DETECTED, FALSE_ALARM, GaussianTarget, SwingingDrafter, law_p_value
+from call_by_call import play_call_by_call
 from simulated_rounds import STEPS, Runs, World, seconds_by_rows
 
 from free_kernels import DDPMSchedule, sample
@@ -98,6 +99,7 @@ def test_the_policy_is_told_nothing_of_what_discarded_rows_hold(paying, monkeypa
         told.append(max(seen))
         return choose(self, live, steps, seen)
 
+    play_call_by_call(monkeypatch)
     monkeypatch.setattr(RefusedRows, "begin", dropped)
     monkeypatch.setattr(DraftLengthPolicy, "choose", chosen)
     target = GaussianTarget()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from originals import OriginalDiT, random_inputs, randomised, relative_error
+from random_networks import random_dit
 from small_policies import small_policy
 from test_targets_families import diffusers_dit
 from torch import Tensor, nn
@@ -285,3 +286,21 @@ def test_images_are_the_same_but_for_rounding(monkeypatch):
     assert (fused.stats.rounds_per_image == parts.stats.rounds_per_image).all()
     difference = float((fused.samples - parts.samples).square().mean().sqrt())
     assert difference < 1e4 * torch.finfo(torch.float32).eps
+
+
+def test_a_head_without_its_width_is_named():
+    module = random_dit()
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.inner = linear
+
+        def forward(self, x):
+            return self.inner(x)
+
+    module.final_layer.linear = Wrapped(module.final_layer.linear)
+    with pytest.raises(
+        TypeError, match=r"DiTTarget: module.final_layer.linear must be a linear layer, .* got .*Wrapped"
+    ):
+        DiTTarget(module.eval())
