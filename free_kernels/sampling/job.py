@@ -241,7 +241,7 @@ class Job:
 
     def checked_rows(self, name: str, layout: str, found: object, given: Tensor, shape: tuple[int, ...]) -> Tensor:
         """What a network of the caller's gave: floating-point numbers ``[R, *shape]`` where ``given [R, ...]`` is."""
-        wanted = (len(given), *shape)
+        wanted = (given.shape[0], *shape)
         if not isinstance(found, Tensor) or found.shape != wanted:
             fail(self.where, name, f"{layout} = {list(wanted)}", describe(found))
         if not found.is_floating_point():
