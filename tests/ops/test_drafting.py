@@ -477,13 +477,13 @@ def test_rows_beyond_the_output(backend):
 def test_steps_before_the_first_are_refused(backend):
     """Where a row goes is a remainder of its step."""
     a = keeping()
-    with pytest.raises(ValueError, match=r"keep_rows: steps\[1\] must be at least 0, got -3"):
+    with pytest.raises(ValueError, match=r"keep_rows: steps\[1\] must be at least 0 .*, got -3"):
         keep_rows(a._replace(steps=torch.tensor([0, -3, 2, 5])), backend[0])
     one = torch.ones(1, dtype=torch.int64)
     tally = TallyArguments(
         torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.zeros(1, 1), one, 2 * one, -one, None
     )
-    with pytest.raises(ValueError, match=r"tally_round: steps\[0\] must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"tally_round: steps\[0\] must be at least 0 .*, got -1"):
         tally_round(tally._replace(deviation=torch.zeros(3)), backend[0])
     with pytest.raises(ValueError, match=r"tally_round: deviation must be of at least 1 step"):
         tally_round(tally._replace(deviation=torch.zeros(0)), backend[0])

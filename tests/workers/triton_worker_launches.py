@@ -43,6 +43,7 @@ from free_kernels.ops.tables import triton_kernels as table_kernels
 from free_kernels.ops.tokens import api as tokens
 from free_kernels.ops.tokens import triton_kernels as token_kernels
 from free_kernels.steering.relaxation import Relaxation
+from free_kernels.targets.adaln import AdaLNTarget
 
 KERNELS = (
     coupling_kernels.coupling_rows_kernel,
@@ -182,6 +183,7 @@ def as_on_a_gpu(stack: ExitStack) -> None:
     patch(mock.patch("free_kernels.sampling.round.use_triton", chosen))
     patch(mock.patch.object(attention, "_use_triton", return_value=True))
     patch(mock.patch.object(dispatch, "_runs_compiled", return_value=False))
+    patch(mock.patch.object(AdaLNTarget, "drafting_head", return_value=None))
     # The references of these draw from the random ops, which are not to launch once more.
     for op, decide in (("couple_philox", coupling_reference.couple), ("couple_block_philox", block.couple_block)):
         by_reference = lambda keyed, decide=decide: decide(dispatch.draw_noise(keyed, "reference"))  # noqa: E731
