@@ -37,7 +37,10 @@ Nothing runs after a build that failed. A stage that lacks a package or a progra
 time is over is cut and keeps what it wrote. `OUT/summary_CALL.json` says of each stage how it ended, why, and what it
 measured. `run_gpu.sh collect OUT ...` merges the figures into `benchmarks/results`. `--dry-run` plays a call on a CPU.
 """
-NO_GPU = "No GPU could be had for this revision: no figure below is a GPU's, and the calls were played on a CPU only."
+NO_GPU = (
+    "No GPU could be had for this revision: no figure below was measured on one (what is said of the coupling there is "
+    "predicted), and the calls were played on a CPU only."
+)
 
 
 def load_results(results: Path) -> dict[str, dict[str, dict[str, Any]]]:
