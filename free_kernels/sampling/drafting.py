@@ -64,7 +64,7 @@ class DraftingPass:
         columns: ``[S, L, 8]``, transition coefficients at ``steps``.
         scales: ``[S, L]``, guidance scales at ``steps``; None where one number holds for all rows of the job.
         numbers: those that ``keys`` give; None without.
-        noise: ``[S, L, C, H, W]``; without ``keys`` to be set before drafts are made.
+        noise: ``[S, L, C, H, W]``, to be set before drafts are made.
         drafts: the states so far; those of slots that draft no further are undefined.
         count: L - 1.
         chosen: bool ``[S]``, slots whose drafts are made, where shapes are fixed; None: all.
@@ -84,8 +84,8 @@ class DraftingPass:
             self.steps, self.timesteps, self.columns, *drafts = opened
         else:
             opened = open_keyed_round(OpenKeyedArguments(*given, *keys))
-            self.steps, self.timesteps, self.columns, *drafts, self.noise, slack_noise, uniform = opened
-            self.numbers = Numbers(self.noise, slack_noise if keys.slack else None, uniform)
+            self.steps, self.timesteps, self.columns, *drafts, noise, slack_noise, uniform = opened
+            self.numbers = Numbers(noise, slack_noise if keys.slack else None, uniform)
         self.drafts = Drafts(*drafts)
         self.scales = job.scales_at(self.steps, slots.indices)
         self._settings = job.guidance_scale, job.guidance_channels, job.clip

@@ -180,9 +180,9 @@ class Job:
 
     @cached_property
     def _drafts_with_head(self) -> bool:
-        target, compiled = self.target, self.options.backend in ("auto", "extension")
+        target = self.target
         whole = isinstance(target, AdaLNTarget) and self.learned == target.learns_variance
-        return whole and compiled and len(target.latent_shape) == 3 and self.scales is None
+        return whole and self.options.takes_compiled and len(target.latent_shape) == 3 and self.scales is None
 
     def scales_at(self, steps: Tensor, images: Tensor) -> Tensor | None:
         """Guidance scales at ``steps [S]`` or ``[S, L]`` of ``images [S]``; None where one number holds for all."""

@@ -67,6 +67,11 @@ class Options:
         """Of packing, which has no Triton kernels, and of noise, which has several: the best one or the reference."""
         return "reference" if self.backend == "reference" else "auto"
 
+    @property
+    def takes_compiled(self) -> bool:
+        """Whether drafting and coupling of CPU tensors run compiled where that is built."""
+        return self.backend in ("auto", "extension")
+
     def check(self, where: str) -> None:
         """Check what can be checked without a target.
 

@@ -127,7 +127,7 @@ class Rounds:
         self._feature_rows = next((rows for rows in self._kept if isinstance(rows, FeatureRows)), None)
         self._clean_rows = next((rows for rows in self._kept if isinstance(rows, CleanRows)), None)
         # Ops that follow one another are one call each for CPU tensors, where calls take longer than what they do.
-        compiled = self.backend in ("auto", "extension") and why_no_kernel("decide_round_cpu", "cpu") is None
+        compiled = self.options.takes_compiled and why_no_kernel("decide_round_cpu", "cpu") is None
         self._at_once = compiled and not in_kernel
         # Features that arrive later than the output are not waited for before the coupling.
         self._decides_at_once = TargetDefaults.read(job.target, "packed_call") is None
