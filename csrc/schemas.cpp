@@ -10,20 +10,19 @@
 
 STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
-      "pack_drafts(Tensor states, Tensor lengths, Tensor steps, Tensor labels, Tensor timesteps, int "
-      "num_rows, "
-      "int? null_label=None) -> (Tensor x, Tensor t, Tensor y, Tensor row_offsets)");
+      "pack_drafts(Tensor states, Tensor lengths, Tensor steps, Tensor labels, Tensor timesteps, "
+      "SymInt num_rows, int? null_label=None) -> (Tensor x, Tensor t, Tensor y, Tensor row_offsets)");
   library.def(
       "commit_drafts(Tensor committed, Tensor next_states, Tensor draft_states, Tensor features, "
       "Tensor row_offsets, Tensor(a!) state, Tensor(b!) previous, Tensor(c!) parent, Tensor(d!) steps, "
       "Tensor(e!) images, Tensor(f!) labels, Tensor(g!) samples, Tensor all_labels, Tensor(h!) queue, "
       "int num_steps) -> ()");
   library.def(
-      "philox_uniform(int seed, Tensor images, Tensor steps, int purpose, int numel, Tensor? rounds=None) "
-      "-> Tensor");
+      "philox_uniform(int seed, Tensor images, Tensor steps, int purpose, SymInt numel, Tensor? "
+      "rounds=None) -> Tensor");
   library.def(
-      "philox_normal(int seed, Tensor images, Tensor steps, int purpose, int numel, Tensor? rounds=None) "
-      "-> Tensor");
+      "philox_normal(int seed, Tensor images, Tensor steps, int purpose, SymInt numel, Tensor? "
+      "rounds=None) -> Tensor");
   library.def(
       "advance_drafts_cpu(Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor columns,"
       " Tensor output, Tensor rows, int first, int end, float guidance_scale, int guidance_channels, float "
@@ -72,7 +71,7 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "clean_places, Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response) -> (Tensor "
       "next_states, Tensor committed, Tensor gap_sq, Tensor report, Tensor fresh)");
   library.def(
-      "philox_round(int seed, Tensor images, Tensor steps, int numel, bool slack, Tensor? rounds=None) -> "
+      "philox_round(int seed, Tensor images, Tensor steps, SymInt numel, bool slack, Tensor? rounds=None) -> "
       "(Tensor noise, Tensor slack_noise, Tensor uniform)");
   library.def("couple_cpu" FREE_KERNELS_COUPLING);
   library.def("couple_block_cpu" FREE_KERNELS_COUPLING);

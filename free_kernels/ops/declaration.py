@@ -20,8 +20,8 @@ from free_kernels.ops.triton_runtime import use_triton
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool"}
 _TYPES |= {kind | None: f"{name}?" for kind, name in _TYPES.items()} | {list[Tensor]: "Tensor[]"}
-# The type of a tensor that the op writes to.
-_WRITTEN = Annotated[Tensor, "written"]
+# The types of a tensor that the op writes to and of an int that an output's shape has.
+_WRITTEN, _SIZE = Annotated[Tensor, "written"], Annotated[int, "size"]
 
 
 def schema_of(arguments: type) -> str:
@@ -32,7 +32,7 @@ def schema_of(arguments: type) -> str:
         kind = kinds[field]
         if kind in (_WRITTEN, _WRITTEN | None):
             return f"Tensor({next(written)}!){'' if kind == _WRITTEN else '?'} {field}"
-        return f"{_TYPES[kind]} {field}"
+        return f"{'SymInt' if kind == _SIZE else _TYPES[kind]} {field}"
 
     return f"({', '.join(map(declare, arguments._fields))})"
 
@@ -99,6 +99,10 @@ class Op:
         """Run in Triton: as an op on a GPU; for CPU tensors, whose op is the reference, in the interpreter."""
         return self.triton(arguments) if tensor.is_cpu else self.overload(*arguments)
 
+    def is_known_for(self, tensor: Tensor, backend: str) -> bool:
+        """Whether ``"auto"`` has found the compiled op before. A graph does not ask: the answer would be its guard."""
+        return not torch.compiler.is_compiling() and self.known_for_cpu and backend == "auto" and tensor.is_cpu
+
     def run_compiled(self, arguments: Any) -> Any:
         """Run a compiled op, which is there.
 
@@ -128,10 +132,11 @@ class Op:
         if self.folder:
             in_triton = self.runs_triton(tensor, backend)
             return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
-        if self.known_for_cpu and backend == "auto" and tensor.is_cpu:
+        if self.is_known_for(tensor, backend):
             return self.run_compiled(arguments)
         if use_extension(self.name, tensor.device.type, backend, self.public):
-            self.known_for_cpu |= backend == "auto" and tensor.is_cpu and not torch.compiler.is_compiling()
+            if not torch.compiler.is_compiling() and backend == "auto" and tensor.is_cpu:
+                self.known_for_cpu = True
             return self.run_compiled(arguments)
         if self.check is not None:
             self.check(arguments)
@@ -178,7 +183,7 @@ class KernelOp:
             ValueError, TypeError: a wrong argument.
             RuntimeError: the backend cannot be used; the message says why.
         """
-        if self.compiled.known_for_cpu and backend == "auto" and tensor.is_cpu:
+        if self.compiled.is_known_for(tensor, backend):
             return self.compiled.run_compiled(arguments)
         if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
             self.check(arguments)

@@ -44,7 +44,11 @@ OPS = [
 def fields_of(op: Op) -> list[tuple[str, str]]:
     """Names and types of a registered op's arguments."""
     schema = getattr(torch.ops.free_kernels, op.name).default._schema
-    kinds = ((argument.name, str(argument.type)) for argument in schema.arguments)
+    # As a string the type of a SymInt is "int".
+    kinds = (
+        (argument.name, "SymInt" if argument.real_type.kind() == "SymIntType" else str(argument.type))
+        for argument in schema.arguments
+    )
     return [
         (name, re.sub(r"Optional\[(.*)\]", r"\1", kind.replace("List[Tensor]", "Tensor[]"))) for name, kind in kinds
     ]

@@ -56,8 +56,9 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
     if arguments.guidance_scale != 1.0 and arguments.guidance_channels is not None:
         check_int(op, "guidance_channels", arguments.guidance_channels, 0, channels)
     if isinstance(arguments, CouplingArguments):
+        # A comparison of two truths would not be traced where sizes are symbols.
         learned, slack_noise = output.shape[1] == 2 * channels, arguments.slack_noise
-        if (slack_noise is not None) != learned and (length > 1 or not learned):
+        if (learned and length > 1) if slack_noise is None else not learned:
             given = "none" if learned else slack_noise
             fail(op, "slack_noise", "given exactly where output has 2 C channels, so that variances are learned", given)
 

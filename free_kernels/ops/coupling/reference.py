@@ -46,7 +46,8 @@ def gaussian_transition(
     learned = output.shape[-3] == 2 * channels
     prediction = output.narrow(-3, 0, channels).float()
     column = columns.unsqueeze(-1).unsqueeze(-1).unsqueeze(-1).unbind(1)
-    if math.isinf(clip):
+    # A comparison, which is traced where a bound is a symbol.
+    if clip == math.inf:
         mean = torch.addcmul(column[MEAN_FROM_STATE] * state, column[MEAN_FROM_OUTPUT], prediction)
     else:
         x0 = torch.addcmul(column[X0_FROM_STATE] * state, column[X0_FROM_OUTPUT], prediction).clamp_(-clip, clip)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
+
+# Of an output: a compiled graph may leave it open.
+Size = Annotated[int, "size"]
 
 
 class PackArguments(NamedTuple):
@@ -15,7 +18,7 @@ class PackArguments(NamedTuple):
     steps: Tensor  # int64 [S]
     labels: Tensor  # int64 [S]
     timesteps: Tensor  # int64 [K]
-    num_rows: int
+    num_rows: Size
     null_label: int | None = None
 
 

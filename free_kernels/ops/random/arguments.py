@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
+
+# Of an output: a compiled graph may leave it open.
+Size = Annotated[int, "size"]
 
 
 class PhiloxArguments(NamedTuple):
@@ -14,7 +17,7 @@ class PhiloxArguments(NamedTuple):
     images: Tensor  # int64 [M]
     steps: Tensor  # int64 [M]
     purpose: int
-    numel: int
+    numel: Size
     rounds: Tensor | None = None  # int64 [M]; None: round 0
 
 
@@ -25,7 +28,7 @@ class FillArguments(NamedTuple):
     images: Tensor
     steps: Tensor
     purpose: int
-    numel: int
+    numel: Size
     rounds: Tensor | None
     normal: bool  # standard normals, else uniforms
 
@@ -36,6 +39,6 @@ class RoundArguments(NamedTuple):
     seed: int
     images: Tensor  # int64 [S]
     steps: Tensor  # int64 [S, L]
-    numel: int
+    numel: Size
     slack: bool  # draw slack noise, too
     rounds: Tensor | None = None  # int64 [S]; None: round 0
