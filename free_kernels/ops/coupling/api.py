@@ -6,13 +6,14 @@ import math
 
 from torch import Tensor
 
+from free_kernels.constants import TransitionColumn
 from free_kernels.ops.coupling import reference
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
 from free_kernels.ops.coupling.dispatch import BACKENDS as BACKENDS
-from free_kernels.ops.coupling.dispatch import decide
+from free_kernels.ops.coupling.dispatch import check_settings, decide
 from free_kernels.ops.random.api import signed_seed
 from free_kernels.ops.shapes import as_images
-from free_kernels.validation import fail
+from free_kernels.validation import check_int, fail
 
 
 def gaussian_transition(
@@ -42,19 +43,30 @@ def gaussian_transition(
         Mean and standard deviation, float32 ``[R, C, H, W]`` each.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError, TypeError: a shape or dtype does not fit, or a setting is no such number.
     """
-    if isinstance(state, Tensor) and state.ndim not in (1, 4):
+    if isinstance(state, Tensor) and state.ndim > 1 and state.ndim != 4:
         given = as_images(state, 1), as_images(output, 1), columns
         settings = {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "clip": clip}
         mean, std = gaussian_transition(*given, **settings)
         return mean.view(state.shape), std.expand_as(mean).reshape(state.shape)
+    op = "gaussian_transition"
+    layouts = {"state": "[R, C, H, W]", "output": "[B R, C or 2C, H, W]", "columns": "[R or 1, 8]"}
+    for (name, layout), tensor in zip(layouts.items(), (state, output, columns), strict=True):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            fail(op, name, f"floating point {layout}", tensor, TypeError)
+        if tensor.ndim != layout.count(",") + 1:
+            fail(op, name, layout, tensor)
+    check_settings(op, guidance_scale, clip)
     rows, channels, height, width = state.shape
     branches = 1 if guidance_scale == 1.0 else 2
-    if output.shape[0] != branches * rows or output.shape[1] not in (channels, 2 * channels):
-        fail("gaussian_transition", "output", f"[{branches * rows}, {channels} or {2 * channels}, H, W]", output)
-    if output.shape[2] != height or output.shape[3] != width:
-        fail("gaussian_transition", "output", f"[B R, C or 2C, {height}, {width}]", output)
+    fits = output.shape[0] == branches * rows and output.shape[1] in (channels, 2 * channels)
+    if not fits or output.shape[2] != height or output.shape[3] != width:
+        fail(op, "output", f"[{branches * rows}, {channels} or {2 * channels}, {height}, {width}]", output)
+    if columns.shape[0] not in (1, rows) or columns.shape[1] != len(TransitionColumn):
+        fail(op, "columns", f"[{rows} or 1, {len(TransitionColumn)}]", columns)
+    if guidance_channels is not None:
+        check_int(op, "guidance_channels", guidance_channels, 0, channels)
     return reference.gaussian_transition(
         state,
         output,

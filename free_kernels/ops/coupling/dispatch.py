@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +51,13 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
             fail(op, name, expectation, tensor, TypeError if wrong_kind else ValueError)
         if tensor.device != device:
             fail(op, name, f"on {device} like draft_states", f"a tensor on {tensor.device}")
-    rows_fit = output.shape[0] > 0 and output.shape[0] % (1 if arguments.guidance_scale == 1.0 else 2) == 0
+    expectation = f"[B R, {channels} or {2 * channels}, {height}, {width}]"
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        fail(op, "output", f"floating point {expectation}", output, TypeError)
+    rows_fit = output.ndim == 4 and output.shape[0] > 0
+    rows_fit = rows_fit and output.shape[0] % (1 if arguments.guidance_scale == 1.0 else 2) == 0
     if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
-        fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
+        fail(op, "output", expectation, output)
     if arguments.guidance_scale != 1.0 and arguments.guidance_channels is not None:
         check_int(op, "guidance_channels", arguments.guidance_channels, 0, channels)
     if isinstance(arguments, CouplingArguments):
@@ -61,6 +66,18 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
         if (learned and length > 1) if slack_noise is None else not learned:
             given = "none" if learned else slack_noise
             fail(op, "slack_noise", "given exactly where output has 2 C channels, so that variances are learned", given)
+
+
+def check_settings(op: str, guidance_scale: float, clip: float) -> None:
+    """Both are numbers. By comparisons alone, which are traced where the numbers are symbols."""
+    expectations = "a finite number", "a number above 0, or infinity"
+    for name, value, expectation in zip(("guidance_scale", "clip"), (guidance_scale, clip), expectations, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+            fail(op, name, expectation, value, TypeError)
+    if not -math.inf < guidance_scale < math.inf:
+        fail(op, "guidance_scale", expectations[0], guidance_scale)
+    if not clip > 0.0:
+        fail(op, "clip", expectations[1], clip)
 
 
 def draw_noise(arguments: KeyedCouplingArguments, backend: str = "auto") -> CouplingArguments:
@@ -131,6 +148,7 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
         RuntimeError: ``backend="extension"`` or ``"triton"`` cannot be used; the message says why.
     """
     check_choice(op, "backend", backend, BACKENDS)
+    check_settings(op, arguments.guidance_scale, arguments.clip)
     shape = getattr(arguments.draft_states, "shape", ())[2:]
     if len(shape) not in (0, 3) and getattr(arguments.draft_mean, "ndim", 0) == 2 + len(shape):
         # States of another shape than images; noise made from keys has the drafts' in any case.
@@ -141,7 +159,7 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
     compiled = COMPILED[op.removesuffix("_philox")] if keyed else COMPILED[op]
     in_cpp = _runs_compiled(op, compiled, states, backend)
     # The compiled op makes the same checks in less time. What makes noise from keys, or traces, must not come before.
-    if keyed or not in_cpp or torch.compiler.is_compiling():
+    if keyed or not in_cpp or torch.compiler.is_compiling() or states.ndim != 5:
         check_round(op, arguments)
     if arguments.guidance_channels is None:
         arguments = arguments._replace(guidance_channels=states.shape[2])
