@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +52,23 @@ def test_an_episode_is_the_same_in_every_batch(target):
     # Negative control: other numbers, other noise.
     other = roll_out(scenes.take(np.array([4, 1])), decide, 5, np.array([0, 2]))
     assert np.abs(other.position - part.position).max() > 1e-2
+
+
+def test_laws_are_compared_at_decisions_that_differ():
+    def compared(observations, decisions):
+        # An observation is its own episode and decision.
+        numbers = np.arange(4.0)[:, None] * 100 + np.arange(7.0)
+        episodes = SimpleNamespace(decisions=np.array(decisions), observations=numbers[: len(decisions)])
+        settings = replace(TINY, observations=observations)
+        return Evaluation.compared(SimpleNamespace(settings=settings), episodes).tolist()
+
+    assert compared(4, [6, 6, 6, 6]) == [0, 101, 202, 300]
+    assert compared(12, [6, 6, 6, 6]) == [0, 101, 202, 300, 1, 102, 200, 301, 2, 100, 201, 302]
+    for decisions in ([6, 6, 6, 6], [1, 2, 3, 5], [2]):
+        every = compared(sum(decisions), decisions)
+        assert sorted(every) == [100 * place + turn for place, count in enumerate(decisions) for turn in range(count)]
+    with pytest.raises(ValueError, match="observations must be at most 11, the decisions of 4 episodes, got 12"):
+        compared(12, [1, 2, 3, 5])
 
 
 def test_decisions_are_counted_and_kept():

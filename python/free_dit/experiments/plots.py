@@ -16,7 +16,9 @@ def sample_grids(path: Path, grids: dict[str, Tensor], labels: Tensor) -> None:
     """Side-by-side grids of images ``[N, C, H, W]`` in ``[-1, 1]``, each tile under its label."""
     count = len(labels)
     side = int(np.ceil(np.sqrt(count)))
-    figure = plt.figure(figsize=(0.62 * side * len(grids), 0.72 * side + 0.5), layout="constrained")
+    # A grid of few images is as wide as its title.
+    width = max(0.62 * side, 0.1 * max(map(len, grids)) + 0.2)
+    figure = plt.figure(figsize=(width * len(grids), 0.72 * side + 0.5), layout="constrained")
     for part, (title, images) in zip(np.atleast_1d(figure.subfigures(1, len(grids))), grids.items(), strict=True):
         part.suptitle(title)
         tiles = part.subplots(side, side, squeeze=False).flatten()

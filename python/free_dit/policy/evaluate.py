@@ -23,7 +23,7 @@ from free_dit.policy.target import PolicyTarget
 from free_dit.policy.timing import decision_times, ratio_interval
 from free_dit.policy.world import random_scenes
 from free_kernels.protocols import Drafter
-from free_kernels.validation import check_float, check_int, check_writable
+from free_kernels.validation import check_float, check_int, check_writable, fail
 
 WHERE = "policy evaluate"
 # Seed of the scenes, which training does not use.
@@ -128,11 +128,24 @@ class Evaluation:
         return Episodes(*(np.concatenate([part[field.name] for part in found]) for field in fields(Episodes)))
 
     def compared(self, ordinary: Episodes) -> Tensor:
-        """Observations ``[M, history, O]`` at which laws are compared: a decision of each of M episodes, in turn."""
-        episodes = np.arange(self.settings.observations) % len(ordinary.decisions)
-        turn = np.arange(self.settings.observations) % 3
-        decision = np.minimum(turn, ordinary.decisions[episodes] - 1)
-        return torch.from_numpy(ordinary.observations[episodes, decision])
+        """Observations ``[M, history, O]`` at which laws are compared: M decisions of different episodes, in turn.
+
+        Raises:
+            ValueError: the episodes had fewer decisions.
+        """
+        wanted, left = self.settings.observations, ordinary.decisions
+        if wanted > left.sum():
+            expectation = f"at most {left.sum()}, the decisions of {len(left)} episodes"
+            fail(WHERE, "observations", expectation, wanted)
+        # An episode gives one decision after the other: its first three, beginning with another than its neighbour's.
+        given = [
+            (place, (place + turn) % min(3, count) if turn < 3 else turn)
+            for turn in range(left.max())
+            for place, count in enumerate(left)
+            if turn < count
+        ]
+        episodes, decisions = np.array(given[:wanted]).T
+        return torch.from_numpy(ordinary.observations[episodes, decisions])
 
     def draws(self, name: str, decide: Decide, observations: Tensor, number: int) -> np.ndarray:
         """``[M, n, horizon, A]``, n chunks at each of M observations with noise of their own."""
