@@ -29,7 +29,7 @@ def check_int(where: str, argument: str, value: object, low: int, high: int | No
     """An int (bools refused) in ``[low, high]``."""
     expectation = f"an int in [{low}, {'inf)' if high is None else f'{high}]'}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        fail(where, argument, expectation, value, TypeError)
+        fail(where, argument, expectation, describe(value), TypeError)
     if value < low or (high is not None and value > high):
         fail(where, argument, expectation, value)
     return int(value)
@@ -39,10 +39,20 @@ def check_float(where: str, argument: str, value: object, low: float, high: floa
     """A finite real number in ``[low, high]``."""
     expectation = f"a finite number in [{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        fail(where, argument, expectation, value, TypeError)
+        fail(where, argument, expectation, describe(value), TypeError)
     if not math.isfinite(value) or not low <= value <= high:
         fail(where, argument, expectation, value)
     return float(value)
+
+
+def check_sizes(where: str, argument: str, value: object, names: str = "") -> tuple[int, ...]:
+    """Sizes of dimensions: ints of at least 1, as many as ``names`` has, such as ``"(T, D)"``; one or more without."""
+    expectation = "ints of at least 1, " + (names or "one or more")
+    if not isinstance(value, tuple | list) or not all(isinstance(size, numbers.Integral) for size in value):
+        fail(where, argument, expectation, repr(value), TypeError)
+    if not value or min(value) < 1 or (names and len(value) != names.count(",") + 1):
+        fail(where, argument, expectation, repr(value))
+    return tuple(map(int, value))
 
 
 def check_choice(where: str, argument: str, value: object, choices: tuple[str, ...]) -> str:

@@ -26,7 +26,7 @@ from free_kernels.ops.tokens import TokenArguments, drafter_tokens
 from free_kernels.ops.tokens.reference import drafter_tokens as reference_tokens
 from free_kernels.ops.tokens.reference import tiles
 from free_kernels.protocols import DrafterDefaults, Target, TargetDefaults
-from free_kernels.validation import check_choice, check_int, fail
+from free_kernels.validation import check_choice, check_int, check_sizes, fail
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,15 @@ def _tiling(latent: tuple[int, ...], feature: tuple[int, int]) -> tuple[tuple[in
     tokens = feature[0]
     if len(latent) == 2 and tokens >= 1 and latent[0] % tokens == 0:
         return (1, *latent), (latent[0] // tokens, latent[1])
-    if len(latent) in (3, 4):
+    if len(latent) not in (2, 3, 4):
+        fail("FeatureDrafter", "latent_shape", "(C, H, W), (C, F, H, W) or (A, B)", repr(latent))
+    if len(latent) > 2:
         # Frames stand one below the other, and a patch lies within one.
         channels, frames, (height, width) = latent[0], math.prod(latent[1:-2]), latent[-2:]
         patch = math.isqrt(frames * height * width // tokens)
         if patch >= 1 and tokens * patch**2 == frames * height * width and not (height % patch or width % patch):
             return (channels, frames * height, width), (patch, patch)
-    wanted = {2: "whole lines", 3: "square patches", 4: "square patches of frames"}.get(len(latent), "patches")
+    wanted = {2: "whole lines", 3: "square patches", 4: "square patches of frames"}[len(latent)]
     fail("FeatureDrafter", "feature_shape", f"T {wanted} tiling {' x '.join(map(str, latent[-2:]))}", str(feature))
 
 
@@ -207,7 +209,8 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         condition_width: int | None = None,
     ) -> None:
         super().__init__()
-        self.latent_shape, self.feature_shape = tuple(latent_shape), tuple(feature_shape)
+        self.latent_shape = check_sizes("FeatureDrafter", "latent_shape", latent_shape)
+        self.feature_shape = check_sizes("FeatureDrafter", "feature_shape", feature_shape, "(T, D)")
         if condition_width is None:
             self.num_classes = check_int("FeatureDrafter", "num_classes", num_classes, 1)
         else:

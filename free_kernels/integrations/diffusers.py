@@ -164,7 +164,7 @@ def accelerate(
 
 def _cut(settings: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     """Settings of :func:`free_kernels.sample` for so many steps: drafts are no longer than these."""
-    length = settings.get("draft_length", Options.draft_length)
+    length = settings.get("draft_length")
     return {**settings, "draft_length": min(length, num_steps) if isinstance(length, int) else length}
 
 

@@ -87,7 +87,7 @@ def sample(
     guidance_scale: GuidanceScale = 1.0,
     guidance_channels: int | None = None,
     guidance_interval: tuple[float, float] | None = None,
-    draft_length: int | str = 6,
+    draft_length: int | str | None = None,
     relaxation: float | Relaxation = 0.0,
     verification: str = "token",
     seed: int = 0,
@@ -120,9 +120,9 @@ def sample(
         guidance_interval: None, or ``(low, high)``: steps whose time is not in ``[low, high]`` have scale 1. Times are
             the schedule's own: timesteps 0 (data) to 999 (noise) of a diffusion model, ``schedule.times`` from 0
             (noise) to 1 (data) of a :class:`FlowSDESchedule`. Source: Kynkaanniemi et al. 2024, arXiv 2404.07724.
-        draft_length: L, rows of a round for one image, in ``[1, num_steps]``; 1 is the ordinary chain. ``"auto"``
-            chooses it round by round for the most steps per second, from acceptance and measured times, and falls back
-            to ordinary steps where speculation does not pay.
+        draft_length: L, rows of a round for one image, in ``[1, num_steps]``; 1 is the ordinary chain. None: 6, or the
+            number of steps where that is smaller. ``"auto"`` chooses it round by round for the most steps per second,
+            from acceptance and measured times, and falls back to ordinary steps where speculation does not pay.
         relaxation: 0 is lossless; a strength above 0, or a :class:`Relaxation`, accepts more drafts at late, uncertain
             steps, and ``stats.bias_bound`` bounds the total variation that this costs.
         verification: ``"token"``: rows are decided one by one. ``"block"``: a round's drafts are decided together,

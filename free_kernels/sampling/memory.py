@@ -104,7 +104,7 @@ def estimate_memory(
     job = make_job(where, target, labels, options, conditions, null_condition)
     drafter = as_drafter(where, options.drafter, job.target)
     steps = len(job.timesteps)
-    rows = min(LONGEST[-1], steps) if options.draft_length == "auto" else int(options.draft_length)
+    rows = min(LONGEST[-1], steps) if options.length == "auto" else int(options.length)
     drafts, branches = rows - 1, job.branches
     latent, device = job.state_shape, job.labels.device
     x = torch.zeros(1, *latent, dtype=torch.float32, device=device)

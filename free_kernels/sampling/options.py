@@ -17,6 +17,12 @@ from free_kernels.validation import check_choice, check_int, describe, fail
 _SCHEDULE_MEMBERS = ("num_steps", "timesteps", "table", "resolve_variance", "clip")
 _SCHEDULE = DDPMSchedule(num_steps=250)
 VERIFICATIONS = ("token", "block")
+DRAFT_LENGTH = 6
+
+
+def fitting_length(num_steps: int) -> int:
+    """The draft length of a caller who gives none, for chains of so many steps."""
+    return max(1, min(DRAFT_LENGTH, num_steps))
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Options:
     guidance_scale: GuidanceScale = 1.0
     guidance_channels: int | None = None
     guidance_interval: tuple[float, float] | None = None
-    draft_length: int | str = 6
+    draft_length: int | str | None = None
     relaxation: float | Relaxation = 0.0
     verification: str = "token"
     seed: int = 0
@@ -56,6 +62,11 @@ class Options:
         if unknown:
             fail(where, "settings", "arguments of sample", ", ".join(map(repr, sorted(unknown))), TypeError)
         return cls(**keywords)
+
+    @property
+    def length(self) -> int | str:
+        """The draft length, or the one that fits the schedule where none is given."""
+        return fitting_length(self.schedule.num_steps) if self.draft_length is None else self.draft_length
 
     @property
     def block(self) -> bool:
@@ -96,4 +107,4 @@ class Options:
             if self.draft_length != "auto":
                 fail(where, "draft_length", "an int or 'auto'", repr(self.draft_length))
         else:
-            check_int(where, "draft_length", self.draft_length, 1, self.schedule.num_steps)
+            check_int(where, "draft_length", self.length, 1, self.schedule.num_steps)

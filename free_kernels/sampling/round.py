@@ -400,7 +400,7 @@ class Rounds:
 
     def _bucket_length(self, longest: int) -> int:
         """Drafts come in few lengths where shapes are fixed."""
-        if longest == 1 or self.options.draft_length != "auto":
+        if longest == 1 or self.options.length != "auto":
             return 1 if longest == 1 else self.length
         return next((length for length in LONGEST if length >= longest), self.length)
 

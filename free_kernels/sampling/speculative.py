@@ -50,8 +50,8 @@ class Speculation:
         check_capturable(where, options.cuda_graphs, job.target)
         drafter = as_drafter(where, options.drafter, job.target)
         relaxation = as_relaxation(where, options.relaxation, job.learned, options.verification)
-        automatic = options.draft_length == "auto"
-        length = min(LONGEST[-1], num_steps) if automatic else int(options.draft_length)
+        automatic = options.length == "auto"
+        length = min(LONGEST[-1], num_steps) if automatic else int(options.length)
         self._room = job.room
         if length > 1 and max(self._room) == 1:
             fail(

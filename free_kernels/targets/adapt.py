@@ -16,7 +16,7 @@ from free_kernels.targets.hook import HookTarget
 from free_kernels.targets.inspection import refuse_unsafe
 from free_kernels.targets.sit import SiTTarget
 from free_kernels.targets.text import TEXT_TARGETS, TextTarget, text_target_class
-from free_kernels.validation import fail
+from free_kernels.validation import check_int, check_sizes, fail
 from free_kernels.wrappers import kind_of, see_through
 
 
@@ -59,7 +59,17 @@ def as_target(where: str, target: object) -> Target:
     if missing:
         found = f"{type(target).__name__} without {', '.join(missing)}"
         fail(where, "target", "a Target or a DiT module", found, TypeError)
+    _check_members(where, target)  # type: ignore[arg-type]
     return target  # type: ignore[return-value]
+
+
+def _check_members(where: str, target: Target) -> None:
+    """Raise TypeError or ValueError unless a target of a user's own declares shapes and numbers."""
+    check_sizes(where, "target.latent_shape", target.latent_shape)
+    check_sizes(where, "target.feature_shape", target.feature_shape, "(T, D)")
+    check_int(where, "target.num_classes", target.num_classes, 0)
+    if not isinstance(target.learns_variance, bool):
+        fail(where, "target.learns_variance", "a bool", repr(target.learns_variance), TypeError)
 
 
 @torch.no_grad()

@@ -112,6 +112,11 @@ def test_unwritable_paths_are_named(tmp_path):
     ("latent", "features", "config", "message"),
     [
         ((4, 8, 8), (15, 48), CONFIG, "feature_shape must be T square patches tiling 8 x 8"),
+        ((4,), (4, 48), CONFIG, r"latent_shape must be \(C, H, W\), .*, got \(4,\)"),
+        ((4, 1, 2, 8, 8), (16, 48), CONFIG, r"latent_shape must be \(C, H, W\), .*, got \(4, 1, 2, 8, 8\)"),
+        ((), (4, 48), CONFIG, r"latent_shape must be ints of at least 1, one or more, got \(\)"),
+        ((4, 8, 8), (16,), CONFIG, r"feature_shape must be ints of at least 1, \(T, D\), got \(16,\)"),
+        ((4, 8, 8), (0, 48), CONFIG, r"feature_shape must be ints of at least 1, \(T, D\), got \(0, 48\)"),
         ((4, 8, 8), (16, 48), DrafterConfig(width=65), "config must be depth >= 1 and width a multiple"),
         ((4, 8, 8), (16, 48), DrafterConfig(depth=0), "config must be depth >= 1"),
     ],

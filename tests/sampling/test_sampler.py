@@ -260,6 +260,39 @@ def test_wrong_targets_are_named(target):
         sample(target, LABELS)
 
 
+@pytest.mark.parametrize(
+    ("member", "value", "error"),
+    [
+        ("latent_shape", (), ValueError),
+        ("latent_shape", (1, 4, 0), ValueError),
+        ("latent_shape", (1, 4.0, 4), TypeError),
+        ("latent_shape", 4, TypeError),
+        ("latent_shape", None, TypeError),
+        ("feature_shape", (16,), ValueError),
+        ("feature_shape", (16, 2, 1), ValueError),
+        ("feature_shape", None, TypeError),
+        ("num_classes", -1, ValueError),
+        ("num_classes", "3", TypeError),
+        ("learns_variance", "yes", TypeError),
+        ("learns_variance", None, TypeError),
+    ],
+)
+@pytest.mark.parametrize("sampler", [sample, ancestral_sample])
+def test_wrong_members_of_a_target_are_named(sampler, member, value, error):
+    target = GaussianTarget()
+    setattr(target, member, value)
+    with pytest.raises(error, match=rf"^{sampler.__name__}: target\.{member} must be .*, got "):
+        sampler(target, LABELS, schedule=STEPS)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 6, 7])
+def test_the_default_draft_length_fits_the_schedule(steps):
+    given = {"schedule": DDPMSchedule(steps), "seed": 3}
+    named = sample(GaussianTarget(), LABELS, draft_length=min(6, steps), **given)
+    assert torch.equal(sample(GaussianTarget(), LABELS, **given).samples, named.samples)
+    assert torch.equal(sample(GaussianTarget(), LABELS, draft_length=None, **given).samples, named.samples)
+
+
 @pytest.mark.parametrize("sampler", [sample, ancestral_sample])
 @pytest.mark.parametrize("shape", ["broadcast", "one row", "half", "features"])
 def test_outputs_of_another_shape_are_named(sampler, shape):

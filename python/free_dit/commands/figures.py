@@ -12,8 +12,8 @@ from free_dit.commands.shared import console, title_of
 from free_dit.devices import resolve_device
 from free_dit.experiments.analysis import Settings, Subject
 from free_dit.experiments.model_card import EVALUATION_SEED
-from free_dit.generation.settings import fitting_length
 from free_dit.loading import TargetFacts, is_original, load_pair
+from free_kernels.sampling.options import fitting_length
 
 
 def figures(

@@ -11,16 +11,11 @@ from free_dit.loading import UNDRAFTED
 from free_dit.networks.families import schedule_for
 from free_kernels import DDIMSchedule, SampleResult, ancestral_sample, sample
 from free_kernels.protocols import Drafter, Target
+from free_kernels.sampling.options import fitting_length
 from free_kernels.validation import check_choice, check_float, check_int
 
 WHERE = "generate"
-DRAFT_LENGTH = 6
 FORMATS = ("npz", "png", "npy")
-
-
-def fitting_length(steps: int) -> int:
-    """The default draft length for chains of so many steps."""
-    return max(1, min(DRAFT_LENGTH, steps))
 
 
 @dataclass(frozen=True)
