@@ -55,7 +55,7 @@ class _Batch:
 def run_ordinary(job: Job) -> SampleResult:
     """All images of a hoisted job, in batches of ``max_slots``."""
     options, callback = job.options, job.options.callback
-    slots = options.max_slots or len(job.labels)
+    slots = int(options.max_slots or len(job.labels))
     count, num_steps = len(job.labels), len(job.timesteps)
     guided = [True] * num_steps if job.scales is None else job.scales.inside.tolist()
     stats = SampleStats(

@@ -42,7 +42,7 @@ class Speculation:
     def __init__(self, job: Job, *, dense: bool = False, bounded: bool = False) -> None:
         options = job.options
         where, num_steps, count = job.where, len(job.timesteps), len(job.labels)
-        slots = count if options.max_slots is None else min(count, options.max_slots)
+        slots = count if options.max_slots is None else min(count, int(options.max_slots))
         if options.block and NoiseDefaults.read(job.noise, "covers_steps"):
             # A decision that looks at all drafts needs new noise every round; a tensor has one of each step.
             fail(where, "noise", "initial states only with verification 'block'", "noise of every step")

@@ -285,6 +285,14 @@ def test_wrong_members_of_a_target_are_named(sampler, member, value, error):
         sampler(target, LABELS, schedule=STEPS)
 
 
+@pytest.mark.parametrize("sampler", [sample, ancestral_sample])
+def test_integers_of_numpy_are_ints(sampler):
+    given = {"max_slots": 2, "seed": 5, "guidance_channels": 1} | ({"draft_length": 3} if sampler is sample else {})
+    plain, numbers = ({name: kind(value) for name, value in given.items()} for kind in (int, np.int64))
+    drawn = [sampler(GaussianTarget(), LABELS, schedule=STEPS, **settings).samples for settings in (plain, numbers)]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("steps", [1, 4, 5, 6, 7])
 def test_the_default_draft_length_fits_the_schedule(steps):
     given = {"schedule": DDPMSchedule(steps), "seed": 3}
