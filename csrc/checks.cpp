@@ -2,6 +2,7 @@
 
 #include <sstream>
 #include <string>
+#include <utility>
 
 namespace free_kernels {
 namespace {
@@ -27,6 +28,21 @@ void check_float(const char* op, const char* name, const Tensor& tensor, int64_t
 
 void check_positive(const char* op, const char* name, int64_t value) {
   STD_TORCH_CHECK(value >= 1, op, ": ", name, " must be at least 1, got ", value);
+}
+
+// Integers that a call checks, then reads again and writes: none may change under another name.
+void check_apart(const char* op, std::initializer_list<std::pair<const char*, const Tensor*>> integers) {
+  constexpr size_t kWritten = 4;
+  for (size_t i = 0; i < kWritten; ++i) {
+    const auto& [name, tensor] = integers.begin()[i];
+    for (size_t j = i + 1; j < integers.size(); ++j) {
+      const auto& [other_name, other] = integers.begin()[j];
+      const auto* from = static_cast<const int64_t*>(tensor->const_data_ptr());
+      const auto* other_from = static_cast<const int64_t*>(other->const_data_ptr());
+      STD_TORCH_CHECK(from + tensor->numel() <= other_from || other_from + other->numel() <= from, op, ": ",
+                      name, " and ", other_name, " must not share memory");
+    }
+  }
 }
 
 }  // namespace
@@ -106,6 +122,13 @@ CommitShape check_commit(const CommitTensors& tensors, int64_t num_steps) {
   check_tensor(op, "samples", tensors.samples, dtype, {num_images, c, h, w}, draft_states);
   check_tensor(op, "all_labels", tensors.all_labels, kLong, {num_images}, draft_states);
   check_tensor(op, "queue", tensors.queue, kLong, {1}, draft_states);
+  check_apart(op, {{"steps", &tensors.steps},
+                   {"images", &tensors.images},
+                   {"labels", &tensors.labels},
+                   {"queue", &tensors.queue},
+                   {"committed", &tensors.committed},
+                   {"row_offsets", &tensors.row_offsets},
+                   {"all_labels", &tensors.all_labels}});
   return {slots,
           sizes[1],
           branches,

@@ -18,10 +18,10 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "Tensor(e!) images, Tensor(f!) labels, Tensor(g!) samples, Tensor all_labels, Tensor(h!) queue, "
       "int num_steps) -> ()");
   library.def(
-      "philox_uniform(int seed, Tensor images, Tensor steps, int purpose, SymInt numel, Tensor? "
+      "philox_uniform(SymInt seed, Tensor images, Tensor steps, int purpose, SymInt numel, Tensor? "
       "rounds=None) -> Tensor");
   library.def(
-      "philox_normal(int seed, Tensor images, Tensor steps, int purpose, SymInt numel, Tensor? "
+      "philox_normal(SymInt seed, Tensor images, Tensor steps, int purpose, SymInt numel, Tensor? "
       "rounds=None) -> Tensor");
   library.def(
       "advance_drafts_cpu(Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor columns,"
@@ -71,7 +71,8 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "clean_places, Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response) -> (Tensor "
       "next_states, Tensor committed, Tensor gap_sq, Tensor report, Tensor fresh)");
   library.def(
-      "philox_round(int seed, Tensor images, Tensor steps, SymInt numel, bool slack, Tensor? rounds=None) -> "
+      "philox_round(SymInt seed, Tensor images, Tensor steps, SymInt numel, bool slack, Tensor? rounds=None) "
+      "-> "
       "(Tensor noise, Tensor slack_noise, Tensor uniform)");
   library.def("couple_cpu" FREE_KERNELS_COUPLING);
   library.def("couple_block_cpu" FREE_KERNELS_COUPLING);

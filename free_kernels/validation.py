@@ -26,7 +26,11 @@ def fail(where: str, argument: str, expectation: str, value: object, error: type
 
 
 def check_int(where: str, argument: str, value: object, low: int, high: int | None = None) -> int:
-    """An int (bools refused) in ``[low, high]``."""
+    """An int (bools refused) in ``[low, high]``; one that is still a symbol is bounded by a check of its graph."""
+    if isinstance(value, torch.SymInt):
+        torch._check(value >= low)
+        torch._check(high is None or value <= high)
+        return value  # type: ignore[return-value]
     expectation = f"an int in [{low}, {'inf)' if high is None else f'{high}]'}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         fail(where, argument, expectation, describe(value), TypeError)

@@ -293,7 +293,7 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
     STD_TORCH_CHECK(0 <= ints(committed)[slot] && ints(committed)[slot] <= length && length <= s[1], op,
                     ": committed and lengths must be in order in [0, ", s[1], "], got ",
                     ints(committed)[slot], " and ", length, " of slot ", slot);
-    STD_TORCH_CHECK(length == 0 || (first >= 0 && first + length <= packed), op,
+    STD_TORCH_CHECK(length == 0 || (first >= 0 && first <= packed - length), op,
                     ": row_offsets must give slot ", slot, " at least ", length, " of the ", packed,
                     " rows, got row ", first);
     STD_TORCH_CHECK(ints(before)[slot] < slots * places, op, ": before must be below ", slots * places,

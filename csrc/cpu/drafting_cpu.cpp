@@ -237,9 +237,10 @@ Tensor tally_round(const Tensor& output, const Tensor& next_states, const Tensor
   STD_TORCH_CHECK(next_states.dim() == 4, op, ": next_states must have 4 dimensions, got ",
                   next_states.dim());
   STD_TORCH_CHECK(gap_sq.dim() == 2, op, ": gap_sq must have 2 dimensions, got ", gap_sq.dim());
-  STD_TORCH_CHECK(output.is_contiguous() && next_states.is_contiguous(), op,
-                  ": output and next_states must be contiguous");
-  const int64_t slots = next_states.size(0), drafts = gap_sq.size(1), num_steps = deviation.numel();
+  STD_TORCH_CHECK(output.is_contiguous(), op, ": output must be contiguous");
+  const auto n = next_states.sizes();
+  check_tensor(op, "next_states", next_states, kFloat, {n[0], n[1], n[2], n[3]}, next_states);
+  const int64_t slots = n[0], drafts = gap_sq.size(1), num_steps = deviation.numel();
   check_tensor(op, "gap_sq", gap_sq, kFloat, {slots, drafts}, next_states);
   check_tensor(op, "committed", committed, kLong, {slots}, next_states);
   check_tensor(op, "lengths", lengths, kLong, {slots}, next_states);

@@ -96,6 +96,8 @@ Grid check(const Tensor& h, const Tensor& rows, const Tensor& weight, const std:
   const int64_t tokens = h.size(1), width = h.size(2), values = weight.size(0);
   check_tensor(op, "h", h, dtype, {h.size(0), tokens, width}, h);
   STD_TORCH_CHECK(width >= 1, op, ": h must be at least one value wide, got 0");
+  STD_TORCH_CHECK(tokens >= 1, op, ": h must have at least one token, got 0");
+  STD_TORCH_CHECK(values >= 1, op, ": weight must have at least one row, got 0");
   check_tensor(op, "rows", rows, dtype, {rows.size(0), 2, 1, width}, h);
   check_layout(op, "weight", weight, dtype, {values, width}, h);
   if (bias) check_tensor(op, "bias", *bias, dtype, {values}, h);

@@ -249,7 +249,7 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t done = ints(committed)[slot], length = ints(lengths)[slot], step0 = ints(steps)[slot];
     const int64_t end = std::min(length, done + rows - 1);
-    STD_TORCH_CHECK(end <= s[1] && ints(row_offsets)[slot] >= 0 && ints(row_offsets)[slot] + end <= packed,
+    STD_TORCH_CHECK(end <= s[1] && ints(row_offsets)[slot] >= 0 && ints(row_offsets)[slot] <= packed - end,
                     op, ": row_offsets must give slot ", slot, " at least ", end, " of the ", packed,
                     " rows, got row ", ints(row_offsets)[slot]);
     for (int64_t j = std::max<int64_t>(done - 1, 0); j < end; ++j) {

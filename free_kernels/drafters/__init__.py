@@ -81,5 +81,6 @@ def _unwrapped(where: str, drafter: nn.Module) -> nn.Module:
         _COMPILED[drafter] = copy.copy(seen.module)
         _COMPILED[drafter].compile_with(seen.compiler)
     # It may have been changed since.
-    _COMPILED[drafter].frozen_share = seen.module.frozen_share
+    for name in ("frozen_share", "calibration", "target_facts"):
+        setattr(_COMPILED[drafter], name, getattr(seen.module, name))
     return _COMPILED[drafter]

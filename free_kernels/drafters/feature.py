@@ -434,8 +434,12 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
             if mine != (tuple(theirs) if isinstance(mine, tuple) else theirs):
                 fail(where, "drafter", f"one made for a target with {name} {theirs}", f"one made for {mine}")
         device = TargetDefaults.read(target, "device")
-        if where != "FeatureDrafter.load" and device is not None and self.positions.device != device:
-            fail(where, "drafter", f"on {device} like the target", f"one on {self.positions.device}")
+        if where != "FeatureDrafter.load" and device is not None:
+            here, there = self.positions.device, torch.device(device)
+            # A device without a number is whichever is current.
+            same_number = None in (here.index, there.index) or here.index == there.index
+            if here.type != there.type or not same_number:
+                fail(where, "drafter", f"on {there} like the target", f"one on {here}")
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write weights, shapes and config to a safetensors file; ``dtype`` narrows the stored weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -165,7 +166,7 @@ def accelerate(
 def _cut(settings: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     """Settings of :func:`free_kernels.sample` for so many steps: drafts are no longer than these."""
     length = settings.get("draft_length")
-    return {**settings, "draft_length": min(length, num_steps) if isinstance(length, int) else length}
+    return {**settings, "draft_length": min(length, num_steps) if isinstance(length, numbers.Integral) else length}
 
 
 def _copied(kind: type, pipe: DiTPipeline) -> Any:

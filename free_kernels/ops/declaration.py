@@ -9,19 +9,18 @@ import importlib
 import string
 import typing
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from free_kernels.extension import NAMESPACE, raise_from_op, use_extension, when_loaded
+from free_kernels.ops.fields import Open, Written
 from free_kernels.ops.triton_runtime import use_triton
 
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool"}
 _TYPES |= {kind | None: f"{name}?" for kind, name in _TYPES.items()} | {list[Tensor]: "Tensor[]"}
-# The types of a tensor that the op writes to and of an int that an output's shape has.
-_WRITTEN, _SIZE = Annotated[Tensor, "written"], Annotated[int, "size"]
 
 
 def schema_of(arguments: type) -> str:
@@ -30,11 +29,29 @@ def schema_of(arguments: type) -> str:
 
     def declare(field: str) -> str:
         kind = kinds[field]
-        if kind in (_WRITTEN, _WRITTEN | None):
-            return f"Tensor({next(written)}!){'' if kind == _WRITTEN else '?'} {field}"
-        return f"{'SymInt' if kind == _SIZE else _TYPES[kind]} {field}"
+        if kind in (Written, Written | None):
+            return f"Tensor({next(written)}!){'' if kind == Written else '?'} {field}"
+        return f"{'SymInt' if kind == Open else _TYPES[kind]} {field}"
 
     return f"({', '.join(map(declare, arguments._fields))})"
+
+
+def needs_gradient(arguments: Any) -> bool:
+    """Whether autograd records a call with these tensors. Only references can be differentiated."""
+    return torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in arguments)
+
+
+def refuse_gradient(name: str, backend: str) -> None:
+    """Raise RuntimeError where a kernel was asked for by name for tensors that need a gradient.
+
+    Raises:
+        RuntimeError: ``backend`` is ``"extension"`` or ``"triton"``.
+    """
+    if backend in ("extension", "triton"):
+        raise RuntimeError(
+            f"{name}: backend {backend!r} cannot be used: it has no gradient, which the tensors need; call it within "
+            "torch.no_grad() or take backend='reference'"
+        )
 
 
 class Op:
@@ -129,6 +146,9 @@ class Op:
             ValueError: ``backend`` is unknown, or the compiled op refuses its arguments.
             RuntimeError: the backend was asked for by name and cannot be used; the message says why.
         """
+        if needs_gradient(arguments):
+            refuse_gradient(self.public, backend)
+            backend = "reference"
         if self.folder:
             in_triton = self.runs_triton(tensor, backend)
             return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
@@ -183,8 +203,11 @@ class KernelOp:
             ValueError, TypeError: a wrong argument.
             RuntimeError: the backend cannot be used; the message says why.
         """
-        if self.compiled.is_known_for(tensor, backend):
+        if self.compiled.is_known_for(tensor, backend) and not torch.is_grad_enabled():
             return self.compiled.run_compiled(arguments)
+        if needs_gradient(arguments):
+            refuse_gradient(self.public, backend)
+            backend = "reference"
         if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
             self.check(arguments)
             return self.triton.launch(arguments, tensor)

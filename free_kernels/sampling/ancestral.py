@@ -62,6 +62,8 @@ def run_ordinary(job: Job) -> SampleResult:
         rounds_per_image=np.full(count, num_steps),
         tested_by_step=np.zeros(num_steps, np.int64),
         accepted_by_step=np.zeros(num_steps, np.int64),
+        uncertainty_by_step=np.full(num_steps, np.nan),
+        bias_bound_per_image=np.zeros(count),
     )
     samples = job.initial_states(torch.arange(count, device=job.labels.device))
     with tqdm(total=count * num_steps, desc="ancestral_sample", unit="step", disable=not options.progress) as bar:
@@ -84,7 +86,7 @@ def run_ordinary(job: Job) -> SampleResult:
                         keys = images.unsqueeze(1).repeat(1, len(ahead))
                         draws = job.draw(Purpose.STEP, keys, ahead.repeat(len(images), 1))
                     output = batch.advance(draws[:, step % chunk], guided[step])
-                job.check_output(output, step, images)
+                job.check_finite(step, images, output, batch.state)
                 stats.target_calls += 1
                 stats.target_rows += len(images)
                 bar.update(len(images))

@@ -122,7 +122,9 @@ def sample(
             (noise) to 1 (data) of a :class:`FlowSDESchedule`. Source: Kynkaanniemi et al. 2024, arXiv 2404.07724.
         draft_length: L, rows of a round for one image, in ``[1, num_steps]``; 1 is the ordinary chain. None: 6, or the
             number of steps where that is smaller. ``"auto"`` chooses it round by round for the most steps per second,
-            from acceptance and measured times, and falls back to ordinary steps where speculation does not pay.
+            from acceptance and measured times, and falls back to ordinary steps where speculation does not pay. It goes
+            on from what earlier runs with the same target and drafter saw, so within a process give each run a seed of
+            its own: what a run has seen of a seed's noise may not choose how the same noise is tested.
         relaxation: 0 is lossless; a strength above 0, or a :class:`Relaxation`, accepts more drafts at late, uncertain
             steps, and ``stats.bias_bound`` bounds the total variation that this costs.
         verification: ``"token"``: rows are decided one by one. ``"block"``: a round's drafts are decided together,
@@ -219,20 +221,20 @@ class SampleIterator(Iterator[FinishedImage]):
     def __next__(self) -> FinishedImage:
         """The next finished image, after as many rounds as it takes."""
         while not self._ready:
-            finished = self._play()
-            shape = self._speculation.job.target.latent_shape
-            self._ready.extend(FinishedImage(index, image.view(shape).clone()) for index, image in finished)
+            self._play()
         self.stats.elapsed_s = time.perf_counter() - self._started
         return self._ready.popleft()
 
     # The slots outlive the mode that a caller iterates in: tensors of inference mode cannot be written outside of it.
     @torch.inference_mode(False)
-    def _play(self) -> list[tuple[int, Tensor]]:
-        """A round's finished images."""
+    def _play(self) -> None:
+        """A round; the images that it finishes are ready."""
         if self._ended_by:
             raise RuntimeError(f"sample_iter: the run ended with {self._ended_by}; the images left need another one")
+        shape = self._speculation.job.target.latent_shape
         try:
-            return next(self._rounds)
+            finished = next(self._rounds)
+            self._ready.extend([FinishedImage(index, image.view(shape).clone()) for index, image in finished])
         except StopIteration:
             raise
         except BaseException as error:
@@ -261,7 +263,8 @@ def sample_iter(
 
     Args:
         target: as in :func:`sample`.
-        conditions: as in :func:`sample`.
+        conditions: as in :func:`sample`. They are read while iterating, as tensors of ``noise`` are, and must stay as
+            they are.
         class_labels: as in :func:`sample`.
         null_condition: as in :func:`sample`.
         max_slots: images in the making at a time; of three times as many the state is held.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +40,7 @@ class RowCosts:
         if not isinstance(self.target, Mapping) or 1 not in self.target:
             fail(where, "row_costs.target", "times by rows with that of 1 row", self.target)
         for rows, seconds in self.target.items():
-            if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+            if isinstance(rows, bool) or not isinstance(rows, numbers.Integral) or rows < 1:
                 fail(where, "row_costs.target", "times by numbers of rows", rows)
             if not check_float(where, f"row_costs.target[{rows}]", seconds, 0.0) > 0:
                 fail(where, f"row_costs.target[{rows}]", "above 0", seconds)

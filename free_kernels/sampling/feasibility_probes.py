@@ -107,7 +107,7 @@ def reach_places(
         columns, previous = job.table[node : node + 1], state
         t = job.timesteps[node : node + 1].expand(len(labels))
         output, wait = network(job.doubled(state), t, labels)
-        job.check_output(output, node, keys)
+        job.check_finite(node, keys, output)
         mean, std = job.transition(state, output, columns)
         given, from_clean = (
             job.table[:, column]

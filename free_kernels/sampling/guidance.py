@@ -47,10 +47,15 @@ class GuidanceScales:
         return GuidanceScales(self.values.to(device), self.inside.to(device))
 
     @property
-    def key(self) -> object:
-        """Something hashable that differs where scales do."""
-        parts = self.values, self.inside
-        return tuple((tuple(part.shape), part.cpu().numpy().tobytes()) for part in parts)
+    def share(self) -> float:
+        """Share of the steps at which some image is guided."""
+        return float(self.inside.float().mean())
+
+    @property
+    def mean(self) -> float:
+        """The mean over those steps and all images."""
+        guided = self.values[self.inside] if len(self.values) > 1 and bool(self.inside.any()) else self.values
+        return float(guided.mean())
 
 
 def mixed(output: Tensor, scales: Tensor, channels: int) -> Tensor:
@@ -160,7 +165,8 @@ def guidance_of(
             warnings.warn(
                 f"{where}: guidance_interval ({bounds[0]:g}, {bounds[1]:g}) holds none of the steps' times, which go "
                 f"from {float(times[0]):g} to {float(times[-1]):g}: no image is guided",
-                stacklevel=4,
+                # The public function's caller, behind it, its decorator, `make_job` and this function.
+                stacklevel=5,
             )
     if isinstance(scale, numbers.Real) and bool(inside.all()):
         return float(scale), None
@@ -197,7 +203,8 @@ def _checked(where: str, name: str, scale: Tensor, images: int) -> Tensor:
         fail(where, name, wanted, scale, TypeError)
     if tuple(scale.shape) != (images,):
         fail(where, name, wanted, scale)
-    scale = scale.detach().to("cpu", torch.float32)
+    # A copy: an iterator reads it while its caller goes on.
+    scale = scale.detach().to("cpu", torch.float32, copy=True)
     if not bool((scale.isfinite() & (scale >= 0.0)).all()):
         fail(where, name, wanted, f"values in [{float(scale.min()):g}, {float(scale.max()):g}]")
     return scale

@@ -105,6 +105,16 @@ class Job:
         return 1 if self.guidance_scale == 1.0 else 2
 
     @property
+    def guidance_level(self) -> tuple[int, int]:
+        """How strong guidance is, in halves of an octave, and at how many tenths of the steps.
+
+        Runs of one level speculate about as well.
+        """
+        if self.scales is None:
+            return round(2 * math.log2(1 + self.guidance_scale)), 10
+        return round(2 * math.log2(1 + self.scales.mean)), round(10 * self.scales.share)
+
+    @property
     def null(self) -> int | None:
         """The null label, where guidance needs one."""
         return null_label(self.target) if self.branches == 2 else None
@@ -301,16 +311,25 @@ class Job:
         mean, std = self.transition(state, output, columns)
         return Step(torch.addcmul(mean, std, noise, out=out), output, wait())
 
-    def check_output(self, output: Tensor, steps: Sequence[int] | int, images: Sequence[int] | Tensor) -> None:
-        """Raise FloatingPointError unless the target's output ``[B R, ...]`` is finite; waits for the device.
+    def check_finite(
+        self, steps: Sequence[int] | int, images: Sequence[int] | Tensor, output: Tensor, state: Tensor | None = None
+    ) -> None:
+        """Raise FloatingPointError unless the target's output and the next state are finite; waits for the device.
 
-        Row r belongs to ``images[r]``, at ``steps[r]``, or at one step that all rows share.
+        Args:
+            steps: of the rows, or one that all share.
+            images: of the R rows.
+            output: ``[B R, ...]``.
+            state: ``[R, ...]``, what an ordinary step made of the output: its variance may not be finite even so.
         """
-        if not bool(output.isfinite().all()):
-            row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0, 0]) % len(images)
-            self.raise_non_finite(
-                "the target's output", steps if isinstance(steps, int) else steps[row], int(images[row])
-            )
+        found = {"the target's output": output} | ({} if state is None else {"the next state": state})
+        finite = [rows.isfinite().all() for rows in found.values()]
+        if bool(finite[0] if state is None else finite[0] & finite[1]):
+            return
+        for culprit, rows in found.items():
+            if not bool(rows.isfinite().all()):
+                row = int((~rows.isfinite()).flatten(1).any(1).nonzero()[0, 0]) % len(images)
+                self.raise_non_finite(culprit, steps if isinstance(steps, int) else steps[row], int(images[row]))
 
     def raise_non_finite(self, culprit: str, step: int, image: int) -> NoReturn:
         """Name the network, step and image of a NaN or an infinity."""
@@ -382,7 +401,8 @@ def make_job(
     device = torch.device(TargetDefaults.read(adapted, "device") or labels.device)
     if device.type == "meta":
         fail(where, "target", "a network with weights", "one on the meta device")
-    labels = labels.to(device).contiguous()
+    # A copy: an iterator reads it while its caller goes on.
+    labels = labels.to(device, copy=True, memory_format=torch.contiguous_format)
     variance = schedule.resolve_variance(adapted.learns_variance)
     table = schedule.table(variance).to(device)
     # A tensor of noise holds the initial state and the noise of every step that adds some.

@@ -81,13 +81,19 @@ class MemoryEstimate:
 
 @torch.no_grad()
 def estimate_memory(
-    target: object, conditions: Condition | None = None, *, null_condition: Condition | None = None, **settings: Any
+    target: object,
+    conditions: Condition | None = None,
+    *,
+    class_labels: Tensor | None = None,
+    null_condition: Condition | None = None,
+    **settings: Any,
 ) -> MemoryEstimate:
     """Bytes that :func:`free_kernels.sample` would take for each slot; one row of the target is computed.
 
     Args:
         target: as for :func:`free_kernels.sample`.
         conditions: of an image or more, for a target that takes them. They are held by the caller and not counted.
+        class_labels: of an image or more, which may be left out.
         null_condition: as in :func:`free_kernels.sample`.
         **settings: keywords of :func:`free_kernels.sample`; with ``draft_length="auto"`` those of the longest drafts.
 
@@ -100,7 +106,9 @@ def estimate_memory(
         fail(where, "noise", "None: numbers that are given are held by the caller", type(options.noise).__name__)
     scale = options.guidance_scale
     images = len(scale) if isinstance(scale, Tensor) and scale.ndim == 1 else 1
-    labels = torch.zeros(images, dtype=torch.int64, device="cpu") if conditions is None else None
+    labels = class_labels
+    if conditions is None and labels is None:
+        labels = torch.zeros(images, dtype=torch.int64, device="cpu")
     job = make_job(where, target, labels, options, conditions, null_condition)
     drafter = as_drafter(where, options.drafter, job.target)
     steps = len(job.timesteps)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from free_kernels.constants import Purpose
 from free_kernels.ops.random import philox_normal, philox_round, philox_uniform
+from free_kernels.ops.random.api import BACKENDS
 from free_kernels.protocols import NoiseSource
-from free_kernels.validation import check_int, describe, fail
+from free_kernels.validation import check_choice, check_int, describe, fail
 
 # Images that a 32-bit word of a key tells apart.
 _KEYS = 2**32
@@ -37,7 +38,7 @@ class PhiloxNoise:
         self.first_image = check_int(where, "first_image", first_image, 0, _KEYS - 1)
         if image_keys is not None:
             _check_keys(where, image_keys)
-        self.backend = backend
+        self.backend = check_choice(where, "backend", backend, BACKENDS)
         self.image_keys = image_keys
 
     @property
@@ -178,5 +179,7 @@ def as_noise_source(
         if isinstance(noise, PhiloxNoise) and keys is not None and len(keys) < noise.first_image + count:
             wanted = f"keys of {noise.first_image + count} images, {noise.first_image} of them before the first"
             fail(where, "noise.image_keys", wanted, keys)
+        if isinstance(noise, PhiloxNoise) and keys is None and noise.first_image + count > _KEYS:
+            fail(where, "noise.first_image", f"at most 2**32 - {count} for {count} images", noise.first_image)
         return noise  # type: ignore[return-value]
     fail(where, "noise", "None, a tensor or a NoiseSource", noise, TypeError)

@@ -105,7 +105,8 @@ class Slots:
         guess = guess.expand(self.job.branches, -1, -1, -1)
         fresh = (self.steps == 0).view(-1, 1, 1)
         if self.parent is None:
-            self.parent = guess.contiguous()
+            # A copy: commits write to it, and what a drafter returns may be its own weight.
+            self.parent = guess.clone(memory_format=torch.contiguous_format)
         else:
             self.parent.copy_(torch.where(fresh, guess, self.parent))
         self.previous.copy_(torch.where(fresh.unsqueeze(-1), self.state, self.previous))

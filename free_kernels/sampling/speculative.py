@@ -77,8 +77,9 @@ class Speculation:
         if automatic:
             owner = getattr(job.target, "module", job.target)
             kind = options.block, options.backend, options.cuda_graphs, options.reuse_refused, relaxation
-            kind += job.guidance_scale, job.scales and job.scales.key, job.learned, str(job.labels.device)
-            known = knowledge_of(owner, drafter, kind, num_steps, slots)
+            kind += job.branches, job.guidance_level, job.learned, str(job.labels.device)
+            given = None if isinstance(options.drafter, str) else options.drafter
+            known = knowledge_of(owner, drafter, kind, num_steps, slots, given)
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
             settings = {"reuses": reuses, "room": self._room, "free": self.rounds.frozen_steps}
@@ -209,7 +210,7 @@ class Speculation:
         for i in range(count):
             given = slots.state, job.doubled(t[i]), y, columns[i], noise[i], scales[i]
             step = job.ordinary_step(self.rounds.network, *given)
-            job.check_output(step.output, [k + i for k in now.steps], images)
+            job.check_finite([k + i for k in now.steps], images, step.output, step.state)
             self.run_stats.called(len(slots))
             if i < count - 1:
                 # There is no CUDA graph that reads these buffers, so the two can be exchanged instead of copied.

@@ -42,22 +42,28 @@ class Read(NamedTuple):
     init_noise_sigma: float = 1.0
 
 
+def _read(values: Any) -> Tensor:
+    """Numbers of a scheduler, float64 on the CPU, whatever the default device is."""
+    values = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    return values.double().cpu()
+
+
 def _timesteps(scheduler: Any) -> Tensor:
     """Timesteps ``[K]`` without the one at -1 that rounding can append to a ``"trailing"`` grid."""
-    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
+    timesteps = _read(scheduler.timesteps)
     return timesteps[:-1] if len(timesteps) > 1 and timesteps[-1] < 0 else timesteps
 
 
 def _sigmas(scheduler: Any, count: int) -> tuple[Tensor, Tensor]:
     """Noise levels at and after each of ``count`` steps, float64."""
-    sigmas = torch.as_tensor(scheduler.sigmas).double().cpu()
+    sigmas = _read(scheduler.sigmas)
     return sigmas[:count], torch.cat([sigmas[1:count], sigmas[-1:]])
 
 
 def _levels(scheduler: Any, where: str) -> tuple[Tensor, Tensor, Tensor]:
     """Timesteps int64 ``[K]``, all cumulative products float64 ``[T]`` and those of the steps ``[K]``."""
     steps = _timesteps(scheduler).long()
-    every = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
+    every = _read(scheduler.alphas_cumprod)
     alphas = every[steps]
     if bool((alphas == 0).any()) and scheduler.config.prediction_type == "epsilon":
         # The clean sample is the state less the noise over sqrt(abar).
@@ -88,7 +94,7 @@ def ddpm(scheduler: Any, where: str) -> Read:
     """Posterior of the clean sample (Ho et al. 2020, equation 7), with the variance of ``variance_type``."""
     variance = check_choice(where, "variance_type", scheduler.config.variance_type, VARIANCES)
     steps, _, alphas = _levels(scheduler, where)
-    before = torch.cat([alphas[1:], torch.ones(1, dtype=torch.float64)])
+    before = torch.cat([alphas[1:], torch.ones(1, dtype=torch.float64, device="cpu")])
     kept = alphas / before
     beta = 1 - kept
     posterior = (1 - before) / (1 - alphas) * beta
@@ -123,7 +129,7 @@ def ddim(scheduler: Any, where: str, eta: float | None) -> Read:
         fail(where, "clip_sample", f"False for DDIMScheduler ({remedy})", True)
     steps, every, alphas = _levels(scheduler, where)
     earlier = steps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    last = torch.as_tensor(scheduler.final_alpha_cumprod).double().cpu()
+    last = _read(scheduler.final_alpha_cumprod)
     before = torch.where(earlier >= 0, every[earlier.clamp(min=0)], last)
     std = eta * ((1 - before) / (1 - alphas) * (1 - alphas / before)).clamp(min=0).sqrt()
     from_noise = (1 - before - std.square()).clamp(min=0).sqrt()
@@ -163,7 +169,7 @@ def lcm(scheduler: Any, where: str) -> Read:
     total = scaled.square() + LCM_DATA_STD**2
     from_state, from_x0 = LCM_DATA_STD**2 / total, scaled / total.sqrt()
     # The last step keeps the sample.
-    one = torch.ones(1, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
     signal, std = torch.cat([alphas[1:].sqrt(), one]), torch.cat([(1 - alphas[1:]).sqrt(), 0 * one])
     x0 = _predicted(scheduler, alphas.sqrt(), (1 - alphas).sqrt(), where)
     chain = Chain(signal * from_state, signal * from_x0, std, *x0)

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ INTERPOLANTS = ("linear", "gvp")
 DIFFUSIONS = ("sigma", "linear", "constant", "decreasing", "increasing-decreasing", "sbdm", "grpo")
 PREDICTIONS = ("velocity", "noise", "score")
 LAST_STEPS = ("mean", "euler", "tweedie")
+# What times decide where they are given, and what stands for these arguments where nothing is.
+_GRID = {"num_steps": 250, "last_step_size": 0.04, "first_time": 0.0}
+_LEFT_OUT: Any = None
 
 
 def interpolate(interpolant: str, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +65,7 @@ class FlowSDESchedule:
     ``[K]``.
 
     Args:
-        num_steps: K, network calls of a chain, the last step's included.
+        num_steps: K, network calls of a chain, the last step's included; 250 if left out.
         interpolant: ``"linear"`` or ``"gvp"``; what the network was trained with.
         diffusion: D_t over ``diffusion_norm``: ``"sigma"`` (sigma_t), ``"linear"`` (1 - t), ``"constant"`` (1),
             ``"increasing-decreasing"`` (sin^2(pi t)), ``"sbdm"`` (``alpha' sigma^2 / alpha - sigma sigma'``, that of
@@ -75,8 +79,8 @@ class FlowSDESchedule:
         last_step: ``"mean"`` (the SDE's step without its noise), ``"euler"`` (the velocity's step) or ``"tweedie"``
             (the expected data).
         last_step_size: time that is left for the last step, in ``(0, 1)``, before the shift: the score is singular at
-            t = 1.
-        first_time: t of pure noise; above 0 where something is singular at t = 0.
+            t = 1. 0.04 if left out.
+        first_time: t of pure noise; above 0 where something is singular at t = 0. 0 if left out.
         prediction: what the network predicts: ``"velocity"``, ``"noise"`` or ``"score"``.
         num_train_steps: ticks in the unit of time; the target's own (:class:`free_kernels.SiTTarget`).
         shift: s in :func:`shifted`; above 0, and 1 where ``times`` are given.
@@ -92,13 +96,13 @@ class FlowSDESchedule:
             is infinite at ``first_time``, or another argument contradicts ``times``.
     """
 
-    num_steps: int = 250
+    num_steps: int = _LEFT_OUT
     interpolant: str = "linear"
     diffusion: str = "sigma"
     diffusion_norm: float = 1.0
     last_step: str = "mean"
-    last_step_size: float = 0.04
-    first_time: float = 0.0
+    last_step_size: float = _LEFT_OUT
+    first_time: float = _LEFT_OUT
     prediction: str = "velocity"
     num_train_steps: int = TIME_TICKS
     shift: float = 1.0
@@ -114,6 +118,9 @@ class FlowSDESchedule:
 
     def __post_init__(self, times: Sequence[float] | Tensor | None) -> None:
         where = "FlowSDESchedule"
+        given = {name for name in _GRID if getattr(self, name) is not _LEFT_OUT}
+        for name in _GRID.keys() - given:
+            object.__setattr__(self, name, _GRID[name])
         check_int(where, "num_train_steps", self.num_train_steps, 2)
         check_int(where, "num_steps", self.num_steps, 1, self.num_train_steps - 1)
         check_choice(where, "interpolant", self.interpolant, INTERPOLANTS)
@@ -127,8 +134,9 @@ class FlowSDESchedule:
         check_float(where, "first_time", self.first_time, 0.0, 1 - self.last_step_size)
         if check_float(where, "shift", self.shift, 0.0) == 0.0:
             fail(where, "shift", "above 0", "0")
-        if times is not None:
-            self._take_times(where, times)
+        # A copy with other arguments, of which all are given then, brings along what the original made of its own.
+        if times is not None and not (given and getattr(times, "made_of_a_grid", False)):
+            self._take_times(where, times, given)
         self._check_window(where)
         if bool((self.timesteps.diff() < 1).any()):
             room = f"at most the {1 - self.last_step_size - self.first_time:g} x {self.num_train_steps} ticks of time"
@@ -148,30 +156,30 @@ class FlowSDESchedule:
             fail(where, "window", wanted, repr((first, end)))
         object.__setattr__(self, "window", (first, end))
 
-    def _take_times(self, where: str, times: Sequence[float] | Tensor) -> None:
-        """Make given times the schedule's own."""
+    def _take_times(self, where: str, times: Sequence[float] | Tensor, given: set[str]) -> None:
+        """Make given times the schedule's own, which the arguments of the names ``given`` must agree with."""
         try:
-            given = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+            values = torch.as_tensor(times, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             fail(where, "times", "None, a sequence of numbers or a tensor [K]", times, TypeError)
         wanted = "increasing from noise to data in [0, 1), a sequence or tensor [K]"
-        if given.ndim != 1 or not len(given):
-            fail(where, "times", wanted, given)
-        if not bool(given.isfinite().all()) or not 0 <= float(given.min()) <= float(given.max()) < 1:
-            fail(where, "times", wanted, f"values in [{float(given.min()):g}, {float(given.max()):g}]")
-        ticks = (given * self.num_train_steps).round().long()
+        if values.ndim != 1 or not len(values):
+            fail(where, "times", wanted, values)
+        if not bool(values.isfinite().all()) or not 0 <= float(values.min()) <= float(values.max()) < 1:
+            fail(where, "times", wanted, f"values in [{float(values.min()):g}, {float(values.max()):g}]")
+        ticks = (values * self.num_train_steps).round().long()
         if bool((ticks.diff() < 1).any()) or int(ticks[-1]) >= self.num_train_steps:
-            falling = len(given) > 1 and bool((given.diff() < 0).all())
+            falling = len(values) > 1 and bool((values.diff() < 0).all())
             hint = "falling ones (noise levels u are times 1 - u)" if falling else "times that share a tick or fall"
             fail(where, "times", f"{wanted}, at least a tick of 1 / {self.num_train_steps} apart", hint)
-        # A schedule that is copied with other arguments brings its times along; these are its own grid.
+        # A copy of these times need not be an own list of ticks.
         if len(ticks) == self.num_steps and torch.equal(ticks, self._grid()):
             return
         unit, (first, last) = self.num_train_steps, ticks[[0, -1]].tolist()
         ends = {"num_steps": len(ticks), "first_time": first / unit, "last_step_size": (unit - last) / unit}
         for name, value in ends.items():
             own = getattr(self, name)
-            if own != type(self).__dataclass_fields__[name].default and abs(own - value) * self.num_train_steps > 0.5:
+            if name in given and abs(own - value) * self.num_train_steps > 0.5:
                 fail(where, name, f"left out or {value:g} with these times", f"{own:g}")
             object.__setattr__(self, name, value)
         if self.shift != 1.0:
@@ -263,7 +271,10 @@ class FlowSDESchedule:
 
 def _times(schedule: FlowSDESchedule) -> Tensor:
     """t of every step, float64 ``[K]``."""
-    return schedule.timesteps.double() / schedule.num_train_steps
+    times = schedule.timesteps.double() / schedule.num_train_steps
+    # `dataclasses.replace` hands them to the copy, whose other arguments may make another grid.
+    times.made_of_a_grid = schedule._given_ticks is None
+    return times
 
 
 # Here, because in the class it would be the default of the argument.

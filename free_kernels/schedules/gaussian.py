@@ -37,7 +37,7 @@ class Chain(NamedTuple):
 
     def columns(self) -> Tensor:
         """Coefficients float64 ``[K, 8]``, columns of :class:`TransitionColumn`."""
-        columns = torch.zeros(len(self.std), len(TransitionColumn), dtype=torch.float64)
+        columns = self.std.new_zeros(len(self.std), len(TransitionColumn), dtype=torch.float64)
         columns[:, TransitionColumn.X0_FROM_STATE] = self.x0_from_state
         columns[:, TransitionColumn.X0_FROM_OUTPUT] = self.x0_from_output
         columns[:, TransitionColumn.MEAN_FROM_X0] = self.from_x0

@@ -7,6 +7,7 @@ without, in another process or with another target or drafter object.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,14 +85,20 @@ class _Pending:
         self.seconds, self.thought = self.seconds + seconds, self.thought + thought
 
 
+# Runs of different kinds that an owner keeps knowledge of; the one that was asked for longest ago makes room.
+_MOST_KEPT = 64
 _KNOWN: weakref.WeakKeyDictionary[object, dict[object, Knowledge]] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
-def knowledge_of(owner: object, drafter: object, settings: tuple[object, ...], num_steps: int, slots: int) -> Knowledge:
+def knowledge_of(
+    owner: object, drafter: object, settings: tuple[object, ...], num_steps: int, slots: int, given: object = None
+) -> Knowledge:
     """The knowledge kept for ``owner`` (as long as it lives), a drafter and plain settings, or a new one.
 
     A drafter may bring ``calibration``, acceptance probabilities ``[bins, A]`` by part of the chain and look-ahead;
-    nothing is known of the steps that clean samples draft.
+    nothing is known of the steps that clean samples draft. ``given`` is the caller's drafter, where ``drafter`` is a
+    copy of it for one run.
     """
     try:
         kept = _KNOWN.setdefault(owner, {})
@@ -100,16 +107,28 @@ def knowledge_of(owner: object, drafter: object, settings: tuple[object, ...], n
     free = DrafterDefaults.read(drafter, "is_free")
     # The drafter's share of the chain may be changed between runs.
     frozen = frozen_steps("sample", drafter, num_steps, has_memory=False)
-    key = (type(drafter), None if free else id(drafter), frozen, num_steps, slots, *settings)
-    if key not in kept:
-        table = DrafterDefaults.read(drafter, "calibration")
-        table = np.full((1, 1), UNKNOWN_ACCEPTANCE) if table is None else np.asarray(table, np.float64)
-        table = table[np.arange(num_steps) * len(table) // num_steps]
-        if frozen < num_steps:
-            table[:frozen] = UNKNOWN_ACCEPTANCE
-        ahead = np.minimum(np.arange(LONGEST[-1] - 1), table.shape[1] - 1)
-        kept[key] = Knowledge(RoundCost(slots, LONGEST[-1]), AcceptanceModel(table[:, ahead]), drafter)
-    return kept[key]
+    given = drafter if given is None else given
+    key = (type(drafter), None if free else id(given), frozen, num_steps, slots, *settings)
+    with _LOCK:
+        known = kept.pop(key, None) or Knowledge(
+            RoundCost(slots, LONGEST[-1]), _acceptance(drafter, num_steps, frozen), given
+        )
+        # The latest comes last.
+        kept[key] = known
+        if len(kept) > _MOST_KEPT:
+            del kept[next(iter(kept))]
+    return known
+
+
+def _acceptance(drafter: object, num_steps: int, frozen: int) -> AcceptanceModel:
+    """What a drafter's calibration says of the steps from ``frozen`` on."""
+    table = DrafterDefaults.read(drafter, "calibration")
+    table = np.full((1, 1), UNKNOWN_ACCEPTANCE) if table is None else np.asarray(table, np.float64)
+    table = table[np.arange(num_steps) * len(table) // num_steps]
+    if frozen < num_steps:
+        table[:frozen] = UNKNOWN_ACCEPTANCE
+    ahead = np.minimum(np.arange(LONGEST[-1] - 1), table.shape[1] - 1)
+    return AcceptanceModel(table[:, ahead])
 
 
 class DraftLengthPolicy:

@@ -107,12 +107,7 @@ class AdaLNTarget(ShowsTimesteps, TargetDefaults):
         """
         walked = refuse_unsafe(where, self._whole)
         refuse_outer_patches(where, self._whole, self.module)
-        key = (
-            type(self),
-            self._parts is None,
-            TargetDefaults.read(self, "num_train_steps"),
-            getattr(self, "noise_time", 0),
-        )
+        key = type(self), self._parts is None, *self.convention()
         found = checked(key, self, self._whole, walked, lambda: self._showing_whole().compare(where))
         if found.path == "blocks" and self._must_compile_parts:
             fail(where, "compile", "False for blocks whose own forward does more than their parts", True)

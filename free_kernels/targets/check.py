@@ -98,16 +98,23 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, TargetCheck]]] = WeakK
 
 
 def checked(
-    key: Any, target: Any, module: nn.Module, parts: Sequence[nn.Module], compare: Callable[[], TargetCheck]
+    key: Any,
+    target: Any,
+    module: nn.Module,
+    parts: Sequence[nn.Module],
+    compare: Callable[[], TargetCheck],
+    known: dict[Any, tuple[Any, TargetCheck]] | None = None,
 ) -> TargetCheck:
     """What a comparison says of a network; asked where there are numbers to compare, and again of another network only.
 
-    See :func:`fingerprint` for what makes it another one; ``parts`` are the module's as they are now.
+    See :func:`fingerprint` for what makes it another one; ``parts`` are the module's as they are now. What is known is
+    kept with the module, or in ``known`` where the key itself may hold the module.
     """
     weights = tensors_of(parts)
     if is_abstract(weights):
         return TargetCheck(target.paths()[0], math.nan, math.nan, 0)
-    known, mark = _KNOWN.setdefault(module, {}), fingerprint(parts, weights)
+    known = _KNOWN.setdefault(module, {}) if known is None else known
+    mark = fingerprint(parts, weights)
     if key in known and known[key][0] == mark:
         return known[key][1]
     result = compare()

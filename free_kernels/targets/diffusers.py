@@ -165,6 +165,10 @@ class DiffusersFlowTarget(DiffusersDiTTarget):
         """Velocity of the module's own call, ``[R, C, H, W]``."""
         return -super().own(x, self._timestep(t), y)[:, : self.latent_shape[0]]
 
+    def convention(self) -> tuple[int, ...]:
+        """Timesteps of the scheduler."""
+        return (self.num_train_timesteps,)
+
     def check_convention(self, where: str, rows: Rows, own: Tensor) -> None:
         """Raise ValueError where the velocity near pure noise points along the noise."""
         if alignment(own[1], rows.x[1]) > 0.5:

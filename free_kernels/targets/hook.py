@@ -109,6 +109,8 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
         self._layer = layers[feature_layer]
         self._head = head
         self._call = call or _plain_call
+        # What was compared, of this target and its copies: a head mostly holds the module itself.
+        self._known: dict[Any, tuple[Any, TargetCheck]] = {}
 
     def _conditioned(self, conditions: Conditions) -> HookTarget:
         """A copy whose labels are places among conditions."""
@@ -144,10 +146,8 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
             ValueError: they depend on earlier calls or on the batch.
         """
         where = "HookTarget"
-        key = HookTarget, self.feature_layer, self._head, self._call
-        checked(
-            key, self, self.module, refuse_unsafe(where, self.module), lambda: self.compare(where, timesteps, labels)
-        )
+        walked = refuse_unsafe(where, self.module)
+        checked((), self, self.module, walked, lambda: self.compare(where, timesteps, labels), self._known)
         return self
 
     def own(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -345,6 +345,13 @@ def test_wrong_arguments_of_keeping(change, message, backend):
 
 
 @needs_extension
+def test_rows_so_far_off_that_a_sum_wraps_around():
+    a = keeping()
+    with pytest.raises(ValueError, match="keep_clean_rows: row_offsets must give slot 0 at least"):
+        keep_clean_rows(a._replace(row_offsets=torch.full_like(a.row_offsets, 2**63 - 1)), "extension")
+
+
+@needs_extension
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -14,7 +14,7 @@ from free_kernels.ops.attention import api as attention
 from free_kernels.ops.coupling import dispatch
 from free_kernels.ops.declaration import Op, schema_of
 from free_kernels.ops.drafting import api as drafting
-from free_kernels.ops.drafting.arguments import Written
+from free_kernels.ops.fields import Written
 from free_kernels.ops.final_layer import api as final_layer
 from free_kernels.ops.network import api as network
 from free_kernels.ops.norms import api as norms

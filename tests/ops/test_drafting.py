@@ -487,3 +487,12 @@ def test_steps_before_the_first_are_refused(backend):
         tally_round(tally._replace(deviation=torch.zeros(3)), backend[0])
     with pytest.raises(ValueError, match=r"tally_round: deviation must be of at least 1 step"):
         tally_round(tally._replace(deviation=torch.zeros(0)), backend[0])
+    with pytest.raises(TypeError, match="tally_round: next_states must be float32"):
+        tally_round(tally._replace(deviation=torch.zeros(3), next_states=torch.zeros(1, 1, 2, 2).half()), backend[0])
+
+
+@pytest.mark.parametrize("backend", [EXTENSION])
+def test_rows_so_far_off_that_a_sum_wraps_around(backend):
+    a = keeping()
+    with pytest.raises(ValueError, match="keep_rows: row_offsets must give slot 0 at least 4 of the 11 rows"):
+        keep_rows(a._replace(row_offsets=torch.full_like(a.row_offsets, 2**63 - 1)), backend[0])

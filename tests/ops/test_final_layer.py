@@ -155,6 +155,8 @@ def test_pairs_without_a_row(name, value, size):
         ({"y": torch.zeros(2, dtype=torch.int64)}, "y must"),
         ({"weight": torch.zeros(8)}, "weight must"),
         ({"weight": torch.zeros(8, 7)}, "weight must"),
+        ({"weight": torch.zeros(0, 8), "bias": None}, "weight must"),
+        ({"h": torch.zeros(3, 0, 8), "grid_rows": 2**62}, "h must"),
         ({"bias": torch.zeros(7)}, "bias must"),
         ({"eps": 0.0}, "eps must be above 0, got 0"),
         ({"grid_rows": 3}, "grid_rows must be a divisor of 16 tokens, got 3"),

@@ -79,14 +79,14 @@ def wrong_parts(part: str, imported: set[str]) -> set[str]:
 def wrong_in_op(op: str, stem: str, imported: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """Imports that a module of an op's folder must not have.
 
-    The reference and the Triton kernels know nothing but their own kind and the op's arguments, which know nothing;
+    The reference and the Triton kernels know nothing but their own kind and the op's arguments, which know types only;
     other ops are taken from their packages.
     """
     kind = stem.partition("_")[0]
     wrong = set()
     for pieces in imported:
         if stem == "arguments":
-            allowed = False
+            allowed = pieces[1:3] == ("ops", "fields")
         elif pieces[:2] != ("free_kernels", "ops"):
             allowed = pieces[1] == "constants" or kind not in ("reference", "triton")
         elif pieces[2] in OPS:

@@ -19,6 +19,8 @@ from free_kernels.sampling.guidance import (
     scale_of_images,
     step_times,
 )
+from free_kernels.sampling.job import make_job
+from free_kernels.sampling.options import Options
 from free_kernels.sampling.round import packed_values
 
 STEPS = DDPMSchedule(20)
@@ -292,13 +294,18 @@ def test_torchs_defaults_have_no_effect():
         assert torch.equal(one.inside, other.inside)
 
 
-def test_automatic_lengths_know_scales_apart(target):
+def test_automatic_lengths_know_levels_of_guidance_apart(target):
     """What is learned of drafts at one scale is not taken for that of others."""
-    keys = [
-        guidance_of("sample", *given, STEPS, 7)[1].key
-        for given in ((BY_IMAGE, None), (BY_IMAGE + 1, None), (2.0, (100, 300)), (2.0, (100, 400)))
-    ]
-    assert len(set(keys)) == 4
+
+    def level(scale, interval=None) -> tuple[int, int]:
+        options = Options(schedule=STEPS, guidance_scale=scale, guidance_interval=interval)
+        return make_job("sample", target, LABELS, options).guidance_level
+
+    scales = ((BY_IMAGE,), (BY_IMAGE + 3,), (8.0,), (8.0, (100, 300)), (8.0, (100, 700)), (0.0,))
+    apart = [level(*given) for given in scales]
+    assert len(set(apart)) == len(apart)
+    # Negative control: every request of a server with a scale of its own would begin anew.
+    assert level(BY_IMAGE) == level(BY_IMAGE + 0.01) == level(BY_IMAGE.flip(0))
     result = sample(target, LABELS, schedule=STEPS, guidance_scale=BY_IMAGE, draft_length="auto", max_slots=2)
     assert result.samples.isfinite().all()
 

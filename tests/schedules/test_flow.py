@@ -222,8 +222,39 @@ class TestSchedule:
             assert torch.equal(copied.timesteps, schedule.timesteps)
             assert copied.diffusion == "linear"
             assert pickle.loads(pickle.dumps(schedule)) == schedule
-        with pytest.raises(ValueError, match="shift must be 1 where times are given"):
-            dataclasses.replace(FlowSDESchedule(20), shift=3.0)
+        given = FlowSDESchedule(times=[0.1, 0.3, 0.9])
+        for name, value in {"shift": 3.0, "num_steps": 4, "first_time": 0.2, "last_step_size": 0.2}.items():
+            with pytest.raises(ValueError, match=f"FlowSDESchedule: {name} must be"):
+                dataclasses.replace(given, **{name: value})
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"num_steps": 250},
+            {"num_steps": 7},
+            {"shift": 3.0},
+            {"last_step_size": 0.04},
+            {"last_step_size": 0.2},
+            {"first_time": 0.0},
+            {"first_time": 0.3},
+            {"num_train_steps": 1000},
+            {"num_steps": 12, "shift": 1.0},
+            {"times": [0.1, 0.3, 0.9], "num_steps": 3, "first_time": 0.1, "last_step_size": 0.1, "shift": 1.0},
+        ],
+        ids=lambda change: "-".join(change),
+    )
+    @pytest.mark.parametrize(
+        "arguments",
+        [{}, {"num_steps": 30}, {"num_steps": 50, "last_step_size": 0.1}, {"num_steps": 20, "first_time": 0.1}]
+        + [{"num_steps": 20, "shift": 2.0}],
+        ids=lambda arguments: "-".join(arguments) or "defaults",
+    )
+    def test_copies_with_another_grid(self, arguments, change):
+        copied = dataclasses.replace(FlowSDESchedule(**arguments), **change)
+        made = FlowSDESchedule(**arguments | change)
+        assert copied == made
+        assert torch.equal(copied.timesteps, made.timesteps)
+        assert copied.num_steps == len(copied.timesteps) == (arguments | change).get("num_steps", 250)
 
     def test_coefficients_follow_the_rounded_times(self):
         """Ticks so coarse that steps differ in length: every step is as long as its own two ticks say."""

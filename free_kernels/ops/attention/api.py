@@ -213,7 +213,7 @@ def rewind_features(cache_length: Tensor, cache_position: Tensor, steps: Tensor 
         ValueError, TypeError: a wrong argument; values of tensors are checked on the CPU only.
     """
     op = "rewind_features"
-    check_int(op, "capacity", capacity, 1)
+    check_int(op, "capacity", capacity, 1, 2**62)
     counts = isinstance(cache_length, Tensor) and cache_length.ndim == 1
     layouts = Layouts(op, getattr(cache_length, "device", None), {"R": cache_length.shape[0] if counts else 1})
     layouts.check("cache_length", cache_length, INT64, "[R]", contiguous=False)
@@ -223,7 +223,7 @@ def rewind_features(cache_length: Tensor, cache_position: Tensor, steps: Tensor 
         if steps.is_cpu and not torch.compiler.is_compiling() and steps.numel() and int(steps.min()) < 0:
             fail(op, "steps", "at least 0", str(int(steps.min())))
     else:
-        check_int(op, "steps", steps, 0)
+        check_int(op, "steps", steps, 0, 2**62)
     cache_length.sub_(steps).clamp_(min=0)
     cache_position.sub_(steps).remainder_(capacity)
 

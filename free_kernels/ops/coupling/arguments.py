@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from free_kernels.ops.fields import Open
+
 
 class CouplingArguments(NamedTuple):
     """Arguments of ``couple`` and ``couple_block``: S slots of at most L rows, states ``[C, H, W]``.
@@ -37,7 +39,7 @@ class KeyedCouplingArguments(NamedTuple):
     draft_states: Tensor
     draft_mean: Tensor
     draft_std: Tensor
-    seed: int  # int64 with the 64 bits of the seed
+    seed: Open  # int64 with the 64 bits of the seed
     images: Tensor  # int64 [S]
     steps: Tensor  # int64 [S, L]
     output: Tensor

@@ -15,7 +15,7 @@ from free_kernels.extension import use_extension
 from free_kernels.ops.coupling import reference
 from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
-from free_kernels.ops.declaration import Op
+from free_kernels.ops.declaration import Op, needs_gradient, refuse_gradient
 from free_kernels.ops.random import philox_normal, philox_uniform
 from free_kernels.ops.shapes import as_images
 from free_kernels.validation import check_choice, check_int, fail
@@ -51,13 +51,13 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
             fail(op, name, expectation, tensor, TypeError if wrong_kind else ValueError)
         if tensor.device != device:
             fail(op, name, f"on {device} like draft_states", f"a tensor on {tensor.device}")
-    expectation = f"[B R, {channels} or {2 * channels}, {height}, {width}]"
     if not isinstance(output, Tensor) or not output.is_floating_point():
-        fail(op, "output", f"floating point {expectation}", output, TypeError)
+        fail(op, "output", f"floating point [B R, {channels} or {2 * channels}, H, W]", output, TypeError)
+    # Symbolic sizes are put into a text where it is needed only: a comparison behind that goes wrong in a trace.
     rows_fit = output.ndim == 4 and output.shape[0] > 0
     rows_fit = rows_fit and output.shape[0] % (1 if arguments.guidance_scale == 1.0 else 2) == 0
     if not rows_fit or output.shape[1] not in (channels, 2 * channels) or list(output.shape[2:]) != [height, width]:
-        fail(op, "output", expectation, output)
+        fail(op, "output", f"[B R, {channels} or {2 * channels}, {height}, {width}]", output)
     if arguments.guidance_scale != 1.0 and arguments.guidance_channels is not None:
         check_int(op, "guidance_channels", arguments.guidance_channels, 0, channels)
     if isinstance(arguments, CouplingArguments):
@@ -156,6 +156,9 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
         decided = decide(op, arguments._replace(output=as_images(arguments.output, 1), **rows), backend)
         return decided._replace(next_states=decided.next_states.view(-1, *shape))
     states, keyed = arguments.draft_states, isinstance(arguments, KeyedCouplingArguments)
+    if needs_gradient(arguments):
+        refuse_gradient(op, backend)
+        backend = "reference"
     compiled = COMPILED[op.removesuffix("_philox")] if keyed else COMPILED[op]
     in_cpp = _runs_compiled(op, compiled, states, backend)
     # The compiled op makes the same checks in less time. What makes noise from keys, or traces, must not come before.

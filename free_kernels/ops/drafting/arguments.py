@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-# What an op writes to, as its schema says.
-Written = Annotated[Tensor, "written"]
+from free_kernels.ops.fields import Written
 
 
 class AdvanceArguments(NamedTuple):

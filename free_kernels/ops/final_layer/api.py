@@ -29,6 +29,10 @@ def _check(a: FinalLayerArguments) -> None:
         layouts.check("bias", a.bias, _FLOAT32, "[O]")
     if a.h.shape[2] < 1:
         fail(_NAME, "h", "at least one value wide", a.h)
+    if a.h.shape[1] < 1:
+        fail(_NAME, "h", "[R, T, D] with T >= 1", a.h)
+    if len(a.weight) < 1:
+        fail(_NAME, "weight", "[O, D] with O >= 1", a.weight)
     if not a.eps > 0:
         fail(_NAME, "eps", "above 0", a.eps)
     if a.h.shape[1] % check_int(_NAME, "grid_rows", a.grid_rows, 1):

@@ -10,14 +10,7 @@ from free_kernels.ops.declaration import Op
 from free_kernels.ops.packing import reference
 from free_kernels.ops.packing.arguments import CommitArguments, PackArguments
 from free_kernels.ops.shapes import as_images
-from free_kernels.validation import fail
-
-
-def _check_int(op: str, name: str, value: object, kinds: type | tuple[type, ...], low: int) -> None:
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        fail(op, name, "an int", value, TypeError)
-    if value < low:
-        fail(op, name, f"at least {low}", value)
+from free_kernels.validation import check_int, fail
 
 
 def _check_pack(a: PackArguments) -> None:
@@ -31,7 +24,7 @@ def _check_pack(a: PackArguments) -> None:
     layouts.check("timesteps", a.timesteps, INT64, "[K]")
     if a.timesteps.shape[0] < 1:
         fail(op, "timesteps", "int64 [K] with K >= 1", a.timesteps)
-    _check_int(op, "num_rows", a.num_rows, (int, torch.SymInt), 0)
+    check_int(op, "num_rows", a.num_rows, 0, 2**62)
     if a.null_label is not None and (not isinstance(a.null_label, int) or isinstance(a.null_label, bool)):
         fail(op, "null_label", "an int or None", a.null_label, TypeError)
 
@@ -79,7 +72,7 @@ def _check_commit(a: CommitArguments) -> None:
         ("queue", "[1]"),
     ):
         layouts.check(name, getattr(a, name), INT64, layout)
-    _check_int(op, "num_steps", a.num_steps, int, 1)
+    check_int(op, "num_steps", a.num_steps, 1, 2**62)
 
 
 def _check_commit_values(a: CommitArguments) -> None:
@@ -233,3 +226,7 @@ def commit_drafts(
     if not isinstance(draft_states, Tensor):
         _check_commit(arguments)
     COMMIT(arguments, draft_states, backend)
+    if not torch.compiler.is_compiling():
+        # So that autograd refuses what it has saved of them: a compiled op does not say that it has written.
+        written = state, previous, parent, steps, images, labels, samples, queue
+        torch.autograd.graph.increment_version(part for part in written if not part.is_inference())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-# Of an output: a compiled graph may leave it open.
-Size = Annotated[int, "size"]
+from free_kernels.ops.fields import Open
 
 
 class PackArguments(NamedTuple):
@@ -18,7 +17,7 @@ class PackArguments(NamedTuple):
     steps: Tensor  # int64 [S]
     labels: Tensor  # int64 [S]
     timesteps: Tensor  # int64 [K]
-    num_rows: Size
+    num_rows: Open
     null_label: int | None = None
 
 

@@ -21,7 +21,7 @@ BACKENDS = ("auto", "reference", "extension", "triton")
 
 def signed_seed(op: str, seed: int) -> int:
     """The int64 with the 64 bits of a seed in ``[0, 2**64)``: what an op's schema can carry."""
-    check_int(op, "seed", seed, 0, 2**64 - 1)
+    seed = check_int(op, "seed", seed, 0, 2**64 - 1)
     return seed - 2**64 if seed >= 2**63 else seed
 
 
