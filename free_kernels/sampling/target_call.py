@@ -9,11 +9,15 @@ from free_kernels.sampling.cuda_graphs import CaptureAgain
 from free_kernels.sampling.job import Job, Verified
 
 
+# What plain RuntimeErrors say where memory ran out: the CPU's allocator, and any allocation of an op on the stable ABI.
+_SAID = ("DefaultCPUAllocator", "aoti_torch_empty_strided(")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or on the CPU, where it is a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
 
 
 class TargetCall:

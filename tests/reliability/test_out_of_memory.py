@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from analytic import BiasedDrafter, GaussianTarget
+from coupling_calls import needs_extension
+from fresh_process import in_fresh_process
 
 from free_kernels import DDPMSchedule, sample
 from free_kernels.sampling.cuda_graphs import CapturedCalls
@@ -171,3 +173,24 @@ def test_memory_is_given_back_at_once_outside_of_captures(monkeypatch):
     x = torch.randn(12, *target.latent_shape).as_subclass(OnCuda)
     TargetCall(job)(x, job.timesteps[:1].repeat(12), torch.zeros(12, dtype=torch.int64))
     assert cuda.done == ["empty, capturing False"] * 2
+
+
+@needs_extension
+def test_an_op_that_finds_no_memory_is_understood():
+    """The ops on the stable ABI word it in another way, from one torch to the next."""
+    code = """
+import resource
+import torch
+from free_kernels import ops
+from free_kernels.sampling.target_call import is_out_of_memory
+
+keys = torch.arange(2)
+ops.philox_normal(1, keys, keys, 1, 4)
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+for backend in ("extension", "reference"):
+    try:
+        ops.philox_normal(1, keys, keys, 1, 2**33, backend=backend)
+    except (RuntimeError, MemoryError) as error:
+        print(backend, is_out_of_memory(error))
+"""
+    assert in_fresh_process(code).split() == ["extension", "True", "reference", "True"]

@@ -111,7 +111,7 @@ VARIANTS = {
     "tensors": [*PRECISION[:3], *PRECISION[3:-3:3], *PRECISION[-3:]],
     "philox": PRECISION_PHILOX,
     "block": [*PRECISION[::3], *PRECISION[-2:]],
-    "block-philox": PRECISION_PHILOX,
+    "block-philox": PRECISION_PHILOX[::2],
 }
 PRECISION_NAMES = [f"{case.name}-{variant}" for variant, cases in VARIANTS.items() for case in cases]
 
@@ -344,13 +344,14 @@ RUNS = {"tensors": run_couple, "philox": run_philox, "block": run_block, "block-
 
 
 def check(case: Case, kernels: Any, device: str = "cpu") -> list[str]:
-    """Everything about one case: every variant against the oracle, and the same bits twice."""
+    """Everything about one case: every variant against the oracle, and on a GPU the same bits twice."""
     arguments, wrong = make(case).to(device), []
     with divided(case, kernels):
         for variant, run in RUNS.items():
             first = run(arguments)
             wrong += [f"{variant}: {text}" for text in compare(first, arguments, variant)]
-            if variant.endswith("philox"):
+            # The interpreter runs one program after the other, so that only a GPU could differ from itself.
+            if variant.endswith("philox") or device == "cpu":
                 continue
             for a, b in zip(first, run(arguments), strict=True):
                 if a.numpy(force=True).tobytes() != b.numpy(force=True).tobytes():
