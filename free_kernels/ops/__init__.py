@@ -1,4 +1,8 @@
-"""The public ops."""
+"""The public ops.
+
+Each is one node of a graph that ``torch.compile`` makes, once for all sizes and seeds. Kernels have no gradient: where
+autograd records a call, ``backend="auto"`` takes the reference in plain PyTorch, and a kernel's name is refused.
+"""
 
 from free_kernels.ops.attention import append_features, feature_attention, rewind_features
 from free_kernels.ops.coupling import (
