@@ -8,7 +8,6 @@ from torch import Tensor
 from free_kernels.sampling.cuda_graphs import CaptureAgain
 from free_kernels.sampling.job import Job, Verified
 
-
 # What plain RuntimeErrors say where memory ran out: the CPU's allocator, and any allocation of an op on the stable ABI.
 _SAID = ("DefaultCPUAllocator", "aoti_torch_empty_strided(")
 
