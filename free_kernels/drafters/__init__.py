@@ -21,6 +21,19 @@ __all__ = ["DrafterConfig", "FeatureDrafter", "FrozenDrafter", "as_drafter"]
 _COMPILED: WeakKeyDictionary[nn.Module, FeatureDrafter] = WeakKeyDictionary()
 
 
+def own_drafter(where: str, drafter: object) -> object:
+    """What runs of a ``drafter`` argument have in common: the drafter behind wrappers made anew for each of them.
+
+    None for ``"frozen"``, which has nothing of its own.
+    """
+    if isinstance(drafter, str):
+        return None
+    if isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter):
+        seen = see_through(where, drafter)
+        return seen.module if seen.compiler is None else drafter
+    return drafter
+
+
 def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
     """A sampler's ``drafter`` argument as a drafter that fits the target.
 

@@ -36,22 +36,23 @@ def schema_of(arguments: type) -> str:
     return f"({', '.join(map(declare, arguments._fields))})"
 
 
-def needs_gradient(arguments: Any) -> bool:
-    """Whether autograd records a call with these tensors. Only references can be differentiated."""
-    return torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in arguments)
-
-
-def refuse_gradient(name: str, backend: str) -> None:
-    """Raise RuntimeError where a kernel was asked for by name for tensors that need a gradient.
+def with_gradient(name: str, arguments: Any, backend: str) -> str:
+    """The backend of a call that autograd may record: only references can be differentiated.
 
     Raises:
-        RuntimeError: ``backend`` is ``"extension"`` or ``"triton"``.
+        RuntimeError: a kernel was asked for by name, and a tensor needs a gradient.
     """
+    if not torch.is_grad_enabled() or backend == "reference":
+        return backend
+    parts = (one for part in arguments for one in (part if isinstance(part, list) else [part]))
+    if not any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+        return backend
     if backend in ("extension", "triton"):
         raise RuntimeError(
             f"{name}: backend {backend!r} cannot be used: it has no gradient, which the tensors need; call it within "
             "torch.no_grad() or take backend='reference'"
         )
+    return "reference" if backend == "auto" else backend
 
 
 class Op:
@@ -146,9 +147,7 @@ class Op:
             ValueError: ``backend`` is unknown, or the compiled op refuses its arguments.
             RuntimeError: the backend was asked for by name and cannot be used; the message says why.
         """
-        if needs_gradient(arguments):
-            refuse_gradient(self.public, backend)
-            backend = "reference"
+        backend = with_gradient(self.public, arguments, backend)
         if self.folder:
             in_triton = self.runs_triton(tensor, backend)
             return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
@@ -205,9 +204,7 @@ class KernelOp:
         """
         if self.compiled.is_known_for(tensor, backend) and not torch.is_grad_enabled():
             return self.compiled.run_compiled(arguments)
-        if needs_gradient(arguments):
-            refuse_gradient(self.public, backend)
-            backend = "reference"
+        backend = with_gradient(self.public, arguments, backend)
         if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
             self.check(arguments)
             return self.triton.launch(arguments, tensor)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from free_kernels.conditioning import hoisted
 from free_kernels.constants import Purpose
-from free_kernels.drafters import as_drafter
+from free_kernels.drafters import as_drafter, own_drafter
 from free_kernels.protocols import NoiseDefaults, first_drafted_in_rounds
 from free_kernels.results import RoundInfo, SampleStats
 from free_kernels.sampling.cuda_graphs import check_capturable, check_cuda_graphs
@@ -78,8 +78,8 @@ class Speculation:
             owner = getattr(job.target, "module", job.target)
             kind = options.block, options.backend, options.cuda_graphs, options.reuse_refused, relaxation
             kind += job.branches, job.guidance_level, job.learned, str(job.labels.device)
-            given = None if isinstance(options.drafter, str) else options.drafter
-            known = knowledge_of(owner, drafter, kind, num_steps, slots, given)
+            own = own_drafter(where, options.drafter)
+            known = knowledge_of(owner, drafter, kind, num_steps, slots, own)
             # With block verification a row drafts again only where the next round begins.
             reuses = self._seen.most > 1
             settings = {"reuses": reuses, "room": self._room, "free": self.rounds.frozen_steps}

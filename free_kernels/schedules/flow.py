@@ -86,7 +86,8 @@ class FlowSDESchedule:
         shift: s in :func:`shifted`; above 0, and 1 where ``times`` are given.
         times: times of the steps, increasing in ``[0, 1)`` from noise to data, a sequence or a tensor ``[K]``; they
             give ``num_steps``, ``first_time`` and ``last_step_size``. Noise levels u, which fall from 1 as those of
-            diffusers and of SD3 do, are times ``1 - u``. None: the grid above.
+            diffusers and of SD3 do, are times ``1 - u``. None: the grid above. ``dataclasses.replace`` makes a grid of
+            the copy's own arguments; it takes another schedule's times as a list.
         window: ``(first, end)``: steps ``first <= k < end`` are the SDE's, and D_t is 0 at all others, which are Euler
             steps of the velocity without noise (MixGRPO: Li et al. 2025, arXiv 2507.21802); an empty one leaves the
             ODE, whose steps nothing can draft (``draft_length=1``). None: all steps.
@@ -134,8 +135,9 @@ class FlowSDESchedule:
         check_float(where, "first_time", self.first_time, 0.0, 1 - self.last_step_size)
         if check_float(where, "shift", self.shift, 0.0) == 0.0:
             fail(where, "shift", "above 0", "0")
-        # A copy with other arguments, of which all are given then, brings along what the original made of its own.
-        if times is not None and not (given and getattr(times, "made_of_a_grid", False)):
+        # `dataclasses.replace` names all of them, and brings along the times that its original made of its own.
+        is_copy = given == _GRID.keys() and getattr(times, "made_of_a_grid", False)
+        if times is not None and not is_copy:
             self._take_times(where, times, given)
         self._check_window(where)
         if bool((self.timesteps.diff() < 1).any()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,8 +68,10 @@ def _check_members(where: str, target: Target) -> None:
     """Raise TypeError or ValueError unless a target of a user's own declares shapes and numbers."""
     check_sizes(where, "target.latent_shape", target.latent_shape)
     check_sizes(where, "target.feature_shape", target.feature_shape, "(T, D)")
-    check_int(where, "target.num_classes", target.num_classes, 0)
-    if not isinstance(target.learns_variance, bool):
+    # One that takes conditions has a number once it is bound to some.
+    if TargetDefaults.read(target, "conditioned") is None or target.num_classes is not None:
+        check_int(where, "target.num_classes", target.num_classes, 0)
+    if not isinstance(target.learns_variance, bool | np.bool_):
         fail(where, "target.learns_variance", "a bool", repr(target.learns_variance), TypeError)
 
 

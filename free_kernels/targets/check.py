@@ -97,6 +97,13 @@ class SplitTarget(Protocol):
 _KNOWN: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, TargetCheck]]] = WeakKeyDictionary()
 
 
+class Known(dict):
+    """What came of comparisons, by key. A pickled or deeply copied target is another one, which is compared anew."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Known, ()
+
+
 def checked(
     key: Any,
     target: Any,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from free_kernels.conditioning import ShowsTimesteps
 from free_kernels.conditions import Condition, Conditions
 from free_kernels.protocols import TargetDefaults
-from free_kernels.targets.check import TargetCheck, checked, compare_batches, probe_rows
+from free_kernels.targets.check import Known, TargetCheck, checked, compare_batches, probe_rows
 from free_kernels.targets.inspection import Reached, StopHere, refuse_unsafe
 from free_kernels.validation import check_int, describe, fail
 from free_kernels.wrappers import first_output, see_through
@@ -110,7 +110,7 @@ class HookTarget(ShowsTimesteps, TargetDefaults):
         self._head = head
         self._call = call or _plain_call
         # What was compared, of this target and its copies: a head mostly holds the module itself.
-        self._known: dict[Any, tuple[Any, TargetCheck]] = {}
+        self._known = Known()
 
     def _conditioned(self, conditions: Conditions) -> HookTarget:
         """A copy whose labels are places among conditions."""

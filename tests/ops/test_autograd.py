@@ -57,6 +57,29 @@ def test_what_is_saved_of_a_slot_is_not_used_after_a_commit(backend):
         product.backward()
 
 
+@pytest.mark.parametrize("backend", ["auto", *ON_CPU])
+def test_a_commit_keeps_no_graph(backend):
+    """Else every round would hold those before."""
+    _, names = committed(3)
+    names["features"].requires_grad_()
+    ops.commit_drafts(**names, backend=backend)
+    assert names["parent"].grad_fn is None
+
+
+def test_an_unknown_backend_is_named_all_the_same():
+    _, names = packed(3)
+    names["states"].requires_grad_()
+    with pytest.raises(ValueError, match="^pack_drafts: backend must be one of"):
+        ops.pack_drafts(**names, backend="foo")
+
+
+def test_channels_say_nothing_without_guidance():
+    state, columns = torch.zeros(2, 1, 4, 4), torch.zeros(1, 8)
+    ops.gaussian_transition(state, state, columns, guidance_channels=3)
+    with pytest.raises(ValueError, match="guidance_channels must be an int in"):
+        ops.gaussian_transition(state, torch.zeros(4, 1, 4, 4), columns, guidance_channels=3, guidance_scale=2.0)
+
+
 def test_integers_that_are_written_have_memory_of_their_own():
     _, names = committed(3)
     for written in ("steps", "images", "labels"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import numpy as np
@@ -84,6 +86,18 @@ def test_the_module_of_a_hook_target_is_freed():
     assert left() is None
 
 
+def test_what_a_hook_target_was_compared_with_is_not_pickled():
+    target = hooked()
+    for _ in range(2):
+        pickle.loads(pickle.dumps(target._known))
+        sample(target, LABELS, schedule=STEPS)
+    copied = pickle.loads(pickle.dumps(target._known))
+    assert target._known
+    assert not copied
+    # A copy of the target for one run's conditions knows what the target knows.
+    assert copy.copy(target)._known is target._known
+
+
 class Owner:
     """What knowledge is kept for, in the place of a target's module."""
 
@@ -101,6 +115,16 @@ def test_what_auto_learned_stays_with_the_callers_drafter():
     (only,) = kept(target.module).values()
     assert only.drafter is drafter
     assert only.round > 0
+
+
+def test_what_auto_learned_is_of_the_drafter_behind_a_wrapper():
+    target = GaussianTarget()
+    target.module = Owner()
+    drafter = FeatureDrafter((1, 4, 4), (16, 2), 3, DrafterConfig(width=32))
+    for wrapped in (drafter, nn.DataParallel(drafter), nn.DataParallel(drafter)):
+        sample(target, LABELS, drafter=wrapped, schedule=STEPS, draft_length="auto")
+    (only,) = kept(target.module).values()
+    assert only.drafter is drafter
 
 
 def test_what_auto_learned_is_bounded(monkeypatch):

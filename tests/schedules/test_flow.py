@@ -227,6 +227,17 @@ class TestSchedule:
             with pytest.raises(ValueError, match=f"FlowSDESchedule: {name} must be"):
                 dataclasses.replace(given, **{name: value})
 
+    def test_times_of_another_schedule(self):
+        other = FlowSDESchedule(20, shift=3.0)
+        for arguments in ({}, {"num_steps": 20}, {"num_steps": 20, "first_time": 0.0}):
+            assert torch.equal(FlowSDESchedule(**arguments, times=other.times).timesteps, other.timesteps)
+        for arguments in ({"num_steps": 10}, {"first_time": 0.5}, {"last_step_size": 0.5}):
+            with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be left out or"):
+                FlowSDESchedule(**arguments, times=other.times)
+        given = {"times": other.times.tolist(), "last_step_size": 1 - float(other.times[-1])}
+        copied = dataclasses.replace(FlowSDESchedule(20), **given)
+        assert torch.equal(copied.timesteps, other.timesteps)
+
     @pytest.mark.parametrize(
         "change",
         [

@@ -65,7 +65,7 @@ def gaussian_transition(
         fail(op, "output", f"[{branches * rows}, {channels} or {2 * channels}, {height}, {width}]", output)
     if columns.shape[0] not in (1, rows) or columns.shape[1] != len(TransitionColumn):
         fail(op, "columns", f"[{rows} or 1, {len(TransitionColumn)}]", columns)
-    if guidance_channels is not None:
+    if guidance_channels is not None and branches == 2:
         check_int(op, "guidance_channels", guidance_channels, 0, channels)
     return reference.gaussian_transition(
         state,

@@ -15,12 +15,13 @@ from free_kernels.extension import use_extension
 from free_kernels.ops.coupling import reference
 from free_kernels.ops.coupling import reference_block as block
 from free_kernels.ops.coupling.arguments import Coupling, CouplingArguments, KeyedCouplingArguments
-from free_kernels.ops.declaration import Op, needs_gradient, refuse_gradient
+from free_kernels.ops.declaration import Op, with_gradient
 from free_kernels.ops.random import philox_normal, philox_uniform
 from free_kernels.ops.shapes import as_images
 from free_kernels.validation import check_choice, check_int, fail
 
 BACKENDS = ("auto", "reference", "extension", "triton")
+_NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
 _OPTIONAL = ("slack_noise", "relaxation", "rounds")
 _STATES = ("draft_states", "draft_mean", "draft_std", "noise", "slack_noise")
 _INTEGERS = ("images", "steps", "rounds", "row_offsets")
@@ -72,7 +73,7 @@ def check_settings(op: str, guidance_scale: float, clip: float) -> None:
     """Both are numbers. By comparisons alone, which are traced where the numbers are symbols."""
     expectations = "a finite number", "a number above 0, or infinity"
     for name, value, expectation in zip(("guidance_scale", "clip"), (guidance_scale, clip), expectations, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (float, int, numbers.Real)):
+        if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             fail(op, name, expectation, value, TypeError)
     if not -math.inf < guidance_scale < math.inf:
         fail(op, "guidance_scale", expectations[0], guidance_scale)
@@ -156,9 +157,7 @@ def decide(op: str, arguments: CouplingArguments | KeyedCouplingArguments, backe
         decided = decide(op, arguments._replace(output=as_images(arguments.output, 1), **rows), backend)
         return decided._replace(next_states=decided.next_states.view(-1, *shape))
     states, keyed = arguments.draft_states, isinstance(arguments, KeyedCouplingArguments)
-    if needs_gradient(arguments):
-        refuse_gradient(op, backend)
-        backend = "reference"
+    backend = with_gradient(op, arguments, backend)
     compiled = COMPILED[op.removesuffix("_philox")] if keyed else COMPILED[op]
     in_cpp = _runs_compiled(op, compiled, states, backend)
     # The compiled op makes the same checks in less time. What makes noise from keys, or traces, must not come before.

@@ -188,7 +188,7 @@ def commit_drafts(
     Where ``steps[s]`` reaches ``num_steps`` the image is done: ``samples[images[s]] = next_states[s]``, and, in
     ascending slot order, the slot takes image ``queue[0]`` (its state from ``samples``, its label from
     ``all_labels``, step 0) and ``queue[0]`` advances, or, with no image waiting, ``images[s] = -1``. Every other slot
-    is left alone.
+    is left alone. Nothing of it is recorded for gradients.
 
     Args:
         committed: ``[S]`` int64 in ``[0, L]``, steps that this round makes final.
@@ -225,7 +225,9 @@ def commit_drafts(
     # fmt: on
     if not isinstance(draft_states, Tensor):
         _check_commit(arguments)
-    COMMIT(arguments, draft_states, backend)
+    # What stays in a slot is no function of earlier rounds, whose graphs would never be freed.
+    with torch.no_grad():
+        COMMIT(arguments, draft_states, backend)
     if not torch.compiler.is_compiling():
         # So that autograd refuses what it has saved of them: a compiled op does not say that it has written.
         written = state, previous, parent, steps, images, labels, samples, queue
