@@ -117,9 +117,14 @@ class Op:
         """Run in Triton: as an op on a GPU; for CPU tensors, whose op is the reference, in the interpreter."""
         return self.triton(arguments) if tensor.is_cpu else self.overload(*arguments)
 
-    def is_known_for(self, tensor: Tensor, backend: str) -> bool:
-        """Whether ``"auto"`` has found the compiled op before. A graph does not ask: the answer would be its guard."""
-        return not torch.compiler.is_compiling() and self.known_for_cpu and backend == "auto" and tensor.is_cpu
+    def is_ready(self, tensor: Tensor, backend: str) -> bool:
+        """Whether ``"auto"`` has found the compiled op before and nothing else could be asked for.
+
+        A graph in the making does not look: what was found would be its guard. Autograd may need the reference.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        return self.known_for_cpu and backend == "auto" and tensor.is_cpu
 
     def run_compiled(self, arguments: Any) -> Any:
         """Run a compiled op, which is there.
@@ -147,12 +152,12 @@ class Op:
             ValueError: ``backend`` is unknown, or the compiled op refuses its arguments.
             RuntimeError: the backend was asked for by name and cannot be used; the message says why.
         """
+        if self.is_ready(tensor, backend):
+            return self.run_compiled(arguments)
         backend = with_gradient(self.public, arguments, backend)
         if self.folder:
             in_triton = self.runs_triton(tensor, backend)
             return self.launch(arguments, tensor) if in_triton else self.reference(arguments)
-        if self.is_known_for(tensor, backend):
-            return self.run_compiled(arguments)
         if use_extension(self.name, tensor.device.type, backend, self.public):
             if not torch.compiler.is_compiling() and backend == "auto" and tensor.is_cpu:
                 self.known_for_cpu = True
@@ -202,7 +207,7 @@ class KernelOp:
             ValueError, TypeError: a wrong argument.
             RuntimeError: the backend cannot be used; the message says why.
         """
-        if self.compiled.is_known_for(tensor, backend) and not torch.is_grad_enabled():
+        if self.compiled.is_ready(tensor, backend):
             return self.compiled.run_compiled(arguments)
         backend = with_gradient(self.public, arguments, backend)
         if backend in ("auto", "triton") and self.triton.runs_triton(tensor, backend):
