@@ -22,16 +22,9 @@ _COMPILED: WeakKeyDictionary[nn.Module, FeatureDrafter] = WeakKeyDictionary()
 
 
 def own_drafter(where: str, drafter: object) -> object:
-    """What runs of a ``drafter`` argument have in common: the drafter behind wrappers made anew for each of them.
-
-    None for ``"frozen"``, which has nothing of its own.
-    """
-    if isinstance(drafter, str):
-        return None
-    if isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter):
-        seen = see_through(where, drafter)
-        return seen.module if seen.compiler is None else drafter
-    return drafter
+    """What a ``drafter`` argument stands for: a learned drafter behind its wrappers, which may be new in each run."""
+    is_other = isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter)
+    return _unwrapped(where, drafter) if is_other else drafter
 
 
 def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
@@ -49,8 +42,7 @@ def as_drafter(where: str, drafter: object, target: Target) -> Drafter:
         return FrozenDrafter()
     if not callable(drafter) or isinstance(drafter, type):
         fail(where, "drafter", "'frozen' or a callable drafter", drafter, TypeError)
-    if isinstance(drafter, nn.Module) and not isinstance(drafter, FeatureDrafter):
-        drafter = _unwrapped(where, drafter)
+    drafter = own_drafter(where, drafter)
     if not isinstance(drafter, FeatureDrafter | FrozenDrafter):
         _check_call(where, drafter)
     pooled = TargetDefaults.read(target, "pooled")
