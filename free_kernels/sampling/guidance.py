@@ -156,6 +156,8 @@ def guidance_of(
     """
     check_scale(where, scale)
     bounds = check_interval(where, interval)
+    if bounds is None and isinstance(scale, numbers.Real):
+        return float(scale), None
     times = step_times(schedule)
     inside = torch.ones(len(times), dtype=torch.bool, device="cpu")
     if bounds is not None:

@@ -53,16 +53,21 @@ class FusedHead:
 
     def __call__(self, h: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The output of features ``[R, T, D]``."""
-        output = final_layer(FinalLayerArguments(*self._given(h, t, y)))
+        output = final_layer(FinalLayerArguments(*self._given(h, t.contiguous(), y.contiguous())))
         return output if len(self._shape) == 3 else output.view(-1, *self._shape)
 
     def advance(self, h: Tensor, t: Tensor, y: Tensor, *drafts: Any) -> None:
-        """A draft from features ``[R, T, D]``, without the output; ``drafts``: the rest of the op's arguments."""
-        advance_from_features(HeadAdvanceArguments(*self._given(h.float(), t, y), *drafts))
+        """A draft from features ``[R, T, D]``, without the output; ``drafts``: the rest of the op's arguments.
+
+        ``t`` and ``y [R]`` are contiguous.
+        """
+        h = h if h.dtype == torch.float32 else h.float()
+        advance_from_features(HeadAdvanceArguments(*self._given(h, t, y), *drafts))
 
     def _given(self, h: Tensor, t: Tensor, y: Tensor) -> tuple[Any, ...]:
-        rows = h.contiguous(), *self._table, t.contiguous(), y.contiguous()
-        return *rows, self._linear.weight, self._linear.bias, *self._settings
+        # Every draft asks: a module's own way to its parameters takes longer than some of the op's arithmetic.
+        weights = self._linear._parameters
+        return h.contiguous(), *self._table, t, y, weights["weight"], weights["bias"], *self._settings
 
 
 def fused_head(parts: HeadParts, table: ConditioningTable) -> FusedHead | None:

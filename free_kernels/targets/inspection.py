@@ -30,7 +30,7 @@ _SETTING_DEPTH = 3
 # Attributes of every module, which a fingerprint has in other forms.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Attributes that a module without hooks and caches has not.
-_MARKS = ("_hf_hook", "_diffusers_hook", *_STEP_CACHES)
+_MARKS = frozenset(("_hf_hook", "_diffusers_hook", *_STEP_CACHES))
 _MUTABLE = (dict, list, set, bytearray, Tensor)
 
 
@@ -64,7 +64,8 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
         part = ahead.pop()
         if id(part) not in found:
             found[id(part)] = part
-            ahead += [child for child in reversed(part._modules.values()) if child is not None]
+            if part._modules:
+                ahead += [child for child in reversed(part._modules.values()) if child is not None]
     return list(found.values())
 
 
@@ -83,7 +84,7 @@ def refuse_unsafe(where: str, module: nn.Module) -> list[nn.Module]:
     doubtful = {kind for kind in set(map(type, parts)) if _is_doubtful(kind)}
     for part in parts:
         # Every run asks, and most parts of most networks have nothing of all that.
-        if part.training or type(part) in doubtful or not vars(part).keys().isdisjoint(_MARKS):
+        if part.training or type(part) in doubtful or not _MARKS.isdisjoint(part.__dict__):
             _refuse_unsafe_part(where, module, part)
     return parts
 
@@ -212,22 +213,23 @@ def fingerprint(walked: Sequence[nn.Module], weights: Sequence[Tensor]) -> tuple
     Weights are told by identity, storage and version counter, so that reading them is not needed. Writing through
     ``.data`` leaves the counter as it is: structure that was compared stays compared.
     """
-    parts = tuple(
-        (
-            id(part),
-            type(part),
-            part.training,
-            id(vars(part).get("forward")),
-            _hooks(part),
-            tuple([(key, _setting(value)) for key, value in vars(part).items() if key not in _OF_EVERY_MODULE]),
-        )
-        for part in walked
-    )
+    parts = [_mark(part) for part in walked]
     # What holds for all modules: forwards of classes, hooks on every call.
     forwards = {kind: _forward(kind) for kind in set(map(type, walked))}
     # Those of torch's own tools, such as its counter of operations, only watch.
     around = tuple(id(hook) for hook in global_hooks() if not getattr(hook, "__module__", "").startswith("torch."))
     return parts, forwards, around, tuple([_stamp(weight) for weight in weights])
+
+
+def _mark(part: nn.Module) -> tuple[Any, ...]:
+    """What a fingerprint has of one part; every run asks for that of all."""
+    held = part.__dict__
+    settings = {
+        key: value if type(value := held[key]) in _PLAIN_VALUES else _setting(value)
+        for key in held.keys() - _OF_EVERY_MODULE
+    }
+    around = _hooks(part) if part._forward_hooks or part._forward_pre_hooks else ()
+    return id(part), type(part), part.training, id(held.get("forward")), around, settings
 
 
 def _hooks(module: nn.Module) -> tuple[int, ...]:
@@ -259,7 +261,8 @@ def tensors_of(parts: Sequence[nn.Module]) -> list[Tensor]:
     """Parameters of modules, then their buffers; one that modules share comes once."""
     parameters, buffers = {}, {}
     for part in parts:
-        parameters |= {id(tensor): tensor for tensor in part._parameters.values() if tensor is not None}
+        if part._parameters:
+            parameters |= {id(tensor): tensor for tensor in part._parameters.values() if tensor is not None}
         if part._buffers:
             buffers |= {id(tensor): tensor for tensor in part._buffers.values() if tensor is not None}
     return [*parameters.values(), *buffers.values()]
@@ -298,4 +301,5 @@ def is_abstract(weights: Sequence[Tensor]) -> bool:
 
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
-    return any([weight.is_meta or isinstance(weight, FakeTensor) for weight in weights])
+    kinds = set(map(type, weights))
+    return any(issubclass(kind, FakeTensor) for kind in kinds) or any([weight.is_meta for weight in weights])
