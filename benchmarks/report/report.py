@@ -66,11 +66,16 @@ def wall_clock(report: dict[str, Any]) -> list[str]:
     lines += [
         f"Where a round's time goes with the learned drafter at batch {first['batch']}, L = {first['draft_length']}: "
         f"{parts}. A round takes {first['ms_per_round']:.2f} ms, a step of the ordinary sampler "
-        f"{first['ms_per_ordinary_step']:.2f} ms. Outside of the two networks and their tables, the target's head and "
-        f"a call's own start with it, are {first['outside_of_networks']['median']:.1%} "
-        f"({first['outside_of_networks']['low']:.1%} to {first['outside_of_networks']['high']:.1%} in single runs).",
+        f"{first['ms_per_ordinary_step']:.2f} ms. Outside of the two networks and their tables, the target's head with "
+        f"it, are {shares(first['outside_of_networks'])} of the rounds' time, and of the whole call's, its checks and "
+        f"stats among it, {shares(first['outside_of_networks_with_start'])}.",
     ]
     return lines
+
+
+def shares(found: dict[str, float]) -> str:
+    """Median of a share, and its range."""
+    return f"{found['median']:.1%} ({found['low']:.1%} to {found['high']:.1%} in single runs)"
 
 
 def readme_section(root: Path) -> str:

@@ -30,6 +30,8 @@ from free_kernels.sampling import round as round_module
 from free_kernels.sampling import run_stats as stats_module
 from free_kernels.sampling import slots as slots_module
 from free_kernels.sampling.job import Job
+from free_kernels.sampling.round import Rounds
+from free_kernels.sampling.speculative import Speculation
 from free_kernels.targets import DiTTarget
 from free_kernels.targets import fused_head as head_module
 from free_kernels.targets.adaln import AdaLNTarget
@@ -87,6 +89,29 @@ class Clock:
         return timed
 
 
+class Span:
+    """From the first call of any of the wrapped methods to the end of the last one, in seconds."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = float("inf"), 0.0
+
+    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, watched."""
+
+        def watched(*arguments: Any, **settings: Any) -> Any:
+            self.began = min(self.began, time.perf_counter())
+            result = call(*arguments, **settings)
+            self.ended = time.perf_counter()
+            return result
+
+        return watched
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return self.ended - self.began
+
+
 def digits(device: str) -> tuple[DiTTarget, FeatureDrafter]:
     """The bundled pair on a device."""
     target, drafter = load_bundled("digits")
@@ -108,11 +133,18 @@ def timed_methods(methods: dict[tuple[type, str], str], clock: Clock) -> context
     return stack
 
 
+def spread(shares: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": float(np.median(shares)), "low": min(shares), "high": max(shares)}
+
+
 def profile(device: str, batch: int, draft_length: int, guidance: float, runs: int) -> dict[str, Any]:
     """Parts of one configuration, over several runs after a warm-up.
 
-    The share outside of the networks, heads and a call's own start with it, is of other runs, in which nothing but the
-    networks and their tables has a timer: those around single ops take as long as some of these.
+    The shares outside of the networks, heads among it, are of other runs, in which nothing but the networks and their
+    tables has a timer: those around single ops take as long as some of these. One is of all rounds of a run, from the
+    first one's begin to the last one's end; the other of the whole call, whose checks and stats are then spread over
+    its rounds.
     """
     target, drafter = digits(device)
     labels = torch.arange(batch, device=device) % 10
@@ -122,7 +154,9 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
         return sample(target, labels, drafter=drafter, draft_length=draft_length, seed=seed, **settings).stats
 
     run(0)
-    clock, lighter, elapsed, rounds, rows, steps, outside = Clock(device), Clock(device), 0.0, 0, 0, [], []
+    clock, lighter, elapsed, rounds, rows, steps = Clock(device), Clock(device), 0.0, 0, 0, []
+    of_rounds: list[float] = []
+    of_call: list[float] = []
     for seed in range(runs):
         with timed_methods(METHODS, clock) as stack:
             for module in CALLERS:
@@ -130,10 +164,16 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
             stats = run(seed)
         elapsed, rounds, rows = elapsed + stats.elapsed_s, rounds + stats.target_calls, rows + stats.target_rows
         lighter.seconds.clear()
-        with timed_methods(NETWORKS, lighter):
+        span = Span()
+        with timed_methods(NETWORKS, lighter) as stack:
+            # The drafter's tables are made just before the first round that drafts.
+            for owner, name in ((Speculation, "_prepare_drafter"), (Rounds, "play")):
+                stack.enter_context(mock.patch.object(owner, name, span.wrap(getattr(owner, name))))
             whole = run(seed).elapsed_s
-        tables = lighter.seconds.pop("target tables") + lighter.seconds.pop("drafter tables", 0.0)
-        outside.append(1 - sum(lighter.seconds.values()) / (whole - tables))
+        tables, within = lighter.seconds.pop("target tables"), lighter.seconds.pop("drafter tables", 0.0)
+        networks = sum(lighter.seconds.values())
+        of_rounds.append(1 - networks / (span.seconds - within))
+        of_call.append(1 - networks / (whole - tables - within))
         steps.append(ancestral_sample(target, labels, seed=seed, **settings).stats.elapsed_s / 250)
     clock.seconds["everything else"] = elapsed - sum(clock.seconds.values())
     parts = dict(sorted(clock.seconds.items(), key=lambda item: -item[1]))
@@ -144,7 +184,8 @@ def profile(device: str, batch: int, draft_length: int, guidance: float, runs: i
         "rows_per_call": rows / rounds,
         "ms_per_round": 1e3 * elapsed / rounds,
         "ms_per_ordinary_step": 1e3 * float(np.median(steps)),
-        "outside_of_networks": {"median": float(np.median(outside)), "low": min(outside), "high": max(outside)},
+        "outside_of_networks": spread(of_rounds),
+        "outside_of_networks_with_start": spread(of_call),
         "parts": {name: {"ms": 1e3 * s / rounds, "share": s / elapsed} for name, s in parts.items()},
     }
 
@@ -211,11 +252,12 @@ def main() -> None:
             f"{entry['ms_per_round']:.2f} ms a round of {entry['rows_per_call']:.2f} rows; "
             f"an ordinary step takes {entry['ms_per_ordinary_step']:.2f} ms"
         )
-        beyond = entry["outside_of_networks"]
-        print(
-            f"  outside of both networks and their tables {beyond['median']:.1%} "
-            f"({beyond['low']:.1%} to {beyond['high']:.1%})"
-        )
+        for name, of_what in (("outside_of_networks", "rounds"), ("outside_of_networks_with_start", "call")):
+            beyond = entry[name]
+            print(
+                f"  outside of both networks and their tables, of the {of_what}: {beyond['median']:.1%} "
+                f"({beyond['low']:.1%} to {beyond['high']:.1%})"
+            )
         for name, part in entry["parts"].items():
             print(f"  {name:18s} {part['ms']:7.2f} ms {part['share']:6.1%}")
     print("\nbatch  L  drafter  ratio (range)")

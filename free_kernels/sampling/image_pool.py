@@ -33,7 +33,7 @@ class ImagePool:
         self.labels = job.labels[:held].clone()
         self.samples = job.initial_states(self.indices)
         self.queue = torch.tensor([slots], device=device)
-        self._loaded, self._entered = held, slots
+        self._count, self._loaded, self._entered = count, held, slots
         self.images = list(range(held))
 
     @property
@@ -50,7 +50,7 @@ class ImagePool:
         Returns:
             The rows that the images in the slots have moved to, or None if all are where they were.
         """
-        left = len(self._job.labels) - self._loaded
+        left = self._count - self._loaded
         if not left:
             return None
         self._entered = max(self._entered, max(slots) + 1)
