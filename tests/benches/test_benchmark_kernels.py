@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -104,3 +105,23 @@ def test_the_profile_sees_the_coupling_that_a_gpu_runs(monkeypatch):
     assert parts["couple"]["ms"] > 0
     monkeypatch.setattr(module, "TIMED_OPS", {"couple": "couple"})
     assert "couple" not in module.profile("cpu", 1, 3, 1.0, 1)["parts"]
+
+
+def test_the_rounds_share_leaves_out_the_calls_own_start(monkeypatch):
+    module = benchmark(monkeypatch, "profile_sampler")
+
+    def slow_to_begin(*arguments: Any, **settings: Any) -> Any:
+        started = time.perf_counter()
+        time.sleep(0.5)
+        result = sample(*arguments, schedule=DDPMSchedule(10), **settings)
+        result.stats.elapsed_s = time.perf_counter() - started
+        return result
+
+    monkeypatch.setattr(module, "sample", slow_to_begin)
+    step = SimpleNamespace(stats=SimpleNamespace(elapsed_s=1.0))
+    monkeypatch.setattr(module, "ancestral_sample", lambda *_, **__: step)
+    found = module.profile("cpu", 1, 3, 1.0, 2)
+    rounds, call = found["outside_of_networks"], found["outside_of_networks_with_start"]
+    assert 0 < rounds["low"] <= rounds["median"] <= rounds["high"] < 1
+    # The same networks' time, over that of the rounds and over that with half a second more.
+    assert rounds["median"] < call["median"] < 1
