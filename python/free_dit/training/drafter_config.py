@@ -51,6 +51,8 @@ class DrafterTrainConfig:
         refused: share of the windows before which a round was refused, so that its rows correct their drafts as they
             do in ``sample``: there the drafter's change from one state of a step to another one counts. They take
             ``unroll`` target rows more each.
+        redrawn: share of the windows whose noise is drawn anew, so that a set of trajectories is not learned by heart.
+            They ask the target for ``unroll`` rows each, one after the other. Others than the refused ones.
         other_steps: K of further chains to learn from; 0 for none.
         other_share: share of the iterations that learn from those.
         start: a drafter to begin from, of the same configuration; empty begins with random weights. Its scales stay.
@@ -84,6 +86,7 @@ class DrafterTrainConfig:
     frozen_share: float = 0.0
     first: float = 0.02
     refused: float = 0.0
+    redrawn: float = 0.0
     other_steps: int = 0
     other_share: float = 0.3
     start: str = ""
@@ -118,6 +121,9 @@ class DrafterTrainConfig:
         check_float(where, "refused", self.refused, 0.0, 1.0)
         if self.refused and self.drafter.window > 1:
             fail(where, "refused", "0 for a drafter with a window, whose drafts rows do not correct", str(self.refused))
+        check_float(where, "redrawn", self.redrawn, 0.0, 1.0)
+        if self.refused + self.redrawn > 1.0:
+            fail(where, "redrawn", f"at most 1 - refused, {1 - self.refused:g}", f"{self.redrawn:g}")
         if self.other_steps:
             check_int(where, "other_steps", self.other_steps, self.unroll + 2)
             if self.other_steps == self.num_steps:

@@ -13,6 +13,7 @@ from free_dit.training.acceptance import shown_conditions
 from free_dit.training.chains import ChainSource
 from free_dit.training.distributed import Place
 from free_dit.training.drafter_config import DTYPES, LOSSES, DrafterTrainConfig
+from free_dit.training.redrawn import RedrawnWindows
 from free_dit.training.refused_rounds import RefusedRounds
 from free_dit.training.trajectories import guided_transition
 from free_dit.training.windows import NetworkRows, Windows
@@ -92,23 +93,34 @@ class DrafterLoss:
         last, network = chain.num_steps - 2, windows.network
         memory = self._past(windows, start)
         feature = self.parents(windows, start)
-        # Windows are in no order, so the first ones are as good as any.
+        # Windows are in no order, so the first and the last ones are as good as any.
         count = round(config.refused * len(start))
-        rounds = RefusedRounds(self, windows.first(count, guidance), start[:count], guidance[:count]) if count else None
+        corrected = slice(0, count)
+        rounds = self._refused(windows, start, guidance, corrected) if count else None
+        anew = slice(len(start) - round(config.redrawn * len(start)), len(start))
+        redrawn = self._redrawn(windows, start, guidance, anew) if config.redrawn else None
         guidance = guidance.to(self.device)
         loss, metrics = torch.zeros((), device=self.device), {}
+        previous = windows.rows("states", (start - 1).clamp(min=0))
         for ahead in range(unroll):
             # Windows end where the chain does, before its last step, which needs no draft.
             k, inside = (start + ahead).clamp(max=last), (start + ahead <= last).to(self.device)
-            state = windows.rows("states", k)
-            feature = self.draft(windows, feature, k, memory)
+            state, exact_mean, exact_std = (windows.rows(name, k) for name in ("states", "mean", "std"))
+            if redrawn is not None:
+                new = redrawn.states[ahead], redrawn.means[ahead], redrawn.stds[ahead]
+                for rows, others in zip((state, exact_mean, exact_std), new, strict=True):
+                    rows[anew] = others
+            feature = self.draft_at(windows, feature, previous, state, k, memory)
             if rounds is not None:
-                feature = feature.index_add(0, network.first(count), rounds.errors(ahead))
+                feature = feature.index_add(0, network.of(corrected), rounds.errors(ahead))
             mean, std = self.transition(windows, feature, state, k, guidance)
-            gap_sq = gap(mean, std, *(windows.rows(name, k) for name in ("mean", "std")))
+            gap_sq = gap(mean, std, exact_mean, exact_std)
+            previous = state
             loss = loss + torch.where(inside, LOSSES[config.loss](gap_sq), 0.0).mean() / unroll
             if config.feature_weight:
                 exact = network.pick(windows.rows("features", k))
+                if redrawn is not None:
+                    exact[network.of(anew)] = redrawn.features[ahead]
                 error = ((feature - exact) / self.drafter.change_std).square().flatten(1).mean(1)
                 error = torch.where(network.both(inside), error, 0.0).mean()
                 loss = loss + config.feature_weight * error / unroll
@@ -118,6 +130,15 @@ class DrafterLoss:
             if count:
                 metrics[f"corrected_{ahead + 1}"] = accept[:count][inside[:count]].mean().item()
         return loss, metrics
+
+    def _refused(self, windows: Windows, start: Tensor, guidance: Tensor, part: slice) -> RefusedRounds:
+        """The refused rounds before a part of the windows."""
+        return RefusedRounds(self, windows.part(part, guidance), start[part], guidance[part])
+
+    def _redrawn(self, windows: Windows, start: Tensor, guidance: Tensor, part: slice) -> RedrawnWindows:
+        """A part of the windows with new noise."""
+        some = windows.part(part, guidance, self.drafter.config.window > 1)
+        return RedrawnWindows(self, some, start[part], guidance[part], self.config.unroll)
 
     def transition(
         self, windows: Windows, feature: Tensor, state: Tensor, step: Tensor, guidance: Tensor

@@ -42,9 +42,10 @@ class NetworkRows:
         """``[2 B, ...]``; conditional rows take the place of the unconditional ones that were left out."""
         return rows.index_select(0, self._spread)
 
-    def first(self, windows: int) -> Tensor:
-        """Where the network rows of the first so many windows are among these, int64 ``[R']``; in their own order."""
-        return (self._rows % self._count < windows).nonzero().view(-1)
+    def of(self, part: slice) -> Tensor:
+        """Where the network rows of a part of the windows are among these, int64 ``[R']``; in their own order."""
+        windows = self._rows % self._count
+        return ((windows >= part.start) & (windows < part.stop)).nonzero().view(-1)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Windows:
         """``data.at(name, step, image)`` at ``step [B]``, in float32 on the drafter's device."""
         return self.data.at(name, step, self.image).to(self.y.device).float()
 
-    def first(self, count: int, guidance: Tensor) -> Windows:
-        """The first ``count`` windows, of a drafter without memory; ``guidance [B]`` as of the network rows."""
-        network = NetworkRows(guidance[:count], False, self.y.device)
-        return Windows(self.chain, self.data, self.image[:count], self.y[self.network.first(count)], network)
+    def part(self, part: slice, guidance: Tensor, whole: bool = False) -> Windows:
+        """Some of the windows; ``guidance [B]`` and ``whole`` as of the network rows."""
+        network = NetworkRows(guidance[part], whole, self.y.device)
+        return Windows(self.chain, self.data, self.image[part], self.y[self.network.of(part)], network)

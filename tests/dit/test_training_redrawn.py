@@ -1,0 +1,135 @@
+"""Drafters that learn from windows whose noise is drawn anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from free_dit import DiT, DiTConfig
+from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
+from free_dit.training import redrawn as redrawn_module
+from free_dit.training.loop import LoopConfig
+from free_dit.training.redrawn import RedrawnWindows
+from free_kernels import DiTTarget, DrafterConfig, FeatureDrafter
+
+CONFIG = DrafterTrainConfig(
+    drafter=DrafterConfig(width=32, head_dim=16),
+    loop=LoopConfig(iterations=4, warmup=2, learning_rate=3e-3, ema_decay=0.9, checkpoint_every=2, log_every=1),
+    num_steps=14,
+    batch_size=16,
+    trajectories=8,
+    refresh_every=6,
+    unroll=3,
+    calibration_images=0,
+    redrawn=1.0,
+)
+
+
+@pytest.fixture(scope="module")
+def target() -> DiTTarget:
+    torch.manual_seed(3)
+    model = DiT(DiTConfig(8, 4, 1, 32, 2, 2, 10)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.05)
+    return DiTTarget(model)
+
+
+def learner(target: DiTTarget, config: DrafterTrainConfig = CONFIG) -> FeatureDrafter:
+    torch.manual_seed(1)
+    drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return drafter
+
+
+def windows_of(loss: DrafterLoss, seed: int = 5):
+    """A batch with windows at the chain's first step, behind it and at its last draft."""
+    torch.manual_seed(seed)
+    windows, start, guidance = loss._windows(loss.main, 0)
+    start[:3] = torch.tensor([0, 1, CONFIG.num_steps - 2])
+    return windows, start, guidance
+
+
+def test_the_new_rows_are_the_targets(target):
+    loss = DrafterLoss(target, learner(target), CONFIG)
+    windows, start, guidance = windows_of(loss)
+    made = RedrawnWindows(loss, windows, start, guidance, 3)
+    for ahead in range(3):
+        inside = start + ahead <= CONFIG.num_steps - 2
+        step = (start + ahead).clamp(max=CONFIG.num_steps - 2)
+        t = windows.network.both(loss.main.timesteps[step])
+        feature = target.features(windows.network.both(made.states[ahead]), t, windows.y)
+        mean, std = loss.transition(windows, feature, made.states[ahead], step, guidance)
+        for wanted, found in ((feature, made.features), (mean, made.means), (std, made.stds)):
+            torch.testing.assert_close(found[ahead], wanted, rtol=1e-5, atol=1e-5)
+        away = (made.states[ahead] - windows.rows("states", step)).flatten(1).abs().amax(1)
+        # Only the window at the first step has a state of the chain.
+        assert (away > 1e-3)[inside].tolist() == [bool(begin > 0 or ahead > 0) for begin in start[inside]]
+
+
+def test_new_noise_is_standard_normal_and_new_every_time(target):
+    """400 windows of one chain step: mean and variance of 25,600 normals, within 5 standard errors."""
+    loss = DrafterLoss(target, learner(target), replace(CONFIG, batch_size=400))
+    torch.manual_seed(5)
+    windows, start, guidance = loss._windows(loss.main, 0)
+    start.fill_(6)
+    first, second = (RedrawnWindows(loss, windows, start, guidance, 2) for _ in range(2))
+    mean, std = (windows.rows(name, start - 1) for name in ("mean", "std"))
+    for noise in ((first.states[0] - mean) / std, (first.states[1] - first.means[0]) / first.stds[0]):
+        count = noise.numel()
+        assert abs(noise.mean().item()) < 5 / count**0.5
+        assert abs(noise.var().item() - 1) < 5 * (2 / count) ** 0.5
+    assert (first.states[0] - second.states[0]).flatten(1).abs().amax(1).min() > 0
+
+
+@pytest.mark.parametrize(("share", "window", "refused"), [(0.5, 1, 0.0), (1.0, 1, 0.0), (0.5, 1, 0.5), (0.5, 2, 0.0)])
+def test_with_the_chains_own_noise_the_loss_is_that_of_the_chains(target, monkeypatch, share, window, refused):
+    """The same windows drawn "anew" with the noise that the chain had; a new draw is the control."""
+    drafter = replace(CONFIG.drafter, window=window)
+    plain = replace(CONFIG, redrawn=0.0, refused=refused, feature_weight=0.5, drafter=drafter)
+    config = replace(plain, redrawn=share)
+    first = DrafterLoss(target, learner(target, plain), plain)
+    second = DrafterLoss(target, learner(target, config), config)
+    found = []
+    chains: list[torch.Tensor] = []
+
+    def same(loss, windows, start, guidance, part):
+        some = windows.part(part, guidance, window > 1)
+        last = CONFIG.num_steps - 2
+        steps = [(start[part] + ahead).clamp(max=last) for ahead in range(config.unroll + 1)]
+        chains[:] = [some.rows("states", step) for step in steps]
+        return RedrawnWindows(loss, some, start[part], guidance[part], config.unroll)
+
+    for loss in (first, second):
+        torch.manual_seed(9)
+        found.append(loss(0))
+    torch.manual_seed(9)
+    with monkeypatch.context() as patched:
+        patched.setattr(DrafterLoss, "_redrawn", same)
+        patched.setattr(redrawn_module, "_draw", lambda *_: chains.pop(0))
+        again = second(0)
+    torch.testing.assert_close(again[0], found[0][0], rtol=1e-4, atol=1e-5)
+    assert again[1] == pytest.approx(found[0][1], rel=1e-4)
+    assert (found[1][0] - found[0][0]).abs().item() > 1e-3
+
+
+def test_a_run_repeats_and_goes_on(target, tmp_path):
+    whole = train_drafter(target, CONFIG, tmp_path / "whole", "random")
+    again = train_drafter(target, CONFIG, tmp_path / "again", "random")
+    assert whole.read_bytes() == again.read_bytes()
+    other = train_drafter(target, replace(CONFIG, redrawn=0.0), tmp_path / "other", "random")
+    assert whole.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"redrawn": 1.5}, r"redrawn must be a finite number in \[0, 1\]"),
+        ({"redrawn": 0.75, "refused": 0.5}, "redrawn must be at most 1 - refused, 0.5, got 0.75"),
+    ],
+)
+def test_wrong_settings_are_named(changed, message):
+    with pytest.raises(ValueError, match=f"^train_drafter: {message}"):
+        replace(CONFIG, **changed).check()
