@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from free_dit import DiTConfig
-from free_dit.configuration import load_config
+from free_dit.configuration import CONFIGS, load_config
 from free_dit.data import load_digits, load_photographs
 from free_dit.networks.families import load_model
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
@@ -147,8 +147,6 @@ def test_training_survives_signals(tmp_path, number):
         assert "run the same command again" in errors
         assert "Traceback" not in errors
     subprocess.run(command, check=True, capture_output=True, timeout=240)
-    from free_dit.configuration import CONFIGS
-
     config = load_config(TrainConfig, CONFIGS / "digits.toml", tuple(settings))
     expected = weights(train(config, tmp_path / "whole"))
     for name, tensor in weights(tmp_path / "run" / "model.safetensors").items():
@@ -218,6 +216,11 @@ def test_wrong_configs_are_named(tmp_path, text, overrides, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"^load_config: .*{message}"):
         load_config(TrainConfig, path, overrides)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*_drafter*.toml")))
+def test_drafter_configs_of_the_package_are_right(name):
+    load_config(DrafterTrainConfig, CONFIGS / name).check()
 
 
 def test_overrides_win_over_the_file(tmp_path):
