@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_networks import learner, small_target
 
-from free_dit import DiT, DiTConfig
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training import redrawn as redrawn_module
 from free_dit.training.loop import LoopConfig
 from free_dit.training.redrawn import RedrawnWindows
-from free_kernels import DiTTarget, DrafterConfig, FeatureDrafter
+from free_kernels import DiTTarget, DrafterConfig
 
 CONFIG = DrafterTrainConfig(
     drafter=DrafterConfig(width=32, head_dim=16),
@@ -29,19 +29,7 @@ CONFIG = DrafterTrainConfig(
 
 @pytest.fixture(scope="module")
 def target() -> DiTTarget:
-    torch.manual_seed(3)
-    model = DiT(DiTConfig(8, 4, 1, 32, 2, 2, 10)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    return DiTTarget(model)
-
-
-def learner(target: DiTTarget, config: DrafterTrainConfig = CONFIG) -> FeatureDrafter:
-    torch.manual_seed(1)
-    drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return drafter
+    return small_target()
 
 
 def windows_of(loss: DrafterLoss, seed: int = 5):
@@ -53,9 +41,9 @@ def windows_of(loss: DrafterLoss, seed: int = 5):
 
 
 def test_the_new_rows_are_the_targets(target):
-    loss = DrafterLoss(target, learner(target), CONFIG)
+    loss = DrafterLoss(target, learner(target, CONFIG.drafter), CONFIG)
     windows, start, guidance = windows_of(loss)
-    made = RedrawnWindows(loss, windows, start, guidance, 3)
+    made = RedrawnWindows(loss, windows, start, guidance)
     for ahead in range(3):
         inside = start + ahead <= CONFIG.num_steps - 2
         step = (start + ahead).clamp(max=CONFIG.num_steps - 2)
@@ -69,18 +57,29 @@ def test_the_new_rows_are_the_targets(target):
         assert (away > 1e-3)[inside].tolist() == [bool(begin > 0 or ahead > 0) for begin in start[inside]]
 
 
-def test_new_noise_is_standard_normal_and_new_every_time(target):
+def test_new_noise_is_standard_normal_and_new_every_time(target, monkeypatch):
     """400 windows of one chain step: mean and variance of 25,600 normals, within 5 standard errors."""
-    loss = DrafterLoss(target, learner(target), replace(CONFIG, batch_size=400))
+    loss = DrafterLoss(target, learner(target, CONFIG.drafter), replace(CONFIG, batch_size=400))
     torch.manual_seed(5)
     windows, start, guidance = loss._windows(loss.main, 0)
     start.fill_(6)
-    first, second = (RedrawnWindows(loss, windows, start, guidance, 2) for _ in range(2))
     mean, std = (windows.rows(name, start - 1) for name in ("mean", "std"))
-    for noise in ((first.states[0] - mean) / std, (first.states[1] - first.means[0]) / first.stds[0]):
-        count = noise.numel()
-        assert abs(noise.mean().item()) < 5 / count**0.5
-        assert abs(noise.var().item() - 1) < 5 * (2 / count) ** 0.5
+
+    def errors(made: RedrawnWindows) -> list[list[float]]:
+        """Of mean and variance of the noise of the first two steps, in standard errors."""
+        steps = (made.states[0] - mean) / std, (made.states[1] - made.means[0]) / made.stds[0]
+        return [
+            [abs(z.mean().item()) * z.numel() ** 0.5, abs(z.var().item() - 1) * (z.numel() / 2) ** 0.5] for z in steps
+        ]
+
+    first, second = (RedrawnWindows(loss, windows, start, guidance) for _ in range(2))
+    assert max(max(one) for one in errors(first)) < 5
+    # Controls: noise a tenth too wide, and a tenth of a deviation off.
+    draw = redrawn_module._draw
+    for which, wrong in enumerate((lambda m, s: draw(m + 0.1 * s, s), lambda m, s: draw(m, 1.1 * s))):
+        with monkeypatch.context() as patched:
+            patched.setattr(redrawn_module, "_draw", wrong)
+            assert all(one[which] > 5 for one in errors(RedrawnWindows(loss, windows, start, guidance)))
     assert (first.states[0] - second.states[0]).flatten(1).abs().amax(1).min() > 0
 
 
@@ -90,8 +89,8 @@ def test_with_the_chains_own_noise_the_loss_is_that_of_the_chains(target, monkey
     drafter = replace(CONFIG.drafter, window=window)
     plain = replace(CONFIG, redrawn=0.0, refused=refused, feature_weight=0.5, drafter=drafter)
     config = replace(plain, redrawn=share)
-    first = DrafterLoss(target, learner(target, plain), plain)
-    second = DrafterLoss(target, learner(target, config), config)
+    first = DrafterLoss(target, learner(target, plain.drafter), plain)
+    second = DrafterLoss(target, learner(target, config.drafter), config)
     found = []
     chains: list[torch.Tensor] = []
 
@@ -100,7 +99,7 @@ def test_with_the_chains_own_noise_the_loss_is_that_of_the_chains(target, monkey
         last = CONFIG.num_steps - 2
         steps = [(start[part] + ahead).clamp(max=last) for ahead in range(config.unroll + 1)]
         chains[:] = [some.rows("states", step) for step in steps]
-        return RedrawnWindows(loss, some, start[part], guidance[part], config.unroll)
+        return RedrawnWindows(loss, some, start[part], guidance[part])
 
     for loss in (first, second):
         torch.manual_seed(9)
@@ -115,7 +114,23 @@ def test_with_the_chains_own_noise_the_loss_is_that_of_the_chains(target, monkey
     assert (found[1][0] - found[0][0]).abs().item() > 1e-3
 
 
-def test_a_run_repeats_and_goes_on(target, tmp_path):
+def test_no_window_is_both_corrected_and_new(target, monkeypatch):
+    """Half of 15 is 8 of each, rounded; and a share that rounds to none asks for none."""
+    parts = []
+
+    def noted(loss, windows, start, guidance, part):
+        parts.append((part.start, part.stop))
+        return RedrawnWindows(loss, windows.part(part, guidance), start[part], guidance[part])
+
+    monkeypatch.setattr(DrafterLoss, "_redrawn", noted)
+    for redrawn in (0.5, 0.01):
+        config = replace(CONFIG, batch_size=15, refused=0.5, redrawn=redrawn)
+        torch.manual_seed(9)
+        DrafterLoss(target, learner(target, config.drafter), config)(0)
+    assert parts == [(8, 15)]
+
+
+def test_a_run_repeats(target, tmp_path):
     whole = train_drafter(target, CONFIG, tmp_path / "whole", "random")
     again = train_drafter(target, CONFIG, tmp_path / "again", "random")
     assert whole.read_bytes() == again.read_bytes()

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_networks import learner, small_target
 from safetensors.torch import load_file
 
-from free_dit import DiT, DiTConfig
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training.loop import LoopConfig, TrainingLoop
 from free_dit.training.refused_rounds import RefusedRounds
@@ -29,25 +29,13 @@ CONFIG = DrafterTrainConfig(
 
 @pytest.fixture(scope="module")
 def target() -> DiTTarget:
-    torch.manual_seed(3)
-    model = DiT(DiTConfig(8, 4, 1, 32, 2, 2, 10)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    return DiTTarget(model)
-
-
-def learner(target: DiTTarget) -> FeatureDrafter:
-    torch.manual_seed(1)
-    drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, CONFIG.drafter)
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return drafter
+    return small_target()
 
 
 @pytest.fixture
 def rounds(target):
     """The loss, its windows of a batch, their first steps, guidance, and the rounds before them."""
-    loss = DrafterLoss(target, learner(target), CONFIG)
+    loss = DrafterLoss(target, learner(target, CONFIG.drafter), CONFIG)
     torch.manual_seed(5)
     windows, start, guidance = loss._windows(loss.main, 0)
     start[:3] = torch.tensor([0, 1, CONFIG.num_steps - 2])
@@ -101,7 +89,7 @@ def test_the_first_windows_are_corrected_and_the_others_are_not(target, monkeypa
     """Errors of any size move the drafts of the first half of the windows only, in both branches."""
     acceptance = []
     for size in (0.0, 1e3):
-        loss = DrafterLoss(target, learner(target), CONFIG)
+        loss = DrafterLoss(target, learner(target, CONFIG.drafter), CONFIG)
         monkeypatch.setattr(
             RefusedRounds, "errors", lambda made, _, size=size: size * torch.randn(made._features[0].shape)
         )
@@ -136,7 +124,7 @@ def test_training_on_both_lengths_resumes_exactly(target, tmp_path, monkeypatch,
 
 
 def test_sets_of_the_other_length_have_noise_of_their_own(target):
-    loss = DrafterLoss(target, learner(target), replace(CONFIG, other_steps=7))
+    loss = DrafterLoss(target, learner(target, CONFIG.drafter), replace(CONFIG, other_steps=7))
     main, other = loss.main.data(0), loss.others[0].data(0)
     assert (len(main.states), len(other.states)) == (14, 7)
     assert torch.equal(main.labels, other.labels)
@@ -178,7 +166,7 @@ def test_windows_begin_behind_the_frozen_share(target, late):
     first = []
     for share in (0.0, 0.6):
         config = replace(CONFIG, frozen_share=share, late=late, first=0.2, batch_size=256, other_steps=20)
-        loss = DrafterLoss(target, learner(target), config)
+        loss = DrafterLoss(target, learner(target, CONFIG.drafter), config)
         torch.manual_seed(5)
         first.append([int(loss._windows(chain, 0)[1].min()) for chain in (loss.main, loss.others[0])])
     # Of 14 and of 20 steps.

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from random_networks import small_target
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -206,11 +207,7 @@ def test_gradients_reach_remembered_calls():
 
 @pytest.fixture(scope="module")
 def target() -> DiTTarget:
-    torch.manual_seed(3)
-    model = DiT(DiTConfig(8, 4, 1, 32, 2, 2, 10)).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    return DiTTarget(model)
+    return small_target()
 
 
 TRAIN = DrafterTrainConfig(

@@ -97,8 +97,9 @@ class DrafterLoss:
         count = round(config.refused * len(start))
         corrected = slice(0, count)
         rounds = self._refused(windows, start, guidance, corrected) if count else None
-        anew = slice(len(start) - round(config.redrawn * len(start)), len(start))
-        redrawn = self._redrawn(windows, start, guidance, anew) if config.redrawn else None
+        # Both numbers may be rounded up.
+        anew = slice(max(count, len(start) - round(config.redrawn * len(start))), len(start))
+        redrawn = self._redrawn(windows, start, guidance, anew) if anew.start < anew.stop else None
         guidance = guidance.to(self.device)
         loss, metrics = torch.zeros((), device=self.device), {}
         previous = windows.rows("states", (start - 1).clamp(min=0))
@@ -138,7 +139,7 @@ class DrafterLoss:
     def _redrawn(self, windows: Windows, start: Tensor, guidance: Tensor, part: slice) -> RedrawnWindows:
         """A part of the windows with new noise."""
         some = windows.part(part, guidance, self.drafter.config.window > 1)
-        return RedrawnWindows(self, some, start[part], guidance[part], self.config.unroll)
+        return RedrawnWindows(self, some, start[part], guidance[part])
 
     def transition(
         self, windows: Windows, feature: Tensor, state: Tensor, step: Tensor, guidance: Tensor

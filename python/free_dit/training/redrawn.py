@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
+from free_dit.training.refused_rounds import TrainedDrafter
 from free_dit.training.windows import Windows
-from free_kernels.protocols import Target
-
-
-class TransitionOfWindows(Protocol):
-    """What new noise needs of a drafter's loss: :class:`free_dit.training.drafter_loss.DrafterLoss`.
-
-    Attributes:
-        target: asked about the new states.
-    """
-
-    target: Target
-
-    def transition(
-        self, windows: Windows, feature: Tensor, state: Tensor, step: Tensor, guidance: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the next states."""
-        ...
 
 
 class RedrawnWindows:
@@ -36,11 +18,10 @@ class RedrawnWindows:
     is no transition, has the chain's own first state.
 
     Args:
-        loss: whose target this is.
+        loss: whose target this is, and how many steps a window has; those behind the chain's last draft hold no data.
         windows: R windows; R' network rows.
         start: int64 ``[R]``, their first steps.
         guidance: float32 ``[R]``.
-        unroll: steps of each window; those behind the chain's last draft hold no data.
 
     Attributes:
         states: of each step ``[R, C, H, W]``.
@@ -49,9 +30,7 @@ class RedrawnWindows:
         stds: its deviations, like ``states``.
     """
 
-    def __init__(
-        self, loss: TransitionOfWindows, windows: Windows, start: Tensor, guidance: Tensor, unroll: int
-    ) -> None:
+    def __init__(self, loss: TrainedDrafter, windows: Windows, start: Tensor, guidance: Tensor) -> None:
         self.states: list[Tensor] = []
         self.features: list[Tensor] = []
         self.means: list[Tensor] = []
@@ -61,7 +40,7 @@ class RedrawnWindows:
         drawn = _draw(windows.rows("mean", before), windows.rows("std", before))
         state = torch.where((start == 0).to(here).view(-1, 1, 1, 1), windows.rows("states", start), drawn)
         with torch.no_grad():
-            for ahead in range(unroll):
+            for ahead in range(loss.config.unroll):
                 step = (start + ahead).clamp(max=last)
                 t = both(windows.chain.timesteps[step.to(here)])
                 feature = loss.target.features(both(state), t, windows.y)

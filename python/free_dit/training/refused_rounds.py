@@ -15,7 +15,7 @@ from free_kernels.protocols import Target
 
 
 class TrainedDrafter(Protocol):
-    """What a round needs of a drafter in training: :class:`free_dit.training.drafter_loss.DrafterLoss`.
+    """What other windows than a chain's own need of their loss: :class:`free_dit.training.drafter_loss.DrafterLoss`.
 
     Attributes:
         target: of whose features it learns.
