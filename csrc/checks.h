@@ -1,5 +1,5 @@
-// What the CPU and the CUDA side of `packing` share: arguments, checks of their metadata, and the order of a
-// call. Compiled into both modules.
+// Checks of tensors' metadata, and what the CPU and the CUDA side of `packing` share: arguments and the order
+// of a call. Compiled into both modules.
 #pragma once
 
 #include <cstdint>

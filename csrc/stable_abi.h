@@ -16,10 +16,3 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/shim_utils.h>
-
-// From 2.13 on the message also holds torch's own words, "out of memory" among them.
-#ifdef STABLE_TORCH_ERROR_CODE_CHECK
-#define FREE_KERNELS_CHECK_SHIM STABLE_TORCH_ERROR_CODE_CHECK
-#else
-#define FREE_KERNELS_CHECK_SHIM TORCH_ERROR_CODE_CHECK
-#endif

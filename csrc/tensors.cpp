@@ -25,9 +25,9 @@ Tensor empty_on(const Tensor& device_of, const int64_t* shape, size_t dim, Scala
   // The dispatcher's aten::empty costs about a microsecond more than this direct call.
   AtenTensorHandle handle;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  FREE_KERNELS_CHECK_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(dim), shape, strides.data(),
-                                                   shim_dtype, device_type(device_of),
-                                                   device_of.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dim), shape, strides.data(),
+                                                  shim_dtype, device_type(device_of),
+                                                  device_of.get_device_index(), &handle));
   return Tensor(handle);
 }
 

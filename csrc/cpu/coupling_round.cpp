@@ -1,7 +1,5 @@
 #include "coupling_round.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <vector>
 

@@ -17,7 +17,7 @@ inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_
                      int64_t column_stride) {
   const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
   AtenTensorHandle handle;
-  FREE_KERNELS_CHECK_SHIM(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, 0, &handle));
   return Tensor(handle);
 }
 
@@ -41,7 +41,7 @@ inline Tensor times(const Tensor& rows, const Tensor& weight) {
   }
 #endif
   const Tensor turned = matrix(weight, sizes[1], sizes[0], weight.stride(1), weight.stride(0));
-  FREE_KERNELS_CHECK_SHIM(aoti_torch_cpu_mm_out(product.get(), rows.get(), turned.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(product.get(), rows.get(), turned.get()));
   return product;
 }
 

@@ -13,43 +13,51 @@ namespace {
 
 // Rows and vectors of columns whose sums are in registers at a time: 12 of the 16 that AVX2 has.
 constexpr int kTileRows = 4, kTileVectors = 3;
+constexpr int64_t kTileColumns = kTileVectors * kLanes;
 // Products that are added one after the other; the sums of so many are added to those before.
 constexpr int64_t kRun = 128;
 // Fewer products are not worth a thread.
 constexpr int64_t kProductGrain = 1 << 20;
 
-// `left [M, K]`, row by row, and `right [K, N]`, its rows so many values apart.
+// `left [M, K]`, row by row, and `right [K, N]`, whose rows are `right_stride` values apart.
 struct Factors {
   const float *left, *right;
-  int64_t inner, columns, right_stride;
+  int64_t rows, inner, columns, right_stride;
+};
+
+// Part of `right`: so many values from one of its rows to the next.
+struct Part {
+  const float* values;
+  int64_t stride;
 };
 
 // Adds the products of `kRows` rows and `kVectors` vectors of columns over `first <= k < end` to `out`, or
 // begins there.
 template <int kRows, int kVectors>
-FREE_KERNELS_INLINE void tile(const Factors& a, int64_t row, int64_t column, int64_t first, int64_t end,
+FREE_KERNELS_INLINE void tile(const Factors& a, const Part& part, int64_t row, int64_t first, int64_t end,
                               float* out) {
   Lanes sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) sums[i][j] = Lanes{};
-  for (int64_t k = first; k < end; ++k) {
+  const float *left = a.left + row * a.inner + first, *values = part.values;
+  for (int64_t k = 0; k < end - first; ++k, values += part.stride) {
     Lanes right[kVectors];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) load(right[j], a.right + k * a.right_stride + column + j * kLanes);
+    for (int j = 0; j < kVectors; ++j) load(right[j], values + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const float left = a.left[(row + i) * a.inner + k];
+      const float factor = left[i * a.inner + k];
 #pragma GCC unroll 8
-      for (int j = 0; j < kVectors; ++j) sums[i][j] += right[j] * left;
+      for (int j = 0; j < kVectors; ++j) sums[i][j] += right[j] * factor;
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
-      float* to = out + (row + i) * a.columns + column + j * kLanes;
+      float* to = out + (row + i) * a.columns + j * kLanes;
       if (first > 0) {
         Lanes before;
         load(before, to);
@@ -60,28 +68,41 @@ FREE_KERNELS_INLINE void tile(const Factors& a, int64_t row, int64_t column, int
 }
 
 template <int kVectors>
-FREE_KERNELS_INLINE void rows_of_vectors(const Factors& a, int64_t row, int64_t last, int64_t column,
-                                         int64_t first, int64_t end, float* out) {
-  for (; row + kTileRows <= last; row += kTileRows)
-    tile<kTileRows, kVectors>(a, row, column, first, end, out);
-  for (; row < last; ++row) tile<1, kVectors>(a, row, column, first, end, out);
+FREE_KERNELS_INLINE void all_rows(const Factors& a, const Part& part, int64_t first, int64_t end,
+                                  float* out) {
+  int64_t row = 0;
+  for (; row + kTileRows <= a.rows; row += kTileRows)
+    tile<kTileRows, kVectors>(a, part, row, first, end, out);
+  for (; row < a.rows; ++row) tile<1, kVectors>(a, part, row, first, end, out);
 }
 
-// Rows `first_row <= i < last_row` of the product.
-FREE_KERNELS_AVX2 void product_avx2(const Factors& a, int64_t first_row, int64_t last_row, float* out) {
+// Columns from `column` on, as many as a tile has or as are left.
+FREE_KERNELS_AVX2 void product_avx2(const Factors& a, int64_t column, float* out) {
+  alignas(sizeof(Lanes)) float copied[kRun * kTileColumns];
+  const int64_t last = std::min(a.columns, column + kTileColumns);
   for (int64_t first = 0; first < a.inner; first += kRun) {
     const int64_t end = std::min(a.inner, first + kRun);
-    int64_t column = 0;
-    for (; column + kTileVectors * kLanes <= a.columns; column += kTileVectors * kLanes)
-      rows_of_vectors<kTileVectors>(a, first_row, last_row, column, first, end, out);
-    for (; column + kLanes <= a.columns; column += kLanes)
-      rows_of_vectors<1>(a, first_row, last_row, column, first, end, out);
-    for (; column < a.columns; ++column)
-      for (int64_t row = first_row; row < last_row; ++row) {
+    const float* right = a.right + first * a.right_stride;
+    if (column + kTileColumns == last) {
+      Part part{right + column, a.right_stride};
+      // Lines of a matrix whose rows are a power of two apart would drive one another out of the cache.
+      if (a.rows > kTileRows) {
+        for (int64_t k = 0; k < end - first; ++k)
+          std::memcpy(copied + k * kTileColumns, part.values + k * part.stride, kTileColumns * sizeof(float));
+        part = {copied, kTileColumns};
+      }
+      all_rows<kTileVectors>(a, part, first, end, out + column);
+      continue;
+    }
+    int64_t at = column;
+    for (; at + kLanes <= last; at += kLanes)
+      all_rows<1>(a, {right + at, a.right_stride}, first, end, out + at);
+    for (; at < last; ++at)
+      for (int64_t row = 0; row < a.rows; ++row) {
         float total = 0;
-        for (int64_t k = first; k < end; ++k)
-          total += a.left[row * a.inner + k] * a.right[k * a.right_stride + column];
-        float* to = out + row * a.columns + column;
+        for (int64_t k = 0; k < end - first; ++k)
+          total += a.left[row * a.inner + first + k] * right[k * a.right_stride + at];
+        float* to = out + row * a.columns + at;
         *to = first > 0 ? *to + total : total;
       }
   }
@@ -91,13 +112,14 @@ FREE_KERNELS_AVX2 void product_avx2(const Factors& a, int64_t first_row, int64_t
 
 void few_rows_product(const float* left, const float* right, int64_t rows, int64_t inner, int64_t columns,
                       int64_t right_stride, float* out) {
-  const Factors factors{left, right, inner, columns, right_stride};
-  const int64_t of_row = std::max<int64_t>(1, inner * columns);
-  // Whole tiles, where there are more.
-  const int64_t grain =
-      (std::max<int64_t>(1, kProductGrain / of_row) + kTileRows - 1) / kTileRows * kTileRows;
-  torch::stable::parallel_for(0, rows, grain,
-                              [&](int64_t first, int64_t end) { product_avx2(factors, first, end, out); });
+  const Factors factors{left, right, rows, inner, columns, right_stride};
+  const int64_t of_tile = std::max<int64_t>(1, rows * inner * kTileColumns);
+  const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+  torch::stable::parallel_for(0, tiles, std::max<int64_t>(1, kProductGrain / of_tile),
+                              [&](int64_t first, int64_t end) {
+                                for (int64_t n = first; n < end; ++n)
+                                  product_avx2(factors, n * kTileColumns, out);
+                              });
 }
 
 }  // namespace free_kernels

@@ -29,6 +29,11 @@ struct FurtherRows {
   }
 };
 
+// A row that is not there stands for the first one, which has to be there.
+void check_held(const char* op, int64_t held, int64_t count) {
+  STD_TORCH_CHECK(held >= 1 || count == 0, op, ": features must have at least 1 row, got ", held);
+}
+
 void check_chosen(const char* op, const std::optional<Tensor>& chosen, int64_t numbers, const Tensor& like) {
   if (!chosen) return;
   check_tensor(op, "chosen", *chosen, ScalarType::Long, {chosen->numel()}, like);
@@ -70,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> join_rows(
   check_chosen(op, chosen, drafts * slots, feature);
   const FurtherRows further{ints(latest), ints(before), chosen ? ints(*chosen) : nullptr, slots, width, held};
   const int64_t count = chosen ? chosen->numel() : drafts * slots, rows = inputs + branches * count;
+  check_held(op, held, count);
   const int64_t state_size = s[1] * s[2] * s[3], size = f[1] * f[2];
   Tensor out_feature = empty_on(feature, {rows, f[1], f[2]}, feature.scalar_type());
   Tensor out_previous = empty_on(feature, {rows, s[1], s[2], s[3]}, kFloat);
@@ -118,6 +124,7 @@ Tensor row_errors(const Tensor& drafted, const Tensor& features, const Tensor& l
   STD_TORCH_CHECK(inputs >= 0, op, ": inputs must be at least 0, got ", inputs);
   check_chosen(op, chosen, drafts * slots, features);
   const int64_t count = chosen ? chosen->numel() : drafts * slots;
+  check_held(op, held, count);
   check_tensor(op, "features", features, features.scalar_type(), {branches, held, f[2], f[3]}, features);
   check_tensor(op, "latest", latest, ScalarType::Long, {slots, width}, features);
   check_tensor(op, "drafted", drafted, drafted.scalar_type(), {inputs + branches * count, f[2], f[3]},
@@ -220,7 +227,8 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
   const int64_t slots = s[0], places = at.size(1), rows = places - 1;
   const int64_t branches = held_features.size(0);
   STD_TORCH_CHECK(rows >= 1 && branches >= 1 && f[0] % branches == 0, op,
-                  ": at must be [S, M + 1] with M at least 1, and features [B R, T, D]");
+                  ": at must be [S, M + 1] with M at least 1, and features [B R, T, D], got at with ", places,
+                  " columns, ", f[0], " rows of features and ", branches, " branches");
   const int64_t packed = f[0] / branches;
   check_tensor(op, "states", states, kFloat, {slots, s[1], s[2], s[3], s[4]}, states);
   check_tensor(op, "features", features, features.scalar_type(), {f[0], f[1], f[2]}, states);

@@ -9,13 +9,20 @@ namespace {
 
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  FREE_KERNELS_CHECK_SHIM(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 void check_launch(const char* op, cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));
 }
+
+// What a grid can have in that direction.
+void check_grid(const char* op, const char* name, int64_t value, int64_t most) {
+  STD_TORCH_CHECK(value <= most, op, ": ", name, " must be at most ", most, " on a GPU, got ", value);
+}
+
+constexpr int64_t kMostAcross = INT32_MAX, kMostDeep = 65535;
 
 // 16 bytes at a time where every row of every operand starts on a 16-byte border, else an element at a time.
 int access_unit(int64_t row_bytes, size_t element_size, std::initializer_list<const void*> bases) {
@@ -25,6 +32,7 @@ int access_unit(int64_t row_bytes, size_t element_size, std::initializer_list<co
 }
 
 void pack(const PackInputs& inputs, const PackShape& shape, const PackOutputs& outputs) {
+  check_grid("pack_drafts", "num_rows", inputs.num_rows, kMostAcross);
   const int32_t device = inputs.states.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const void* states = inputs.states.const_data_ptr();
@@ -50,6 +58,8 @@ void pack(const PackInputs& inputs, const PackShape& shape, const PackOutputs& o
 }
 
 void commit(const CommitTensors& tensors, const CommitShape& shape) {
+  check_grid("commit_drafts", "the number of slots", shape.slots, kMostAcross);
+  check_grid("commit_drafts", "parent's number of branches", shape.branches, kMostDeep - 1);
   const int32_t device = tensors.draft_states.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor plan =

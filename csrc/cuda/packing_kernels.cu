@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kWarp) commit_plan_kernel(const CommitLaunch a
     const int64_t row = exists ? a.row_offsets[s] + count - 1 : -1;
     const int64_t step = exists ? a.steps[s] + count : 0;
     const bool live = image >= 0 && image < a.num_images && count >= 1 && count <= a.draft_length &&
-                      row >= 0 && row < a.rows && step <= a.num_steps;
+                      row >= 0 && row < a.rows && step >= count && step <= a.num_steps;
     const bool done = live && step == a.num_steps;
     const unsigned finished = __ballot_sync(kAllLanes, done);
     const int64_t candidate = next + __popc(finished & ((1u << lane) - 1));

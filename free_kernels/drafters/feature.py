@@ -26,7 +26,7 @@ from free_kernels.ops.tokens import TokenArguments, drafter_tokens
 from free_kernels.ops.tokens.reference import drafter_tokens as reference_tokens
 from free_kernels.ops.tokens.reference import tiles
 from free_kernels.protocols import DrafterDefaults, Target, TargetDefaults
-from free_kernels.validation import check_choice, check_int, check_sizes, fail
+from free_kernels.validation import check_choice, check_float, check_int, check_sizes, fail
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,13 @@ class FeatureDrafter(nn.Module, DrafterDefaults):
         tokens, features = self.feature_shape
         self._grid, self.patch = _tiling(self.latent_shape, self.feature_shape)
         channels, patch_numel = self._grid[0], math.prod(self.patch)
-        inner = config.width or features
-        if config.depth < 1 or inner % config.head_dim:
-            expectation = f"depth >= 1 and width a multiple of head_dim {config.head_dim}"
-            fail("FeatureDrafter", "config", expectation, f"depth {config.depth}, width {inner}")
+        inner = features if config.width is None else check_int("FeatureDrafter", "width", config.width, 1)
+        for name in ("depth", "head_dim", "num_timesteps"):
+            check_int("FeatureDrafter", name, getattr(config, name), 1)
+        if inner % config.head_dim:
+            fail("FeatureDrafter", "width", f"a multiple of head_dim {config.head_dim}", inner)
+        # A hidden layer has one element at least.
+        check_float("FeatureDrafter", "mlp_ratio", config.mlp_ratio, 1 / inner)
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_std", torch.ones(features))
         self.register_buffer("change_std", torch.ones(features))

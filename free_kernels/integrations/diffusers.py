@@ -19,7 +19,7 @@ from free_kernels.sampling.noise import PhiloxNoise
 from free_kernels.sampling.options import Options
 from free_kernels.schedules import GaussianSchedule, schedule_from_diffusers
 from free_kernels.targets.diffusers import DiffusersDiTTarget, DiffusersFlowTarget, is_diffusers_dit
-from free_kernels.validation import check_int, describe, fail
+from free_kernels.validation import check_choice, check_int, describe, fail
 from free_kernels.wrappers import see_through
 
 try:
@@ -73,7 +73,7 @@ class AcceleratedDiTPipeline(DiTPipeline):
             generator: the source of the seed; None takes torch's default generator. Of a list of N, one for each image,
                 every image depends on its own only.
             num_inference_steps: K.
-            output_type: ``"pil"``, ``"np"`` (``[N, H, W, 3]`` in [0, 1]) or ``"pt"`` (``[N, 3, H, W]``).
+            output_type: ``"pil"``, ``"np"`` (``[N, H, W, 3]`` in [0, 1], as None) or ``"pt"`` (``[N, 3, H, W]``).
             return_dict: whether to return an ``ImagePipelineOutput`` instead of a tuple.
 
         Raises:
@@ -90,6 +90,8 @@ class AcceleratedDiTPipeline(DiTPipeline):
         # Hooks may have come since: on the transformer that is sampled, whatever enabled them.
         target.recheck(where)
         check_scale(where, guidance_scale)
+        if output_type is not None:
+            check_choice(where, "output_type", output_type, ("pil", "np", "pt"))
         try:
             labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
         except (TypeError, ValueError, RuntimeError):

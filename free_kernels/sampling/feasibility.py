@@ -197,7 +197,7 @@ def feasibility(
         chain_calls: calls of the coarse chain; with K or more it is the ordinary chain.
         seed: of the noise and of the bootstrap.
         row_costs: times of the parts of a round; measured here, for one image at a time, if None.
-        timing_repeats: of those measurements.
+        timing_repeats: of those measurements, at least 2, whose spread is part of the interval.
         backend: as in :func:`sample`.
         progress: show a progress bar.
 
@@ -214,9 +214,9 @@ def feasibility(
         ("positions", positions),
         ("rounds", rounds),
         ("chain_calls", chain_calls),
-        ("timing_repeats", timing_repeats),
     ):
         check_int(where, name, value, 1)
+    check_int(where, "timing_repeats", timing_repeats, 2)
     options = Options(
         schedule=schedule,
         guidance_scale=guidance_scale,

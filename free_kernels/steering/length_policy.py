@@ -19,6 +19,7 @@ from free_kernels.steering.acceptance_model import AcceptanceModel
 from free_kernels.steering.plan import PlanArguments, plan_round
 from free_kernels.steering.refusal_odds import UNKNOWN_ACCEPTANCE
 from free_kernels.steering.round_cost import RoundCost
+from free_kernels.validation import fail
 
 # Longest drafts that are considered. Few, since each is a graph and a timing of its own.
 LONGEST = (2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -122,13 +123,25 @@ def knowledge_of(
 
 def _acceptance(drafter: object, num_steps: int, frozen: int) -> AcceptanceModel:
     """What a drafter's calibration says of the steps from ``frozen`` on."""
-    table = DrafterDefaults.read(drafter, "calibration")
-    table = np.full((1, 1), UNKNOWN_ACCEPTANCE) if table is None else np.asarray(table, np.float64)
+    given = DrafterDefaults.read(drafter, "calibration")
+    table = np.full((1, 1), UNKNOWN_ACCEPTANCE) if given is None else _checked_table(given)
     table = table[np.arange(num_steps) * len(table) // num_steps]
     if frozen < num_steps:
         table[:frozen] = UNKNOWN_ACCEPTANCE
     ahead = np.minimum(np.arange(LONGEST[-1] - 1), table.shape[1] - 1)
     return AcceptanceModel(table[:, ahead])
+
+
+def _checked_table(given: object) -> np.ndarray:
+    """A drafter's calibration as an array; TypeError or ValueError where it is none."""
+    expectation = "probabilities [bins, A], None or a table of them"
+    try:
+        table = np.asarray(given, np.float64)
+    except (TypeError, ValueError):
+        fail("sample", "drafter.calibration", expectation, given, TypeError)
+    if table.ndim != 2 or not table.size or not ((table >= 0.0) & (table <= 1.0)).all():
+        fail("sample", "drafter.calibration", expectation, given)
+    return table
 
 
 class DraftLengthPolicy:

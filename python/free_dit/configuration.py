@@ -46,19 +46,24 @@ def load_config(kind: type[T], path: Path | None, overrides: tuple[str, ...] = (
     return build(kind, values, str(path or kind.__name__))
 
 
-def build(kind: type[T], values: dict[str, Any], source: str) -> T:
-    """A dataclass from nested plain values; ``source`` is named in errors."""
+def build(kind: type[T], values: dict[str, Any], source: str, default: T | None = None) -> T:
+    """A dataclass from nested plain values; ``source`` is named in errors.
+
+    Values that are not given are those of ``default``, or else the class's own.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"load_config: {source} must be a table, got {values!r}")
     hints = typing.get_type_hints(kind)
-    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     arguments = {}
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"load_config: {source} must only have keys {sorted(known)}, got {name!r}")
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
-            arguments[name] = build(hint, value, f"{source}:{name}")  # type: ignore[arg-type]
+            factory = known[name].default_factory
+            own = getattr(default, name, None) if factory is dataclasses.MISSING else factory()
+            arguments[name] = build(hint, value, f"{source}:{name}", own)  # type: ignore[arg-type]
             continue
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         if float in allowed and type(value) is int:
@@ -68,6 +73,6 @@ def build(kind: type[T], values: dict[str, Any], source: str) -> T:
             raise ValueError(f"load_config: {source}: {name} must be {names}, got {value!r}")
         arguments[name] = value
     try:
-        return kind(**arguments)
+        return kind(**arguments) if default is None else dataclasses.replace(default, **arguments)  # type: ignore
     except ValueError as error:
         raise ValueError(f"load_config: {source}: {error}") from error

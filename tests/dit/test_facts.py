@@ -50,7 +50,7 @@ def test_every_command_asks_for_the_heads_and_takes_them(tmp_path, original, com
         elif command == "generate":
             cli.generate(out, 2, original, DRAW, device="cpu", **facts)
         elif command == "feasibility":
-            probes = {"images": 1, "positions": 2, "timing_repeats": 1, "device": "cpu"}
+            probes = {"images": 1, "positions": 2, "timing_repeats": 2, "device": "cpu"}
             cli.feasibility(out, original, steps=4, lengths=(2,), **probes, **facts)
         elif command == "figures":
             cli.figures(out, (original, "digits"), num=1, steps=8, guidance=(1.0,), device="cpu", **facts)
@@ -154,5 +154,5 @@ def test_a_draft_length_that_is_asked_for_is_not_cut(tmp_path):
 def test_few_steps_of_the_other_commands(tmp_path):
     cli.compare(tmp_path / "compare", num=2, chain=ChainSettings(steps=4), timing_pairs=0, device="cpu")
     assert json.loads((tmp_path / "compare" / "compare.json").read_text())["settings"]["draft_length"] == 4
-    cli.feasibility(tmp_path / "feasibility", steps=4, images=1, positions=2, timing_repeats=1, device="cpu")
+    cli.feasibility(tmp_path / "feasibility", steps=4, images=1, positions=2, timing_repeats=2, device="cpu")
     cli.figures(tmp_path / "figures", num=1, steps=4, guidance=(1.0,), device="cpu")

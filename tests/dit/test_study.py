@@ -14,6 +14,7 @@ from free_dit import DiT, DiTConfig
 from free_dit.configuration import load_config
 from free_dit.experiments import drafter_study as study
 from free_dit.experiments.drafter_study import VARIANTS, render_study, run_study
+from free_dit.loading import load_pair
 from free_dit.train_drafter import DrafterTrainConfig
 from free_kernels import DiTTarget
 
@@ -53,6 +54,24 @@ def test_study_runs_once_and_renders(target, tmp_path, monkeypatch):
     assert list(json.loads(path.read_text())["rows"]) == ["frozen", *names, "unroll 1"]
     with pytest.raises(ValueError, match="^study: out must be a folder of the study"):
         run_study(target, "toy", None, SETTINGS, tmp_path, names, 4)
+    # The same folder and overrides, but another file.
+    config = tmp_path / "other.toml"
+    config.write_text("late = 0.5\n")
+    with pytest.raises(ValueError, match="^study: out must be a folder of the study"):
+        run_study(target, "toy", config, SETTINGS, tmp_path, names, 3)
+    torch.manual_seed(1)
+    others = DiTTarget(DiT(target.module.config).eval().requires_grad_(False))
+    with pytest.raises(ValueError, match="^study: out must be a folder of the study"):
+        run_study(others, "toy", None, SETTINGS, tmp_path, names, 3)
+
+
+def test_noised_digits_are_left_out_where_they_do_not_fit(target):
+    flow = load_pair("digits_sit", "none")[0]
+    wide = DiTTarget(DiT(DiTConfig(16, 4, 1, 32, 2, 2, 10)).eval())
+    few = DiTTarget(DiT(DiTConfig(8, 4, 1, 32, 2, 2, 9)).eval())
+    for one in (flow, wide, few):
+        assert set(VARIANTS) - set(study._fitting(one)) == {"forward-noised data"}
+    assert study._fitting(load_pair("digits", "none")[0]) == list(VARIANTS)
 
 
 def test_wrong_arguments_are_named(target, tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
@@ -18,11 +21,13 @@ from free_dit.data import load_digits, load_photographs
 from free_dit.networks.families import load_model
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
+from free_dit.training.identity import changed_settings
+from free_dit.training.logs import CsvLog
 from free_dit.training.loop import LoopConfig, TrainingLoop
 from free_dit.training.train_dit import TrainConfig, train
 from free_dit.training.trajectories import collect
 from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter
-from free_kernels.checkpoint import CheckpointError
+from free_kernels.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 TINY = TrainConfig(
     model=DiTConfig(8, 4, 1, 32, 2, 2, 10),
@@ -86,6 +91,99 @@ def test_another_configuration_does_not_resume(tmp_path):
     train(TINY, tmp_path)
     with pytest.raises(CheckpointError, match="must be of the same configuration, got another batch_size"):
         train(replace(TINY, batch_size=8), tmp_path)
+
+
+def without(path, names):
+    """Take settings out of a checkpoint's identity, as an older version wrote it."""
+    tensors, metadata = load_checkpoint(path, "training")
+    for name in names:
+        *sections, last = name.split(".")
+        del reduce(dict.__getitem__, sections, metadata["identity"])[last]
+    save_checkpoint(path, tensors, metadata)
+
+
+def test_an_older_versions_run_goes_on_where_new_settings_have_their_defaults(tmp_path, monkeypatch):
+    whole = weights(train(TINY, tmp_path / "whole"))
+    stopped = tmp_path / "parts"
+
+    def stop_at_four(loop):
+        if loop.step == 4:
+            raise KeyboardInterrupt
+        return original(loop)
+
+    original = TrainingLoop._iterate
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_iterate", stop_at_four)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, stopped)
+    without(stopped / "checkpoint.safetensors", ["loop.accumulate", "objective", "processes"])
+    shutil.copytree(stopped, tmp_path / "other")
+    for changed in (
+        replace(TINY, objective="velocity", model=replace(TINY.model, learn_sigma=False)),
+        replace(TINY, loop=replace(TINY.loop, accumulate=2)),
+    ):
+        with pytest.raises(CheckpointError, match=r"got another .*(objective|loop\.accumulate)"):
+            train(changed, tmp_path / "other")
+    resumed = weights(train(TINY, stopped))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    # What has no default is of another run where it is missing.
+    assert changed_settings({"target": "a"}, {"target": "a", "target_fingerprint": "b"}, {}) == ["target_fingerprint"]
+
+
+def test_lines_of_an_older_log_are_kept(tmp_path):
+    (tmp_path / "log.csv").write_text("step,loss\n1,0.5\n2,0.25\n3,0.1\n")
+    log = CsvLog(tmp_path, 2)
+    log.write(3, {"loss": 0.125, "accept_1": 0.75})
+    log.write(4, {"accept_1": 1.0})
+    log.close()
+    assert (tmp_path / "log.csv").read_text().splitlines() == [
+        "step,loss,accept_1",
+        "1,0.5,",
+        "2,0.25,",
+        "3,0.125,0.75",
+        "4,,1",
+    ]
+    assert CsvLog(tmp_path, 4)._names == ["step", "loss", "accept_1"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"iterations": 0}, "iterations must be an int in"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be an int in"),
+        ({"log_every": 0}, "log_every must be an int in"),
+        ({"accumulate": 0}, "accumulate must be an int in"),
+        ({"warmup": -5}, "warmup must be an int in"),
+        ({"seed": -1}, "seed must be an int in"),
+        ({"seed": 2**32}, "seed must be an int in"),
+        ({"clip_norm": -1.0}, "clip_norm must be a finite number in"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0, got 0.0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number in"),
+        ({"weight_decay": -0.1}, "weight_decay must be a finite number in"),
+        ({"ema_decay": 1.5}, "ema_decay must be a finite number in"),
+    ],
+)
+def test_wrong_loops_are_named_before_anything_is_made(tmp_path, changed, message):
+    config = replace(TINY, loop=replace(TINY.loop, **changed))
+    with pytest.raises(ValueError, match=f"^train: {message}"):
+        train(config, tmp_path / "run")
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_an_interrupt_of_the_last_iteration_is_one(tmp_path):
+    """The weights are kept, and the command that trains does not go on to what follows."""
+
+    def loss(step):
+        if step == TINY.loop.iterations - 1:
+            signal.raise_signal(signal.SIGINT)
+        return module(torch.ones(1, 2)).sum(), {}
+
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(KeyboardInterrupt):
+        TrainingLoop(module, loss, TINY.loop, tmp_path, {}).run()
+    again = TrainingLoop(torch.nn.Linear(2, 2), loss, TINY.loop, tmp_path, {})
+    assert again.step == TINY.loop.iterations
+    again.run()
 
 
 def test_a_damaged_checkpoint_is_named_and_kept(tmp_path):
@@ -228,3 +326,6 @@ def test_overrides_win_over_the_file(tmp_path):
     path.write_text("batch_size = 4\n[loop]\niterations = 5\nlearning_rate = 1\n")
     config = load_config(TrainConfig, path, ("loop.iterations=7", "dataset=digits"))
     assert (config.batch_size, config.loop.iterations, config.loop.learning_rate) == (4, 7, 1.0)
+    # What a section does not give is the whole's own default, not that of the section's class.
+    deeper = load_config(TrainConfig, None, ("model.depth=4",))
+    assert deeper == replace(TrainConfig(), model=replace(TrainConfig().model, depth=4))

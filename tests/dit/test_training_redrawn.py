@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from analytic import GaussianTarget
 from random_networks import learner, small_target
 
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training import redrawn as redrawn_module
 from free_dit.training.loop import LoopConfig
 from free_dit.training.redrawn import RedrawnWindows
-from free_kernels import DiTTarget, DrafterConfig
+from free_kernels import DiTTarget, DrafterConfig, FeatureDrafter
 
 CONFIG = DrafterTrainConfig(
     drafter=DrafterConfig(width=32, head_dim=16),
@@ -55,6 +56,38 @@ def test_the_new_rows_are_the_targets(target):
         away = (made.states[ahead] - windows.rows("states", step)).flatten(1).abs().amax(1)
         # Only the window at the first step has a state of the chain.
         assert (away > 1e-3)[inside].tolist() == [bool(begin > 0 or ahead > 0) for begin in start[inside]]
+
+
+class Tokens(GaussianTarget):
+    """A Gaussian target with fewer, wider tokens than elements."""
+
+    def __init__(self, latent_shape: tuple[int, ...], tokens: int) -> None:
+        super().__init__(latent_shape)
+        self.elements, self.feature_shape = self.feature_shape[0], (tokens, 2 * self.feature_shape[0] // tokens)
+
+    def features(self, x, t, y):
+        return super().features(x, t, y).view(len(x), *self.feature_shape)
+
+    def head(self, h, t, y):
+        return super().head(h.view(len(h), self.elements, 2), t, y)
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [((8, 2), 8), ((6, 2, 4, 4), 8)], ids=["lines", "frames"])
+def test_states_of_any_shape(shape, tokens):
+    """As many windows as channels, so that a mask along another dimension would fit, too."""
+    target = Tokens(shape, tokens)
+    config = replace(CONFIG, batch_size=6, drafter=DrafterConfig(width=32, head_dim=16))
+    drafter = FeatureDrafter(target.latent_shape, target.feature_shape, target.num_classes, config.drafter)
+    loss = DrafterLoss(target, drafter, config)
+    torch.manual_seed(5)
+    windows, start, guidance = loss._windows(loss.main, 0)
+    start[:2] = torch.tensor([0, 3])
+    made = RedrawnWindows(loss, windows, start, guidance)
+    assert made.states[0].shape == (6, *shape)
+    first, chain = made.states[0], windows.rows("states", start)
+    assert torch.equal(first[start == 0], chain[start == 0])
+    assert (first - chain).flatten(1).abs().amax(1)[start > 0].min() > 1e-3
+    assert torch.isfinite(loss(0)[0])
 
 
 def test_new_noise_is_standard_normal_and_new_every_time(target, monkeypatch):

@@ -131,6 +131,27 @@ def test_sets_of_the_other_length_have_noise_of_their_own(target):
     assert not torch.equal(main.states[0], other.states[0])
 
 
+def test_a_training_that_has_begun_needs_its_start_no_more(target, tmp_path, monkeypatch):
+    first = train_drafter(target, CONFIG, tmp_path / "first", "tiny")
+    config = replace(CONFIG, start=str(first))
+    whole = load_file(train_drafter(target, config, tmp_path / "whole", "tiny"))
+    iterate = TrainingLoop._iterate
+
+    def stop_at_five(loop):
+        if loop.step == 5:
+            raise KeyboardInterrupt
+        return iterate(loop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "_iterate", stop_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            train_drafter(target, config, tmp_path / "parts", "tiny")
+    first.rename(tmp_path / "elsewhere.safetensors")
+    resumed = load_file(train_drafter(target, config, tmp_path / "parts", "tiny"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_training_begins_from_a_drafter(target, tmp_path):
     """With a learning rate of zero the result is the drafter that it began from, scales included."""
     first = train_drafter(target, CONFIG, tmp_path / "first", "tiny")

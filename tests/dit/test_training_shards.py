@@ -23,7 +23,7 @@ from free_dit.training.drafter_loss import DrafterLoss
 from free_dit.training.loop import LoopConfig, TrainingLoop
 from free_dit.training.shards import ShardStore, target_fingerprint
 from free_dit.training.trajectories import Storage, Trajectories, collect, make_schedule, noised_chains
-from free_kernels import DDPMSchedule, FeatureDrafter, sample
+from free_kernels import DDPMSchedule, DrafterConfig, FeatureDrafter, sample
 from free_kernels.checkpoint import CheckpointError
 
 SHORT = replace(CONFIG, loop=replace(CONFIG.loop, iterations=6, log_every=2), calibration_images=0)
@@ -63,7 +63,7 @@ class Store:
 
     def __init__(self, folder, keep: int = 3, **settings) -> None:
         self.made: list[int] = []
-        self.store = ShardStore(folder, {"seed": 1, **settings}, self.make, keep)
+        self.store = ShardStore(folder, {"seed": 1, **settings}, self.make, keep, {"schedule": "DDPM"})
 
     def make(self, number: int) -> Trajectories:
         self.made.append(number)
@@ -98,8 +98,17 @@ def test_whole_shards_are_used_again_and_missing_ones_made_again(tmp_path):
     assert back.made == [1]
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
-    with pytest.raises(CheckpointError, match="manifest.json must be of the same target and settings"):
+    with pytest.raises(CheckpointError, match="manifest.json must be of the same target and settings, .* num_steps"):
         Store(tmp_path, num_steps=7)
+    # A setting that the version before did not have: with its default the shards are the same.
+    newer = Store(tmp_path, schedule="DDPM")
+    newer.store.latest(3)
+    assert newer.made == []
+    with pytest.raises(CheckpointError, match="got another schedule"):
+        Store(tmp_path, schedule="flow")
+    (tmp_path / "manifest.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="manifest.json must be of the same target and settings"):
+        Store(tmp_path)
     with pytest.raises(ValueError, match="^train_drafter: keep_shards must be"):
         Store(tmp_path, keep=0)
 
@@ -333,6 +342,14 @@ def test_logs(tmp_path, monkeypatch):
         ({"max_rows": 1}, "max_rows must be an int in"),
         ({"keep_shards": 0}, "keep_shards must be an int in"),
         ({"batch_size": 0}, "batch_size must be an int in"),
+        ({"late": 7.0}, "late must be a finite number in"),
+        ({"first": -1.0}, "first must be a finite number in"),
+        ({"feature_weight": -1.0}, "feature_weight must be a finite number in"),
+        ({"loss": "none"}, "feature_weight must be above 0 for loss 'none', got 0.0"),
+        ({"calibration_images": -2}, "calibration_images must be an int in"),
+        ({"loop": LoopConfig(clip_norm=-1.0)}, "clip_norm must be a finite number in"),
+        ({"drafter": DrafterConfig(num_timesteps=600)}, "num_timesteps must be at least .*, got 600"),
+        ({"forward_dataset": "photographs"}, "forward_dataset must be empty, or images of the target's shape"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, change, message):

@@ -117,8 +117,18 @@ def test_unwritable_paths_are_named(tmp_path):
         ((), (4, 48), CONFIG, r"latent_shape must be ints of at least 1, one or more, got \(\)"),
         ((4, 8, 8), (16,), CONFIG, r"feature_shape must be ints of at least 1, \(T, D\), got \(16,\)"),
         ((4, 8, 8), (0, 48), CONFIG, r"feature_shape must be ints of at least 1, \(T, D\), got \(0, 48\)"),
-        ((4, 8, 8), (16, 48), DrafterConfig(width=65), "config must be depth >= 1 and width a multiple"),
-        ((4, 8, 8), (16, 48), DrafterConfig(depth=0), "config must be depth >= 1"),
+        ((4, 8, 8), (16, 48), DrafterConfig(width=65), "width must be a multiple of head_dim 32, got 65"),
+        ((4, 8, 8), (16, 48), DrafterConfig(width=0), r"width must be an int in \[1, inf\), got 0"),
+        ((4, 8, 8), (16, 48), DrafterConfig(width=-32), r"width must be an int in \[1, inf\), got -32"),
+        ((4, 8, 8), (16, 48), DrafterConfig(depth=0), r"depth must be an int in \[1, inf\), got 0"),
+        ((4, 8, 8), (16, 48), DrafterConfig(head_dim=0), r"head_dim must be an int in \[1, inf\), got 0"),
+        ((4, 8, 8), (16, 48), DrafterConfig(num_timesteps=0), r"num_timesteps must be an int in \[1, inf\), got 0"),
+        (
+            (4, 8, 8),
+            (16, 48),
+            DrafterConfig(width=32, mlp_ratio=0.03),
+            r"mlp_ratio must be a finite number in \[0.03125",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(latent, features, config, message):

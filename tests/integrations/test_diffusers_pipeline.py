@@ -315,6 +315,7 @@ def test_what_cannot_be_accelerated_is_refused():
         ({"guidance_scale": -1.0}, ValueError, "guidance_scale must be a finite number"),
         ({"class_labels": [1000]}, ValueError, r"class_labels must be int64 \[N\] in \[0, 1000\)"),
         ({"class_labels": ["a cat"]}, TypeError, r"class_labels must be N class ids .* got \['a cat'\]"),
+        ({"output_type": "latent"}, ValueError, "output_type must be one of 'pil', 'np', 'pt', got 'latent'"),
         ({"num_inference_steps": 0}, ValueError, "^AcceleratedDiTPipeline: num_inference_steps must be an int in"),
     ],
 )

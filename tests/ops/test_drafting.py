@@ -496,3 +496,25 @@ def test_rows_so_far_off_that_a_sum_wraps_around(backend):
     a = keeping()
     with pytest.raises(ValueError, match="keep_rows: row_offsets must give slot 0 at least 4 of the 11 rows"):
         keep_rows(a._replace(row_offsets=torch.full_like(a.row_offsets, 2**63 - 1)), backend[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_that_is_not_there_needs_one_that_is(backend):
+    """With no row held there is none to stand for those that are not; without further rows none is needed."""
+    none, nothing = torch.zeros(1, 0, 2, 3), torch.zeros(0, 1, 1, 1)
+    state, t, missing = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.int64), torch.tensor([[-1]])
+    shared = (torch.zeros(1, 2, 3), state, state, t, t, nothing, none, missing[0], missing, torch.zeros(1, 1).long(), t)
+    drafted = torch.zeros(2, 2, 3)
+    for chosen, rows in ((None, 1), (torch.zeros(0, dtype=torch.int64), 0)):
+        join, errors = (
+            JoinArguments(*shared, 1, None, chosen),
+            ErrorArguments(drafted[: 1 + rows], none, missing, 1, 1, chosen),
+        )
+        if rows:
+            with pytest.raises(ValueError, match="^join_rows: features must"):
+                join_rows(on(join, backend[1]), backend[0])
+            with pytest.raises(ValueError, match="^row_errors: features must"):
+                row_errors(on(errors, backend[1]), backend[0])
+        else:
+            assert [len(part) for part in join_rows(on(join, backend[1]), backend[0])] == [1] * 5
+            assert row_errors(on(errors, backend[1]), backend[0]).abs().sum() == 0

@@ -193,7 +193,7 @@ def test_other_samplers_take_conditions(labels):
     if labels == "auto":
         assert free_kernels.sample(target, many, **RUN | {"draft_length": "auto"}).samples.shape == (4, 3, 2)
     found = free_kernels.feasibility(
-        target, SCHEDULE, conditions=many, images=2, positions=2, rounds=2, timing_repeats=1
+        target, SCHEDULE, conditions=many, images=2, positions=2, rounds=2, timing_repeats=2
     )
     assert found.images == 2
     memory = free_kernels.estimate_memory(target, texts(1), schedule=SCHEDULE, draft_length=4)

@@ -190,6 +190,7 @@ def test_the_same_seed_finds_the_same():
         ({"draft_lengths": (40,)}, ValueError, r"draft_lengths must be ints in \[2, 19\], one at least, got \(40,\)"),
         ({"draft_lengths": 6}, TypeError, "draft_lengths must be ints of at least 2, got 6"),
         ({"images": 0}, ValueError, r"images must be an int in \[1, inf\), got 0"),
+        ({"timing_repeats": 1}, ValueError, r"timing_repeats must be an int in \[2, inf\), got 1"),
         ({"positions": True}, TypeError, r"positions must be an int in \[1, inf\), got True"),
         ({"row_costs": {1: 1.0}}, TypeError, "row_costs must be RowCosts or None, got {1: 1.0}"),
         ({"row_costs": RowCosts({2: 1.0})}, ValueError, "row_costs.target must be times by rows with that of 1 row"),

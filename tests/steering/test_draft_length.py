@@ -254,6 +254,15 @@ def test_what_is_known_is_of_a_share_of_the_chain():
     assert last == pytest.approx([0.85, 0.3], abs=1e-6)
 
 
+@pytest.mark.parametrize("table", [[[0.5, 0.6], [0.5]], "x", [0.5, 0.6], [[float("nan")]], [[1.5]], [[]]])
+def test_a_calibration_that_is_none_is_named(table):
+    drafter = SimpleNamespace(calibration=table)
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^sample: drafter.calibration must be probabilities \[bins, A\]"
+    ):
+        knowledge_of(object(), drafter, (), 10, 1)
+
+
 def test_survival_follows_what_is_seen():
     model = AcceptanceModel(np.full((STEPS, 15), 0.9))
     steps = np.array([100])

@@ -22,6 +22,7 @@ from free_kernels.validation import check_choice, check_int, fail
 
 BACKENDS = ("auto", "reference", "extension", "triton")
 _NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
+_MOST = torch.finfo(torch.float32).max
 _OPTIONAL = ("slack_noise", "relaxation", "rounds")
 _STATES = ("draft_states", "draft_mean", "draft_std", "noise", "slack_noise")
 _INTEGERS = ("images", "steps", "rounds", "row_offsets")
@@ -71,13 +72,14 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
 
 def check_settings(op: str, guidance_scale: float, clip: float) -> None:
     """Both are numbers. By comparisons alone, which are traced where the numbers are symbols."""
-    expectations = "a finite number", "a number above 0, or infinity"
+    expectations = "a finite number", f"a number above 0 and at most {_MOST:g}, or infinity"
     for name, value, expectation in zip(("guidance_scale", "clip"), (guidance_scale, clip), expectations, strict=True):
         if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             fail(op, name, expectation, value, TypeError)
     if not -math.inf < guidance_scale < math.inf:
         fail(op, "guidance_scale", expectations[0], guidance_scale)
-    if not clip > 0.0:
+    # A larger one would be infinite in float32, and clip nothing.
+    if not (0.0 < clip <= _MOST or clip == math.inf):
         fail(op, "clip", expectations[1], clip)
 
 

@@ -127,6 +127,13 @@ def _check_join(a: JoinArguments) -> None:
         fail(op, "null_label", "given exactly where features have 2 branches", a.null_label)
     if a.chosen is not None:
         layouts.check("chosen", a.chosen, INT64, "[P]")
+    _check_held(op, a.features, a.drafts * len(a.latest) if a.chosen is None else len(a.chosen))
+
+
+def _check_held(op: str, features: Tensor, rows: int) -> None:
+    """A row that is not there stands for the first one, which has to be there."""
+    if rows and not features.shape[1]:
+        fail(op, "features", "[B, N, T, D] with N at least 1", features)
 
 
 def _check_errors(a: ErrorArguments) -> None:
@@ -138,6 +145,7 @@ def _check_errors(a: ErrorArguments) -> None:
     if not 1 <= a.drafts <= a.latest.shape[1]:
         fail(op, "drafts", f"in [1, {a.latest.shape[1]}]", a.drafts)
     rows = a.drafts * a.latest.shape[0] if a.chosen is None else len(a.chosen)
+    _check_held(op, a.features, rows)
     layouts.sizes = {"T": tokens, "D": width, "B A + B P": a.inputs + branches * rows}
     layouts.check("drafted", a.drafted, FLOATS, "[B A + B P, T, D]")
     if a.chosen is not None:

@@ -95,7 +95,11 @@ def _draw(op: Op, arguments: PhiloxArguments, backend: str) -> Tensor:
     images = arguments.images
     if use_triton(op.name, "random", images.device, backend):
         return FILL.launch(FillArguments(*arguments, normal=op is NORMAL), images)
-    return op(arguments, images, backend)
+    # The extension reads keys one after the other.
+    images, steps, rounds = (
+        None if keys is None else keys.contiguous() for keys in (images, arguments.steps, arguments.rounds)
+    )
+    return op(arguments._replace(images=images, steps=steps, rounds=rounds), images, backend)
 
 
 def philox_uniform(

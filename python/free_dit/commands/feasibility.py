@@ -48,7 +48,7 @@ def feasibility(
         images: images that are probed.
         positions: places of the chain that are probed.
         seed: of the probes; a run with this seed must not be steered by what they show.
-        timing_repeats: repeats of every timing.
+        timing_repeats: repeats of every timing, at least 2.
         check: draft lengths that are really run too, with another seed, to compare.
         check_images: images of those runs.
         facts: what the model's file may not say of itself.

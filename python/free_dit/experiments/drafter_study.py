@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from free_dit.configuration import load_config
+from free_dit.data import DATASETS
 from free_dit.experiments.model_card import EVALUATION_SEED
 from free_dit.experiments.network_calls import NetworkCalls, timed_in_turn
 from free_dit.experiments.wall_clock import machine
@@ -21,12 +22,15 @@ from free_dit.generation import ChainSettings, sampler_for
 from free_dit.markdown import decimals, table
 from free_dit.networks.families import device_of, schedule_for
 from free_dit.training.acceptance import acceptance_by_lookahead, by_fifth
+from free_dit.training.chains import images_fit
+from free_dit.training.shards import target_fingerprint
 from free_dit.training.train_drafter import DrafterTrainConfig, train_drafter
 from free_dit.training.trajectories import Trajectories, collect
 from free_kernels import FeatureDrafter, FrozenDrafter
-from free_kernels.protocols import Drafter, DrafterDefaults, Target
+from free_kernels.protocols import Drafter, DrafterDefaults, Target, TargetDefaults
 from free_kernels.validation import check_int, check_writable, fail
 
+NOISED = "forward-noised data"
 # By name, the overrides of the configuration under study.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as configured": (),
@@ -47,7 +51,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "unroll 6": ("unroll=6",),
     "AdamW": ("loop.optimizer=adamw",),
     "log1p loss": ("loss=log1p",),
-    "forward-noised data": ("forward_dataset=digits",),
+    NOISED: ("forward_dataset=digits",),
     "mixed loss": ("feature_weight=1.0",),
     "feature regression": ("loss=none", "feature_weight=1.0"),
 }
@@ -94,6 +98,16 @@ def _read_study(path: Path) -> dict[str, Any]:
     return report
 
 
+def _fitting(target: Target) -> list[str]:
+    """Names of the variants that the target can be trained with: no images of other shapes, and no noised ones for a
+    flow model."""
+    flow = TargetDefaults.read(target, "family") == "flow"
+    left_out = flow or not images_fit(target, DATASETS["digits"]("train"))
+    if left_out:
+        tqdm.write(f"study: without {NOISED!r}, as digits do not fit the model")
+    return [name for name in VARIANTS if not (left_out and name == NOISED)]
+
+
 def run_study(
     target: Target, model: str, config: Path, overrides: tuple[str, ...], out: Path, names: tuple[str, ...], images: int
 ) -> Path:
@@ -114,10 +128,11 @@ def run_study(
     data: Trajectories | None = None
     known = _read_study(result) if result.exists() else {}
     frame = {"model": model, "overrides": list(overrides), "images": images, "num_steps": base.num_steps}
+    frame |= {"target_fingerprint": target_fingerprint(target), "config": base.identity()}
     if known and known["frame"] != frame:
         fail("study", "out", f"a folder of the study {frame}", str(known["frame"]))
     rows = known.get("rows", {})
-    for name in tqdm(("frozen", *(names or VARIANTS)), desc="study", unit="variant"):
+    for name in tqdm(("frozen", *(names or _fitting(target))), desc="study", unit="variant"):
         if name in rows:
             continue
         folder = Path(out) / name.replace(" ", "_")

@@ -51,6 +51,7 @@ def train_policy(config: PolicyTrainConfig, out: Path) -> Path:
     where = "policy train"
     check_int(where, "batch_size", config.batch_size, 1)
     check_int(where, "episodes", config.episodes, 1)
+    config.loop.check(where)
     shape = {"horizon": HORIZON, "action_size": 2, "history": HISTORY, "observation_size": OBSERVATION_SIZE}
     for name, wanted in shape.items():
         if getattr(config.model, name) != wanted:
@@ -71,7 +72,7 @@ def train_policy(config: PolicyTrainConfig, out: Path) -> Path:
         return F.mse_loss(network(state, t, windows.observations[index]), noise), {}
 
     identity = {k: v for k, v in asdict(config).items() if k != "compile"}
-    loop = TrainingLoop(policy, step, config.loop, Path(out), identity)
+    loop = TrainingLoop(policy, step, config.loop, Path(out), identity, defaults=asdict(PolicyTrainConfig()))
     loop.run()
     save_policy(path, policy, loop.averaged_weights(), torch.float16)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from free_dit.training.loop import iteration_seed, mixed_seed
 from free_dit.training.shards import ShardStore, ShardWindow, target_fingerprint
 from free_dit.training.trajectories import Storage, Trajectories, collect, make_schedule, noised_chains
 from free_kernels.protocols import Target
+from free_kernels.validation import fail
 
 
 class ChainSource:
@@ -49,8 +51,9 @@ class ChainSource:
         if config.store == "shards":
             name = f"rank{place.rank}" if self._is_main else f"rank{place.rank}-{num_steps}-steps"
             folder = Path(folder or "trajectories") / name
-            self._store = ShardStore(folder, self._settings(), self.trajectories, config.keep_shards)
-        self._images: ImageData | None = None
+            defaults = asdict(DrafterTrainConfig())
+            self._store = ShardStore(folder, self._settings(), self.trajectories, config.keep_shards, defaults)
+        self._images = _images_of(target, config.forward_dataset) if config.forward_dataset else None
         self._data: Trajectories | ShardWindow | None = None
         self._epoch = -1
 
@@ -82,8 +85,7 @@ class ChainSource:
         if not self._is_main:
             noise_seed = mixed_seed(seed, number, rank, self.num_steps)
         given = None
-        if config.forward_dataset:
-            self._images = self._images or DATASETS[config.forward_dataset]("train")
+        if self._images is not None:
             rows = (picked * len(self._images.labels)).long()
             labels = self._images.labels[rows]
             given = noised_chains(self.schedule, self._images.images[rows], mixed_seed(seed, number, rank))
@@ -107,3 +109,17 @@ class ChainSource:
             self._data = self.trajectories(epoch) if self._store is None else self._store.latest(epoch)
             self._epoch = epoch
         return self._data
+
+
+def images_fit(target: Target, images: ImageData) -> bool:
+    """Whether the images have the shape of the target's latents, and no more classes than it knows."""
+    return images.images.shape[1:] == target.latent_shape and int(images.labels.max()) < target.num_classes
+
+
+def _images_of(target: Target, name: str) -> ImageData:
+    images = DATASETS[name]("train")
+    if not images_fit(target, images):
+        shape, classes = tuple(images.images.shape[1:]), int(images.labels.max()) + 1
+        wanted = f"empty, or images of the target's shape {tuple(target.latent_shape)} and {target.num_classes} classes"
+        fail("train_drafter", "forward_dataset", wanted, f"{name!r} of {shape} and {classes} classes")
+    return images

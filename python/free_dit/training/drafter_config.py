@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,32 +105,39 @@ class DrafterTrainConfig:
     max_rows: int = 0
     process_timeout_s: int = 1800
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that training depends on, as plain values."""
+        free = ("compile", "calibration_images", "max_rows", "process_timeout_s")
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
     def check(self) -> None:
         """Raise ValueError or TypeError where a setting is wrong."""
         where = "train_drafter"
+        self.loop.check(where)
         check_int(where, "num_steps", self.num_steps, 3)
         check_int(where, "unroll", self.unroll, 1, self.num_steps - 2)
         check_int(where, "batch_size", self.batch_size, 1)
         check_int(where, "trajectories", self.trajectories, 2)
         check_int(where, "refresh_every", self.refresh_every, 1)
         check_float(where, "max_guidance", self.max_guidance, 1.0)
-        check_float(where, "frozen_share", self.frozen_share, 0.0, 1.0)
+        for name in ("late", "first", "frozen_share", "refused", "redrawn", "other_share"):
+            check_float(where, name, getattr(self, name), 0.0, 1.0)
         if self.frozen_share and self.drafter.window > 1:
             fail(
                 where, "frozen_share", "0 for a drafter with a window, which is called at every step", self.frozen_share
             )
-        check_float(where, "refused", self.refused, 0.0, 1.0)
         if self.refused and self.drafter.window > 1:
             fail(where, "refused", "0 for a drafter with a window, whose drafts rows do not correct", str(self.refused))
-        check_float(where, "redrawn", self.redrawn, 0.0, 1.0)
         if self.refused + self.redrawn > 1.0:
             fail(where, "redrawn", f"at most 1 - refused, {1 - self.refused:g}", f"{self.redrawn:g}")
         if self.other_steps:
             check_int(where, "other_steps", self.other_steps, self.unroll + 2)
             if self.other_steps == self.num_steps:
                 fail(where, "other_steps", f"another number than num_steps, {self.num_steps}", str(self.other_steps))
-        check_float(where, "other_share", self.other_share, 0.0, 1.0)
         check_choice(where, "loss", self.loss, tuple(LOSSES))
+        if check_float(where, "feature_weight", self.feature_weight, 0.0) == 0.0 and self.loss == "none":
+            fail(where, "feature_weight", "above 0 for loss 'none'", self.feature_weight)
+        check_int(where, "calibration_images", self.calibration_images, 0)
         if self.forward_dataset:
             check_choice(where, "forward_dataset", self.forward_dataset, tuple(DATASETS))
         check_choice(where, "precision", self.precision, tuple(DTYPES))

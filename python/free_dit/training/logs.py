@@ -14,18 +14,25 @@ class CsvLog:
     """Lines in ``log.csv``; those of iterations after ``step``, which will run again, are dropped."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        path = folder / "log.csv"
-        _trim(path, step)
-        self._handle = path.open("a", newline="")
+        self._path = folder / "log.csv"
+        self._names = _trim(self._path, step)
+        self._handle = self._path.open("a", newline="")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add a line, and a header where the file is empty."""
+        """Add a line, and columns for metrics that the file has none for."""
         row = {"step": step, **{name: f"{value:.6g}" for name, value in metrics.items()}}
-        writer = csv.DictWriter(self._handle, row.keys())
-        if self._handle.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+        if not row.keys() <= set(self._names):
+            self._widen(list(row))
+        csv.DictWriter(self._handle, self._names, restval="").writerow(row)
         self._handle.flush()
+
+    def _widen(self, names: list[str]) -> None:
+        """Write the file anew with these columns, too; a run of an older version may have had fewer."""
+        self._handle.close()
+        rows = _rows(self._path)
+        self._names += [name for name in names if name not in self._names]
+        _rewrite(self._path, self._names, rows)
+        self._handle = self._path.open("a", newline="")
 
     def close(self) -> None:
         """Close the file."""
@@ -71,15 +78,24 @@ def open_log(kind: str, folder: Path, step: int) -> Log:
     return CsvLog(folder, step) if kind == "csv" else TensorBoardLog(folder, step)
 
 
-def _trim(path: Path, step: int) -> None:
-    if not path.exists():
-        return
+def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
+        return list(csv.DictReader(handle))
+
+
+def _rewrite(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, names, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _trim(path: Path, step: int) -> list[str]:
+    """Drop lines of later iterations; the names of the file's columns."""
+    rows = _rows(path) if path.exists() else []
     # A process that was killed may have written half a line.
     kept = [row for row in rows if row["step"].isdigit() and None not in row.values() and int(row["step"]) <= step]
+    names = list(rows[0]) if rows else []
     if len(kept) < len(rows):
-        with path.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(kept)
+        _rewrite(path, names, kept)
+    return names

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from free_dit.interrupts import deferred_interrupts
 from free_dit.training.distributed import Loss, Place
+from free_dit.training.identity import changed_settings
 from free_dit.training.logs import LOGS, Log, open_log
 from free_dit.training.optimizers import kept_shapes, make_optimizer
 from free_kernels.checkpoint import CheckpointError, load_checkpoint, reading, save_checkpoint
-from free_kernels.validation import check_choice, check_int, describe
+from free_kernels.validation import check_choice, check_float, check_int, describe, fail
 
 # File in the folder of a run, from which the run is resumed.
 CHECKPOINT = "checkpoint.safetensors"
@@ -60,6 +61,20 @@ class LoopConfig:
     accumulate: int = 1
     log: str = "csv"
 
+    def check(self, where: str) -> None:
+        """Raise ValueError or TypeError where a setting is wrong; ``where`` is named."""
+        for name in ("iterations", "checkpoint_every", "log_every", "accumulate"):
+            check_int(where, name, getattr(self, name), 1)
+        check_int(where, "warmup", self.warmup, 0)
+        # The upper half of a generator's 64 bits; the iteration has the other one.
+        check_int(where, "seed", self.seed, 0, 2**32 - 1)
+        check_float(where, "learning_rate", self.learning_rate, 0.0)
+        check_float(where, "weight_decay", self.weight_decay, 0.0)
+        check_float(where, "ema_decay", self.ema_decay, 0.0, 1.0)
+        if check_float(where, "clip_norm", self.clip_norm, 0.0) == 0.0:
+            fail(where, "clip_norm", "above 0", self.clip_norm)
+        check_choice(where, "log", self.log, LOGS)
+
 
 def _learning_rate_factor(step: int, config: LoopConfig) -> float:
     warm = min(1.0, (step + 1) / max(1, config.warmup))
@@ -96,6 +111,7 @@ class TrainingLoop:
         identity: plain values that must not change between a run and its resumption.
         place: where this process stands among those of the run.
         scaler: scales the loss against underflow of float16 gradients; one that is not enabled changes nothing.
+        defaults: of the identity's values, for checkpoints of versions that lacked them.
 
     Raises:
         ValueError: a wrong setting of the loop.
@@ -111,11 +127,12 @@ class TrainingLoop:
         identity: dict[str, Any],
         place: Place = Place(),
         scaler: torch.amp.GradScaler = torch.amp.GradScaler("cpu", enabled=False),
+        defaults: dict[str, Any] | None = None,
     ) -> None:
-        check_choice("train", "log", config.log, LOGS)
-        check_int("train", "accumulate", config.accumulate, 1)
+        config.check("train")
         self.module, self.config, self.out, self.place = module, config, Path(out), place
         self.identity = identity | {"processes": place.world}
+        self._defaults = {"processes": 1} | (defaults or {})
         self.scaler = scaler
         self.ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.parameters = [p for p in module.parameters() if p.requires_grad]
@@ -166,6 +183,9 @@ class TrainingLoop:
                     if interrupted:
                         raise KeyboardInterrupt
                     self._advance(log, bar)
+                # What follows a whole training is not for this command any more.
+                if interrupted:
+                    raise KeyboardInterrupt
         finally:
             # The wrapper has to be freed before its process group: otherwise its destructor waits for a thread that
             # itself waits for the interpreter.
@@ -253,7 +273,7 @@ class TrainingLoop:
 
     def _load(self) -> None:
         tensors, metadata = load_checkpoint(self.checkpoint_path, "training")
-        changed = _changed(metadata["identity"], self.identity)
+        changed = changed_settings(metadata["identity"], self.identity, self._defaults)
         if changed:
             raise CheckpointError(
                 f"train: {self.checkpoint_path} must be of the same configuration, got another {', '.join(changed)}; "
@@ -294,18 +314,3 @@ class TrainingLoop:
                 raise ValueError(f"{found} as shapes of adam.{number}, the moments of {name}")
         if kept or not all(value.is_floating_point() for value in parts["adam"].values()):
             raise ValueError(f"adam of {len(parts['adam'])} tensors")
-
-
-def _changed(stored: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """Names of the stored values that differ now.
-
-    Settings of newer versions are not in the file and are not compared; the kind of log may change.
-    """
-    names = []
-    for name, value in stored.items():
-        now = mine.get(name)
-        if isinstance(value, dict) and isinstance(now, dict):
-            names += [f"{name}.{inner}" for inner in _changed(value, now)]
-        elif now != value and name != "log":
-            names.append(name)
-    return sorted(names)

@@ -24,7 +24,7 @@ class RedrawnWindows:
         guidance: float32 ``[R]``.
 
     Attributes:
-        states: of each step ``[R, C, H, W]``.
+        states: of each step ``[R, ...]``, of the latent's shape.
         features: the target's there, of each step ``[R', T, D]``.
         means: of each step's transition, like ``states``.
         stds: its deviations, like ``states``.
@@ -38,7 +38,8 @@ class RedrawnWindows:
         here, last, both = windows.y.device, windows.chain.num_steps - 2, windows.network.both
         guidance, before = guidance.to(here), (start - 1).clamp(min=0)
         drawn = _draw(windows.rows("mean", before), windows.rows("std", before))
-        state = torch.where((start == 0).to(here).view(-1, 1, 1, 1), windows.rows("states", start), drawn)
+        at_first_step = (start == 0).to(here).view(-1, *[1] * (drawn.ndim - 1))
+        state = torch.where(at_first_step, windows.rows("states", start), drawn)
         with torch.no_grad():
             for ahead in range(loss.config.unroll):
                 step = (start + ahead).clamp(max=last)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from free_dit.files import write_files
+from free_dit.training.identity import changed_settings
 from free_dit.training.trajectories import Trajectories
 from free_kernels.checkpoint import METADATA_KEY, CheckpointError, save_checkpoint
 from free_kernels.protocols import Target
@@ -53,25 +54,45 @@ class ShardStore:
         settings: plain values that the shards depend on.
         make: makes the trajectories of a shard, the same for a number whenever it is called.
         keep: shards in use at a time.
+        defaults: of the settings, for folders of versions that lacked them.
 
     Raises:
         CheckpointError: the folder holds shards of other settings.
         ValueError, TypeError: ``keep`` is below 1 or not an int.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], make: Callable[[int], Trajectories], keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        make: Callable[[int], Trajectories],
+        keep: int,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
         self.folder, self.make, self.keep = Path(folder), make, check_int("train_drafter", "keep_shards", keep, 1)
-        text = json.dumps(settings, sort_keys=True, indent=2)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._open: dict[int, Shard] = {}
         manifest = self.folder / "manifest.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        if manifest.exists() and manifest.read_text() != text:
+        if manifest.exists():
+            text = self._kept(manifest, settings, defaults or {})
+        else:
+            text = json.dumps(settings, sort_keys=True, indent=2)
+            write_files({manifest: text.encode()})
+        self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _kept(self, manifest: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> str:
+        """The text of a manifest of the same settings, which the digests of its shards are of."""
+        text = manifest.read_bytes().decode(errors="replace")
+        try:
+            changed = changed_settings(json.loads(text), settings, defaults)
+        except (ValueError, AttributeError, RecursionError) as error:
+            changed = [str(error)]
+        if changed:
             raise CheckpointError(
-                f"train_drafter: {manifest} must be of the same target and settings, got others; "
+                f"train_drafter: {manifest} must be of the same target and settings, got another {', '.join(changed)}; "
                 f"choose another --out or remove {self.folder}"
             )
-        write_files({manifest: text.encode()})
+        return text
 
     def path(self, number: int) -> Path:
         """File of a shard."""

@@ -51,6 +51,7 @@ def train(config: TrainConfig, out: Path, device: torch.device | str = "cpu") ->
     check_choice("train", "dataset", config.dataset, tuple(DATASETS))
     check_int("train", "batch_size", config.batch_size, 1)
     check_choice("train", "objective", config.objective, tuple(FAMILIES))
+    config.loop.check("train")
     target_path = check_writable("train", "out", Path(out) / "model.safetensors")
     data = DATASETS[config.dataset]("train")
     with iteration_seed(config.loop.seed, -1):
@@ -68,7 +69,7 @@ def train(config: TrainConfig, out: Path, device: torch.device | str = "cpu") ->
         return loss(network, images[index], classes[index])
 
     identity = {k: v for k, v in asdict(config).items() if k != "compile"}
-    loop = TrainingLoop(model, step, config.loop, Path(out), identity)
+    loop = TrainingLoop(model, step, config.loop, Path(out), identity, defaults=asdict(TrainConfig()))
     loop.run()
     # The bundled data sets are images.
     model.draws = "pixels"

@@ -99,12 +99,15 @@ def train_drafter(
     # A flow model counts finer timesteps than the drafter: this many of them are one of the drafter's.
     schedule = make_schedule(config.schedule, target, config.num_steps)
     unit = max(1, schedule.num_train_steps // config.drafter.num_timesteps)
+    latest = int(schedule.timesteps.max())
+    if latest >= config.drafter.num_timesteps * unit:
+        wanted = f"at least {latest // unit + 1}, for the schedule's timestep {latest}"
+        fail("train_drafter", "num_timesteps", wanted, config.drafter.num_timesteps)
     config = replace(config, drafter=replace(config.drafter, time_unit=unit))
     out = Path(out)
     path = check_writable("train_drafter", "out", out / "drafter.safetensors")
     device = device_of(target)
-    changes_nothing = ("compile", "calibration_images", "max_rows", "process_timeout_s")
-    identity = {k: v for k, v in asdict(config).items() if k not in changes_nothing}
+    identity = config.identity()
     identity |= {"target": target_name, "target_fingerprint": target_fingerprint(target)}
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     with place.joined(device, config.process_timeout_s):
@@ -112,14 +115,17 @@ def train_drafter(
             pooled = TargetDefaults.read(target, "pooled")
             shown = (target.num_classes, config.drafter) if pooled is None else (0, config.drafter, pooled.shape[1])
             drafter = FeatureDrafter(target.latent_shape, target.feature_shape, *shown)
-        if config.start:
+        # A checkpoint holds all weights and scales.
+        begins = not (out / CHECKPOINT).exists()
+        if config.start and begins:
             drafter.load_state_dict(_started(config, target).state_dict())
         drafter.to(device)
         loss = DrafterLoss(target, drafter, config, place, out / "trajectories")
-        # A checkpoint holds the scales. With several processes all take those of the first one.
-        if not config.start and not (out / CHECKPOINT).exists():
+        # With several processes all take those of the first one.
+        if begins and not config.start:
             loss.fit_scales()
-        loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler)
+        defaults = asdict(DrafterTrainConfig())
+        loop = TrainingLoop(drafter.train(), loss, config.loop, out, identity, place, scaler, defaults)
         loop.run()
     if not place.is_first:
         return path
