@@ -21,8 +21,8 @@ inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_
   return Tensor(handle);
 }
 
-// More rows than these are faster by PyTorch's product.
-constexpr int64_t kMostRows = 128;
+// With more rows, or larger weights, what PyTorch's product takes to begin is small beside what it takes.
+constexpr int64_t kMostRows = 32, kMostWeights = 1 << 17;
 
 // `left [M, K]`, contiguous, times `right [K, N]`, whose rows are contiguous and `right_stride` values apart;
 // for CPUs with AVX2.
@@ -34,7 +34,8 @@ inline Tensor times(const Tensor& rows, const Tensor& weight) {
   const auto sizes = weight.sizes();
   Tensor product = empty_on(rows, {rows.size(0), sizes[0]}, ScalarType::Float);
 #if FREE_KERNELS_HAS_AVX2
-  if (rows.size(0) <= kMostRows && weight.stride(0) == 1 && sizes[1] > 0 && has_avx2()) {
+  const bool few = rows.size(0) <= kMostRows && sizes[0] * sizes[1] <= kMostWeights && sizes[1] > 0;
+  if (few && weight.stride(0) == 1 && has_avx2()) {
     few_rows_product(const_floats(rows), const_floats(weight), rows.size(0), sizes[1], sizes[0],
                      weight.stride(1), floats(product));
     return product;

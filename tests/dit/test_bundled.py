@@ -54,9 +54,9 @@ def test_call_reduction(digits):
     target, drafter = digits
     rounds = {}
     for verification, draft_length, guidance, reuse, images, floor in (
-        ("token", 6, 1.0, True, 16, 5.45),
-        ("token", 6, 2.0, True, 16, 5.35),
-        ("token", 12, 1.0, True, 32, 9.7),
+        ("token", 6, 1.0, True, 16, 5.5),
+        ("token", 6, 2.0, True, 16, 5.4),
+        ("token", 12, 1.0, True, 32, 10.0),
         ("token", 12, 1.0, False, 32, 9.2),
         ("block", 6, 1.0, True, 16, 5.55),
         ("block", 12, 1.0, True, 32, 9.9),
