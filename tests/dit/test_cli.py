@@ -75,7 +75,7 @@ def test_comparison_writes_pictures_and_figures(tmp_path):
 
 
 def test_feasibility_writes_a_table_a_plot_and_json(tmp_path):
-    small = ("--steps", 20, "--lengths", 2, 4, "--positions", 2, "--timing-repeats", 1)
+    small = ("--steps", 20, "--lengths", 2, 4, "--positions", 2, "--timing-repeats", 2)
     check = ("--check", 4, "--check-images", 2)
     text = run("feasibility", "--out", tmp_path, "--drafter", "bundled", *small, *check).stdout
     assert "seen once" in text

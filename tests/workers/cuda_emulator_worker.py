@@ -164,7 +164,7 @@ def check_commit(kernels: Kernels, given: tuple, written: dict[str, Tensor], tou
     rows, num_images, images = len(features) // len(written["parent"]), len(written["samples"]), written["images"]
     row, step = row_offsets[:-1] + committed - 1, written["steps"] + committed
     valid = (images >= 0) & (images < num_images) & (committed >= 1) & (committed <= drafts.shape[1])
-    valid &= (row >= 0) & (row < rows) & (step <= NUM_STEPS)
+    valid &= (row >= 0) & (row < rows) & (written["steps"] >= 0) & (step <= NUM_STEPS)
     mine = written if touched is not None else {name: value.clone() for name, value in written.items()}
     theirs = {name: value.clone() for name, value in written.items() if name != "samples" or touched is None}
     if touched is not None:

@@ -23,6 +23,7 @@ from free_kernels.validation import check_choice, check_int, fail
 BACKENDS = ("auto", "reference", "extension", "triton")
 _NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
 _MOST = torch.finfo(torch.float32).max
+_EXPECTATIONS = "a finite number", f"a number above 0 and at most {_MOST:g}, or infinity"
 _OPTIONAL = ("slack_noise", "relaxation", "rounds")
 _STATES = ("draft_states", "draft_mean", "draft_std", "noise", "slack_noise")
 _INTEGERS = ("images", "steps", "rounds", "row_offsets")
@@ -72,15 +73,15 @@ def check_round(op: str, arguments: CouplingArguments | KeyedCouplingArguments) 
 
 def check_settings(op: str, guidance_scale: float, clip: float) -> None:
     """Both are numbers. By comparisons alone, which are traced where the numbers are symbols."""
-    expectations = "a finite number", f"a number above 0 and at most {_MOST:g}, or infinity"
-    for name, value, expectation in zip(("guidance_scale", "clip"), (guidance_scale, clip), expectations, strict=True):
+    pairs = zip(("guidance_scale", "clip"), (guidance_scale, clip), _EXPECTATIONS, strict=True)
+    for name, value, expectation in pairs:
         if isinstance(value, bool) or not isinstance(value, _NUMBERS):
             fail(op, name, expectation, value, TypeError)
     if not -math.inf < guidance_scale < math.inf:
-        fail(op, "guidance_scale", expectations[0], guidance_scale)
+        fail(op, "guidance_scale", _EXPECTATIONS[0], guidance_scale)
     # A larger one would be infinite in float32, and clip nothing.
     if not (0.0 < clip <= _MOST or clip == math.inf):
-        fail(op, "clip", expectations[1], clip)
+        fail(op, "clip", _EXPECTATIONS[1], clip)
 
 
 def draw_noise(arguments: KeyedCouplingArguments, backend: str = "auto") -> CouplingArguments:

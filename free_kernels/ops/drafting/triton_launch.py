@@ -219,10 +219,13 @@ def join_rows(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     branches, held, tokens, channels = a.features.shape
     count = a.drafts * slots if a.chosen is None else len(a.chosen)
     inputs = len(a.feature)
+    # The kernel looks up a further row for each of the others, too.
+    if not count:
+        return tuple(part.clone() for part in a[:5])
     out = tuple(part.new_empty(inputs + branches * count, *part.shape[1:]) for part in a[:5])
     numels = math.prod(a.state.shape[1:]), tokens * channels
     if len(out[0]):
-        sizes = inputs, max(count, 1), slots, held, width, a.timesteps.shape[1], a.null_label or 0, *numels
+        sizes = inputs, count, slots, held, width, a.timesteps.shape[1], a.null_label or 0, *numels
         with current(a.feature):
             join_kernel[(len(out[0]) * triton.cdiv(max(numels), _TALLY_BLOCK),)](
                 *(*a[:11], a.chosen, *out, *sizes),
