@@ -29,17 +29,18 @@ struct FurtherRows {
   }
 };
 
-// A row that is not there stands for the first one, which has to be there.
-void check_held(const char* op, int64_t held, int64_t count) {
+// How many further rows there are: those chosen of so many, or all. The first row that is held stands for
+// those that are not there, so it has to be.
+int64_t further_rows(const char* op, const std::optional<Tensor>& chosen, int64_t numbers, int64_t held,
+                     const Tensor& like) {
+  const int64_t count = chosen ? chosen->numel() : numbers;
   STD_TORCH_CHECK(held >= 1 || count == 0, op, ": features must have at least 1 row, got ", held);
-}
-
-void check_chosen(const char* op, const std::optional<Tensor>& chosen, int64_t numbers, const Tensor& like) {
-  if (!chosen) return;
-  check_tensor(op, "chosen", *chosen, ScalarType::Long, {chosen->numel()}, like);
-  for (int64_t i = 0; i < chosen->numel(); ++i)
+  if (!chosen) return count;
+  check_tensor(op, "chosen", *chosen, ScalarType::Long, {count}, like);
+  for (int64_t i = 0; i < count; ++i)
     STD_TORCH_CHECK(ints(*chosen)[i] >= 0 && ints(*chosen)[i] < numbers, op, ": chosen must be in [0, ",
                     numbers, "), got ", ints(*chosen)[i]);
+  return count;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> join_rows(
@@ -72,10 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> join_rows(
                   std::min(width, length), "], got ", drafts);
   STD_TORCH_CHECK(branches == (null_label ? 2 : 1), op,
                   ": null_label must be given exactly where features have 2 branches");
-  check_chosen(op, chosen, drafts * slots, feature);
+  const int64_t count = further_rows(op, chosen, drafts * slots, held, feature);
+  const int64_t rows = inputs + branches * count;
   const FurtherRows further{ints(latest), ints(before), chosen ? ints(*chosen) : nullptr, slots, width, held};
-  const int64_t count = chosen ? chosen->numel() : drafts * slots, rows = inputs + branches * count;
-  check_held(op, held, count);
   const int64_t state_size = s[1] * s[2] * s[3], size = f[1] * f[2];
   Tensor out_feature = empty_on(feature, {rows, f[1], f[2]}, feature.scalar_type());
   Tensor out_previous = empty_on(feature, {rows, s[1], s[2], s[3]}, kFloat);
@@ -122,9 +122,7 @@ Tensor row_errors(const Tensor& drafted, const Tensor& features, const Tensor& l
                 size = f[2] * f[3];
   STD_TORCH_CHECK(drafts >= 1 && drafts <= width, op, ": drafts must be in [1, ", width, "], got ", drafts);
   STD_TORCH_CHECK(inputs >= 0, op, ": inputs must be at least 0, got ", inputs);
-  check_chosen(op, chosen, drafts * slots, features);
-  const int64_t count = chosen ? chosen->numel() : drafts * slots;
-  check_held(op, held, count);
+  const int64_t count = further_rows(op, chosen, drafts * slots, held, features);
   check_tensor(op, "features", features, features.scalar_type(), {branches, held, f[2], f[3]}, features);
   check_tensor(op, "latest", latest, ScalarType::Long, {slots, width}, features);
   check_tensor(op, "drafted", drafted, drafted.scalar_type(), {inputs + branches * count, f[2], f[3]},

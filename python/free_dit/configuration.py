@@ -62,7 +62,8 @@ def build(kind: type[T], values: dict[str, Any], source: str, default: T | None 
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             factory = known[name].default_factory
-            own = getattr(default, name, None) if factory is dataclasses.MISSING else factory()
+            own = None if factory is dataclasses.MISSING else factory()
+            own = own if default is None else getattr(default, name)
             arguments[name] = build(hint, value, f"{source}:{name}", own)  # type: ignore[arg-type]
             continue
         allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

@@ -8,15 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import pytest
 import torch
+from interrupted_training import interrupted_at
 from safetensors.torch import load_file
 
 from free_dit import DiTConfig
-from free_dit.configuration import CONFIGS, load_config
+from free_dit.configuration import CONFIGS, build, load_config
 from free_dit.data import load_digits, load_photographs
 from free_dit.networks.families import load_model
 from free_dit.train_drafter import DrafterTrainConfig, train_drafter
@@ -67,18 +68,8 @@ def weights(path):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     whole = weights(train(TINY, tmp_path / "whole"))
-
-    original = TrainingLoop._iterate
-
-    def stop_at_seven(loop):
-        if loop.step == 7:
-            raise KeyboardInterrupt
-        return original(loop)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_iterate", stop_at_seven)
-        with pytest.raises(KeyboardInterrupt):
-            train(TINY, tmp_path / "parts")
+    with interrupted_at(7):
+        train(TINY, tmp_path / "parts")
     resumed = weights(train(TINY, tmp_path / "parts"))
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
@@ -102,20 +93,11 @@ def without(path, names):
     save_checkpoint(path, tensors, metadata)
 
 
-def test_an_older_versions_run_goes_on_where_new_settings_have_their_defaults(tmp_path, monkeypatch):
+def test_an_older_versions_run_goes_on_where_new_settings_have_their_defaults(tmp_path):
     whole = weights(train(TINY, tmp_path / "whole"))
     stopped = tmp_path / "parts"
-
-    def stop_at_four(loop):
-        if loop.step == 4:
-            raise KeyboardInterrupt
-        return original(loop)
-
-    original = TrainingLoop._iterate
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_iterate", stop_at_four)
-        with pytest.raises(KeyboardInterrupt):
-            train(TINY, stopped)
+    with interrupted_at(4):
+        train(TINY, stopped)
     without(stopped / "checkpoint.safetensors", ["loop.accumulate", "objective", "processes"])
     shutil.copytree(stopped, tmp_path / "other")
     for changed in (
@@ -329,3 +311,12 @@ def test_overrides_win_over_the_file(tmp_path):
     # What a section does not give is the whole's own default, not that of the section's class.
     deeper = load_config(TrainConfig, None, ("model.depth=4",))
     assert deeper == replace(TrainConfig(), model=replace(TrainConfig().model, depth=4))
+
+
+def test_defaults_of_a_whole_reach_sections_of_sections():
+    @dataclass(frozen=True)
+    class Outer:
+        inner: TrainConfig = field(default_factory=lambda: replace(TINY, dataset="photographs"))
+
+    built = build(Outer, {"inner": {"model": {"depth": 4}}}, "test")
+    assert built.inner == replace(TINY, dataset="photographs", model=replace(TINY.model, depth=4))

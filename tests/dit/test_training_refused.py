@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interrupted_training import interrupted_at
 from random_networks import learner, small_target
 from safetensors.torch import load_file
 
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
-from free_dit.training.loop import LoopConfig, TrainingLoop
+from free_dit.training.loop import LoopConfig
 from free_dit.training.refused_rounds import RefusedRounds
 from free_kernels import DiTTarget, DrafterConfig, FeatureDrafter
 
@@ -102,20 +103,11 @@ def test_the_first_windows_are_corrected_and_the_others_are_not(target, monkeypa
 
 
 @pytest.mark.parametrize("store", ["memory", "shards"])
-def test_training_on_both_lengths_resumes_exactly(target, tmp_path, monkeypatch, store):
+def test_training_on_both_lengths_resumes_exactly(target, tmp_path, store):
     config = replace(CONFIG, other_steps=7, other_share=0.5, store=store, keep_shards=2)
     whole = load_file(train_drafter(target, config, tmp_path / "whole", "tiny"))
-    original = TrainingLoop._iterate
-
-    def stop_at_9(loop):
-        if loop.step == 9:
-            raise KeyboardInterrupt
-        return original(loop)
-
-    monkeypatch.setattr(TrainingLoop, "_iterate", stop_at_9)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(9):
         train_drafter(target, config, tmp_path / "parts", "tiny")
-    monkeypatch.undo()
     resumed = load_file(train_drafter(target, config, tmp_path / "parts", "tiny"))
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)
@@ -131,21 +123,12 @@ def test_sets_of_the_other_length_have_noise_of_their_own(target):
     assert not torch.equal(main.states[0], other.states[0])
 
 
-def test_a_training_that_has_begun_needs_its_start_no_more(target, tmp_path, monkeypatch):
+def test_a_training_that_has_begun_needs_its_start_no_more(target, tmp_path):
     first = train_drafter(target, CONFIG, tmp_path / "first", "tiny")
     config = replace(CONFIG, start=str(first))
     whole = load_file(train_drafter(target, config, tmp_path / "whole", "tiny"))
-    iterate = TrainingLoop._iterate
-
-    def stop_at_five(loop):
-        if loop.step == 5:
-            raise KeyboardInterrupt
-        return iterate(loop)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingLoop, "_iterate", stop_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            train_drafter(target, config, tmp_path / "parts", "tiny")
+    with interrupted_at(5):
+        train_drafter(target, config, tmp_path / "parts", "tiny")
     first.rename(tmp_path / "elsewhere.safetensors")
     resumed = load_file(train_drafter(target, config, tmp_path / "parts", "tiny"))
     for name, tensor in whole.items():

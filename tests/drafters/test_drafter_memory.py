@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupted_training import interrupted_at
 from random_networks import small_target
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from torch import Tensor
 from free_dit import DiT, DiTConfig
 from free_dit.train_drafter import DrafterLoss, DrafterTrainConfig, train_drafter
 from free_dit.training.acceptance import acceptance_by_lookahead
-from free_dit.training.loop import LoopConfig, TrainingLoop, iteration_seed
+from free_dit.training.loop import LoopConfig, iteration_seed
 from free_dit.training.trajectories import collect
 from free_dit.training.windows import NetworkRows, Windows
 from free_kernels import DDPMSchedule, DiTTarget, DrafterConfig, FeatureDrafter, FrozenDrafter, sample
@@ -256,22 +257,13 @@ def test_a_training_window_remembers_the_steps_before_it(target):
         torch.testing.assert_close(got[row : row + 1], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_windowed_drafter_trains_and_resumes_exactly(target, tmp_path, monkeypatch):
+def test_a_windowed_drafter_trains_and_resumes_exactly(target, tmp_path):
     whole = load_file(train_drafter(target, TRAIN, tmp_path / "whole", "tiny"))
     lines = (tmp_path / "whole" / "log.csv").read_text().splitlines()
     losses = [float(line.split(",")[lines[0].split(",").index("loss")]) for line in lines[1:]]
     assert losses[-1] < 0.9 * losses[0]
-    original = TrainingLoop._iterate
-
-    def stop_at_33(loop):
-        if loop.step == 33:
-            raise KeyboardInterrupt
-        return original(loop)
-
-    monkeypatch.setattr(TrainingLoop, "_iterate", stop_at_33)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(33):
         train_drafter(target, TRAIN, tmp_path / "parts", "tiny")
-    monkeypatch.undo()
     resumed = load_file(train_drafter(target, TRAIN, tmp_path / "parts", "tiny"))
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)

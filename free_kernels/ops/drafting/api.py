@@ -27,6 +27,7 @@ from free_kernels.ops.drafting.arguments import (
     ReplayArguments,
     RowArguments,
     TallyArguments,
+    further_rows,
 )
 from free_kernels.validation import fail
 
@@ -127,13 +128,13 @@ def _check_join(a: JoinArguments) -> None:
         fail(op, "null_label", "given exactly where features have 2 branches", a.null_label)
     if a.chosen is not None:
         layouts.check("chosen", a.chosen, INT64, "[P]")
-    _check_held(op, a.features, a.drafts * len(a.latest) if a.chosen is None else len(a.chosen))
+    _check_held(op, a)
 
 
-def _check_held(op: str, features: Tensor, rows: int) -> None:
-    """A row that is not there stands for the first one, which has to be there."""
-    if rows and not features.shape[1]:
-        fail(op, "features", "[B, N, T, D] with N at least 1", features)
+def _check_held(op: str, a: JoinArguments | ErrorArguments) -> None:
+    """The first row stands for those that are not there, so it has to be."""
+    if further_rows(a) and not a.features.shape[1]:
+        fail(op, "features", "[B, N, T, D] with N at least 1", a.features)
 
 
 def _check_errors(a: ErrorArguments) -> None:
@@ -144,12 +145,11 @@ def _check_errors(a: ErrorArguments) -> None:
     layouts.check("latest", a.latest, INT64, "[S, width]")
     if not 1 <= a.drafts <= a.latest.shape[1]:
         fail(op, "drafts", f"in [1, {a.latest.shape[1]}]", a.drafts)
-    rows = a.drafts * a.latest.shape[0] if a.chosen is None else len(a.chosen)
-    _check_held(op, a.features, rows)
-    layouts.sizes = {"T": tokens, "D": width, "B A + B P": a.inputs + branches * rows}
-    layouts.check("drafted", a.drafted, FLOATS, "[B A + B P, T, D]")
     if a.chosen is not None:
         layouts.check("chosen", a.chosen, INT64, "[P]")
+    _check_held(op, a)
+    layouts.sizes = {"T": tokens, "D": width, "B A + B P": a.inputs + branches * further_rows(a)}
+    layouts.check("drafted", a.drafted, FLOATS, "[B A + B P, T, D]")
 
 
 def _fake_rows(a: RowArguments) -> tuple[Tensor, Tensor]:
@@ -158,8 +158,7 @@ def _fake_rows(a: RowArguments) -> tuple[Tensor, Tensor]:
 
 
 def _fake_join(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    further = a.drafts * a.latest.shape[0] if a.chosen is None else a.chosen.shape[0]
-    rows = a.feature.shape[0] + a.features.shape[0] * further
+    rows = a.feature.shape[0] + a.features.shape[0] * further_rows(a)
     return tuple(part.new_empty(rows, *part.shape[1:]) for part in a[:5])
 
 

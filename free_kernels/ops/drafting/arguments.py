@@ -113,6 +113,11 @@ class ErrorArguments(NamedTuple):
     chosen: Tensor | None  # int64 [P]
 
 
+def further_rows(a: JoinArguments | ErrorArguments) -> int:
+    """P, the further rows of each branch."""
+    return a.drafts * a.latest.shape[0] if a.chosen is None else a.chosen.shape[0]
+
+
 class CorrectArguments(NamedTuple):
     """Arguments of ``correct_features``: A of S slots, N states that are held."""
 

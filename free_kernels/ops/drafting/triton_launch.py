@@ -24,6 +24,7 @@ from free_kernels.ops.drafting.arguments import (
     ReplayArguments,
     RowArguments,
     TallyArguments,
+    further_rows,
 )
 from free_kernels.ops.drafting.triton_clean import keep_clean_kernel, replay_kernel
 from free_kernels.ops.drafting.triton_kernels import (
@@ -217,21 +218,19 @@ def join_rows(a: JoinArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     """Contract of :func:`free_kernels.ops.drafting.join_rows`; arguments have been checked."""
     slots, width = a.latest.shape
     branches, held, tokens, channels = a.features.shape
-    count = a.drafts * slots if a.chosen is None else len(a.chosen)
-    inputs = len(a.feature)
+    count, inputs = further_rows(a), len(a.feature)
     # The kernel looks up a further row for each of the others, too.
     if not count:
         return tuple(part.clone() for part in a[:5])
     out = tuple(part.new_empty(inputs + branches * count, *part.shape[1:]) for part in a[:5])
     numels = math.prod(a.state.shape[1:]), tokens * channels
-    if len(out[0]):
-        sizes = inputs, count, slots, held, width, a.timesteps.shape[1], a.null_label or 0, *numels
-        with current(a.feature):
-            join_kernel[(len(out[0]) * triton.cdiv(max(numels), _TALLY_BLOCK),)](
-                *(*a[:11], a.chosen, *out, *sizes),
-                BLOCK=_TALLY_BLOCK,
-                num_warps=warps_for(_TALLY_BLOCK, warp_size(a.feature.device)),
-            )
+    sizes = inputs, count, slots, held, width, a.timesteps.shape[1], a.null_label or 0, *numels
+    with current(a.feature):
+        join_kernel[(len(out[0]) * triton.cdiv(max(numels), _TALLY_BLOCK),)](
+            *(*a[:11], a.chosen, *out, *sizes),
+            BLOCK=_TALLY_BLOCK,
+            num_warps=warps_for(_TALLY_BLOCK, warp_size(a.feature.device)),
+        )
     return out
 
 
@@ -241,7 +240,7 @@ def row_errors(a: ErrorArguments) -> Tensor:
     branches, held, tokens, channels = a.features.shape
     shape = branches, a.drafts, slots, tokens, channels
     out = a.drafted.new_empty(shape) if a.chosen is None else a.drafted.new_zeros(shape)
-    count, numel = a.drafts * slots if a.chosen is None else len(a.chosen), tokens * channels
+    count, numel = further_rows(a), tokens * channels
     if count:
         sizes = a.inputs, count, a.drafts * slots, slots, held, width, numel
         with current(out):
