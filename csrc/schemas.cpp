@@ -30,7 +30,7 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "replay_drafts_cpu(Tensor(a!) states, Tensor(b!) mean, Tensor(c!) std, Tensor noise, Tensor table, "
       "Tensor steps, Tensor held_states, Tensor held_clean, Tensor latest, Tensor before, "
-      "Tensor response, float clip) -> ()");
+      "Tensor response, Tensor pattern, float clip) -> ()");
   library.def(
       "keep_rows_cpu(Tensor states, Tensor features, Tensor output, Tensor row_offsets, Tensor committed, "
       "Tensor lengths, Tensor steps, Tensor(a!) at, Tensor(b!) held_states, Tensor(c!) held_features) -> "
@@ -38,7 +38,8 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
   library.def(
       "keep_clean_rows_cpu(Tensor states, Tensor output, Tensor row_offsets, Tensor committed, Tensor "
       "lengths, Tensor steps, Tensor table, Tensor before, Tensor(a!) at, Tensor(b!) "
-      "held_states, Tensor(c!) held_clean, Tensor(d!) response, float guidance_scale, int "
+      "held_states, Tensor(c!) held_clean, Tensor(d!) response, Tensor(e!) pattern, float guidance_scale, "
+      "int "
       "guidance_channels, float clip) -> ()");
   library.def(
       "find_rows_cpu(Tensor(a!) at, Tensor steps, Tensor(b!) places, Tensor(c!) before, "
@@ -68,7 +69,8 @@ STABLE_TORCH_LIBRARY(free_kernels, library) {
       "Tensor(i!) indices, Tensor(j!) rounds, Tensor(k!) deviation, Tensor table, Tensor(l!)? at, "
       "Tensor(m!)? held_states, Tensor(n!)? held_features, Tensor(o!)? places, Tensor(p!)? before, "
       "Tensor(q!)? ahead, Tensor(r!)? clean_at, Tensor(s!)? clean_states, Tensor(t!)? clean, Tensor(u!)? "
-      "clean_places, Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response) -> (Tensor "
+      "clean_places, Tensor(v!)? clean_before, Tensor(w!)? clean_ahead, Tensor(x!)? response, Tensor(y!)? "
+      "pattern) -> (Tensor "
       "next_states, Tensor committed, Tensor gap_sq, Tensor report, Tensor fresh)");
   library.def(
       "philox_round(SymInt seed, Tensor images, Tensor steps, SymInt numel, bool slack, Tensor? rounds=None) "

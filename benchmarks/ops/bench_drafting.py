@@ -118,7 +118,8 @@ def test_replay_drafts(
         clean.contiguous(),
         places if seen else torch.full_like(places, -1),
         torch.arange(slots, device=device),
-        torch.ones(slots, 2, 2, device=device),
+        torch.ones(slots, 3, 2, device=device),
+        torch.ones(slots, 2, *latent, device=device),
         math.inf,
     )
     row = states[0, 0].nbytes
@@ -163,7 +164,8 @@ def test_keep_clean_rows(
         torch.full((slots, places), 20, device=device),
         torch.zeros(held, device=device),
         torch.zeros(held, device=device),
-        torch.zeros(slots, 2, 2, device=device),
+        torch.zeros(slots, 3, 2, device=device),
+        torch.zeros(slots, 2, *latent, device=device),
         1.0,
         latent[0],
         math.inf,

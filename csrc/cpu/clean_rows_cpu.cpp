@@ -12,8 +12,11 @@
 namespace free_kernels {
 namespace {
 
-// What a round's responses weigh in the next round's averages, as in the reference.
-constexpr float kResponseDecay = 0.7f;
+// What a step's responses weigh in the next step's averages, those of elements and their test apart, and how
+// many steps with the average response an element begins with; as in the reference.
+constexpr float kResponseDecay = 0.7f, kPatternDecay = 0.9f, kPatternPrior = 1.0f;
+// Sums of a slot: pairs of the response to new noise, of that to other noise and of the elements' share.
+constexpr int64_t kSums = 6;
 // Rows of fewer elements are not worth a thread.
 constexpr int64_t kGrain = 1 << 15;
 
@@ -34,7 +37,7 @@ struct Replay {
   const float* noise;
   Table table;
   const int64_t* steps;
-  const float *held_states, *held_clean, *response;
+  const float *held_states, *held_clean, *response, *pattern;
   const int64_t *latest, *before;
   int64_t length, size, outputs, width;
   float clip;
@@ -45,6 +48,11 @@ float average(const float* sums, float otherwise) {
   return sums[1] > 0 ? std::max(sums[0] / sums[1], 0.0f) : otherwise;
 }
 
+// How far an element's own response is from the average, by its sums.
+float apart(float along, float length, float average) {
+  return std::max((along + kPatternPrior * average) / (length + kPatternPrior), 0.0f) - average;
+}
+
 // Elements of a slot that go through all drafts together; no element depends on another.
 void replay_block(const Replay& a, int64_t slot, int64_t first, int64_t count) {
   const int64_t size = a.size, before = a.before[slot], step = a.steps[slot];
@@ -52,9 +60,13 @@ void replay_block(const Replay& a, int64_t slot, int64_t first, int64_t count) {
   // Clean sample and variances of the draft before, and its mean.
   float said[kBlock], variance[kBlock], at[kBlock];
   // Without a row before the sums are those of the slot's last image.
-  const float* sums = a.response + 4 * slot;
-  const float to_new = before >= 0 ? average(sums, 0.0f) : 0.0f;
-  const float to_other = before >= 0 ? average(sums + 2, to_new) : 0.0f;
+  const float* sums = a.response + kSums * slot;
+  const float to_any = before >= 0 ? average(sums, 0.0f) : 0.0f;
+  const float share = before >= 0 ? std::min(average(sums + 4, 0.0f), 1.0f) : 0.0f;
+  const float *along = a.pattern + 2 * slot * size + first, *lengths = along + size;
+  float to_new[kBlock], to_other[kBlock];
+  for (int64_t e = 0; e < count; ++e) to_new[e] = to_any + share * apart(along[e], lengths[e], to_any);
+  std::fill_n(to_other, count, before >= 0 ? average(sums + 2, to_any) : 0.0f);
   float* state = a.states + slot * a.length * size + first;
   if (before >= 0) {
     const Columns& columns = a.table.at(step - 1);
@@ -79,11 +91,12 @@ void replay_block(const Replay& a, int64_t slot, int64_t first, int64_t count) {
       std::copy_n(clean, count, said);
       if (learned) std::copy_n(clean + size, count, variance);
     }
-    const float here = (latest >= 0 ? to_other : to_new) * response_unit(columns);
+    const float* response = latest >= 0 ? to_other : to_new;
+    const float unit = response_unit(columns);
     float *mean = a.mean + draft, *std = a.std + draft, *next = state + size;
     const float* noise = a.noise + (slot * a.length + j) * size + first;
     for (int64_t e = 0; e < count; ++e) {
-      said[e] = clipped(said[e] + here * (state[e] - at[e]), a.clip);
+      said[e] = clipped(said[e] + unit * response[e] * (state[e] - at[e]), a.clip);
       at[e] = columns.mean_from_x0 * said[e] + columns.mean_from_state_given_x0 * state[e];
       mean[e] = at[e];
     }
@@ -99,7 +112,7 @@ void replay_block(const Replay& a, int64_t slot, int64_t first, int64_t count) {
 void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, const Tensor& noise,
                    const Tensor& table, const Tensor& steps, const Tensor& held_states,
                    const Tensor& held_clean, const Tensor& latest, const Tensor& before,
-                   const Tensor& response, double clip) {
+                   const Tensor& response, const Tensor& pattern, double clip) {
   constexpr const char* op = "replay_drafts";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
@@ -123,7 +136,8 @@ void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, 
                   2 * s[2], " channels, got ", channels);
   check_tensor(op, "latest", latest, kLong, {s[0], width}, states);
   check_tensor(op, "before", before, kLong, {s[0]}, states);
-  check_tensor(op, "response", response, kFloat, {s[0], 2, 2}, states);
+  check_tensor(op, "response", response, kFloat, {s[0], 3, 2}, states);
+  check_tensor(op, "pattern", pattern, kFloat, {s[0], 2, s[2], s[3], s[4]}, states);
   const auto within = [&](const char* name, const Tensor& places) {
     for (int64_t i = 0; i < places.numel(); ++i)
       STD_TORCH_CHECK(ints(places)[i] < held, op, ": ", name, " must be below ", held, ", got ",
@@ -142,6 +156,7 @@ void replay_drafts(const Tensor& states, const Tensor& mean, const Tensor& std, 
   replay.held_states = const_floats(held_states);
   replay.held_clean = const_floats(held_clean);
   replay.response = const_floats(response);
+  replay.pattern = const_floats(pattern);
   replay.latest = ints(latest);
   replay.before = ints(before);
   replay.length = s[1];
@@ -167,7 +182,7 @@ struct Keeping {
   const int64_t *offsets, *committed, *lengths, *steps, *before;
   Table table;
   int64_t* at;
-  float *held_states, *held_clean, *response;
+  float *held_states, *held_clean, *response, *pattern;
 
   const float* state(int64_t slot, int64_t j) const {
     return states + (slot * length + j) * transition.elements;
@@ -198,46 +213,94 @@ bool clean_row(const Keeping& a, int64_t slot, int64_t j, float* clean) {
   return finite;
 }
 
-// What a state and its clean sample say of a response, given another state and its clean sample, into its
-// sums.
-template <typename Start>
-void add_response(float* sums, const float* state, const float* clean, const Start& start, const float* known,
-                  float unit, int64_t size) {
-  const auto moved = [&](int64_t e) { return state[e] - start(e); };
-  const double along = sum(size, [&](int64_t e) { return moved(e) * (clean[e] - known[e]); });
-  const double length = sum(size, [&](int64_t e) { return moved(e) * moved(e); });
-  const float ratio = static_cast<float>(along / length) / unit;
-  if (!std::isfinite(ratio)) return;
-  sums[0] = kResponseDecay * sums[0] + ratio;
-  sums[1] = kResponseDecay * sums[1] + 1.0f;
+// What one step says: how far the state moved from where it was expected, and the clean sample with it.
+struct Move {
+  float *moved, *changed;  // changes of the clean sample, in the step's unit
+  int64_t size;
+};
+
+// Of a move: products over squares, one over the mean square, and whether both are finite, else it says
+// nothing.
+struct Ratio {
+  double length_sq;
+  float ratio, weight;
+  explicit Ratio(const Move& move) {
+    const float *moved = move.moved, *changed = move.changed;
+    length_sq = sum(move.size, [&](int64_t e) { return moved[e] * moved[e]; });
+    const double along = sum(move.size, [&](int64_t e) { return moved[e] * changed[e]; });
+    ratio = static_cast<float>(along / length_sq);
+    weight = static_cast<float>(static_cast<double>(move.size) / length_sq);
+  }
+  bool says_something() const { return std::isfinite(ratio) && std::isfinite(weight); }
+};
+
+void add_pair(float* sums, float decay, float first, float second) {
+  sums[0] = decay * sums[0] + first;
+  sums[1] = decay * sums[1] + second;
 }
 
-// What the last committed step of a slot says of the responses, into their sums. `scratch` holds two rows.
-void add_responses(const Keeping& a, int64_t slot, float* scratch) {
-  const int64_t size = a.transition.elements, last = a.committed[slot] - 1, step = a.steps[slot];
-  float* sums = a.response + 4 * slot;
-  if (last < 0) return;
-  if (step == 0) std::fill_n(sums, 4, 0.0f);
-  float *clean = scratch, *computed = scratch + a.outputs;
-  clean_row(a, slot, last, clean);
-  const float* now = a.state(slot, last);
-  const float unit = response_unit(a.table.at(step + last));
-  if (last > 0 || a.before[slot] >= 0) {
-    const float* state = last > 0 ? a.state(slot, last - 1) : a.held_states + a.before[slot] * size;
-    const float* there = last > 0 ? computed : a.held_clean + a.before[slot] * a.outputs;
-    if (last > 0) clean_row(a, slot, last - 1, computed);
-    const Columns& columns = a.table.at(step + last - 1);
-    const auto mean = [&](int64_t e) {
-      return columns.mean_from_x0 * there[e] + columns.mean_from_state_given_x0 * state[e];
-    };
-    add_response(sums, now, clean, mean, there, unit, size);
+// Takes a step's response to new noise into the sums and those of the elements, whose own responses, as far
+// as they are `apart` from the average, it tests.
+void add_new(float* sums, float* along, float* lengths, const float* apart, float to_new, const Move& move) {
+  const Ratio step(move);
+  if (!step.says_something()) return;
+  add_pair(sums, kResponseDecay, step.ratio, 1.0f);
+  const float *moved = move.moved, *changed = move.changed;
+  const double fits =
+      sum(move.size, [&](int64_t e) { return apart[e] * moved[e] * (changed[e] - to_new * moved[e]); });
+  const double gaps = sum(move.size, [&](int64_t e) { return apart[e] * moved[e] * (apart[e] * moved[e]); });
+  const float fit = static_cast<float>(fits / step.length_sq),
+              gap = static_cast<float>(gaps / step.length_sq);
+  if (std::isfinite(fit) && std::isfinite(gap)) add_pair(sums + 4, kPatternDecay, fit, gap);
+  for (int64_t e = 0; e < move.size; ++e) {
+    along[e] = kPatternDecay * along[e] + step.weight * (moved[e] * changed[e]);
+    lengths[e] = kPatternDecay * lengths[e] + step.weight * (moved[e] * moved[e]);
   }
-  const int64_t index = slot * a.places + (step + last) % (a.places - 1);
-  if (a.at[index] == step + last) {
-    const float* state = a.held_states + index * size;
-    add_response(
-        sums + 2, now, clean, [&](int64_t e) { return state[e]; }, a.held_clean + index * a.outputs, unit,
-        size);
+}
+
+// Floats of a thread: clean samples of two rows, how far each element's own response is from the average, and
+// the move of a step.
+int64_t scratch_size(const Keeping& a) { return 2 * a.outputs + 3 * a.transition.elements; }
+
+// What the committed steps of a slot say of the responses, into their sums.
+void add_responses(const Keeping& a, int64_t slot, float* scratch) {
+  const int64_t size = a.transition.elements, done = a.committed[slot], first = a.steps[slot];
+  if (done == 0) return;
+  float *sums = a.response + kSums * slot, *along = a.pattern + 2 * size * slot, *lengths = along + size;
+  if (first == 0) {
+    std::fill_n(sums, kSums, 0.0f);
+    std::fill_n(along, 2 * size, 0.0f);
+  }
+  float *clean = scratch, *past = clean + a.outputs, *away = past + a.outputs;
+  float *moved = away + size, *changed = moved + size;
+  const Move move{moved, changed, size};
+  const float to_new = average(sums, 0.0f);
+  for (int64_t e = 0; e < size; ++e) away[e] = apart(along[e], lengths[e], to_new);
+  for (int64_t j = 0; j < done; ++j) {
+    clean_row(a, slot, j, clean);
+    const int64_t step = first + j;
+    const float *state = a.state(slot, j), inverse = 1.0f / response_unit(a.table.at(step));
+    const int64_t index = slot * a.places + step % (a.places - 1);
+    if (a.at[index] == step) {
+      const float *there = a.held_states + index * size, *known = a.held_clean + index * a.outputs;
+      for (int64_t e = 0; e < size; ++e) {
+        moved[e] = state[e] - there[e];
+        changed[e] = inverse * (clean[e] - known[e]);
+      }
+      const Ratio again(move);
+      if (again.says_something()) add_pair(sums + 2, kResponseDecay, again.ratio, 1.0f);
+    }
+    if (j > 0 || a.before[slot] >= 0) {
+      const float* there = j > 0 ? a.state(slot, j - 1) : a.held_states + a.before[slot] * size;
+      const float* known = j > 0 ? past : a.held_clean + a.before[slot] * a.outputs;
+      const Columns& columns = a.table.at(step - 1);
+      for (int64_t e = 0; e < size; ++e) {
+        moved[e] = state[e] - (columns.mean_from_x0 * known[e] + columns.mean_from_state_given_x0 * there[e]);
+        changed[e] = inverse * (clean[e] - known[e]);
+      }
+      add_new(sums, along, lengths, away, to_new, move);
+    }
+    std::swap(clean, past);
   }
 }
 
@@ -258,8 +321,8 @@ void keep_slot(const Keeping& a, int64_t slot, float* scratch) {
 void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& row_offsets,
                      const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& table,
                      const Tensor& before, const Tensor& at, const Tensor& held_states,
-                     const Tensor& held_clean, const Tensor& response, double guidance_scale,
-                     int64_t guidance_channels, double clip) {
+                     const Tensor& held_clean, const Tensor& response, const Tensor& pattern,
+                     double guidance_scale, int64_t guidance_channels, double clip) {
   constexpr const char* op = "keep_clean_rows";
   constexpr ScalarType kFloat = ScalarType::Float, kLong = ScalarType::Long;
   STD_TORCH_CHECK(states.dim() == 5, op, ": states must have 5 dimensions, got ", states.dim());
@@ -285,7 +348,8 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   check_tensor(op, "at", at, kLong, {slots, places}, states);
   check_tensor(op, "held_states", held_states, kFloat, {slots, places, s[2], s[3], s[4]}, states);
   check_tensor(op, "held_clean", held_clean, kFloat, {slots, places, o[1], s[3], s[4]}, states);
-  check_tensor(op, "response", response, kFloat, {slots, 2, 2}, states);
+  check_tensor(op, "response", response, kFloat, {slots, 3, 2}, states);
+  check_tensor(op, "pattern", pattern, kFloat, {slots, 2, s[2], s[3], s[4]}, states);
   STD_TORCH_CHECK(0 <= guidance_channels && guidance_channels <= s[2], op,
                   ": guidance_channels must be in [0, ", s[2], "], got ", guidance_channels);
   for (int64_t slot = 0; slot < slots; ++slot) {
@@ -325,9 +389,10 @@ void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& r
   keeping.held_states = floats(held_states);
   keeping.held_clean = floats(held_clean);
   keeping.response = floats(response);
+  keeping.pattern = floats(pattern);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, keeping.outputs * s[1]));
   torch::stable::parallel_for(0, slots, grain, [&](int64_t from, int64_t to) {
-    std::vector<float> scratch(2 * keeping.outputs);
+    std::vector<float> scratch(scratch_size(keeping));
     for (int64_t slot = from; slot < to; ++slot) keep_slot(keeping, slot, scratch.data());
   });
 }

@@ -51,8 +51,8 @@ void keep_rows(const Tensor& states, const Tensor& features, const Tensor& outpu
 void keep_clean_rows(const Tensor& states, const Tensor& output, const Tensor& row_offsets,
                      const Tensor& committed, const Tensor& lengths, const Tensor& steps, const Tensor& table,
                      const Tensor& before, const Tensor& at, const Tensor& held_states,
-                     const Tensor& held_clean, const Tensor& response, double guidance_scale,
-                     int64_t guidance_channels, double clip);
+                     const Tensor& held_clean, const Tensor& response, const Tensor& pattern,
+                     double guidance_scale, int64_t guidance_channels, double clip);
 
 // Whether values are in range, of which tensors have been checked.
 void check_bounds(const CommitTensors& tensors, const CommitShape& shape);

@@ -55,11 +55,12 @@ Decided decide_round(const Tensor& draft_states, const Tensor& draft_mean, const
                      const std::optional<Tensor>& ahead, const std::optional<Tensor>& clean_at,
                      const std::optional<Tensor>& clean_states, const std::optional<Tensor>& clean,
                      const std::optional<Tensor>& clean_places, const std::optional<Tensor>& clean_before,
-                     const std::optional<Tensor>& clean_ahead, const std::optional<Tensor>& response) {
+                     const std::optional<Tensor>& clean_ahead, const std::optional<Tensor>& response,
+                     const std::optional<Tensor>& pattern) {
   const Held with_features{"rows of features", at, places, before, ahead};
   const Held with_clean{"rows of clean samples", clean_at, clean_places, clean_before, clean_ahead};
   with_features.check({&held_states, &held_features});
-  with_clean.check({&clean_states, &clean, &response});
+  with_clean.check({&clean_states, &clean, &response, &pattern});
   const auto decide = block ? couple_block : couple;
   const auto [next_states, committed, gap_sq] =
       decide(draft_states, draft_mean, draft_std, noise, slack_noise, uniform, output, row_offsets, columns,
@@ -78,7 +79,8 @@ Decided decide_round(const Tensor& draft_states, const Tensor& draft_mean, const
               *held_features);
   if (with_clean.given())
     keep_clean_rows(draft_states, output, row_offsets, committed, lengths, steps, table, *clean_before,
-                    *clean_at, *clean_states, *clean, *response, guidance_scale, guidance_channels, clip);
+                    *clean_at, *clean_states, *clean, *response, *pattern, guidance_scale, guidance_channels,
+                    clip);
   commit_on_cpu(tensors, shape);
   Tensor fresh = renew_slots(steps, images, numbers, indices, rounds);
   with_features.find(steps);

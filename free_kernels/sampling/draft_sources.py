@@ -132,7 +132,7 @@ class Replayed:
         """Make all drafts of the pass, of every slot."""
         job, rows, slots = self._job, self._rows, ahead.slots
         made = *ahead.drafts, ahead.noise, job.table, slots.steps
-        held = rows.states, rows.clean, rows.places, rows.before, rows.response
+        held = rows.states, rows.clean, rows.places, rows.before, rows.response, rows.pattern
         replay_drafts(ReplayArguments(*made, *held, job.clip), rows.backend)
 
 

@@ -128,8 +128,8 @@ def estimate_memory(
     used, kept = rows_used(options, rows), 0
     held = 0
     if drafts and frozen:
-        # States with clean samples, with the row before and one that is not kept.
-        held += (used + 2) * (state + output)
+        # States with clean samples, with the row before and one that is not kept; sums of single elements.
+        held += (used + 2) * (state + output) + 2 * state
     if drafts and memory is None and not repeats and options.reuse_refused:
         # States with features.
         kept = used

@@ -172,7 +172,7 @@ class CleanRows(RefusedRows):
     """State and clean sample of each row, which draft without a network.
 
     There are ``S (M + 1)`` rows, M one more than may be used, so that the row of the step before stays while a round is
-    kept: with C = 4, learned variance and L = 12, 0.7 MiB for each slot at 256 x 256 pixels of DiT-XL/2 and 2.6 MiB at
+    kept: with C = 4, learned variance and L = 12, 0.7 MiB for each slot at 256 x 256 pixels of DiT-XL/2 and 2.8 MiB at
     512 x 512, with guidance or without.
 
     Args:
@@ -182,8 +182,9 @@ class CleanRows(RefusedRows):
     Attributes:
         clean: ``[S (M + 1), C or 2C, H, W]``, of all rows, with the output's variance channels where they are
             learned; there from the first round on.
-        response: ``[S, 2, 2]``, how far the clean sample moves with the state; see
+        response: ``[S, 3, 2]``, how far the clean sample moves with the state; see
             :func:`~free_kernels.ops.drafting.keep_clean_rows`.
+        pattern: ``[S, 2, C, H, W]``, the same of its elements.
     """
 
     clean: Tensor
@@ -191,29 +192,30 @@ class CleanRows(RefusedRows):
     def __init__(self, slots: int, rows: int, device: torch.device, backend: str = "auto", *, job: Job) -> None:
         super().__init__(slots, rows, device, backend, held=rows + 1)
         self._job = job
-        self.response = torch.zeros(slots, 2, 2, dtype=torch.float32, device=device)
+        self.response = torch.zeros(slots, 3, 2, dtype=torch.float32, device=device)
         channels, *latent = job.state_shape
         self._allocate(torch.empty(slots, 1, channels, *latent, dtype=torch.float32, device=device))
         outputs = 2 * channels if job.learned else channels
         self._clean = self._states.new_zeros(*self._at.shape, outputs, *latent)
         self.clean = self._clean.flatten(0, 1)
+        self.pattern = self._states.new_zeros(slots, 2, channels, *latent)
 
     @property
     def nbytes(self) -> int:
         """As :attr:`RefusedRows.nbytes`."""
-        return super().nbytes + self._clean.nbytes + self.response.nbytes
+        return super().nbytes + self._clean.nbytes + self.response.nbytes + self.pattern.nbytes
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held: ``clean_at`` to ``response`` of :func:`~free_kernels.ops.rounds.decide_round`."""
+        """All that is held: ``clean_at`` to ``pattern`` of :func:`~free_kernels.ops.rounds.decide_round`."""
         held = self._at, self._states, self._clean, self.places, self.before, self.ahead
-        return *held, self.response
+        return *held, self.response, self.pattern
 
     def keep(self, played: KeptRound) -> None:
         """As :meth:`RefusedRows.keep`; also measures the responses."""
         job = self._job
         states, _, output, *decided = played
-        held = self._at, self._states, self._clean, self.response
+        held = self._at, self._states, self._clean, self.response, self.pattern
         settings = job.guidance_scale, job.guidance_channels, job.clip
         keep_clean_rows(
             KeepCleanArguments(states, output, *decided, job.table, self.before, *held, *settings), self.backend

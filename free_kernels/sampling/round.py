@@ -264,7 +264,7 @@ class Rounds:
         coupled = *drafts, *numbers, output, row_offsets, columns, weights, *settings
         moved = *slots.tensors(features), self.stats.deviation, job.table
         rows = (None,) * 6 if self._feature_rows is None else self._feature_rows.tensors(drafts.states, features)
-        clean = (None,) * 7 if self._clean_rows is None else self._clean_rows.tensors
+        clean = (None,) * 8 if self._clean_rows is None else self._clean_rows.tensors
         # After the round a slot may hold another image.
         images = None if weights is None else slots.indices.clone()
         given = *coupled, slots.lengths, features, *moved, *rows, *clean

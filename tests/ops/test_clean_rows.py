@@ -55,11 +55,37 @@ def replaying(*, learned: bool = False, clip: float = math.inf, side: int = 3, w
         clean,
         latest.contiguous(),
         torch.tensor([10, 9, 5, NONE]),
+        # The elements' shares are 0.6, none, more than 1 and what a slot without a row before does not ask for.
         torch.tensor(
-            [[[1.5, 2.0], [3.0, 1.5]], [[-1.0, 2.0], [0.0, 0.0]], [[0.6, 1.0], [-2.0, 1.0]], [[0.8, 1.0], [0.9, 1.0]]]
+            [
+                [[1.5, 2.0], [3.0, 1.5], [0.3, 0.5]],
+                [[-1.0, 2.0], [0.0, 0.0], [0.0, 0.0]],
+                [[0.6, 1.0], [-2.0, 1.0], [3.0, 0.5]],
+                [[0.8, 1.0], [0.9, 1.0], [1.0, 1.0]],
+            ]
         ),
+        pattern(*latent, seed=8),
         clip,
     )
+
+
+def pattern(*latent: int, seed: int) -> Tensor:
+    """Sums of single elements: products of any sign, and squares."""
+    sums = normals(SLOTS, 2, *latent, seed=seed)
+    sums[:, 1].abs_()
+    return sums
+
+
+def average(sums: Tensor) -> float:
+    """What a pair of sums holds, at least 0."""
+    total, weight = sums.tolist()
+    return max(0.0, total / weight) if weight else 0.0
+
+
+def own(sums: Tensor, mean: float) -> Tensor:
+    """The responses of single elements."""
+    along, length = sums.double()
+    return ((along + mean) / (length + 1)).clamp(min=0)
 
 
 def exact_replay(a: ReplayArguments) -> ReplayArguments:
@@ -68,12 +94,11 @@ def exact_replay(a: ReplayArguments) -> ReplayArguments:
     held_states, held_clean, table = a.held_states.double(), a.held_clean.double(), a.table.double()
     for slot in range(SLOTS):
         step, before = int(a.steps[slot]), int(a.before[slot])
-        to_new, to_other = (
-            max(0.0, total / weight) if weight and before >= 0 else None for total, weight in a.response[slot].tolist()
-        )
-        to_new = to_new or 0.0
-        to_other = to_new if to_other is None else to_other
+        to_new = to_other = torch.zeros_like(states[slot, 0])
         if before >= 0:
+            to_any, share = average(a.response[slot, 0]), min(average(a.response[slot, 2]), 1.0)
+            to_new = to_any + share * (own(a.pattern[slot], to_any) - to_any)
+            to_other = average(a.response[slot, 1]) if a.response[slot, 1, 1] else to_any
             known = held_clean[before].clone()
             there = table[step - 1, 6] * known[:CHANNELS] + table[step - 1, 7] * held_states[before]
         else:
@@ -141,7 +166,8 @@ def test_drafts_of_gaussian_data(spread, backend):
         before[0].float(),
         torch.empty(1, 0, dtype=torch.int64),
         torch.tensor([0]),
-        torch.tensor([[[float(gain[step] / table[step, 4]), 1.0], [0.0, 0.0]]]),
+        torch.tensor([[[float(gain[step] / table[step, 4]), 1.0], [0.0, 0.0], [0.0, 0.0]]]),
+        torch.zeros(1, 2, 1, 4, 4),
         math.inf,
     )
     given = on(given, backend[1])
@@ -182,8 +208,14 @@ def keeping(*, learned: bool = False, guidance: float = 1.0, guided: int = CHANN
         normals(*rows, CHANNELS, side, side, seed=7),
         normals(*rows, outputs, side, side, seed=8),
         torch.tensor(
-            [[[3.0, 2.0], [1.0, 2.0]], [[5.0, 1.0], [4.0, 1.0]], [[7.0, 1.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
+            [
+                [[3.0, 2.0], [1.0, 2.0], [0.4, 0.5]],
+                [[5.0, 1.0], [4.0, 1.0], [3.0, 2.0]],
+                [[7.0, 1.0], [2.0, 1.0], [1.0, 1.0]],
+                [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]],
+            ]
         ),
+        pattern(CHANNELS, side, side, seed=9),
         guidance,
         guided,
         clip,
@@ -202,35 +234,42 @@ def exact_clean(a: KeepCleanArguments, slot: int, j: int) -> Tensor:
     return torch.cat([clean.clamp(-a.clip, a.clip), here[CHANNELS:]])
 
 
-def exact_response(a: KeepCleanArguments, slot: int) -> Tensor:
-    """A slot's sums after the round, float64."""
-    sums, last, step = a.response[slot].double(), int(a.committed[slot]) - 1, int(a.steps[slot])
-    if step == 0 and a.lengths[slot] > 0:
-        sums = torch.zeros(2, 2, dtype=torch.float64)
-    if last < 0:
-        return sums
-    state, clean = a.states[slot, last].double(), exact_clean(a, slot, last)[:CHANNELS]
-    unit = float(a.table[min(step + last, STEPS - 1), 4])
-    unit = unit if unit > 0 else 1.0
+def exact_responses(a: KeepCleanArguments, slot: int) -> tuple[Tensor, Tensor]:
+    """A slot's sums after the round and those of its elements, float64."""
+    sums, elements = a.response[slot].double(), a.pattern[slot].double()
+    first, done = int(a.steps[slot]), int(a.committed[slot])
+    if first == 0 and done:
+        sums, elements = torch.zeros_like(sums), torch.zeros_like(elements)
+    mean = average(sums[0])
+    apart = own(elements, mean) - mean
 
     def held(row: int) -> tuple[Tensor, Tensor]:
         return tuple(part.double().flatten(0, 1)[row, :CHANNELS] for part in (a.held_states, a.held_clean))
 
-    def added(which: int, there: Tensor, known: Tensor) -> None:
-        moved = state - there
-        ratio = (moved * (clean - known)).sum() / moved.square().sum() / unit
-        sums[which] = 0.7 * sums[which] + torch.stack([ratio, torch.ones_like(ratio)])
-
-    if last or a.before[slot] >= 0:
-        old, known = held(int(a.before[slot]))
-        if last:
-            old, known = a.states[slot, last - 1].double(), exact_clean(a, slot, last - 1)[:CHANNELS]
-        column = a.table[step + last - 1].double()
-        added(0, column[6] * known + column[7] * old, known)
-    place = (step + last) % (PLACES - 1)
-    if a.at[slot, place] == step + last:
-        added(1, *held(slot * PLACES + place))
-    return sums
+    for j in range(done):
+        step = first + j
+        state, clean = a.states[slot, j].double(), exact_clean(a, slot, j)[:CHANNELS]
+        unit = float(a.table[min(step, STEPS - 1), 4])
+        unit = unit if unit > 0 else 1.0
+        place = step % (PLACES - 1)
+        if a.at[slot, place] == step:
+            there, known = held(slot * PLACES + place)
+            moved, changed = state - there, (clean - known) / unit
+            sums[1] = 0.7 * sums[1] + torch.stack([(moved * changed).sum() / moved.square().sum(), torch.tensor(1.0)])
+        if not j and a.before[slot] < 0:
+            continue
+        there, known = held(int(a.before[slot]))
+        if j:
+            there, known = a.states[slot, j - 1].double(), exact_clean(a, slot, j - 1)[:CHANNELS]
+        column = a.table[min(step - 1, STEPS - 1)].double()
+        moved, changed = state - column[6] * known - column[7] * there, (clean - known) / unit
+        length = moved.square().sum()
+        sums[0] = 0.7 * sums[0] + torch.stack([(moved * changed).sum() / length, torch.tensor(1.0)])
+        gap = apart * moved
+        sums[2] = 0.9 * sums[2] + torch.stack([(gap * (changed - mean * moved)).sum(), gap.square().sum()]) / length
+        products = torch.stack([moved * changed, moved.square()])
+        elements = 0.9 * elements + products / moved.square().mean()
+    return sums, elements
 
 
 KEPT = {
@@ -268,10 +307,14 @@ def test_rows_are_kept_with_their_clean_samples(case, backend):
             clean = got.held_clean[slot, place].double()
             torch.testing.assert_close(clean, exact_clean(a, slot, j), rtol=10 * eps, atol=50 * eps)
         # A ratio of two sums of products whose factors are differences of numbers of size 10.
-        torch.testing.assert_close(got.response[slot].double(), exact_response(a, slot), rtol=1e4 * eps, atol=1e4 * eps)
-    # Slots 0 and 3 measure both, slot 1 has no row of its last step, slot 2 commits nothing.
-    weights = torch.tensor([[2.4, 2.4], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
-    torch.testing.assert_close(got.response[:, :, 1], weights, rtol=4 * eps, atol=0)
+        for name, want in zip(("response", "pattern"), exact_responses(a, slot), strict=True):
+            torch.testing.assert_close(getattr(got, name)[slot].double(), want, rtol=1e4 * eps, atol=1e4 * eps)
+    # Slots 0 and 3 measure both kinds, slot 3 two steps of new noise; slot 1 has one step of it, no row before and none
+    # of an earlier round; slot 2 commits nothing.
+    weights = torch.tensor([[2.4, 2.4], [1.0, 0.0], [1.0, 1.0], [1.7, 1.0]])
+    torch.testing.assert_close(got.response[:, :2, 1], weights, rtol=4 * eps, atol=0)
+    assert torch.equal(got.response[2], a.response[2])
+    assert torch.equal(got.pattern[2], a.pattern[2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -292,10 +335,61 @@ def test_a_state_that_did_not_move_says_nothing(backend):
     a = keeping()._replace(committed=torch.tensor([2, 2, 0, 2]), table=torch.zeros(STEPS, 8))
     a.states[0, :2] = 0.0
     # Nor does an old row at the same state.
+    a.at[0, 6 % (PLACES - 1)] = NONE
     a.at[0, 7 % (PLACES - 1)], a.held_states[0, 7 % (PLACES - 1)] = 7, 0.0
     got = on(a, backend[1])
     keep_clean_rows(got, backend[0])
-    assert got.response[0].tolist() == [[3.0, 2.0], [1.0, 2.0]]
+    assert torch.equal(got.response[0], a.response[0].to(backend[1]))
+    assert torch.equal(got.pattern[0], a.pattern[0].to(backend[1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [1e-21, 1e-25, 1e25])
+def test_moves_whose_squares_are_no_floats_say_nothing(size, backend):
+    """Squares that are subnormal or zero, or infinite: nothing that is not finite gets into the sums."""
+    a = keeping()
+    a.states.mul_(size)
+    a.output.mul_(size)
+    a.held_states.mul_(size)
+    a.held_clean.mul_(size)
+    got = on(a, backend[1])
+    keep_clean_rows(got, backend[0])
+    assert got.response.isfinite().all()
+    assert got.pattern.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_elements_that_answer_apart_are_found(backend):
+    """Half of the elements do not answer at all: their own responses fit better than the average, and wholly."""
+    side, rounds, answer = 4, 6, torch.zeros(CHANNELS, 4, 4)
+    answer[0] = 0.5
+    table = torch.zeros(STEPS, 8)
+    # The clean sample is the output, and the mean the state.
+    table[:, 5] = table[:, 7] = 1.0
+    places = PLACES - 1
+    a = keeping(side=side)._replace(table=table, response=torch.zeros(SLOTS, 3, 2))
+    a = a._replace(
+        pattern=torch.zeros_like(a.pattern), at=torch.full_like(a.at, NONE), before=torch.full((SLOTS,), NONE)
+    )
+    a = a._replace(lengths=torch.full((SLOTS,), LENGTH), committed=torch.full((SLOTS,), LENGTH))
+    a = a._replace(row_offsets=torch.arange(SLOTS + 1) * LENGTH)
+    state = torch.zeros(SLOTS, CHANNELS, side, side)
+    for number in range(rounds):
+        moves = normals(SLOTS, LENGTH, CHANNELS, side, side, seed=number).cumsum(1)
+        states = state.unsqueeze(1) + moves
+        a = a._replace(
+            states=states, output=(answer * states).flatten(0, 1), steps=torch.full((SLOTS,), 1 + number * LENGTH)
+        )
+        got = on(a, backend[1])
+        keep_clean_rows(got, backend[0])
+        a = on(got, torch.device("cpu"))
+        state = states[:, -1]
+        a = a._replace(before=torch.arange(SLOTS) * PLACES + (number + 1) * LENGTH % places)
+    mean, share = (average(a.response[0, which]) for which in (0, 2))
+    assert 0.15 < mean < 0.35
+    assert share > 0.95
+    apart = mean + share * (own(a.pattern[0], mean) - mean)
+    assert (apart - answer).norm() < 0.3 * (mean - answer).norm()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -319,7 +413,8 @@ def test_the_row_before_is_found(backend):
         ({"table": torch.zeros(12, 7)}, r"replay_drafts: table must be float32 \[K, 8\]"),
         ({"held_clean": torch.zeros(11, 3, 3, 3)}, r"replay_drafts: held_clean must "),
         ({"before": torch.zeros(3, dtype=torch.int64)}, r"replay_drafts: before must be int64 \[S\] = \[4\]"),
-        ({"response": torch.zeros(4, 3)}, r"replay_drafts: response must be float32 \[S, 2, 2\] = \[4, 2, 2\]"),
+        ({"response": torch.zeros(4, 3)}, r"replay_drafts: response must be float32 \[S, 3, 2\] = \[4, 3, 2\]"),
+        ({"pattern": torch.zeros(4, 2, 2, 3)}, r"replay_drafts: pattern must be float32 \[S, 2, C, H, W\]"),
     ],
 )
 def test_wrong_arguments_of_a_replay(change, message, backend):
@@ -335,7 +430,8 @@ def test_wrong_arguments_of_a_replay(change, message, backend):
         ({"output": torch.zeros(11, 3, 3, 3)}, r"keep_clean_rows: output must "),
         ({"at": torch.zeros(3, 7, dtype=torch.int64)}, r"keep_clean_rows: at must be int64 \[S, M \+ 1\]"),
         ({"held_clean": torch.zeros(4, 7, 4, 3, 3)}, r"keep_clean_rows: held_clean must "),
-        ({"response": torch.zeros(4)}, r"keep_clean_rows: response must be float32 \[S, 2, 2\]"),
+        ({"response": torch.zeros(4)}, r"keep_clean_rows: response must be float32 \[S, 3, 2\]"),
+        ({"pattern": torch.zeros(4, 2, 2, 3)}, r"keep_clean_rows: pattern must be float32 \[S, 2, C, H, W\]"),
     ],
 )
 def test_wrong_arguments_of_keeping(change, message, backend):
@@ -382,7 +478,7 @@ def test_threads_share_slots(threads):
     many = one._replace(
         **{
             name: getattr(one, name).repeat(8, *[1] * (getattr(one, name).ndim - 1))
-            for name in ("states", "mean", "std", "noise", "steps", "latest", "before", "response")
+            for name in ("states", "mean", "std", "noise", "steps", "latest", "before", "response", "pattern")
         }
     )
     before = torch.get_num_threads()

@@ -94,7 +94,7 @@ def one_after_the_other(a: DecideArguments, backend: str) -> tuple[Tensor, ...]:
         held = a.at, a.held_states, a.held_features
         keep_rows(KeepArguments(a.draft_states, a.features, *packed, *held), backend)
     if a.clean_at is not None:
-        held = a.clean_before, a.clean_at, a.clean_states, a.clean, a.response
+        held = a.clean_before, a.clean_at, a.clean_states, a.clean, a.response, a.pattern
         keep_clean_rows(KeepCleanArguments(a.draft_states, *packed, a.table, *held, *settings.values()), backend)
     written = ("state", "previous", "parent", "steps", "images", "labels", "samples", "all_labels", "queue")
     commit_drafts(

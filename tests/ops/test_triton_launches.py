@@ -16,17 +16,17 @@ WORKER = Path(__file__).parents[1].joinpath("workers", "triton_worker_launches.p
 COUPLING = {"coupling_rows_kernel", "coupling_commit_kernel"}
 ROUND = COUPLING | {"philox_kernel", "advance_kernel", "tally_kernel", "open_kernel", "renew_kernel"}
 KEPT = ROUND | {"keep_kernel", "find_kernel"}
-CLEAN = ROUND - {"advance_kernel"} | {"keep_clean_kernel", "find_kernel", "replay_kernel"}
+CLEAN = ROUND - {"advance_kernel"} | {"measure_kernel", "keep_clean_kernel", "find_kernel", "replay_kernel"}
 # Kernels that a run launches, and the most compilations that it adds to those of the runs before it. A round's longest
 # draft goes into the commit kernel as the next power of two: L = 4, 2 and 1 are three compilations. The bundled drafter
-# leaves the first share of the chain to clean samples, whose two kernels it compiles too.
+# leaves the first share of the chain to clean samples, whose three kernels it compiles too.
 RUNS = {
-    "learned": (KEPT | {"feature_attention_kernel", "tokens_kernel", "norm_kernel", "table_kernel", "join_kernel"}, 27),
+    "learned": (KEPT | {"feature_attention_kernel", "tokens_kernel", "norm_kernel", "table_kernel", "join_kernel"}, 28),
     "other sizes": (KEPT | {"feature_attention_kernel"}, 0),
     "frozen": (CLEAN, 4),
     "frozen, other sizes": (CLEAN, 0),
     "automatic lengths": (KEPT, 2),
-    "guided": (KEPT, 11),
+    "guided": (KEPT, 12),
     "block": (KEPT, 6),
     "relaxed": (KEPT, 3),
     "own noise": (KEPT, 5),

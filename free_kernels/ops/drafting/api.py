@@ -85,7 +85,7 @@ def _check_replay(a: ReplayArguments) -> None:
     op = "replay_drafts"
     Layouts(op, None, {}).check("states", a.states, FLOAT32, "[S, L, C, H, W]")
     slots, length, channels, height, width = a.states.shape
-    sizes = {"S": slots, "L": length, "L - 1": length - 1, "C": channels, "H": height, "W": width, "2": 2}
+    sizes = {"S": slots, "L": length, "L - 1": length - 1, "C": channels, "H": height, "W": width, "2": 2, "3": 3}
     layouts = Layouts(op, a.states.device, sizes | {"8": len(TransitionColumn)})
     for name in ("mean", "std"):
         layouts.check(name, getattr(a, name), FLOAT32, "[S, L - 1, C, H, W]")
@@ -99,7 +99,8 @@ def _check_replay(a: ReplayArguments) -> None:
     if a.held_clean.shape[1] not in (channels, 2 * channels):
         fail(op, "held_clean", f"[N, C or 2 C, H, W] with C = {channels}", a.held_clean)
     layouts.check("latest", a.latest, INT64, "[S, width]")
-    layouts.check("response", a.response, FLOAT32, "[S, 2, 2]")
+    layouts.check("response", a.response, FLOAT32, "[S, 3, 2]")
+    layouts.check("pattern", a.pattern, FLOAT32, "[S, 2, C, H, W]")
     if length < 1 or not a.table.shape[0]:
         fail(op, "L and K", "at least 1", (length, a.table.shape[0]))
 
@@ -210,7 +211,7 @@ def _check_keep_clean(a: KeepCleanArguments) -> None:
     op = "keep_clean_rows"
     Layouts(op, None, {}).check("states", a.states, FLOAT32, "[S, L, C, H, W]")
     slots, _, channels, height, width = a.states.shape
-    sizes = {"S": slots, "S + 1": slots + 1, "C": channels, "H": height, "W": width, "2": 2}
+    sizes = {"S": slots, "S + 1": slots + 1, "C": channels, "H": height, "W": width, "2": 2, "3": 3}
     layouts = Layouts(op, a.states.device, sizes | {"8": len(TransitionColumn)})
     layouts.check("output", a.output, FLOATS, "[B R, C or 2 C, H, W]")
     branches, outputs = 1 if a.guidance_scale == 1.0 else 2, a.output.shape[1]
@@ -224,7 +225,8 @@ def _check_keep_clean(a: KeepCleanArguments) -> None:
     layouts.sizes |= {"M + 1": a.at.shape[1], "outputs": outputs}
     layouts.check("held_states", a.held_states, FLOAT32, "[S, M + 1, C, H, W]")
     layouts.check("held_clean", a.held_clean, FLOAT32, "[S, M + 1, outputs, H, W]")
-    layouts.check("response", a.response, FLOAT32, "[S, 2, 2]")
+    layouts.check("response", a.response, FLOAT32, "[S, 3, 2]")
+    layouts.check("pattern", a.pattern, FLOAT32, "[S, 2, C, H, W]")
     if a.at.shape[1] < 3:
         # The row of the step before stays where it is while the rows of the round are kept.
         fail(op, "M", "at least 2", a.at.shape[1] - 1)
@@ -365,19 +367,21 @@ def replay_drafts(arguments: ReplayArguments, backend: str = "auto") -> None:
 
     Each draft has a clean sample, which its mean and state come from as in the schedule: ``mean[s, j] = c clean + d
     states[s, j]`` and ``states[s, j + 1] = mean + std noise[s, j]``, with the coefficients of step ``steps[s] + j`` in
-    ``table``. The clean sample follows the state linearly, as it does exactly where the data are Gaussian with one
-    variance for all directions: ``clean_j = known + response unit (states[s, j] - there)``, clipped, with the unit of
-    its step: X0_FROM_STATE, by which a clean sample moves if the network's output stays, or 1 where that is not
-    positive.
+    ``table``. The clean sample follows the state linearly and each element by itself, as it does exactly where the data
+    are Gaussian with independent elements: ``clean_j = known + response unit (states[s, j] - there)``, clipped, with
+    the unit of its step: X0_FROM_STATE, by which a clean sample moves if the network's output stays, or 1 where that is
+    not positive.
 
     * Where step j has a row ``latest[s, j]``: known is its clean sample and there its state.
     * Elsewhere known is the clean sample of the draft before and there that draft's mean: the noise of its step is what
       has been learned since. Before the first draft is the row ``before[s]``; where there is none, known is 0, which is
       the mean of normalised data, and the variance channels are 0.
 
-    A response is ``response[s, i, 0] / response[s, i, 1]``, at least 0, with i = 1 at rows and i = 0 elsewhere. It is 0
-    where there is nothing to divide by (that of rows is then the other one), and where there is no row before the first
-    draft: the sums are then those of another image.
+    A response is ``average_i = response[s, i, 0] / response[s, i, 1]``, at least 0, with i = 1 at rows and i = 0
+    elsewhere. Elsewhere it is an element's own as far as such responses have been right: ``average_0 + share (own -
+    average_0)``, where ``own = (pattern[s, 0] + average_0) / (pattern[s, 1] + 1)``, at least 0, and the share is
+    ``average_2``, at most 1. An average is 0 where there is nothing to divide by (that of rows is then average_0), and
+    every response where there is no row before the first draft: the sums are then those of another image.
 
     Source: the update of a Kalman filter, with the gains measured along the chain (:func:`keep_clean_rows`).
 
@@ -507,17 +511,24 @@ def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> Non
     that the row's mean is made of, guided and clipped, and behind it the output's variance channels, if there are any.
     ``at`` is -1 where a row is not finite.
 
-    A response is how far the clean sample moves with the state. Both are measured at the last committed step k, with
-    the unit of :func:`replay_drafts` there: ``ratio = <x_k - there, clean_k - known> / |x_k - there|^2 / unit``.
+    A response is how far the clean sample moves with the state. It is measured at every committed step k, one after the
+    other. With ``moved = x_k - there`` and ``changed = (clean_k - known) / unit``, in the unit of :func:`replay_drafts`
+    at the step, ``ratio = <moved, changed> / |moved|^2`` and ``response[s, i]`` becomes ``0.7 response[s, i] + (ratio,
+    1)``, whose quotient is a weighted average.
 
-    * ``response[s, 0]``, to noise that the draft before has not seen: there and known are mean and clean sample of the
-      step before, by the row before or, where that is of an earlier round, by the row ``before[s]``.
-    * ``response[s, 1]``, to what else moves a state between rounds: there and known are state and clean sample of the
-      row that is held of step k from an earlier round.
+    * i = 0, to noise that the draft before has not seen: there and known are mean and clean sample of the step before,
+      by the row before or, for the first row, by the row ``before[s]``.
+    * i = 1, to what else moves a state between rounds: there and known are state and clean sample of the row that is
+      held of step k from an earlier round.
 
-    Then ``response[s, i]`` becomes ``0.7 response[s, i] + (ratio, 1)``, whose quotient is a weighted average. Both are
-    set to 0 first where ``steps[s]`` is 0, which is a new image's. One is left alone where there is no such row, or the
-    ratio is not finite, and both where nothing is committed.
+    With the first go those of single elements: ``pattern[s]`` becomes ``0.9 pattern[s] + (moved changed, moved^2) /
+    mean(moved^2)``. And ``response[s, 2]`` tests them on steps that they have not seen. With ``gap = (own - average_0)
+    moved``, own and average_0 of :func:`replay_drafts` by the sums of the rounds before, it becomes ``0.9 response[s,
+    2] + (<gap, changed - average_0 moved>, <gap, gap>) / |moved|^2``, whose quotient is the share of the gap that fits
+    the steps best.
+
+    All are set to 0 first where ``steps[s]`` is 0, which is a new image's, and something is committed. A step without
+    such a row, or whose ratio is not finite, says nothing.
 
     Raises:
         ValueError, TypeError: a wrong argument.

@@ -79,7 +79,8 @@ class ReplayArguments(NamedTuple):
     held_clean: Tensor  # float32 [N, C or 2 C, H, W]
     latest: Tensor  # int64 [S, W]
     before: Tensor  # int64 [S]
-    response: Tensor  # float32 [S, 2, 2]
+    response: Tensor  # float32 [S, 3, 2]
+    pattern: Tensor  # float32 [S, 2, C, H, W]
     clip: float  # inf: no clipping
 
 
@@ -161,7 +162,8 @@ class KeepCleanArguments(NamedTuple):
     at: Written  # int64 [S, M + 1], written
     held_states: Written  # float32 [S, M + 1, C, H, W], written
     held_clean: Written  # float32 [S, M + 1, C or 2 C, H, W], written
-    response: Written  # float32 [S, 2, 2], written
+    response: Written  # float32 [S, 3, 2], written
+    pattern: Written  # float32 [S, 2, C, H, W], written
     guidance_scale: float  # 1: output has no unconditional branch
     guidance_channels: int  # in [0, C]
     clip: float  # inf: no clipping

@@ -34,8 +34,11 @@ from free_kernels.ops.drafting.arguments import (
 
 # What a squared gap that is not finite counts as in the sums of a run.
 LARGEST_GAP_SQ = 1e30
-# What a round's responses weigh in the next round's averages: about three rounds count.
-RESPONSE_DECAY = 0.7
+# What a step's response weighs in the next step's averages: about three steps count. Elements' own, and whether those
+# are right, are known less well from one step, and about ten count.
+RESPONSE_DECAY, PATTERN_DECAY = 0.7, 0.9
+# For how many steps with a response of the average counts, before an element has one of its own.
+PATTERN_PRIOR = 1.0
 
 
 def open_round(a: OpenArguments) -> Opened:
@@ -83,15 +86,20 @@ def response_unit(from_state: Tensor) -> Tensor:
     return torch.where(from_state > 0, from_state, 1.0)
 
 
-def responses_of(response: Tensor) -> tuple[Tensor, Tensor]:
-    """The responses ``[S, 1, 1, 1]`` to new noise and to other noise: the averages that sums ``[S, 2, 2]`` hold.
+def averages_of(response: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What sums ``[S, 3, 2]`` hold, each ``[S, 1, 1, 1]``: responses to new and to other noise, and elements' share.
 
     Where nothing is known of the second it is taken for the first.
     """
-    total, weight = response.view(-1, 2, 2, 1, 1, 1).unbind(2)
-    average = torch.where(weight > 0, total / weight, 0.0).clamp(min=0.0)
-    to_new, to_other = average.unbind(1)
-    return to_new, torch.where(weight[:, 1] > 0, to_other, to_new)
+    total, weight = response.view(-1, 3, 2, 1, 1, 1).unbind(2)
+    to_new, to_other, share = torch.where(weight > 0, total / weight, 0.0).clamp(min=0.0).unbind(1)
+    return to_new, torch.where(weight[:, 1] > 0, to_other, to_new), share.clamp(max=1.0)
+
+
+def own_responses(to_new: Tensor, pattern: Tensor) -> Tensor:
+    """What sums ``[S, 2, C, H, W]`` say of each element's response, with the average for a step of theirs."""
+    along, length = pattern.unbind(1)
+    return ((along + PATTERN_PRIOR * to_new) / (length + PATTERN_PRIOR)).clamp(min=0.0)
 
 
 def replay_drafts(a: ReplayArguments) -> None:
@@ -108,7 +116,8 @@ def replay_drafts(a: ReplayArguments) -> None:
     state, said = held(a.before)
     known = (a.before >= 0).view(-1, 1, 1, 1)
     # Without a row before the sums are those of the slot's last image.
-    to_new, to_other = (torch.where(known, response, 0.0) for response in responses_of(a.response))
+    average, to_other, share = (torch.where(known, value, 0.0) for value in averages_of(a.response))
+    to_new = torch.addcmul(average, share, own_responses(average, a.pattern) - average)
     # A row that is not there may hold anything.
     said = torch.where(known, said, 0.0)
     mean = (
@@ -241,38 +250,55 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
 
 
 def _add_responses(a: KeepCleanArguments, clean: Tensor, column: tuple[Tensor, ...]) -> None:
-    """Take what the last committed step of each slot says of the responses into their sums."""
-    every, places = torch.arange(len(a.steps), device=a.steps.device), a.at.shape[1]
-    last = (a.committed - 1).clamp_(min=0)
-    state, said, step = a.states[every, last], clean[every, last], a.steps + last
-    unit = response_unit(column[X0_FROM_STATE][every, last].flatten())
+    """Take what the committed steps of each slot say of the responses into their sums."""
+    (slots, places), (length, channels) = a.at.shape, clean.shape[1:3]
+    every = torch.arange(slots, device=a.steps.device)
 
     def held(place: Tensor) -> tuple[Tensor, Tensor]:
-        return a.held_states.flatten(0, 1)[place], a.held_clean.flatten(0, 1)[place, : clean.shape[2]]
+        return a.held_states.flatten(0, 1)[place], a.held_clean.flatten(0, 1)[place, :channels]
 
-    # To new noise: the step before is one of this round, or its row is held.
-    previous, within = (last - 1).clamp_(min=0), a.committed >= 2
-    choice = within.view(-1, 1, 1, 1)
+    new_image = ((a.steps == 0) & (a.committed >= 1)).view(-1, 1, 1)
+    sums = torch.where(new_image, 0.0, a.response)
+    pattern = torch.where(new_image[..., None, None], 0.0, a.pattern)
+    # What rounds before say, which this round's steps test.
+    average, _, _ = averages_of(sums)
+    apart = own_responses(average, pattern) - average
     old_state, old_clean = held(a.before.clamp(min=0))
-    old_state = torch.where(choice, a.states[every, previous], old_state)
-    old_clean = torch.where(choice, clean[every, previous], old_clean)
-    outside = a.table[(a.steps - 1).clamp(0, len(a.table) - 1)]
-    from_clean, from_state = (
-        torch.where(choice, column[which][every, previous], outside[:, which].view(-1, 1, 1, 1))
-        for which in (MEAN_FROM_X0, MEAN_FROM_STATE_GIVEN_X0)
-    )
-    pairs = [(torch.addcmul(from_clean * old_clean, from_state, old_state), old_clean, within | (a.before >= 0))]
-    # To other noise: the row that an earlier round asked about at the same step.
-    place = step % (places - 1) + every * places
-    pairs.append((*held(place), a.at.view(-1)[place] == step))
-    new_image = ((a.steps == 0) & (a.committed >= 1)).unsqueeze(1)
-    for number, (start, known, there) in enumerate(pairs):
-        moved, changed = (state - start).flatten(1), (said - known).flatten(1)
-        ratio = (moved * changed).sum(1) / moved.square().sum(1) / unit
-        known = (a.committed >= 1) & there & ratio.isfinite()
-        sums = torch.where(new_image, 0.0, a.response[:, number])
-        added = RESPONSE_DECAY * sums + torch.stack([ratio, torch.ones_like(ratio)], 1)
-        a.response[:, number] = torch.where(known.unsqueeze(1), added, sums)
+    before = a.table[(a.steps - 1).clamp(0, len(a.table) - 1)].view(slots, -1, 1, 1, 1)
+    from_clean, from_state, known = before[:, MEAN_FROM_X0], before[:, MEAN_FROM_STATE_GIVEN_X0], a.before >= 0
+    for j in range(length):
+        state, said, taken = a.states[:, j], clean[:, j], j < a.committed
+        unit, step = response_unit(column[X0_FROM_STATE][:, j]), a.steps + j
+        place = step % (places - 1) + every * places
+        there, then = held(place)
+        other, _, again = _ratio(state - there, (said - then) / unit)
+        again = again & taken & (a.at.view(-1)[place] == step)
+        moved = state - torch.addcmul(from_clean * old_clean, from_state, old_state)
+        changed = (said - old_clean) / unit
+        ratio, length_sq, new = _ratio(moved, changed)
+        new = new & taken & known
+        gap = apart * moved
+        fits = torch.stack([gap * torch.addcmul(changed, -average, moved), gap.square()], 1).flatten(2).sum(2)
+        fits = fits / length_sq.unsqueeze(1)
+        one = torch.ones_like(ratio)
+        added = torch.stack([torch.stack([ratio, one], 1), torch.stack([other, one], 1), fits], 1)
+        told = torch.stack([new, again, new & fits.isfinite().all(1)], 1).unsqueeze(2)
+        decay = sums.new_tensor([RESPONSE_DECAY, RESPONSE_DECAY, PATTERN_DECAY]).view(3, 1)
+        sums = torch.where(told, decay * sums + added, sums)
+        products = torch.stack([moved * changed, moved.square()], 1)
+        weight = (moved[0].numel() / length_sq).view(-1, 1, 1, 1, 1)
+        pattern = torch.where(new.view(-1, 1, 1, 1, 1), PATTERN_DECAY * pattern + weight * products, pattern)
+        old_state, old_clean, known = state, said, torch.ones_like(known)
+        from_clean, from_state = column[MEAN_FROM_X0][:, j], column[MEAN_FROM_STATE_GIVEN_X0][:, j]
+    a.response.copy_(sums)
+    a.pattern.copy_(pattern)
+
+
+def _ratio(moved: Tensor, changed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``<moved, changed> / |moved|^2`` of rows, ``|moved|^2``, and whether they say something: all is finite."""
+    length_sq = moved.square().flatten(1).sum(1)
+    ratio = (moved * changed).flatten(1).sum(1) / length_sq
+    return ratio, length_sq, ratio.isfinite() & (moved[0].numel() / length_sq).isfinite()
 
 
 def find_rows(a: FindArguments) -> None:

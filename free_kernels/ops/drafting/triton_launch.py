@@ -26,7 +26,7 @@ from free_kernels.ops.drafting.arguments import (
     TallyArguments,
     further_rows,
 )
-from free_kernels.ops.drafting.triton_clean import keep_clean_kernel, replay_kernel
+from free_kernels.ops.drafting.triton_clean import keep_clean_kernel, measure_kernel, replay_kernel
 from free_kernels.ops.drafting.triton_kernels import (
     advance_kernel,
     open_kernel,
@@ -48,8 +48,8 @@ INTERPRETED = not isinstance(advance_kernel, triton.runtime.JITFunction)
 # Elements of a program that shares a state with others, and of one that has it alone or copies a row, which should
 # have many loads on their way at once.
 _SHARED_BLOCK, _ALONE_BLOCK, _TALLY_BLOCK = 256, 2048, 1024
-# The most elements at a time of a program that keeps a row and its clean sample.
-_KEEP_BLOCK = 512
+# The most elements at a time of a program that measures a row and its clean sample.
+_MEASURE_BLOCK = 512
 # Slots of a program that has nothing else to do.
 _SLOTS = 32
 
@@ -127,13 +127,14 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
     numels = channels * pixels, a.guidance_channels * pixels, a.output.shape[1] * pixels
     if not slots:
         return
-    block = block_for(numels[0], _KEEP_BLOCK)
+    # What each row says, which the second kernel adds up.
+    measured = a.response.new_empty(slots, length, 7)
+    given = *a[:13], measured, float(a.guidance_scale), float(a.clip), *sizes, *numels
+    block, warp = block_for(numels[0], _MEASURE_BLOCK), warp_size(a.states.device)
     with current(a.states):
-        keep_clean_kernel[(slots * length,)](
-            *(*a[:12], float(a.guidance_scale), float(a.clip), *sizes, *numels),
-            **switches(a),
-            BLOCK=block,
-            num_warps=many_warps(block, warp_size(a.states.device)),
+        measure_kernel[(slots * length,)](*given, **switches(a), BLOCK=block, num_warps=many_warps(block, warp))
+        keep_clean_kernel[(slots * triton.cdiv(numels[0], _SHARED_BLOCK),)](
+            *given, **switches(a), BLOCK=_SHARED_BLOCK, num_warps=warps_for(_SHARED_BLOCK, warp)
         )
 
 
@@ -298,6 +299,8 @@ _FLOATS = (
     "held_states",
     "held_clean",
     "response",
+    "pattern",
+    "measured",
     "next_states",
     "gap_sq",
 )
@@ -320,7 +323,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         name = kernel.__name__
         floats = {f"p_{given}": POINTERS[dtype] for given in _GIVEN}
         said = " ".join(f"{key.lower()}={value}" for key, value in values.items() if value is not None)
-        warps = many_warps if kernel in (keep_kernel, keep_clean_kernel) else warps_for
+        warps = many_warps if kernel in (keep_kernel, measure_kernel) else warps_for
         sizes = ("numel", "guided_numel", "output_stride", "feature_numel", "output_numel", "state_numel")
         fixed = [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize]
         found.append(
@@ -340,8 +343,9 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     for dtype, switches in product(dtypes, product((False, True), repeat=3)):
         values = dict(zip(flags, switches, strict=True))
         add(advance_kernel, dtype, _SHARED_BLOCK, values, aligned=dtype != torch.float16)
-        for block in (64, _KEEP_BLOCK):
-            add(keep_clean_kernel, dtype, block, values, aligned=block > 64)
+        add(keep_clean_kernel, dtype, _SHARED_BLOCK, values)
+        for block in (64, _MEASURE_BLOCK):
+            add(measure_kernel, dtype, block, values, aligned=block > 64)
     for learned, clipped, aligned in product((False, True), repeat=3):
         values = {"LEARNED": learned, "CLIPPED": clipped}
         add(replay_kernel, torch.float32, _SHARED_BLOCK, values, aligned=aligned)

@@ -40,7 +40,7 @@ from free_kernels.validation import fail
 
 _HELD = (
     ("at", "held_states", "held_features", "places", "before", "ahead"),
-    ("clean_at", "clean_states", "clean", "clean_places", "clean_before", "clean_ahead", "response"),
+    ("clean_at", "clean_states", "clean", "clean_places", "clean_before", "clean_ahead", "response", "pattern"),
 )
 
 
@@ -106,7 +106,7 @@ def _closing(a: DecideArguments, coupling: Coupling) -> Iterator[tuple[Op | Kern
         held = a.at, a.held_states, a.held_features
         yield KEEP, KeepArguments(a.draft_states, a.features, *rows, *held)
     if a.clean_at is not None:
-        held = a.clean_before, a.clean_at, a.clean_states, a.clean, a.response
+        held = a.clean_before, a.clean_at, a.clean_states, a.clean, a.response, a.pattern
         settings = a.guidance_scale, a.guidance_channels, a.clip
         yield KEEP_CLEAN, KeepCleanArguments(a.draft_states, *rows, a.table, *held, *settings)
     drafted, pool = (a.draft_states, a.features, a.row_offsets), (a.samples, a.all_labels, a.queue, len(a.table))
@@ -212,7 +212,7 @@ def decide_round(arguments: DecideArguments, backend: str = "auto") -> DecidedRo
     * :func:`~free_kernels.ops.couple` or, with ``block``, :func:`~free_kernels.ops.couple_block`.
     * :func:`~free_kernels.ops.drafting.tally_round`.
     * :func:`~free_kernels.ops.drafting.keep_rows`, where rows of features are held (``at`` to ``ahead``), and
-      :func:`~free_kernels.ops.drafting.keep_clean_rows`, where clean samples are (``clean_at`` to ``response``).
+      :func:`~free_kernels.ops.drafting.keep_clean_rows`, where clean samples are (``clean_at`` to ``pattern``).
     * :func:`~free_kernels.ops.commit_drafts`, with ``len(table)`` steps, and
       :func:`~free_kernels.ops.drafting.renew_slots`.
     * :func:`~free_kernels.ops.drafting.find_rows` of what is held.

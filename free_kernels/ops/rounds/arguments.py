@@ -116,7 +116,8 @@ class DecideArguments(NamedTuple):
     clean_places: Written | None  # as places
     clean_before: Written | None  # as before
     clean_ahead: Written | None  # as ahead
-    response: Written | None  # float32 [S, 2, 2], written
+    response: Written | None  # float32 [S, 3, 2], written
+    pattern: Written | None  # float32 [S, 2, C, H, W], written
 
 
 class DecidedRound(NamedTuple):
