@@ -130,8 +130,8 @@ def test_replay_drafts(
         case=f"{slots} slots, {length - 1} drafts of {math.prod(latent)}, {'old rows' if seen else 'carried'}",
         backend=backend,
         ours=rival == "ours",
-        # State and noise in, three results out; states and clean samples of old rows.
-        moved=drafts * row * (7 if seen else 5),
+        # State and noise in, three results out; states and clean samples of old rows; sums of elements.
+        moved=drafts * row * (7 if seen else 5) + arguments.pattern.nbytes,
         iterations=100,
         params={"slots": slots, "length": length, "latent": latent, "feature": feature},
     )
@@ -177,7 +177,8 @@ def test_keep_clean_rows(
         case=f"{slots} slots, {length} rows of {math.prod(latent)}",
         backend=backend,
         ours=rival == "ours",
-        moved=2 * (arguments.states.nbytes + arguments.output.nbytes),
+        # Rows are measured, then read again and written; so are sums of elements.
+        moved=3 * (arguments.states.nbytes + arguments.output.nbytes + arguments.pattern.nbytes),
         iterations=20,
         params={"slots": slots, "length": length, "latent": latent, "feature": feature},
     )

@@ -61,14 +61,13 @@ void replay_block(const Replay& a, int64_t slot, int64_t first, int64_t count) {
   float said[kBlock], variance[kBlock], at[kBlock];
   // Without a row before the sums are those of the slot's last image.
   const float* sums = a.response + kSums * slot;
-  const float to_any = before >= 0 ? average(sums, 0.0f) : 0.0f;
-  const float share = before >= 0 ? std::min(average(sums + 4, 0.0f), 1.0f) : 0.0f;
+  const float to_any = average(sums, 0.0f), share = std::min(average(sums + 4, 0.0f), 1.0f);
   const float *along = a.pattern + 2 * slot * size + first, *lengths = along + size;
-  float to_new[kBlock], to_other[kBlock];
-  for (int64_t e = 0; e < count; ++e) to_new[e] = to_any + share * apart(along[e], lengths[e], to_any);
-  std::fill_n(to_other, count, before >= 0 ? average(sums + 2, to_any) : 0.0f);
+  float to_new[kBlock] = {}, to_other[kBlock] = {};
   float* state = a.states + slot * a.length * size + first;
   if (before >= 0) {
+    for (int64_t e = 0; e < count; ++e) to_new[e] = to_any + share * apart(along[e], lengths[e], to_any);
+    std::fill_n(to_other, count, average(sums + 2, to_any));
     const Columns& columns = a.table.at(step - 1);
     const float *held = a.held_states + before * size + first,
                 *clean = a.held_clean + before * a.outputs + first;
@@ -219,8 +218,8 @@ struct Move {
   int64_t size;
 };
 
-// Of a move: products over squares, one over the mean square, and whether both are finite, else it says
-// nothing.
+// Of a move: products over squares, and one over the mean square. It says nothing unless both are finite, and
+// squares were.
 struct Ratio {
   double length_sq;
   float ratio, weight;
@@ -231,7 +230,7 @@ struct Ratio {
     ratio = static_cast<float>(along / length_sq);
     weight = static_cast<float>(static_cast<double>(move.size) / length_sq);
   }
-  bool says_something() const { return std::isfinite(ratio) && std::isfinite(weight); }
+  bool says_something() const { return std::isfinite(ratio) && std::isfinite(weight) && weight > 0.0f; }
 };
 
 void add_pair(float* sums, float decay, float first, float second) {

@@ -32,7 +32,8 @@ using Guard = c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>;
 static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, new Guard());
 """
 # Kernels of the ops that launch more than one.
-LAUNCHES = dict.fromkeys(("couple", "couple_philox", "couple_block", "couple_block_philox", "commit_drafts"), 2)
+TWO = "couple", "couple_philox", "couple_block", "couple_block_philox", "commit_drafts", "keep_clean_rows"
+LAUNCHES = dict.fromkeys(TWO, 2)
 # Allocations, and what only reads metadata.
 FREE = {
     "empty",

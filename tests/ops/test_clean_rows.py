@@ -142,12 +142,14 @@ def test_drafts_are_those_of_the_formulas(case, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("spread", [0.3, 2.0])
+@pytest.mark.parametrize("spread", [0.3, 2.0, "of each element"])
 def test_drafts_of_gaussian_data(spread, backend):
-    """Where the data are a Gaussian of one variance the first draft has no gap, and those behind it a small one."""
+    """Where the data are Gaussian with independent elements the first draft has no gap, those behind it a small one."""
     table = DDPMSchedule(40).table("fixed_small")
+    if isinstance(spread, str):
+        spread = torch.linspace(0.3, 2.0, 16, dtype=torch.float64).view(1, 4, 4)
     # The clean sample that an ideal target predicts from x = a x0 + s e.
-    alpha = 1 / table[:, 4].double().square()
+    alpha = 1 / table[:, 4].double().square().view(-1, 1, 1, 1)
     gain = alpha.sqrt() * spread / (alpha * spread + 1 - alpha)
     step, length = 20, 6
     state = normals(1, 1, 4, 4, seed=0)
@@ -155,6 +157,7 @@ def test_drafts_of_gaussian_data(spread, backend):
     noise = normals(1, length, 1, 4, 4, seed=1)
     mean = table[step - 1, 6] * before[0] + table[step - 1, 7] * state
     first = (mean + table[step - 1, 2].exp() * normals(1, 1, 4, 4, seed=2)).float()
+    answers = (gain[step] / table[step, 4]).float().expand(1, 4, 4)
     given = ReplayArguments(
         torch.cat([first.unsqueeze(1), torch.zeros(1, length - 1, 1, 4, 4)], 1),
         torch.zeros(1, length - 1, 1, 4, 4),
@@ -166,15 +169,16 @@ def test_drafts_of_gaussian_data(spread, backend):
         before[0].float(),
         torch.empty(1, 0, dtype=torch.int64),
         torch.tensor([0]),
-        torch.tensor([[[float(gain[step] / table[step, 4]), 1.0], [0.0, 0.0], [0.0, 0.0]]]),
-        torch.zeros(1, 2, 1, 4, 4),
+        # So many steps say what each element answers that the average does not count.
+        torch.tensor([[[0.0, 1.0], [0.0, 0.0], [1.0, 1.0]]]),
+        torch.stack([answers * 1e7, torch.full((1, 4, 4), 1e7)]).unsqueeze(0),
         math.inf,
     )
     given = on(given, backend[1])
     replay_drafts(given, backend[0])
     given = on(given, torch.device("cpu"))
     want = table[step, 6] * gain[step] * first + table[step, 7] * first
-    torch.testing.assert_close(given.mean[:, 0], want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(given.mean[:, 0].double(), want, rtol=1e-5, atol=1e-5)
     # Behind it the drafts stay nearer to the target's means than those that repeat the first clean sample.
     for j in range(1, length - 1):
         x, k = given.states[:, j].double(), step + j
@@ -186,20 +190,21 @@ def test_drafts_of_gaussian_data(spread, backend):
 def keeping(*, learned: bool = False, guidance: float = 1.0, guided: int = CHANNELS, **more) -> KeepCleanArguments:
     """Rounds of 5, 2, 0 and 3 rows; a slot at its first step, without a row before, one with an old row of its step."""
     clip, dtype, side = more.get("clip", math.inf), more.get("dtype", torch.float32), more.get("side", 3)
+    places = more.get("places", PLACES)
     lengths = torch.tensor([5, 2, 0, 3])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     packed, branches, outputs = int(offsets[-1]) + 1, 1 if guidance == 1.0 else 2, CHANNELS * (2 if learned else 1)
-    rows, steps, at = (SLOTS, PLACES), torch.tensor([6, 0, 9, 3]), torch.full((SLOTS, PLACES), NONE)
+    rows, steps, at = (SLOTS, places), torch.tensor([6, 0, 9, 3]), torch.full((SLOTS, places), NONE)
     # Where the row of the step before is, among all.
-    before = torch.arange(SLOTS) * PLACES + (steps - 1) % (PLACES - 1)
+    before = torch.arange(SLOTS) * places + (steps - 1) % (places - 1)
     before[1] = NONE
     # Slots 0 and 3 commit steps 6 and 3 to 4. Slot 1's are of its last image's end.
-    at[0, 6 % (PLACES - 1)], at[3, 4 % (PLACES - 1)], at[1, 1 % (PLACES - 1)] = 6, 4, 7
+    at[0, 6 % (places - 1)], at[3, 4 % (places - 1)], at[1, 1 % (places - 1)] = 6, 4, 7
     return KeepCleanArguments(
         normals(SLOTS, LENGTH, CHANNELS, side, side, seed=1),
         normals(branches * packed, outputs, side, side, seed=3).to(dtype),
         offsets,
-        torch.tensor([1, 2, 0, 2]),
+        torch.tensor(more.get("committed", [1, 2, 0, 2])),
         lengths,
         steps,
         coefficients(),
@@ -251,9 +256,10 @@ def exact_responses(a: KeepCleanArguments, slot: int) -> tuple[Tensor, Tensor]:
         state, clean = a.states[slot, j].double(), exact_clean(a, slot, j)[:CHANNELS]
         unit = float(a.table[min(step, STEPS - 1), 4])
         unit = unit if unit > 0 else 1.0
-        place = step % (PLACES - 1)
+        places = a.at.shape[1]
+        place = step % (places - 1)
         if a.at[slot, place] == step:
-            there, known = held(slot * PLACES + place)
+            there, known = held(slot * places + place)
             moved, changed = state - there, (clean - known) / unit
             sums[1] = 0.7 * sums[1] + torch.stack([(moved * changed).sum() / moved.square().sum(), torch.tensor(1.0)])
         if not j and a.before[slot] < 0:
@@ -282,6 +288,9 @@ KEPT = {
     "bfloat16": {"dtype": torch.bfloat16, "learned": True},
     "float16": {"dtype": torch.float16},
     "large": {"side": 40},
+    # Rows are kept where the row of the step before was.
+    "three places": {"places": 4, "committed": [4, 2, 0, 3]},
+    "two places": {"places": 3, "committed": [5, 2, 0, 2], "learned": True},
 }
 
 
@@ -292,7 +301,7 @@ def test_rows_are_kept_with_their_clean_samples(case, backend):
     got = on(a, backend[1])
     keep_clean_rows(got, backend[0])
     got = on(got, torch.device("cpu"))
-    eps, rows = torch.finfo(torch.float32).eps, PLACES - 1
+    eps, rows = torch.finfo(torch.float32).eps, a.at.shape[1] - 1
     for slot, done in enumerate(a.committed.tolist()):
         length = int(a.lengths[slot])
         taken = range(max(done - 1, 0), min(length, done + rows - 2))
@@ -309,12 +318,18 @@ def test_rows_are_kept_with_their_clean_samples(case, backend):
         # A ratio of two sums of products whose factors are differences of numbers of size 10.
         for name, want in zip(("response", "pattern"), exact_responses(a, slot), strict=True):
             torch.testing.assert_close(getattr(got, name)[slot].double(), want, rtol=1e4 * eps, atol=1e4 * eps)
-    # Slots 0 and 3 measure both kinds, slot 3 two steps of new noise; slot 1 has one step of it, no row before and none
-    # of an earlier round; slot 2 commits nothing.
-    weights = torch.tensor([[2.4, 2.4], [1.0, 0.0], [1.0, 1.0], [1.7, 1.0]])
-    torch.testing.assert_close(got.response[:, :2, 1], weights, rtol=4 * eps, atol=0)
     assert torch.equal(got.response[2], a.response[2])
     assert torch.equal(got.pattern[2], a.pattern[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_which_steps_are_measured(backend):
+    """Slots 0 and 3 both kinds, slot 3 twice to new noise; slot 1 has no row before and no old one, slot 2 none."""
+    got = on(keeping(), backend[1])
+    keep_clean_rows(got, backend[0])
+    weights = torch.tensor([[2.4, 2.4], [1.0, 0.0], [1.0, 1.0], [1.7, 1.0]])
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(got.response[:, :2, 1].cpu(), weights, rtol=4 * eps, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -344,18 +359,29 @@ def test_a_state_that_did_not_move_says_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("size", [1e-21, 1e-25, 1e25])
-def test_moves_whose_squares_are_no_floats_say_nothing(size, backend):
-    """Squares that are subnormal or zero, or infinite: nothing that is not finite gets into the sums."""
-    a = keeping()
-    a.states.mul_(size)
-    a.output.mul_(size)
-    a.held_states.mul_(size)
-    a.held_clean.mul_(size)
+@pytest.mark.parametrize(("size", "clip"), [(1e-21, math.inf), (1e-25, math.inf), (1e25, math.inf), (1e22, 0.4)])
+def test_moves_whose_squares_are_no_floats_say_nothing(size, clip, backend):
+    """Squares that are subnormal or zero, or infinite where the clean sample is bounded or not."""
+    a = keeping(clip=clip)
+    for part in (a.states, a.output, a.held_states, a.held_clean):
+        part.mul_(size)
     got = on(a, backend[1])
     keep_clean_rows(got, backend[0])
-    assert got.response.isfinite().all()
-    assert got.pattern.isfinite().all()
+    # Slot 1 has a new image.
+    for name in ("response", "pattern"):
+        want = getattr(a, name).clone()
+        want[1] = 0.0
+        assert torch.equal(getattr(got, name).cpu(), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_slot_without_a_row_before_asks_for_no_response(backend):
+    """What the slot's last image left is not read, whatever it is."""
+    a = replaying()
+    a.response[3] = a.pattern[3] = math.nan
+    got = on(a, backend[1])
+    replay_drafts(got, backend[0])
+    assert got.states.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -54,6 +54,7 @@ KERNELS = (
     table_kernels.table_kernel,
     token_kernels.tokens_kernel,
     drafting_kernels.advance_kernel,
+    drafting_clean.measure_kernel,
     drafting_clean.keep_clean_kernel,
     drafting_clean.replay_kernel,
     drafting_kernels.tally_kernel,

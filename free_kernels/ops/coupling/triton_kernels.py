@@ -21,7 +21,6 @@ from free_kernels.ops.coupling.triton_math import (
     target_std,
 )
 from free_kernels.ops.random.triton_philox import PURPOSE_ACCEPT, PURPOSE_SLACK, PURPOSE_STEP, uniform_first
-from free_kernels.ops.triton_masks import where_also
 
 # As in free_kernels.ops.coupling.reference: the largest squared gap that is tested.
 MAX_GAP_SQ = tl.constexpr(1e30)
@@ -270,7 +269,7 @@ def coupling_commit_kernel(
     # An idle slot reads nothing, because its first row may lie past the end of a tensor. Its state is zero.
     i_first = i_block * BLOCK
     o = i_first + tl.arange(0, BLOCK)
-    mask = where_also(o < numel, count > 0)
+    mask = o < tl.where(count > 0, numel, 0)
     state_row = wide_slot * length + first
     row_start = state_row * numel
     p_output_row = p_output + (first_row + first) * output_stride

@@ -511,10 +511,10 @@ def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> Non
     that the row's mean is made of, guided and clipped, and behind it the output's variance channels, if there are any.
     ``at`` is -1 where a row is not finite.
 
-    A response is how far the clean sample moves with the state. It is measured at every committed step k, one after the
-    other. With ``moved = x_k - there`` and ``changed = (clean_k - known) / unit``, in the unit of :func:`replay_drafts`
-    at the step, ``ratio = <moved, changed> / |moved|^2`` and ``response[s, i]`` becomes ``0.7 response[s, i] + (ratio,
-    1)``, whose quotient is a weighted average.
+    A response is how far the clean sample moves with the state. It is measured at every step k that the round commits,
+    one after the other. With ``moved = x_k - there`` and ``changed = (clean_k - known) / unit``, in the unit of
+    :func:`replay_drafts` at the step, ``ratio = <moved, changed> / |moved|^2`` and ``response[s, i]`` becomes ``0.7
+    response[s, i] + (ratio, 1)``, whose quotient is a weighted average.
 
     * i = 0, to noise that the draft before has not seen: there and known are mean and clean sample of the step before,
       by the row before or, for the first row, by the row ``before[s]``.
@@ -528,7 +528,7 @@ def keep_clean_rows(arguments: KeepCleanArguments, backend: str = "auto") -> Non
     the steps best.
 
     All are set to 0 first where ``steps[s]`` is 0, which is a new image's, and something is committed. A step without
-    such a row, or whose ratio is not finite, says nothing.
+    such a row says nothing, nor does one whose ratio is not finite, or whose ``1 / mean(moved^2)`` is not or is 0.
 
     Raises:
         ValueError, TypeError: a wrong argument.

@@ -116,8 +116,9 @@ def replay_drafts(a: ReplayArguments) -> None:
     state, said = held(a.before)
     known = (a.before >= 0).view(-1, 1, 1, 1)
     # Without a row before the sums are those of the slot's last image.
-    average, to_other, share = (torch.where(known, value, 0.0) for value in averages_of(a.response))
+    average, to_other, share = averages_of(a.response)
     to_new = torch.addcmul(average, share, own_responses(average, a.pattern) - average)
+    to_new, to_other = (torch.where(known, response, 0.0) for response in (to_new, to_other))
     # A row that is not there may hold anything.
     said = torch.where(known, said, 0.0)
     mean = (
@@ -298,7 +299,8 @@ def _ratio(moved: Tensor, changed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``<moved, changed> / |moved|^2`` of rows, ``|moved|^2``, and whether they say something: all is finite."""
     length_sq = moved.square().flatten(1).sum(1)
     ratio = (moved * changed).flatten(1).sum(1) / length_sq
-    return ratio, length_sq, ratio.isfinite() & (moved[0].numel() / length_sq).isfinite()
+    weight = moved[0].numel() / length_sq
+    return ratio, length_sq, ratio.isfinite() & weight.isfinite() & (weight > 0)
 
 
 def find_rows(a: FindArguments) -> None:

@@ -31,7 +31,8 @@ _PATTERN_PRIOR = tl.constexpr(1.0)
 _SUMS = tl.constexpr(6)
 # What is measured of a row: products and squares of the move to new noise, those of the move between rounds, those of
 # the elements' test, and whether it is finite.
-_MEASURED = tl.constexpr(7)
+MEASURED = 7
+_MEASURED = tl.constexpr(MEASURED)
 
 
 @triton.jit
@@ -151,12 +152,12 @@ def measure_kernel(
 
 @triton.jit
 def _ratio(p_own, numel):
-    """Of a row: products over squares, one over the mean square, and whether both are finite, else it says nothing."""
+    """Of a row: products over squares, one over the mean square, and whether it says something, as in the reference."""
     along, length_sq = tl.load(p_own), tl.load(p_own + 1)
     known = length_sq > 0
     length_sq = tl.where(known, length_sq, 1.0)
     ratio, weight = along / length_sq, numel / length_sq
-    return ratio, weight, known & (tl.abs(ratio) < float("inf")) & (weight < float("inf"))
+    return ratio, weight, known & (tl.abs(ratio) < float("inf")) & (weight < float("inf")) & (weight > 0)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The drafting ops in one Triton launch each."""
+"""The drafting ops in one Triton launch each, ``keep_clean_rows`` in two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from free_kernels.ops.drafting.arguments import (
     TallyArguments,
     further_rows,
 )
-from free_kernels.ops.drafting.triton_clean import keep_clean_kernel, measure_kernel, replay_kernel
+from free_kernels.ops.drafting.triton_clean import MEASURED, keep_clean_kernel, measure_kernel, replay_kernel
 from free_kernels.ops.drafting.triton_kernels import (
     advance_kernel,
     open_kernel,
@@ -128,7 +128,7 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
     if not slots:
         return
     # What each row says, which the second kernel adds up.
-    measured = a.response.new_empty(slots, length, 7)
+    measured = a.response.new_empty(slots, length, MEASURED)
     given = *a[:13], measured, float(a.guidance_scale), float(a.clip), *sizes, *numels
     block, warp = block_for(numels[0], _MEASURE_BLOCK), warp_size(a.states.device)
     with current(a.states):
@@ -343,7 +343,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
     for dtype, switches in product(dtypes, product((False, True), repeat=3)):
         values = dict(zip(flags, switches, strict=True))
         add(advance_kernel, dtype, _SHARED_BLOCK, values, aligned=dtype != torch.float16)
-        add(keep_clean_kernel, dtype, _SHARED_BLOCK, values)
+        add(keep_clean_kernel, dtype, _SHARED_BLOCK, values, aligned=dtype != torch.float16)
         for block in (64, _MEASURE_BLOCK):
             add(measure_kernel, dtype, block, values, aligned=block > 64)
     for learned, clipped, aligned in product((False, True), repeat=3):
