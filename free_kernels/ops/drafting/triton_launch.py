@@ -134,7 +134,7 @@ def keep_clean_rows(a: KeepCleanArguments) -> None:
     with current(a.states):
         measure_kernel[(slots * length,)](*given, **switches(a), BLOCK=block, num_warps=many_warps(block, warp))
         keep_clean_kernel[(slots * triton.cdiv(numels[0], _SHARED_BLOCK),)](
-            *given, **switches(a), BLOCK=_SHARED_BLOCK, num_warps=warps_for(_SHARED_BLOCK, warp)
+            *given, **switches(a), BLOCK=_SHARED_BLOCK, num_warps=many_warps(_SHARED_BLOCK, warp)
         )
 
 
@@ -323,7 +323,7 @@ def aot_configurations(device: Device) -> list[AotConfiguration]:
         name = kernel.__name__
         floats = {f"p_{given}": POINTERS[dtype] for given in _GIVEN}
         said = " ".join(f"{key.lower()}={value}" for key, value in values.items() if value is not None)
-        warps = many_warps if kernel in (keep_kernel, measure_kernel) else warps_for
+        warps = many_warps if kernel in (keep_kernel, measure_kernel, keep_clean_kernel) else warps_for
         sizes = ("numel", "guided_numel", "output_stride", "feature_numel", "output_numel", "state_numel")
         fixed = [size for size in sizes if size in kernel.arg_names and size not in kernel.do_not_specialize]
         found.append(
