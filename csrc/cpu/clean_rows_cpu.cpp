@@ -238,19 +238,28 @@ void add_pair(float* sums, float decay, float first, float second) {
   sums[1] = decay * sums[1] + second;
 }
 
-// Takes a step's response to new noise into the sums and those of the elements, whose own responses, as far
-// as they are `apart` from the average, it tests.
-void add_new(float* sums, float* along, float* lengths, const float* apart, float to_new, const Move& move) {
+// Responses of a slot: its sums and those of its elements, how far the elements' own are `apart` from the
+// average to new noise, and that average, both as they were before the round.
+struct Responses {
+  float *sums, *along, *lengths;
+  const float* apart;
+  float to_new;
+};
+
+// Takes a step's response to new noise into the sums and those of the elements, whose own responses it tests.
+void add_new(const Responses& responses, const Move& move) {
   const Ratio step(move);
   if (!step.says_something()) return;
-  add_pair(sums, kResponseDecay, step.ratio, 1.0f);
-  const float *moved = move.moved, *changed = move.changed;
+  add_pair(responses.sums, kResponseDecay, step.ratio, 1.0f);
+  const float *moved = move.moved, *changed = move.changed, *apart = responses.apart;
+  const float to_new = responses.to_new;
   const double fits =
       sum(move.size, [&](int64_t e) { return apart[e] * moved[e] * (changed[e] - to_new * moved[e]); });
   const double gaps = sum(move.size, [&](int64_t e) { return apart[e] * moved[e] * (apart[e] * moved[e]); });
   const float fit = static_cast<float>(fits / step.length_sq),
               gap = static_cast<float>(gaps / step.length_sq);
-  if (std::isfinite(fit) && std::isfinite(gap)) add_pair(sums + 4, kPatternDecay, fit, gap);
+  if (std::isfinite(fit) && std::isfinite(gap)) add_pair(responses.sums + 4, kPatternDecay, fit, gap);
+  float *along = responses.along, *lengths = responses.lengths;
   for (int64_t e = 0; e < move.size; ++e) {
     along[e] = kPatternDecay * along[e] + step.weight * (moved[e] * changed[e]);
     lengths[e] = kPatternDecay * lengths[e] + step.weight * (moved[e] * moved[e]);
@@ -261,57 +270,64 @@ void add_new(float* sums, float* along, float* lengths, const float* apart, floa
 // the move of a step.
 int64_t scratch_size(const Keeping& a) { return 2 * a.outputs + 3 * a.transition.elements; }
 
-// What the committed steps of a slot say of the responses, into their sums.
-void add_responses(const Keeping& a, int64_t slot, float* scratch) {
-  const int64_t size = a.transition.elements, done = a.committed[slot], first = a.steps[slot];
-  if (done == 0) return;
+// The responses of a slot that has committed steps; those of a new image begin at 0.
+Responses responses_of(const Keeping& a, int64_t slot, float* away) {
+  const int64_t size = a.transition.elements;
   float *sums = a.response + kSums * slot, *along = a.pattern + 2 * size * slot, *lengths = along + size;
-  if (first == 0) {
+  if (a.steps[slot] == 0) {
     std::fill_n(sums, kSums, 0.0f);
     std::fill_n(along, 2 * size, 0.0f);
   }
-  float *clean = scratch, *past = clean + a.outputs, *away = past + a.outputs;
-  float *moved = away + size, *changed = moved + size;
-  const Move move{moved, changed, size};
   const float to_new = average(sums, 0.0f);
   for (int64_t e = 0; e < size; ++e) away[e] = apart(along[e], lengths[e], to_new);
-  for (int64_t j = 0; j < done; ++j) {
-    clean_row(a, slot, j, clean);
-    const int64_t step = first + j;
-    const float *state = a.state(slot, j), inverse = 1.0f / response_unit(a.table.at(step));
-    const int64_t index = slot * a.places + step % (a.places - 1);
-    if (a.at[index] == step) {
-      const float *there = a.held_states + index * size, *known = a.held_clean + index * a.outputs;
-      for (int64_t e = 0; e < size; ++e) {
-        moved[e] = state[e] - there[e];
-        changed[e] = inverse * (clean[e] - known[e]);
-      }
-      const Ratio again(move);
-      if (again.says_something()) add_pair(sums + 2, kResponseDecay, again.ratio, 1.0f);
-    }
-    if (j > 0 || a.before[slot] >= 0) {
-      const float* there = j > 0 ? a.state(slot, j - 1) : a.held_states + a.before[slot] * size;
-      const float* known = j > 0 ? past : a.held_clean + a.before[slot] * a.outputs;
-      const Columns& columns = a.table.at(step - 1);
-      for (int64_t e = 0; e < size; ++e) {
-        moved[e] = state[e] - (columns.mean_from_x0 * known[e] + columns.mean_from_state_given_x0 * there[e]);
-        changed[e] = inverse * (clean[e] - known[e]);
-      }
-      add_new(sums, along, lengths, away, to_new, move);
-    }
-    std::swap(clean, past);
-  }
+  return {sums, along, lengths, away, to_new};
 }
 
+// What row j says of the responses, whose step is committed; `past` is the clean sample of the row before.
+void add_row(const Keeping& a, int64_t slot, int64_t j, const float* clean, const float* past,
+             const Responses& responses, const Move& move) {
+  const int64_t size = move.size, step = a.steps[slot] + j, index = slot * a.places + step % (a.places - 1);
+  const float *state = a.state(slot, j), inverse = 1.0f / response_unit(a.table.at(step));
+  float *moved = move.moved, *changed = move.changed;
+  if (a.at[index] == step) {
+    const float *there = a.held_states + index * size, *known = a.held_clean + index * a.outputs;
+    for (int64_t e = 0; e < size; ++e) {
+      moved[e] = state[e] - there[e];
+      changed[e] = inverse * (clean[e] - known[e]);
+    }
+    const Ratio again(move);
+    if (again.says_something()) add_pair(responses.sums + 2, kResponseDecay, again.ratio, 1.0f);
+  }
+  if (j == 0 && a.before[slot] < 0) return;
+  const float* there = j > 0 ? a.state(slot, j - 1) : a.held_states + a.before[slot] * size;
+  const float* known = j > 0 ? past : a.held_clean + a.before[slot] * a.outputs;
+  const Columns& columns = a.table.at(step - 1);
+  for (int64_t e = 0; e < size; ++e) {
+    moved[e] = state[e] - (columns.mean_from_x0 * known[e] + columns.mean_from_state_given_x0 * there[e]);
+    changed[e] = inverse * (clean[e] - known[e]);
+  }
+  add_new(responses, move);
+}
+
+// The rows of a slot in order: committed ones add to its responses, the last of them and those behind are
+// kept.
 void keep_slot(const Keeping& a, int64_t slot, float* scratch) {
   const int64_t size = a.transition.elements, rows = a.places - 1, done = a.committed[slot];
-  add_responses(a, slot, scratch);
+  float *clean = scratch, *past = clean + a.outputs, *away = past + a.outputs;
+  const Move move{away + size, away + 2 * size, size};
+  const Responses responses = done > 0 ? responses_of(a, slot, away) : Responses{};
   // One place is left to the row of the step before.
   const int64_t end = std::min(a.lengths[slot], done + rows - 2);
-  for (int64_t j = std::max<int64_t>(done - 1, 0); j < end; ++j) {
-    const int64_t step = a.steps[slot] + j, index = slot * a.places + step % rows;
-    std::copy_n(a.state(slot, j), size, a.held_states + index * size);
-    a.at[index] = clean_row(a, slot, j, a.held_clean + index * a.outputs) ? step : -1;
+  for (int64_t j = 0; j < end; ++j) {
+    const bool finite = clean_row(a, slot, j, clean);
+    if (j < done) add_row(a, slot, j, clean, past, responses, move);
+    if (j >= done - 1) {
+      const int64_t step = a.steps[slot] + j, index = slot * a.places + step % rows;
+      std::copy_n(a.state(slot, j), size, a.held_states + index * size);
+      std::copy_n(clean, a.outputs, a.held_clean + index * a.outputs);
+      a.at[index] = finite ? step : -1;
+    }
+    std::swap(clean, past);
   }
 }
 
