@@ -161,33 +161,42 @@ def _ratio(p_own, numel):
 
 
 @triton.jit
+def _pair(p_sums, is_new):
+    """A pair of a slot's sums; a new image's are 0."""
+    return tl.where(is_new, 0.0, tl.load(p_sums)), tl.where(is_new, 0.0, tl.load(p_sums + 1))
+
+
+@triton.jit
+def _add_pair(known, decay: tl.constexpr, total, weight, first, second):
+    """A pair of sums with what one more step says, if it says something."""
+    return tl.where(known, decay * total + first, total), tl.where(known, decay * weight + second, weight)
+
+
+@triton.jit
+def _store_pair(p_sums, total, weight):
+    tl.store(p_sums, total)
+    tl.store(p_sums + 1, weight)
+
+
+@triton.jit
 def _add_measured(p_sums, p_rows, committed, is_new, numel):
     """What the rows of a slot's committed steps say, into its sums; a new image's begin at 0."""
-    to_new, new_weight = tl.load(p_sums), tl.load(p_sums + 1)
-    to_other, other_weight = tl.load(p_sums + 2), tl.load(p_sums + 3)
-    fit, gap_sq = tl.load(p_sums + 4), tl.load(p_sums + 5)
-    to_new, new_weight = tl.where(is_new, 0.0, to_new), tl.where(is_new, 0.0, new_weight)
-    to_other, other_weight = tl.where(is_new, 0.0, to_other), tl.where(is_new, 0.0, other_weight)
-    fit, gap_sq = tl.where(is_new, 0.0, fit), tl.where(is_new, 0.0, gap_sq)
+    to_new, new_weight = _pair(p_sums, is_new)
+    to_other, other_weight = _pair(p_sums + 2, is_new)
+    fit, gap_sq = _pair(p_sums + 4, is_new)
     for j in range(0, committed):
         p_own = p_rows + j * _MEASURED
         ratio, _, known = _ratio(p_own, numel)
-        to_new = tl.where(known, _RESPONSE_DECAY * to_new + ratio, to_new)
-        new_weight = tl.where(known, _RESPONSE_DECAY * new_weight + 1.0, new_weight)
+        to_new, new_weight = _add_pair(known, _RESPONSE_DECAY, to_new, new_weight, ratio, 1.0)
         length_sq = tl.where(known, tl.load(p_own + 1), 1.0)
         fits, gap = tl.load(p_own + 4) / length_sq, tl.load(p_own + 5) / length_sq
         known = known & (tl.abs(fits) < float("inf")) & (gap < float("inf"))
-        fit = tl.where(known, _PATTERN_DECAY * fit + fits, fit)
-        gap_sq = tl.where(known, _PATTERN_DECAY * gap_sq + gap, gap_sq)
+        fit, gap_sq = _add_pair(known, _PATTERN_DECAY, fit, gap_sq, fits, gap)
         ratio, _, known = _ratio(p_own + 2, numel)
-        to_other = tl.where(known, _RESPONSE_DECAY * to_other + ratio, to_other)
-        other_weight = tl.where(known, _RESPONSE_DECAY * other_weight + 1.0, other_weight)
-    tl.store(p_sums, to_new)
-    tl.store(p_sums + 1, new_weight)
-    tl.store(p_sums + 2, to_other)
-    tl.store(p_sums + 3, other_weight)
-    tl.store(p_sums + 4, fit)
-    tl.store(p_sums + 5, gap_sq)
+        to_other, other_weight = _add_pair(known, _RESPONSE_DECAY, to_other, other_weight, ratio, 1.0)
+    _store_pair(p_sums, to_new, new_weight)
+    _store_pair(p_sums + 2, to_other, other_weight)
+    _store_pair(p_sums + 4, fit, gap_sq)
 
 
 @triton.jit(do_not_specialize=["length", "places", "packed", "num_steps"])
