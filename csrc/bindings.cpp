@@ -43,8 +43,26 @@ py::dict build_config() {
 using Array = py::array_t<double, py::array::c_style | py::array::forcecast>;
 using Numbers = std::vector<int64_t>;
 
-void require(bool holds, const char* what) {
-  if (!holds) throw py::value_error(std::string("plan_round: ") + what);
+std::string described(int64_t value) { return std::to_string(value); }
+
+std::string described(const Numbers& values) {
+  std::string text = "[";
+  for (const int64_t value : values) text += (text.size() > 1 ? ", " : "") + std::to_string(value);
+  return text + "]";
+}
+
+// An array by its shape.
+std::string described(const Array& array) {
+  return described(Numbers(array.shape(), array.shape() + array.ndim()));
+}
+
+// The message is made only where it is needed: this stands in every round's way.
+template <typename First, typename... More>
+void require(bool holds, const char* what, const First& first, const More&... more) {
+  if (holds) return;
+  std::string got = described(first);
+  (got.append(", ").append(described(more)), ...);
+  throw py::value_error(std::string("plan_round: ") + what + ", got " + got);
 }
 
 py::tuple as_tuple(const free_kernels::Plan& plan) {
@@ -56,19 +74,19 @@ py::tuple plan_round(Numbers steps, Numbers seen, Numbers room, const Array& fre
                      std::optional<double> saved, double behind, Numbers lengths, const Array& seconds,
                      int64_t grain, int64_t images) {
   require(!steps.empty() && seen.size() == steps.size() && room.size() == steps.size(),
-          "steps, seen and room must be of the same slots, at least one");
-  require(fresh.ndim() == 2 && fresh.size() > 0, "fresh must be [K + 1, A]");
+          "steps, seen and room must be of the same slots, at least one", steps, seen, room);
+  require(fresh.ndim() == 2 && fresh.size() > 0, "fresh must be [K + 1, A]", fresh);
   require(first.ndim() == 1 && as_seen.ndim() == 1 && first.size() == as_seen.size() && first.size() > 0,
-          "first and as_seen must be of the same places");
-  require(!lengths.empty() && lengths.front() >= 2, "lengths must be of at least 2 rows");
-  require(seconds.ndim() == 2 && seconds.shape(1) > 1, "seconds must be [longest + 1, grains + 1]");
-  require(grain >= 1, "grain must be at least 1");
-  require(images >= 1, "images must be at least 1");
-  for (const int64_t length : lengths)
-    require(length >= 2 && length < seconds.shape(0), "lengths must be rows of seconds");
-  require(std::is_sorted(lengths.begin(), lengths.end()), "lengths must ascend");
+          "first and as_seen must be of the same places", first, as_seen);
+  require(!lengths.empty() && lengths.front() >= 2, "lengths must be of at least 2 rows", lengths);
+  require(std::is_sorted(lengths.begin(), lengths.end()), "lengths must ascend", lengths);
+  require(seconds.ndim() == 2 && seconds.shape(1) > 1, "seconds must be [longest + 1, grains + 1]", seconds);
+  require(grain >= 1, "grain must be at least 1", grain);
+  require(images >= 1, "images must be at least 1", images);
+  require(lengths.back() < seconds.shape(0), "lengths must be rows of seconds", lengths, seconds);
   const int64_t most = images + static_cast<int64_t>(steps.size()) * (lengths.back() - 1);
-  require((most + grain / 2) / grain < seconds.shape(1), "seconds must be of as many rows as are planned");
+  require((most + grain / 2) / grain < seconds.shape(1), "seconds must be of as many rows as are planned",
+          seconds, most, grain);
   const free_kernels::Odds odds{fresh.data(),   fresh.shape(0), fresh.shape(1), first.data(),
                                 as_seen.data(), first.size(),   fresh_factor,   seen_factor};
   const free_kernels::Plans plans =

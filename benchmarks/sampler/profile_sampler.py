@@ -52,8 +52,11 @@ TIMED_OPS = {
     # On a CPU this one is the coupling and all that follows from it.
     "decide_round": "decision",
 }
-# At batch 64 "auto" is about as fast as the ordinary sampler: a few pairs do not tell a gain from a loss there.
-LEAST_PAIRS_AT_64 = 13
+# One image is drawn fast: more pairs cost little. At batch 64 "auto" is about as fast as the ordinary sampler: a few
+# pairs do not tell a gain from a loss there.
+LEAST_PAIRS_OF_ONE, LEAST_PAIRS_AT_64 = 11, 13
+# Runs before those of compiled networks that are timed, in which all sizes of a call are met and compiled.
+COMPILED_RUNS = 3
 # The modules that call them.
 CALLERS = round_module, slots_module, drafting_module, sources_module, rows_module, stats_module, head_module
 # Methods of the two networks by part; tables are what they make once for a run.
@@ -209,6 +212,9 @@ def ratios(
     def speculative(length: int | str) -> Callable[[int], SampleResult]:
         return lambda seed: sample(target, labels, drafter=used, draft_length=length, seed=seed)
 
+    for seed in range(pairs + 1, pairs + 1 + COMPILED_RUNS * compiled):
+        for length in lengths:
+            ordinary(seed), speculative(length)(seed)
     found = [(length, wall_clock_ratio(ordinary, speculative(length), batch, pairs)) for length in lengths]
     how = {"drafter": "frozen" if frozen else "learned", "compiled": compiled}
     return [{"draft_length": length, **how, **vars(ratio)} for length, ratio in found]
@@ -226,6 +232,7 @@ def main() -> None:
     if arguments.quick and arguments.out is None:
         parser.error("--quick measures nothing worth keeping: give it a file with --out")
     device, pairs = arguments.device, arguments.pairs
+    of_one = max(LEAST_PAIRS_OF_ONE, pairs)
     out = arguments.out or store.RESULTS / store.device_slug(device) / "profile.json"
     facts = machine() if device == "cpu" else machine() | {"gpu": torch.cuda.get_device_name()}
     cases = ((1, 6, 1.0, 1),) if arguments.quick else ((1, 6, 1.0, 12), (1, 6, 2.0, 3), (64, 6, 1.0, 1))
@@ -238,16 +245,16 @@ def main() -> None:
         "ratios": []
         if arguments.only_parts
         else [
-            *ratios(device, 1, (4, 6, 8, 12, 16, "auto"), pairs, frozen=True),
+            *ratios(device, 1, (4, 6, 8, 12, 16, "auto"), of_one, frozen=True),
             *ratios(device, 8, (6, 12), min(5, pairs), frozen=True),
             *ratios(device, 64, (4, 6), min(3, pairs), frozen=True),
             *ratios(device, 64, ("auto",), max(LEAST_PAIRS_AT_64, pairs), frozen=True),
-            *ratios(device, 1, (6, 12), pairs, frozen=True, compiled=True),
-            *ratios(device, 1, (2, 4, 6, 8, 12), pairs),
+            *ratios(device, 1, (6, 12), of_one, frozen=True, compiled=True),
+            *ratios(device, 1, (2, 4, 6, 8, 12), of_one),
             *ratios(device, 8, (6, 12), min(5, pairs)),
             *ratios(device, 64, (4, 6), min(3, pairs)),
             *ratios(device, 64, ("auto",), max(LEAST_PAIRS_AT_64, pairs)),
-            *ratios(device, 1, (6, 12), pairs, compiled=True),
+            *ratios(device, 1, (6, 12), of_one, compiled=True),
         ],
     }
     for entry in report["profiles"]:
