@@ -56,7 +56,7 @@ TIMED_OPS = {
 # pairs do not tell a gain from a loss there.
 LEAST_PAIRS_OF_ONE, LEAST_PAIRS_AT_64 = 11, 13
 # Runs before those of compiled networks that are timed, in which all sizes of a call are met and compiled.
-COMPILED_RUNS = 3
+COMPILED_RUNS = 8
 # The modules that call them.
 CALLERS = round_module, slots_module, drafting_module, sources_module, rows_module, stats_module, head_module
 # Methods of the two networks by part; tables are what they make once for a run.
