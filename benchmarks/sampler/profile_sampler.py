@@ -55,8 +55,8 @@ TIMED_OPS = {
 # One image is drawn fast: more pairs cost little. At batch 64 "auto" is about as fast as the ordinary sampler: a few
 # pairs do not tell a gain from a loss there.
 LEAST_PAIRS_OF_ONE, LEAST_PAIRS_AT_64 = 11, 13
-# Runs before those of compiled networks that are timed, in which all sizes of a call are met and compiled.
-COMPILED_RUNS = 8
+# Pairs of compiled networks before those that are timed, in which all sizes of a call are met and compiled.
+COMPILED_WARM_UPS = 9
 # The modules that call them.
 CALLERS = round_module, slots_module, drafting_module, sources_module, rows_module, stats_module, head_module
 # Methods of the two networks by part; tables are what they make once for a run.
@@ -212,10 +212,8 @@ def ratios(
     def speculative(length: int | str) -> Callable[[int], SampleResult]:
         return lambda seed: sample(target, labels, drafter=used, draft_length=length, seed=seed)
 
-    for seed in range(pairs + 1, pairs + 1 + COMPILED_RUNS * compiled):
-        for length in lengths:
-            ordinary(seed), speculative(length)(seed)
-    found = [(length, wall_clock_ratio(ordinary, speculative(length), batch, pairs)) for length in lengths]
+    warm_ups = COMPILED_WARM_UPS if compiled else 1
+    found = [(length, wall_clock_ratio(ordinary, speculative(length), batch, pairs, warm_ups)) for length in lengths]
     how = {"drafter": "frozen" if frozen else "learned", "compiled": compiled}
     return [{"draft_length": length, **how, **vars(ratio)} for length, ratio in found]
 

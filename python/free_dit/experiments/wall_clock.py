@@ -39,10 +39,15 @@ class Ratio:
 
 
 def wall_clock_ratio(
-    ordinary: Callable[[int], SampleResult], speculative: Callable[[int], SampleResult], batch: int, pairs: int
+    ordinary: Callable[[int], SampleResult],
+    speculative: Callable[[int], SampleResult],
+    batch: int,
+    pairs: int,
+    warm_ups: int = 1,
 ) -> Ratio:
-    """Run both alternately on seeds 1 ... pairs, after one warm-up pair; the order within a pair alternates too."""
-    ordinary(0), speculative(0)
+    """Run both alternately on seeds 1 ... pairs, after warm-up pairs on others; the order in a pair alternates too."""
+    for seed in (0, *range(pairs + 1, pairs + warm_ups)):
+        ordinary(seed), speculative(seed)
     times = np.empty((pairs, 2))
     for pair in tqdm(range(pairs), desc=f"timing batch {batch}", unit="pair", leave=False):
         runs = (ordinary, speculative)
